@@ -1,0 +1,206 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What the schedulers of this package share: noise levels, c_noise, preconditioning, diffusers' step counting."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .trajectory import (
+    PREDICTION_TYPES,
+    Preconditioning,
+    append_dims,
+    c_noise,
+    check_positive,
+    scalings,
+    sigma_of_c_noise,
+)
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer number, array or tensor, or a list that starts with one."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point()
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "iub"
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and is_integer(value[0])
+    return isinstance(value, (int, np.integer))
+
+
+def as_float64(values: torch.Tensor | float | Sequence[float]) -> torch.Tensor:
+    """`values` as a float64 tensor on the CPU."""
+    if isinstance(values, torch.Tensor):
+        values = values.cpu()  # first: not every device has float64
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
+    """Base of `CTMScheduler` and `EDMHeunScheduler`.
+
+    A subclass registers `sigma_min, sigma_max, sigma_data, rho, prediction_type, timestep_scale` and its
+    `set_timesteps` fills `timesteps` (what the network is shown at each call) and `call_sigmas` (the noise level of each).
+    """
+
+    # Names are looked up in diffusers, where `import diffusers_ctm` puts ours.
+    _compatibles = ["CTMScheduler", "EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+
+    _ends_at_zero = False  # the last step leads to 0 rather than to sigma_min
+
+    timesteps: torch.Tensor
+    call_sigmas: torch.Tensor
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        # diffusers' EDM schedulers call EDM's F "epsilon"; ours calls it "edm". Theirs are known by `sigma_schedule`: a config
+        # that was never saved does not hold its class.
+        if isinstance(config, dict) and config.get("prediction_type") == "epsilon" and "sigma_schedule" in config:
+            config = {**config, "prediction_type": "edm"}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def _init_state(self) -> None:
+        """Check the registered numbers and make the scheduler usable before `set_timesteps`, as diffusers' are."""
+        config = self.config
+        check_positive(**{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")})
+        check_positive(timestep_scale=config.timestep_scale)
+        if config.sigma_min >= config.sigma_max:
+            raise ValueError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}.")
+        if config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={config.prediction_type!r} is not known; use one of {PREDICTION_TYPES}.")
+        self.set_timesteps(config.num_train_timesteps)
+        self.num_inference_steps = None
+
+    @property
+    def preconditioning(self) -> Preconditioning:
+        """The config's numbers as functions g, D and G of a network."""
+        return Preconditioning.from_config(self.config)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the first sample: unit noise is multiplied by it."""
+        return float(self.call_sigmas[0])
+
+    @property
+    def step_index(self) -> int | None:
+        """Number of network calls done since `set_timesteps`, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first network call, if a pipeline set one."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at `timesteps[begin_index]`, for instance for image-to-image."""
+        self._begin_index = begin_index
+
+    def sigma_to_t(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """c_noise(sigma), what the network is shown for a noise level."""
+        return c_noise(sigma, self.config.timestep_scale)
+
+    def t_to_sigma(self, timestep: torch.Tensor | float) -> torch.Tensor:
+        """The noise level whose c_noise is `timestep`."""
+        return sigma_of_c_noise(timestep, self.config.timestep_scale)
+
+    def _start_levels(self, num_inference_steps, timesteps, sigmas) -> torch.Tensor | None:
+        """Checked custom noise levels at which steps start, float64 and descending; None if a number of steps was given."""
+        given = [num_inference_steps is not None, timesteps is not None, sigmas is not None]
+        if sum(given) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
+        if num_inference_steps is not None:
+            if not is_integer(num_inference_steps) or num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_inference_steps!r}.")
+            return None
+
+        name = "timesteps" if timesteps is not None else "sigmas"
+        if timesteps is not None and is_integer(timesteps):
+            raise ValueError(
+                "timesteps are c_noise values (floats, e.g. `scheduler.sigma_to_t(sigma)`), not indices. To choose noise "
+                "levels pass `sigmas=[80.0, ...]`; to choose how many, `num_inference_steps`."
+            )
+        levels = as_float64(timesteps if timesteps is not None else sigmas)
+        if levels.ndim != 1 or len(levels) == 0:
+            raise ValueError(f"{name} must be a list with one value per step, got shape {tuple(levels.shape)}.")
+        if timesteps is not None:
+            levels = self.t_to_sigma(levels)
+        config = self.config
+        if not levels.isfinite().all() or (levels[1:] >= levels[:-1]).any():
+            raise ValueError(f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as noise levels.")
+        lowest = config.sigma_min * (1 - 1e-4 if self._ends_at_zero else 1 + 1e-4)
+        if levels[-1] < lowest:
+            raise ValueError(
+                f"{name} ends at noise level {levels[-1].item():g}. It holds the level at which each step starts, none below "
+                f"sigma_min={config.sigma_min:g}; the end of the last step, {0 if self._ends_at_zero else 'sigma_min'}, is added for you: leave it out."
+            )
+        if levels[0] > config.sigma_max * (1 + 1e-4):
+            raise ValueError(
+                f"{name} starts at noise level {levels[0].item():g}, above sigma_max={config.sigma_max:g}, where the network "
+                "was not trained."
+            )
+        return levels.clamp(max=config.sigma_max)
+
+    def _set_calls(self, call_sigmas: torch.Tensor, device) -> None:
+        """Record the noise level of every network call and start counting anew."""
+        self.call_sigmas = call_sigmas.to(torch.float32)  # on the CPU: reading it never waits for a device
+        self.timesteps = self.sigma_to_t(call_sigmas).to(device=device, dtype=torch.float32)
+        self.is_scale_input_called = False
+        self._step_index = None
+        self._begin_index = None
+
+    def index_for_timestep(self, timestep: torch.Tensor | float, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """Index of the call whose timestep is nearest; the last one where several are equal."""
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        distance = (as_float64(schedule) - as_float64(timestep)).abs()
+        return int((distance == distance.min()).nonzero()[-1])
+
+    def _init_step_index(self, timestep) -> None:
+        self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+
+    def _sigma_of_call(self, timestep) -> torch.Tensor:
+        """Noise level (0-d, CPU) of the current call; the first call of a run is found by its `timestep`."""
+        if is_integer(timestep):
+            raise ValueError(
+                "Integer timesteps, such as indices from `enumerate(scheduler.timesteps)`, are not supported: pass one of "
+                "`scheduler.timesteps`, or `scheduler.sigma_to_t(sigma)` for a noise level."
+            )
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        if self._step_index >= len(self.call_sigmas):
+            raise ValueError("All steps are done; call `set_timesteps` before sampling again.")
+        return self.call_sigmas[self._step_index]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        """c_in(t) * sample, the input of the network. Same shape and dtype as `sample`."""
+        sigma = self._sigma_of_call(timestep)
+        self.is_scale_input_called = True
+        _, _, c_in = scalings(sigma.double(), self.config.sigma_data, self.config.prediction_type)
+        return sample * float(c_in)
+
+    def _denoised(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """g (for s = t the denoiser's output) from the network's, in the dtype of `sample`."""
+        c_skip, c_out, _ = scalings(sigma.double(), self.config.sigma_data, self.config.prediction_type)
+        return float(c_skip) * sample + float(c_out) * model_output.to(sample.dtype)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float | Sequence[float]
+    ) -> torch.Tensor:
+        """x_t = x_0 + sigma noise, with sigma the level of each of `timesteps` (c_noise values, shape (B,) or ()).
+
+        Any level may be asked, also one that is not in the schedule.
+        """
+        if is_integer(timesteps):
+            raise ValueError("Integer timesteps are not supported: pass `scheduler.sigma_to_t(sigma)`, shape (B,).")
+        dtype = accumulation_dtype(original_samples)
+        sigma = self.t_to_sigma(as_float64(timesteps))
+        sigma = append_dims(sigma.to(device=original_samples.device, dtype=dtype), original_samples.ndim)
+        return (original_samples.to(dtype) + sigma * noise.to(dtype)).to(original_samples.dtype)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def accumulation_dtype(sample: torch.Tensor) -> torch.dtype:
+    """The dtype of a step's arithmetic: float32, or float64 for a float64 sample."""
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32

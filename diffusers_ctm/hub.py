@@ -1,0 +1,149 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What makes a saved folder load with and without this package installed.
+
+With it, `import diffusers_ctm` has registered the classes with diffusers, where `DiffusionPipeline.from_pretrained`
+finds them. Without it, diffusers runs code that lies in the folder, if the user trusts it: the package's modules as one
+file. It lies beside each component of ours too: diffusers copies the code of all components flat into one place.
+"""
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+
+import diffusers
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+
+LIBRARY = "diffusers_ctm"  # the package, its name in model_index.json, and the stem of the code beside a component
+
+# None in the package. Else the file that this code runs from, read now: diffusers may overwrite it for another process.
+_OWN_SOURCE = None if __name__ == f"{LIBRARY}.hub" else Path(__file__).read_bytes()
+
+
+def register() -> None:
+    """Make the package's classes known to diffusers. Replaces nothing of diffusers'; calling it again changes nothing.
+
+    Pipelines are looked up as attributes of `diffusers`, components in `diffusers.pipelines.<library>`.
+    """
+    wanted = [(diffusers, name, cls) for name, cls in public_classes().items()]
+    wanted.append((diffusers.pipelines, LIBRARY, sys.modules[LIBRARY]))
+    for owner, name, value in wanted:
+        present = getattr(owner, name, None)
+        origin = getattr(present, "__module__", None) or getattr(present, "__name__", "")
+        if present is None or origin.split(".")[0] == LIBRARY:
+            setattr(owner, name, value)
+        else:
+            message = f"{owner.__name__} has a {name} of its own; it stays, and ours is not registered."
+            logging.get_logger(__name__).warning(message)
+
+
+def public_classes() -> dict[str, type]:
+    """The classes that the package exports, by name."""
+    return {
+        name: value
+        for name, value in vars(sys.modules[LIBRARY]).items()
+        if isinstance(value, type) and value.__module__.startswith(f"{LIBRARY}.")
+    }
+
+
+def component_library(value: object) -> object:
+    """`value`, or if that is the (module, class name) of a class of ours, the (library, class name) that loads it.
+
+    The module is one of the package, or a saved file that diffusers runs under a name with its folder or commit in it.
+    """
+    if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str):
+        module, class_name = value
+        if module.split(".")[0] == LIBRARY or getattr(sys.modules.get(module), "_OWN_SOURCE", None) is not None:
+            return LIBRARY, class_name
+    return value
+
+
+def write_loading_code(save_directory: str | os.PathLike, pipeline: DiffusionPipeline) -> None:
+    """Write the code that loads `pipeline` where this package is missing, before its weights are saved.
+
+    The same file as `pipeline.py` and as `<component>/diffusers_ctm.py` for each component of a class of ours. Folders
+    are made as needed; a file is whole or absent.
+    """
+    source = bundle(type(pipeline)).encode() if _OWN_SOURCE is None else _OWN_SOURCE
+    ours = [name for name in pipeline.components if pipeline.config[name][0] == LIBRARY]
+    for path in [Path(save_directory, "pipeline.py"), *(Path(save_directory, name, f"{LIBRARY}.py") for name in ours)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            aside.write_bytes(source)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def bundle(pipeline_class: type[DiffusionPipeline]) -> str:
+    """Source of one file with `pipeline_class`, every public class that is no pipeline, and what they import of ours.
+
+    Each module follows those that it imports, and all share one namespace. Raises ValueError for what that cannot
+    express: two meanings of one name, and relative imports that are renamed or not at the top.
+    """
+    modules: dict[str, str] = {}  # what is left of each without its imports, imported ones first
+    imports: dict[str, str] = {}  # statement by the name it binds
+    owners: dict[str, str] = {}  # module by the name it defines
+
+    def bind(names: dict[str, str], name: str, meaning: str, module: str) -> None:
+        if names.setdefault(name, meaning) != meaning or (name in imports and name in owners):
+            raise ValueError(f"{module}: {name} means something else in another module; rename it.")
+
+    def add(module: str) -> None:
+        if module in modules:
+            return
+        source = inspect.getsource(importlib.import_module(module))
+        tree, lines = ast.parse(source), source.splitlines()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                if node not in tree.body or node.level > 1 or not node.module or any(a.asname for a in node.names):
+                    raise ValueError(f"{module}, line {node.lineno}: write `from .module import name` at the top.")
+                add(f"{LIBRARY}.{node.module}")
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+                if not getattr(node, "level", 0):
+                    start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
+                    for alias in node.names:
+                        bind(imports, alias.asname or alias.name, start + ast.unparse(alias), module)
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                bind(owners, node.name, module, module)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    for name in ast.walk(target):
+                        if isinstance(name, ast.Name):
+                            bind(owners, name.id, module, module)
+        body = "\n".join(lines[tree.body[0].lineno - 1 :]).strip()  # without the copyright line
+        modules[module] = re.sub(r"\n{4,}", "\n\n\n", body)
+
+    for cls in public_classes().values():
+        if not issubclass(cls, DiffusionPipeline):
+            add(cls.__module__)
+    pipeline_class = next(cls for cls in pipeline_class.__mro__ if cls.__module__.startswith(f"{LIBRARY}."))
+    add(pipeline_class.__module__)
+
+    version = sys.modules[LIBRARY].__version__
+    header = (
+        f"# Generated by diffusers-ctm {version}: its modules in one file, for users who have not installed it:\n"
+        "#     DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)\n"
+        "# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0."
+    )
+    statements = sorted(imports.values(), key=lambda line: (not line.startswith("from __future__"), line))
+    parts = [header + "\n\n" + "\n".join(statements)]
+    parts += [f"# {name} {'-' * (117 - len(name))}\n\n{body}" for name, body in modules.items()]
+
+    others = [c for c in public_classes().values() if issubclass(c, DiffusionPipeline) and c.__module__ in modules]
+    hidden = sorted(c.__name__ for c in others if c is not pipeline_class)
+    if hidden:
+        parts.append(
+            "def __dir__() -> list[str]:\n"
+            "    # diffusers asks `dir` for the one pipeline class of this file.\n"
+            f"    return sorted(set(globals()) - set({hidden}))"
+        )
+    return "\n\n\n".join(parts) + "\n"

@@ -1,0 +1,295 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Images from noise with a consistency trajectory model, or with any EDM denoiser."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from .hub import component_library, write_loading_code
+from .unet_2d_ctm import CTMUNet2DModel
+
+
+class CTMPipeline(DiffusionPipeline):
+    """Unconditional and class-conditional image generation in 1 to N network evaluations.
+
+    Args:
+        unet: a `CTMUNet2DModel`. With `EDMHeunScheduler` and the like also a plain `UNet2DModel`, an EDM denoiser.
+        scheduler: `CTMScheduler`. A CTM is a diffusion model too: `EDMHeunScheduler` and diffusers' `EDMEulerScheduler` and
+            `EDMDPMSolverMultistepScheduler` sample with its exact score. Build them with `from_config(pipe.scheduler.config)`.
+        id2label: names of the classes by number, so that `class_labels` may be names. Saved with the pipeline.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    # `from_pipe` compares a network's class with this annotation, subclasses excluded.
+    def __init__(self, unet: UNet2DModel | CTMUNet2DModel, scheduler, id2label: dict[int, str] | None = None):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        if id2label is not None:
+            id2label = {int(index): str(name) for index, name in id2label.items()}
+        self.register_to_config(id2label=id2label)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._preconditioning = None
+        self._interrupt = False
+        self._num_timesteps = 0
+        self._match_scheduler()
+
+    # Loading and saving ---------------------------------------------------------------------------------------------
+
+    def register_to_config(self, **kwargs):
+        # "diffusers_ctm" is the one library name that loads from the Hub with and without the package.
+        super().register_to_config(**{name: component_library(value) for name, value in kwargs.items()})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Save as `DiffusionPipeline.save_pretrained` does, with the code that loads it where this package is missing.
+
+        The folder then serves `import diffusers_ctm; DiffusionPipeline.from_pretrained(folder)` and, without the package,
+        `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`.
+        """
+        save_directory = os.fspath(save_directory)  # push_to_hub=True splits it as a string
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
+        write_loading_code(save_directory, self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # Checks ---------------------------------------------------------------------------------------------------------
+
+    def _match_scheduler(self) -> float:
+        """Check that the scheduler belongs to the network; return timestep_scale / the scheduler's own.
+
+        diffusers' EDM schedulers compute ln(sigma) / 4 and call EDM's F "epsilon". `from_config` carries our config values
+        along as extra ones, so that a network trained at another scale is still shown what it knows.
+        """
+        scheduler = self.scheduler
+        config = scheduler.config
+        name = type(scheduler).__name__
+        ours = hasattr(scheduler, "preconditioning")
+        if not ours and not hasattr(scheduler, "precondition_outputs"):
+            raise ValueError(
+                f"{name} does not know EDM preconditioning. Use CTMScheduler, EDMHeunScheduler, EDMEulerScheduler or "
+                "EDMDPMSolverMultistepScheduler, made with `from_config(pipe.scheduler.config)`."
+            )
+        if hasattr(scheduler, "target_timesteps") and not hasattr(self.unet, "target_time_embedding"):
+            raise ValueError(
+                f"{name} needs a network with two times, and {type(self.unet).__name__} has one. Use "
+                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distil the network into a CTM."
+            )
+
+        if not ours and config.get("prediction_type") == "edm":
+            scheduler.register_to_config(prediction_type="epsilon")
+        known = self._preconditioning
+        if "timestep_scale" not in config:
+            if known is None:
+                raise ValueError(
+                    f"This {name} does not say which time the network is shown. Make it with `from_config` of the checkpoint's "
+                    "scheduler config, or pass timestep_scale=1.0 (NVIDIA's EDM) or 1000.0 (OpenAI, consistency, CTM) to "
+                    "`from_config`."
+                )
+            scheduler.register_to_config(timestep_scale=known[1])
+        current = (scheduler.config.sigma_data, scheduler.config["timestep_scale"])
+        if known is not None and current != known:
+            raise ValueError(
+                f"{name} has (sigma_data, timestep_scale) = {current}, but this network was loaded with {known}. Make the scheduler "
+                f"with `{name}.from_config(pipe.scheduler.config)`, or load a new pipeline."
+            )
+        self._preconditioning = current
+        return 1.0 if ours else current[1]
+
+    def _set_timesteps(self, num_inference_steps, device, timesteps, sigmas, gamma) -> None:
+        """Call `set_timesteps` with what was given, checking that this scheduler takes it."""
+        options = {"timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
+        options = {name: value for name, value in options.items() if value is not None}
+        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        if not hasattr(self.scheduler, "preconditioning"):
+            accepted = ("num_inference_steps",)  # diffusers' EDM schedulers mistake custom levels for a ramp
+        for name in options:
+            if name not in accepted:
+                raise ValueError(f"{type(self.scheduler).__name__} takes no `{name}`; CTMScheduler does.")
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            num_inference_steps = 1 if "gamma" in accepted else 18
+        if num_inference_steps is not None:
+            if num_inference_steps < 1:  # diffusers' schedulers would return the noise
+                raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_inference_steps!r}.")
+            options["num_inference_steps"] = num_inference_steps
+        self.scheduler.set_timesteps(device=device, **options)
+
+    def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
+        """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
+        num_classes = self.unet.config.num_class_embeds
+        id2label = self.config.id2label or {}
+        names = {str(name).lower(): int(index) for index, name in id2label.items()}
+        ids = []
+        for label in [labels] if isinstance(labels, (Integral, str)) else list(labels):
+            if isinstance(label, str):
+                if label.lower() not in names:
+                    known = ", ".join(sorted(names)) if names else "none: this checkpoint carries no names, pass a number"
+                    raise ValueError(f"class_labels={label!r} is not the name of a class. Known names: {known}.")
+                label = names[label.lower()]
+            if not isinstance(label, Integral):
+                raise ValueError(f"class_labels must be whole numbers or names, got {label!r}.")
+            if not 0 <= int(label) < num_classes:
+                raise ValueError(f"class_labels={label} is not a class; this network knows 0 to {num_classes - 1}.")
+            ids.append(int(label))
+        return ids
+
+    def _class_labels(self, class_labels, batch_size: int | None, generator, device) -> tuple[torch.Tensor | None, int]:
+        """Labels of shape (B,) on `device`, None for an unconditional network, and B."""
+        num_classes = self.unet.config.num_class_embeds
+        if class_labels is None:
+            batch_size = batch_size or 1
+            if num_classes is None:
+                return None, batch_size
+            drawn = [
+                torch.randint(num_classes, (1 if isinstance(generator, list) else batch_size,), generator=g, device=g.device if g else "cpu").cpu()
+                for g in (generator if isinstance(generator, list) else [generator])
+            ]
+            return torch.cat(drawn).to(device), batch_size
+        if num_classes is None:
+            raise ValueError("class_labels were given, but this network is unconditional.")
+        if isinstance(class_labels, torch.Tensor):
+            if class_labels.is_floating_point():
+                raise ValueError("class_labels must be whole numbers, got a float tensor.")
+            class_labels = class_labels.tolist()
+        single = isinstance(class_labels, (Integral, str))
+        ids = self.get_label_ids(class_labels)
+        if not ids:
+            raise ValueError("class_labels is empty; pass None for random classes.")
+        if single or len(ids) == 1:
+            ids = ids * (batch_size or 1)
+        if batch_size is not None and len(ids) != batch_size:
+            raise ValueError(f"class_labels has {len(ids)} entries for batch_size={batch_size}; pass one or {batch_size}.")
+        return torch.tensor(ids, device=device), len(ids)
+
+    def prepare_latents(self, batch_size: int, device, generator, latents: torch.Tensor | None) -> torch.Tensor:
+        """The first sample x_T, float32: unit noise times the scheduler's `init_noise_sigma`."""
+        config = self.unet.config
+        size = config.sample_size
+        if size is None:
+            if latents is None:
+                raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
+            size = tuple(latents.shape[-2:])
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, config.in_channels, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+        else:
+            latents = latents.to(device=device, dtype=torch.float32)
+        return latents * self.scheduler.init_noise_sigma
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop after the current step."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network evaluations of the current or last call."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        gamma: float | Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images.
+
+        Args:
+            batch_size: number of images. Default: as many as `class_labels`, `latents` or generators, else 1.
+            class_labels: class of each image, numbers or (if the checkpoint carries `id2label`) names; one for all or one
+                each. Default for a class-conditional network: drawn at random from `generator`.
+            num_inference_steps: number of steps. Default 1 with `CTMScheduler`, else 18.
+            gamma: in [0, 1], a number or one per step; 0 is deterministic, 1 is consistency-model multistep. `CTMScheduler` only.
+            timesteps: instead of `num_inference_steps`, the c_noise at which each step starts.
+            sigmas: instead, the noise level at which each step starts, descending.
+            generator: source of all noise, or one per image.
+            latents: unit normal noise of shape (B, C, H, W) to start from; it is multiplied by `scheduler.init_noise_sigma`.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": what the sampler
+                returned, unclipped, float32, images in [-1, 1].
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network evaluation; may
+                return a dict with new latents.
+            callback_on_step_end_tensor_inputs: which tensors it gets; "latents" is all there is.
+
+        Returns:
+            `ImagePipelineOutput` with `images`, or a tuple that holds them.
+
+        Raises:
+            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+        """
+        # 1. Check
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}.")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}.")
+        if latents is not None:
+            batch_size = batch_size or latents.shape[0]
+        if isinstance(generator, list):
+            if not generator:
+                raise ValueError("generator is an empty list; pass one generator, or one per image.")
+            batch_size = batch_size or len(generator)
+        timestep_factor = self._match_scheduler()
+
+        # 2. Prepare
+        device = self._execution_device
+        class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator is a list of {len(generator)} for batch_size={batch_size}; pass one or {batch_size}.")
+        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma)
+        scheduler = self.scheduler
+        latents = self.prepare_latents(batch_size, device, generator, latents)
+        targets = getattr(scheduler, "target_timesteps", None)
+        step_options = {"generator": generator, "return_dict": False}
+        condition = {} if class_labels is None else {"class_labels": class_labels}
+        self._interrupt = False
+        self._num_timesteps = len(scheduler.timesteps)
+
+        # 3. Sample
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    break
+                times = (t * timestep_factor,) if targets is None else (t, targets[i])
+                model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                model_output = self.unet(model_input, *times, **condition, return_dict=False)[0]
+                latents = scheduler.step(model_output.to(latents.dtype), t, latents, **step_options)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+                progress_bar.update()
+
+        # 4. Finish
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,270 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""A Hugging Face Hub on 127.0.0.1, so that tests push and load with the real huggingface_hub client and no network.
+
+The client reads `HF_ENDPOINT` when it is imported, so it is used from subprocesses:
+
+    with LoopbackHub() as hub:
+        subprocess.run(program, env=hub.environment(hf_home))
+
+Models and datasets, regular commits to `main`; no LFS, no branches, no pull requests. A commit is the whole tree of
+files, in memory, and commits are numbered. `datasets.load_dataset` works, `Dataset.push_to_hub` does not (it needs LFS).
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+Files = dict[str, bytes]  # content by path in the repo
+DATE = "2026-01-01T00:00:00.000Z"
+
+
+@dataclass
+class Repo:
+    """Commits of a repo, each the whole tree. The first is empty."""
+
+    commits: list[Files] = field(default_factory=lambda: [{}])
+    messages: list[str] = field(default_factory=lambda: ["initial commit"])
+
+    @property
+    def files(self) -> Files:
+        return self.commits[-1]
+
+    def sha(self, index: int = -1) -> str:
+        """40 hexadecimal digits, as the client expects: the commit's number."""
+        return f"{index % len(self.commits):040x}"
+
+    def commit(self, files: Files, message: str = "") -> str:
+        self.commits.append(files)
+        self.messages.append(message)
+        return self.sha()
+
+
+class Refused(Exception):
+    """An answer other than success; `code` is what the client tells errors apart by."""
+
+    def __init__(self, status: int, code: str = "", **content):
+        headers = {"X-Error-Code": code} if code else None
+        self.response = JSONResponse({"error": code, **content}, status, headers)
+
+
+class LoopbackHub:
+    """The server. Use it as a context manager; `url` is then its address.
+
+    Attributes:
+        repos: by "models/owner/name" or "datasets/owner/name". Tests may read and change them.
+        requests: (method, path) of every request so far.
+        intercept: called with (method, path) before each request is answered, in a thread of its own. Returns None to
+            go on or an HTTP status to refuse; it may also sleep, or kill the client. A test may set it.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.intercept: Callable[[str, str], int | None] = lambda method, path: None
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        api, repo = "/api/{kind}/{owner}/{name}", "/{owner}/{name}"
+        routes = [
+            Route("/api/whoami-v2", self._endpoint(self._whoami)),
+            Route("/api/validate-yaml", self._endpoint(self._validate), methods=["POST"]),
+            Route("/api/repos/create", self._endpoint(self._create), methods=["POST"]),
+            Route("/api/repos/delete", self._endpoint(self._delete), methods=["DELETE"]),
+            Route(api, self._endpoint(self._info)),
+            Route(api + "/revision/{rev:path}", self._endpoint(self._info)),
+            Route(api + "/tree/{rev}", self._endpoint(self._tree)),
+            Route(api + "/tree/{rev}/{path:path}", self._endpoint(self._tree)),
+            Route(api + "/paths-info/{rev}", self._endpoint(self._paths), methods=["POST"]),
+            Route(api + "/preupload/{rev}", self._endpoint(self._preupload), methods=["POST"]),
+            Route(api + "/commit/{rev}", self._endpoint(self._commit), methods=["POST"]),
+            Route("/datasets" + repo + "/resolve/{rev}/{path:path}", self._endpoint(self._resolve)),
+            Route(repo + "/resolve/{rev}/{path:path}", self._endpoint(self._resolve)),
+        ]
+        config = uvicorn.Config(Starlette(routes=routes), log_level="warning", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
+
+    def __enter__(self) -> "LoopbackHub":
+        self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._server.should_exit = True
+        self._server.force_exit = True  # does not wait for connections that clients keep open
+        self._thread.join(timeout=10)
+
+    def environment(self, hf_home: str | os.PathLike, pythonpath: str | os.PathLike | None = None) -> dict[str, str]:
+        """Environment variables for a client process with a cache of its own and this server as its Hub."""
+        foreign = ("HF_", "HUGGINGFACE_", "DIFFUSERS_", "TRANSFORMERS_", "PYTHONPATH")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(hf_home), "HF_TOKEN": "hf_loopback", "NO_PROXY": "127.0.0.1"}
+        env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return env if pythonpath is None else env | {"PYTHONPATH": str(pythonpath)}
+
+    # What the routes share --------------------------------------------------------------------------------------------
+
+    def _endpoint(self, answer: Callable) -> Callable:
+        async def endpoint(request: Request) -> Response:
+            self.requests.append((request.method, request.url.path))
+            status = await run_in_threadpool(self.intercept, request.method, request.url.path)
+            try:
+                if status is not None:
+                    raise Refused(status)
+                if request.method in ("POST", "DELETE") and "Authorization" not in request.headers:
+                    raise Refused(401)
+                body = await request.body()
+                return answer(request, body)
+            except Refused as refused:
+                return refused.response
+
+        return endpoint
+
+    def _repo(self, request: Request) -> tuple[str, Repo]:
+        """Name and content of the repo that a path names."""
+        path = request.path_params
+        kind = path.get("kind", "datasets" if request.url.path.startswith("/datasets/") else "models")
+        repo = self.repos.get(f"{kind}/{path['owner']}/{path['name']}")
+        if repo is None:
+            raise Refused(404, "RepoNotFound")
+        return f"{path['owner']}/{path['name']}", repo
+
+    @staticmethod
+    def _index(repo: Repo, rev: str) -> int:
+        """Number of the commit that a revision names."""
+        shas = [repo.sha(index) for index in range(len(repo.commits))]
+        if rev == "main":
+            return len(shas) - 1
+        if rev not in shas:
+            raise Refused(404, "RevisionNotFound")
+        return shas.index(rev)
+
+    # The routes -------------------------------------------------------------------------------------------------------
+
+    def _whoami(self, request: Request, body: bytes) -> Response:
+        return JSONResponse({"type": "user", "name": "loopback", "orgs": [], "auth": {"type": "access_token"}})
+
+    def _validate(self, request: Request, body: bytes) -> Response:
+        return JSONResponse({"errors": [], "warnings": []})
+
+    def _create(self, request: Request, body: bytes) -> Response:
+        wanted = json.loads(body)
+        name = f"{wanted.get('organization') or 'loopback'}/{wanted['name']}"
+        kind = f"{wanted.get('type') or 'model'}s"
+        url = f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        if f"{kind}/{name}" in self.repos:
+            raise Refused(409, url=url)
+        self.repos[f"{kind}/{name}"] = Repo()
+        return JSONResponse({"url": url, "name": name})
+
+    def _delete(self, request: Request, body: bytes) -> Response:
+        wanted = json.loads(body)
+        key = f"{wanted.get('type') or 'model'}s/{wanted.get('organization') or 'loopback'}/{wanted['name']}"
+        if self.repos.pop(key, None) is None:
+            raise Refused(404, "RepoNotFound")
+        return JSONResponse({})
+
+    def _info(self, request: Request, body: bytes) -> Response:
+        name, repo = self._repo(request)
+        index = self._index(repo, request.path_params.get("rev", "main"))
+        files = [{"rfilename": path, "size": len(content)} for path, content in sorted(repo.commits[index].items())]
+        info = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": repo.sha(index), "siblings": files}
+        info |= {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        return JSONResponse(info | {"lastModified": DATE, "createdAt": DATE})
+
+    def _tree(self, request: Request, body: bytes) -> Response:
+        _, repo = self._repo(request)
+        entries = tree(repo.commits[self._index(repo, request.path_params["rev"])])
+        folder = request.path_params.get("path", "").strip("/")
+        below = [entry for entry in entries if not folder or entry["path"].startswith(f"{folder}/")]
+        if folder and not below:
+            raise Refused(404, "EntryNotFound")
+        if request.query_params.get("recursive", "").lower() not in ("true", "1"):
+            depth = folder.count("/") + 1 if folder else 0
+            below = [entry for entry in below if entry["path"].count("/") == depth]
+        return JSONResponse(below)
+
+    def _paths(self, request: Request, body: bytes) -> Response:
+        _, repo = self._repo(request)
+        wanted = json.loads(body)["paths"]
+        entries = tree(repo.commits[self._index(repo, request.path_params["rev"])])
+        return JSONResponse([entry for entry in entries if entry["path"] in wanted])
+
+    def _preupload(self, request: Request, body: bytes) -> Response:
+        _, repo = self._repo(request)
+        answer = []
+        for file in json.loads(body)["files"]:
+            present = repo.files.get(file["path"])
+            oid = None if present is None else git_oid(present)  # the client leaves out files that did not change
+            answer.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
+        return JSONResponse({"files": answer})
+
+    def _commit(self, request: Request, body: bytes) -> Response:
+        name, repo = self._repo(request)
+        if request.path_params["rev"] != "main" or request.query_params.get("create_pr"):
+            raise Refused(400, error="commits go to main only")
+        files, message = dict(repo.files), ""
+        for line in body.splitlines():
+            operation = json.loads(line)
+            key, value = operation["key"], operation["value"]
+            if key == "header":
+                message = value["summary"]
+                if value.get("parentCommit") not in (None, repo.sha()):
+                    raise Refused(412)
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "deletedFile":
+                del files[value["path"]]
+            elif key == "deletedFolder":
+                folder = value["path"].rstrip("/") + "/"
+                files = {path: content for path, content in files.items() if not path.startswith(folder)}
+            else:
+                raise Refused(400, error=f"{key} is not served")
+        sha = repo.commit(files, message)
+        return JSONResponse({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"})
+
+    def _resolve(self, request: Request, body: bytes) -> Response:
+        _, repo = self._repo(request)
+        index = self._index(repo, request.path_params["rev"])
+        content = repo.commits[index].get(request.path_params["path"])
+        if content is None:
+            raise Refused(404, "EntryNotFound")
+        headers = {"X-Repo-Commit": repo.sha(index), "ETag": f'"{git_oid(content)}"', "Accept-Ranges": "bytes"}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+        if part is None:
+            return Response(content, headers=headers, media_type="application/octet-stream")
+        start, size = int(part[1]), len(content)
+        end = min(int(part[2]) if part[2] else size - 1, size - 1)
+        if start > end:
+            return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
+        headers["Content-Range"] = f"bytes {start}-{end}/{size}"
+        return Response(content[start : end + 1], 206, headers, "application/octet-stream")
+
+
+def git_oid(content: bytes) -> str:
+    """The name that git gives a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def tree(files: Files) -> list[dict]:
+    """Files and folders as the Hub lists them."""
+    folders = {parent.as_posix() for path in files for parent in Path(path).parents} - {"."}
+    entries = [{"type": "directory", "path": folder, "size": 0, "oid": "0" * 40} for folder in folders]
+    entries += [{"type": "file", "path": p, "size": len(c), "oid": git_oid(c)} for p, c in files.items()]
+    return sorted(entries, key=lambda entry: entry["path"])

@@ -1,0 +1,83 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from training.config import CTMConfig, EDMConfig, UserError, parse_config, save_config
+
+
+def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: some/repo\nlearning_rate: 1e-3\nmax_train_steps: 7\nema_warmup: true\n")
+    config = parse_config(CTMConfig, ["--config", str(path), "--max_train_steps", "9"])
+    assert (config.teacher, config.learning_rate, config.max_train_steps) == ("some/repo", 1e-3, 9)
+    assert config.ema_warmup is True and config.matching == "soft" and config.max_solver_steps == 17
+
+
+def test_saved_options_are_read_again(tmp_path):
+    config = EDMConfig(block_out_channels=[16, 32], learning_rate=3e-4, random_flip=True, label_column="label")
+    save_config(config, str(tmp_path / "config.yaml"))
+    again = parse_config(EDMConfig, ["--config", str(tmp_path / "config.yaml")])
+    assert dataclasses.replace(again, config=None) == config
+
+
+@pytest.mark.parametrize("path", ["digits.yaml", "digits_edm.yaml", "digits_long.yaml"])
+def test_shipped_configs_are_valid(path):
+    config = parse_config(EDMConfig if "edm" in path else CTMConfig, ["--config", f"training/configs/{path}"])
+    assert config.dataset_name == "digits" and config.label_column == "label"
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--max_train_steps", "0"], "max_train_steps"),
+        (["--max_train_steps", "many"], "max_train_steps"),
+        (["--max_train_step_count", "5"], "max_train_step_count"),
+        (["--matching", "hard"], "matching"),
+        (["--ema_decay", "1.5"], "ema_decay"),
+        (["--max_solver_steps", "18"], "max_solver_steps"),
+        (["--mixed_precision", "fp8"], "mixed_precision"),
+        (["--dropout", "1"], "dropout"),
+        (["--train_batch_size", "-4"], "train_batch_size"),
+    ],
+)
+def test_impossible_values_name_the_option(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(CTMConfig, ["--teacher", "t", *arguments])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [("no_such_option: 1", "no_such_option"), ("- 1", "option: value"), ("a: [", "cannot be read"), ("max_train_steps: x", "max_train_steps")],
+)
+def test_bad_yaml(tmp_path, text, named, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(CTMConfig, ["--teacher", "t", "--config", str(path)])
+    assert stopped.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_missing_yaml_and_missing_teacher(capsys):
+    for arguments, named in ((["--config", "nowhere.yaml"], "nowhere.yaml"), ([], "--teacher is needed")):
+        with pytest.raises(SystemExit):
+            parse_config(CTMConfig, arguments)
+        assert named in capsys.readouterr().err
+
+
+def test_channels_must_divide():
+    with pytest.raises(UserError, match="block_out_channels"):
+        EDMConfig(block_out_channels=[30, 64])
+
+
+def test_every_option_has_a_sentence():
+    for config in (CTMConfig, EDMConfig):
+        for field in dataclasses.fields(config):
+            assert field.metadata["help"].endswith((".", "'.")) and len(field.metadata["help"]) > 10, field.name
+
+
+def test_configs_hold_known_options_only():
+    with open("training/configs/digits.yaml") as file:
+        assert set(yaml.safe_load(file)) <= {field.name for field in dataclasses.fields(CTMConfig)}

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from training.config import DataOptions, UserError
+from training.data import ImageDataset, StepSampler, to_sample
+
+
+def picture(size, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return PILImage.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A function that writes pictures, labels and a name to a parquet file."""
+
+    def write(pictures, labels=None, **columns):
+        features = {"img": Image(), **{name: Value("string") for name in columns}}
+        values = {"img": pictures, **columns}
+        if labels is not None:
+            features["kind"] = ClassLabel(names=["cat", "dog", "eel"])
+            values["kind"] = labels
+        path = str(tmp_path / "data.parquet")
+        Dataset.from_dict(values, features=Features(features)).to_parquet(path)
+        return path
+
+    return write
+
+
+def test_digits_are_all_there_with_their_grey_levels():
+    from sklearn.datasets import load_digits
+
+    data = ImageDataset(DataOptions(label_column="label"))
+    images, labels = data[list(range(len(data)))]
+    source = load_digits()
+    assert images.shape == (1797, 1, 8, 8) and data.num_classes == 10 and data.id2label[3] == "3"
+    assert (labels.numpy() == source.target).all()
+    np.testing.assert_array_equal(images[:, 0].numpy(), np.round(source.images * 255 / 16))
+    assert to_sample(images).std().item() == pytest.approx(0.752, abs=0.001)  # the sigma_data of its configs
+    assert to_sample(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
+
+
+def test_parquet_pixels_and_classes(parquet):
+    pictures = [picture((6, 6), seed=seed) for seed in range(3)]
+    data = ImageDataset(DataOptions(dataset_name=parquet(pictures, [2, 0, 1]), label_column="kind"))
+    images, labels = data[[2, 0]]
+    np.testing.assert_array_equal(images[0].permute(1, 2, 0).numpy(), np.asarray(pictures[2]))
+    assert labels.tolist() == [1, 2] and data.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    assert (data.mode, data.resolution, data.channels) == ("RGB", 6, 3)
+
+
+def test_local_folder_of_images(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        picture((5, 5)).save(tmp_path / "train" / name / "1.png")
+    data = ImageDataset(DataOptions(dataset_name=str(tmp_path), label_column="label"))
+    assert len(data) == 2 and data.id2label == {0: "a", 1: "b"}
+
+
+def test_images_are_scaled_and_cropped_to_the_centre(parquet):
+    wide = PILImage.new("RGB", (12, 6), "black")
+    wide.paste((255, 255, 255), (3, 0, 9, 6))  # the centre square is white
+    data = ImageDataset(DataOptions(dataset_name=parquet([wide]), resolution=3, image_mode="L"))
+    images, labels = data[[0]]
+    assert images.shape == (1, 1, 3, 3) and images.min() == 255 and labels is None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_column": "photo"}, "--image_column photo is not a column.*img"),
+        ({"image_column": "note"}, "--image_column note holds no images"),
+        ({"label_column": "species"}, "--label_column species is not a column.*kind"),
+        ({"label_column": "note"}, "--label_column note must hold"),
+        ({"dataset_split": "test"}, "--dataset_name"),
+    ],
+)
+def test_wrong_columns_are_named(parquet, options, message):
+    path = parquet([picture((4, 4))], [1], note=["x"])
+    options = {"dataset_name": path, **options}
+    if "dataset_split" in options:
+        options["dataset_name"] = "nowhere/at-all"
+    with pytest.raises(UserError, match=message):
+        ImageDataset(DataOptions(**options))
+
+
+def test_order_depends_on_seed_and_step_alone():
+    def indices(batch_size, num_parts, first=0, last=6, seed=0):
+        parts = list(range(num_parts))
+        batches = list(StepSampler(10, batch_size, seed, first, last, parts, num_parts))
+        return [i for batch in batches for i in batch]
+
+    whole = indices(8, 1)
+    assert indices(4, 2) == whole  # two processes or two accumulation steps
+    assert indices(8, 1, first=3) == whole[24:]  # resumed
+    assert sorted(whole[:10]) == list(range(10)) and sorted(whole[10:20]) == list(range(10))  # epochs, none left out
+    assert whole[:10] != whole[10:20] and indices(8, 1, seed=1) != whole
+    own = list(StepSampler(10, 4, 0, 0, 2, [1], 2))  # what the second of two processes gets
+    assert own[0] == whole[4:8] and own[1] == whole[12:16]

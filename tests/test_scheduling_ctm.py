@@ -1,0 +1,638 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""CTMScheduler on exact solutions, against diffusers and the authors' numbers; and what diffusers expects of any scheduler,
+for both schedulers of the package."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from exact import ExactNetwork, GaussianData, PixelMixture, randn, sampling_loop
+
+from diffusers_ctm import CTMScheduler, CTMSchedulerOutput, EDMHeunScheduler
+from diffusers_ctm.trajectory import Preconditioning, c_noise, jump, karras_sigmas
+
+
+BOTH = pytest.mark.parametrize("cls", [CTMScheduler, EDMHeunScheduler])
+CONFIGS = [
+    {},
+    {"timestep_scale": 1000.0},
+    {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 20.0},
+    {"rho": 3.0, "num_train_timesteps": 40},
+]
+OWN_CONFIGS = [(CTMScheduler, {"gamma": 0.4}), (CTMScheduler, {"clip_sample": True})]
+OWN_CONFIGS += [(EDMHeunScheduler, {"s_churn": 8.0, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.01})]
+EVERY_CONFIG = [(cls, config) for cls in (CTMScheduler, EDMHeunScheduler) for config in CONFIGS] + OWN_CONFIGS
+
+
+def close(actual, expected, rtol=1e-12, atol=1e-12):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_network(sample, *times, return_dict=False, **_):
+    """Not linear, and another function at every time."""
+    return (3 * torch.sin(3 * sample) + sum(0.01 * (i + 1) * time for i, time in enumerate(times)),)
+
+
+def run(scheduler, steps=4, seed=0, dtype=torch.float32, **options):
+    scheduler.set_timesteps(steps, **options)
+    x = randn(2, 3, 4, 4, dtype=dtype) * scheduler.init_noise_sigma
+    return sampling_loop(scheduler, some_network, x, seeded(seed))
+
+
+# What diffusers' common suite expects of a scheduler ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls, config", EVERY_CONFIG)
+def test_saved_and_loaded_it_samples_the_same(cls, config, tmp_path):
+    scheduler = cls(**config)
+    scheduler.save_pretrained(tmp_path)
+    for again in (cls.from_pretrained(tmp_path), cls.from_config(scheduler.config)):
+        assert type(again) is cls
+        for name, value in config.items():
+            assert again.config[name] == value
+        assert torch.equal(run(scheduler), run(again))
+    assert not config or not torch.equal(run(scheduler), run(cls()))  # and the config has an effect
+
+
+@pytest.mark.parametrize("cls, config", EVERY_CONFIG)
+def test_saved_config_is_plain_json(cls, config, tmp_path):
+    cls(**config).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == cls.__name__
+    assert {name: saved[name] for name in config} == config
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(1, 3, 4, 4), (2, 1, 8, 4), (3, 5)])
+def test_step_keeps_the_shape(cls, shape):
+    scheduler = cls()
+    scheduler.set_timesteps(3)
+    x = randn(*shape, dtype=torch.float32) * 80
+    for timestep in scheduler.timesteps:
+        output = scheduler.step(some_network(x)[0], timestep, x, generator=seeded())
+        assert output.prev_sample.shape == output.pred_original_sample.shape == shape
+        x = output.prev_sample
+
+
+@BOTH
+def test_tuple_holds_what_the_output_holds(cls):
+    scheduler, x = cls(), randn(2, 3, 4, 4)
+    results = []
+    for return_dict in (True, False):
+        scheduler.set_timesteps(2)
+        results.append(
+            scheduler.step(some_network(x)[0], scheduler.timesteps[0], x, generator=seeded(), return_dict=return_dict)
+        )
+    assert len(results[1]) == len(results[0].to_tuple()) == (3 if cls is CTMScheduler else 2)
+    for from_output, from_tuple in zip(results[0].to_tuple(), results[1], strict=True):
+        assert torch.equal(from_output, from_tuple)
+    assert torch.equal(results[1][0], results[0].prev_sample)
+
+
+@pytest.mark.parametrize("cls, config", EVERY_CONFIG)
+def test_public_interface(cls, config):
+    scheduler = cls(**config)
+    sigma_data = scheduler.config.sigma_data
+    scheduler.set_timesteps(5)
+    assert isinstance(scheduler.init_noise_sigma, float)
+    close(torch.tensor(scheduler.init_noise_sigma), float(scheduler.call_sigmas[0]), rtol=2e-2 if "s_noise" in config else 1e-6)
+    x = randn(2, 3, 4, 4)
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma = scheduler.call_sigmas[i].item()
+        close(scheduler.scale_model_input(x, timestep), x / math.sqrt(sigma**2 + sigma_data**2))
+        close(scheduler.t_to_sigma(timestep.double()), sigma, rtol=2e-6)
+        scheduler.step(x, timestep, x)
+    assert len(scheduler) == scheduler.config.num_train_timesteps
+    assert scheduler.order == (1 if cls is CTMScheduler else 2)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_arithmetic_is_float32_and_the_result_in_the_dtype_of_the_sample(cls, dtype):
+    low, high = cls(**({"gamma": 0.5} if cls is CTMScheduler else {})), cls(**({"gamma": 0.5} if cls is CTMScheduler else {}))
+    low.set_timesteps(4)
+    high.set_timesteps(4)
+    x, model_output = (80 * randn(2, 3, 4, 4)).to(dtype), randn(2, 3, 4, 4, seed=1).to(dtype)
+    timestep = low.timesteps[0]
+    actual = low.step(model_output, timestep, x, generator=seeded())
+    expected = high.step(model_output.float(), timestep, x.float(), generator=seeded())
+    for name, value in actual.items():
+        assert value.dtype == dtype and torch.equal(value, expected[name].to(dtype))
+    assert low.scale_model_input(x, timestep).dtype == dtype
+    # a half-precision network under a float32 state
+    assert high.step(model_output, high.timesteps[1], expected.prev_sample, generator=seeded()).prev_sample.dtype == torch.float32
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_add_noise(cls, scale, dtype):
+    scheduler = cls(timestep_scale=scale)
+    sigmas = torch.tensor([0.002, 0.777, 60.0], dtype=torch.float64)  # not in the schedule
+    clean, noise = randn(3, 3, 4, 4).to(dtype), randn(3, 3, 4, 4, seed=1).to(dtype)
+    noisy = scheduler.add_noise(clean, noise, scheduler.sigma_to_t(sigmas))
+    expected = clean.double() + sigmas.reshape(3, 1, 1, 1) * noise.double()
+    assert noisy.dtype == dtype
+    # rounded once, to the sample's dtype
+    close(noisy.double(), expected, rtol=2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12, atol=1e-6)
+    for one in (scheduler.sigma_to_t(0.777), float(scheduler.sigma_to_t(0.777)), [float(scheduler.sigma_to_t(0.777))] * 3):
+        close(scheduler.add_noise(clean.double(), noise.double(), one), clean.double() + 0.777 * noise.double(), rtol=1e-6, atol=1e-5)
+
+
+@BOTH
+def test_usable_right_after_init(cls):
+    scheduler = cls()
+    assert scheduler.num_inference_steps is None and scheduler.step_index is None and scheduler.begin_index is None
+    assert scheduler.init_noise_sigma == 80.0
+    x = 80 * randn(1, 3, 4, 4)
+    assert torch.equal(sampling_loop(scheduler, some_network, x), sampling_loop(set_to(cls(), 18), some_network, x))
+
+
+def set_to(scheduler, *args, **kwargs):
+    scheduler.set_timesteps(*args, **kwargs)
+    return scheduler
+
+
+@BOTH
+def test_set_timesteps_starts_anew(cls):
+    scheduler = cls()
+    first = run(scheduler)
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(2)
+    x = randn(2, 3, 4, 4)
+    for timestep in scheduler.timesteps[2:4]:
+        scheduler.scale_model_input(x, timestep)
+        scheduler.step(x, timestep, x)
+    assert scheduler.step_index == 4 and scheduler.begin_index == 2
+    scheduler.set_timesteps(4)
+    assert scheduler.step_index is None and scheduler.begin_index is None
+    assert torch.equal(run(scheduler), first)
+
+
+@BOTH
+@pytest.mark.parametrize("by", ["begin_index", "timestep", "rounded timestep"])
+def test_start_in_the_middle(cls, by):
+    # what follows from call 4 on is what follows there in the whole run
+    start, states = 4, []
+    scheduler = set_to(cls(), 6)
+    whole = sampling_loop(scheduler, some_network, 80 * randn(1, 3, 4, 4), callback=lambda o: states.append(o.prev_sample))
+    scheduler.set_timesteps(6)
+    if by == "begin_index":
+        scheduler.set_begin_index(start)
+        assert scheduler.begin_index == start
+    x = states[start - 1]
+    targets = getattr(scheduler, "target_timesteps", None)
+    for i in range(start, len(scheduler.timesteps)):
+        timestep = scheduler.timesteps[i]
+        shown = timestep * (1 + 1e-6) if by == "rounded timestep" else timestep
+        times = (timestep,) if targets is None else (timestep, targets[i])
+        model_output = some_network(scheduler.scale_model_input(x, shown), *times)[0]
+        x = scheduler.step(model_output, shown, x).prev_sample
+        assert scheduler.step_index == i + 1
+    assert torch.equal(x, whole)
+
+
+@BOTH
+def test_types_and_places(cls):
+    scheduler = set_to(cls(), 5)
+    assert scheduler.num_inference_steps == 5 and len(scheduler.sigmas) == 6
+    assert scheduler.timesteps.dtype == scheduler.sigmas.dtype == torch.float32
+    assert scheduler.sigmas[0] == 80
+    assert scheduler.sigmas[-1] == (torch.tensor(0.002) if cls is CTMScheduler else 0)
+    scheduler.set_timesteps(5, device="meta")  # stands in for a GPU
+    assert scheduler.timesteps.device.type == "meta" and scheduler.sigmas.device.type == "cpu"
+    if cls is CTMScheduler:
+        assert scheduler.target_timesteps.device.type == "meta" and scheduler.target_sigmas.device.type == "cpu"
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("convert", [list, tuple, np.array, torch.tensor])
+def test_custom_sigmas_equal_custom_timesteps(cls, scale, convert):
+    levels = [80.0, 6.5, 0.33]
+    by_sigmas = set_to(cls(timestep_scale=scale), sigmas=convert(levels))
+    timesteps = convert([scale * math.log(level) / 4 for level in levels])
+    by_timesteps = set_to(cls(timestep_scale=scale), timesteps=timesteps)
+    end = 0.002 if cls is CTMScheduler else 0.0
+    for scheduler in (by_sigmas, by_timesteps):
+        assert scheduler.num_inference_steps == 3
+        close(scheduler.sigmas, levels + [end], rtol=3e-6)
+    close(by_sigmas.timesteps, by_timesteps.timesteps, rtol=1e-6)
+
+
+@BOTH
+def test_its_own_levels_given_back_change_nothing(cls):
+    scheduler = cls()
+    standard = run(scheduler, 5)
+    sigmas = scheduler.sigmas[:-1]
+    scheduler.set_timesteps(sigmas=sigmas)
+    x = randn(2, 3, 4, 4, dtype=torch.float32) * scheduler.init_noise_sigma
+    close(sampling_loop(scheduler, some_network, x, seeded()), standard, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="must be finite and strictly descending|added for you: leave it out"):
+        scheduler.set_timesteps(sigmas=scheduler.sigmas)
+
+
+@BOTH
+def test_a_generator_per_sample(cls):
+    scheduler = cls(**({"gamma": 0.6} if cls is CTMScheduler else {"s_churn": 10.0}))
+    x = 80 * randn(3, 3, 4, 4, dtype=torch.float32)
+
+    def sample(x, generator):
+        scheduler.set_timesteps(4)
+        return sampling_loop(scheduler, some_network, x, generator)
+
+    together = sample(x, [seeded(i) for i in range(3)])
+    for i in range(3):
+        assert torch.equal(sample(x[i : i + 1], seeded(i)), together[i : i + 1])
+        assert torch.equal(sample(x[i : i + 1], [seeded(i)]), together[i : i + 1])
+    assert not torch.equal(sample(x, [seeded(5), seeded(1), seeded(2)])[0], together[0])
+
+
+@BOTH
+def test_compatibles(cls):
+    names = {compatible.__name__ for compatible in cls().compatibles}
+    assert names == {"CTMScheduler", "EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
+    assert cls in cls().compatibles
+
+
+@BOTH
+@pytest.mark.parametrize("other", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler, CTMScheduler, EDMHeunScheduler])
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_round_trip_to_compatible_schedulers(cls, other, saved, explicit, tmp_path):
+    """Numbers survive the way there and back, timestep_scale too though diffusers' schedulers do not know it."""
+
+    def through(scheduler_class, scheduler):
+        if not saved:
+            return scheduler_class.from_config(scheduler.config)
+        scheduler.save_pretrained(tmp_path)
+        return scheduler_class.from_pretrained(tmp_path)
+
+    numbers = {"sigma_data": 0.7, "sigma_max": 20.0, "rho": 5.0, "timestep_scale": 1000.0}
+    scheduler = cls(**numbers, **({"prediction_type": "edm"} if explicit else {}))
+    there = through(other, scheduler)
+    assert type(there) is other
+    for name, value in numbers.items():
+        assert there.config[name] == value
+    if other.__module__.startswith("diffusers."):
+        there.register_to_config(prediction_type="epsilon")  # as the pipeline does
+    back = through(cls, there)
+    assert type(back) is cls and back.config.prediction_type == "edm"
+    for name, value in numbers.items():
+        assert back.config[name] == value
+    assert torch.equal(run(back), run(scheduler))
+
+
+@BOTH
+@pytest.mark.parametrize("other", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("config", [{}, {"prediction_type": "epsilon"}])
+def test_the_epsilon_of_diffusers_is_our_edm(cls, other, config, tmp_path):
+    theirs = other(sigma_data=0.7, **config)
+    theirs.save_pretrained(tmp_path)
+    for ours in (cls.from_config(theirs.config), cls.from_pretrained(tmp_path), cls.from_config(other.load_config(tmp_path))):
+        assert ours.config.prediction_type == "edm" and ours.config.sigma_data == 0.7
+        assert theirs.config.prediction_type == "epsilon"  # untouched
+    x, model_output, sigma = randn(2, 3), randn(2, 3, seed=1), torch.tensor(2.5).double()
+    ours = cls.from_config(theirs.config)
+    ours.set_timesteps(sigmas=[2.5])
+    close(ours.step(model_output, ours.timesteps[0], x).pred_original_sample, theirs.precondition_outputs(x, model_output, sigma))
+    # the epsilon of a DDPM is something else
+    with pytest.raises(ValueError, match="prediction_type='epsilon' is not known"):
+        cls.from_config({"prediction_type": "epsilon", "beta_schedule": "linear"})
+
+
+def test_euler_of_diffusers_is_our_jump_with_the_denoiser():
+    theirs = EDMEulerScheduler.from_config(CTMScheduler(sigma_data=0.7).config)
+    theirs.register_to_config(prediction_type="epsilon")
+    theirs.set_timesteps(6)
+    x = 80 * randn(2, 3)
+    for i, timestep in enumerate(theirs.timesteps):
+        t, t_next = theirs.sigmas[i].double(), theirs.sigmas[i + 1].double()
+        expected = jump(x, Preconditioning(0.7).denoise(some_network, x, t), t, t_next)
+        model_output = some_network(theirs.scale_model_input(x, timestep), timestep)[0]
+        x = theirs.step(model_output, timestep, x).prev_sample
+        close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+# CTMScheduler on the exact solutions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("steps", [2, 5, 18])
+@pytest.mark.parametrize("data", [GaussianData(0.4, mean=0.1), PixelMixture()], ids=["gaussian", "mixture"])
+def test_n_steps_equal_one_step_at_gamma_0(data, steps, scale):
+    network = ExactNetwork(data, sigma_data=0.6, timestep_scale=scale)
+    scheduler = CTMScheduler(sigma_data=0.6, timestep_scale=scale)
+    x_T = 80 * randn(1, 3, 4, 4)
+    exact = data.jump(x_T, 80.0, 0.002)
+    # levels are shown in float32; the mixture is steep between its two peaks
+    tolerance = {"rtol": 0, "atol": 2e-6} if isinstance(data, GaussianData) else {"rtol": 0, "atol": 1e-4}
+    close(sampling_loop(set_to(scheduler, 1), network, x_T), exact, **tolerance)
+    states = []
+    close(sampling_loop(set_to(scheduler, steps), network, x_T, callback=states.append), exact, **tolerance)
+    for i, output in enumerate(states):  # and every state between lies on the trajectory
+        sigma = scheduler.sigmas[i + 1].double()
+        close(output.prev_sample / (1 + sigma), data.jump(x_T, 80.0, sigma) / (1 + sigma), **tolerance)
+        assert torch.equal(output.prev_sample, output.pred_noised_sample)
+    assert len(network.calls) == 1 + steps
+
+
+GAMMAS = [0.0, 0.3, 0.8, 1.0, [0.9, 0.0, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_every_gamma_keeps_the_marginal_variance(gamma):
+    data, count = GaussianData(0.5), 40_000
+    scheduler = CTMScheduler()
+    scheduler.set_timesteps(4, gamma=gamma)
+    x = randn(count, 1) * math.sqrt(80**2 + 0.5**2)
+    bound = 5 / math.sqrt(2 * count)  # five standard errors of a relative standard deviation
+    states = [x]
+
+    def check(output):
+        i = len(states)
+        sigma, s = scheduler.sigmas[i].item(), scheduler.target_sigmas[i - 1].item()
+        assert abs(output.prev_sample.std() / math.sqrt(sigma**2 + 0.25) - 1) < bound
+        assert abs(output.pred_noised_sample.std() / math.sqrt(s**2 + 0.25) - 1) < bound
+        # what is left of the state before: all at gamma 0, only the image at gamma 1
+        correlation = torch.corrcoef(torch.cat([states[-1], output.prev_sample], dim=1).T)[0, 1]
+        assert abs(correlation - math.sqrt((s**2 + 0.25) / (sigma**2 + 0.25))) < 5 / math.sqrt(count)
+        states.append(output.prev_sample)
+
+    sampling_loop(scheduler, ExactNetwork(data), x, seeded(1), callback=check)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_every_gamma_samples_the_data(gamma):
+    data, count = PixelMixture(), 20_000
+    scheduler = CTMScheduler(sigma_data=0.6)
+    scheduler.set_timesteps(4, gamma=gamma)
+    x = 80 * randn(count, 1) + data.draw((count, 1), seeded(3))
+    samples = sampling_loop(scheduler, ExactNetwork(data, sigma_data=0.6), x, seeded(1))
+    values = data.cdf(samples[:, 0], 0.002).sort().values  # uniform if the samples are right
+    distance = (values - (torch.arange(count) + 0.5) / count).abs().max()
+    assert distance < 1.95 / math.sqrt(count)  # Kolmogorov-Smirnov at 0.1 %
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_step_is_jump_and_renoise(gamma):
+    # the scheduler's loop and the functions that training calls give the same tensor
+    scheduler = CTMScheduler(sigma_data=0.7, gamma=gamma)
+    scheduler.set_timesteps(5)
+    preconditioning, generator = scheduler.preconditioning, seeded(4)
+    assert preconditioning == Preconditioning(0.7, 1.0, "edm")
+    untimed = lambda sample, *times, **_: (torch.sin(3 * sample),)  # noqa: E731
+    x, states = 80 * randn(2, 3, 4, 4), []
+    sampling_loop(scheduler, untimed, x, seeded(4), callback=states.append)
+    for i, output in enumerate(states):
+        t, s = scheduler.sigmas[i].double(), scheduler.target_sigmas[i].double()
+        close(output.pred_original_sample, preconditioning.g(untimed, x, t, s))
+        close(output.pred_noised_sample, preconditioning.jump(untimed, x, t, s))
+        x = preconditioning.jump(untimed, x, t, s)
+        if gamma and i < 4:
+            std = scheduler.noise_std[i].double()
+            close(s**2 + std**2, scheduler.sigmas[i + 1].double() ** 2, rtol=1e-6)
+            x = x + std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        close(output.prev_sample, x)
+
+
+def test_clip_sample_clamps_g():
+    plain, clipped = set_to(CTMScheduler(), 3), set_to(CTMScheduler(clip_sample=True), 3)
+    x, model_output = 40 * randn(2, 3, 4, 4), 3 * randn(2, 3, 4, 4, seed=1)
+    timestep = plain.timesteps[0]
+    g = plain.step(model_output, timestep, x).pred_original_sample
+    output = clipped.step(model_output, timestep, x)
+    assert g.abs().max() > 1
+    assert torch.equal(output.pred_original_sample, g.clamp(-1, 1))
+    close(output.prev_sample, jump(x, g.clamp(-1, 1), plain.sigmas[0].double(), plain.sigmas[1].double()))
+
+
+# Against other implementations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 18])
+@pytest.mark.parametrize("scale_config", [{}, {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 20.0, "rho": 4.0}])
+def test_gamma_1_equals_consistency_models(steps, scale_config):
+    theirs = CMStochasticIterativeScheduler(num_train_timesteps=40, clip_denoised=False, **scale_config)
+    ours = CTMScheduler(timestep_scale=1000.0, gamma=1.0, **scale_config)
+    theirs.set_timesteps(steps)
+    ours.set_timesteps(sigmas=theirs.sigmas[:-1])
+    close(ours.timesteps, theirs.timesteps.float(), rtol=1e-5, atol=1e-4)
+    close(ours.sigmas, theirs.sigmas, rtol=1e-6)
+    sigma_min = ours.config.sigma_min
+    x_ours = x_theirs = randn(2, 3, 4, 4) * ours.init_noise_sigma
+    generator_ours, generator_theirs = seeded(7), seeded(7)
+    for i in range(steps):
+        t = theirs.sigmas[i].double()
+        close(ours.target_sigmas[i], sigma_min, rtol=1e-6)
+        close(ours.scale_model_input(x_ours, ours.timesteps[i]), theirs.scale_model_input(x_theirs, theirs.timesteps[i]), rtol=1e-5, atol=1e-6)
+        # one consistency function in both parametrisations: theirs is the identity at sigma_min by its c_skip, c_out,
+        # ours by the jump
+        model_output = randn(2, 3, 4, 4, seed=i)
+        clean = jump(x_theirs, theirs_g(ours, model_output, x_theirs, t), t, torch.tensor(sigma_min).double())
+        c_skip, c_out = theirs.get_scalings_for_boundary_condition(t)
+        x_ours = ours.step(model_output, ours.timesteps[i], x_ours, generator_ours).prev_sample
+        x_theirs = theirs.step(
+            (clean - c_skip * x_theirs) / c_out, theirs.timesteps[i], x_theirs, generator_theirs
+        ).prev_sample
+        close(x_ours, x_theirs, rtol=1e-5, atol=2e-6)
+
+
+def theirs_g(scheduler, model_output, x, t):
+    return scheduler.preconditioning.g(lambda *args, **kwargs: (model_output,), x, t)
+
+
+LISTED_LEVELS = karras_sigmas(18)[[0, 6, 12]].tolist()  # the last of their indices, 17, is sigma_min: ours is implied
+
+# The pairs (t, s) that the authors' samplers ask of the network, to four decimals
+WRITTEN_PAIRS = {
+    "exact_4": ((4, 0.0), [(80.0, 17.5278), (17.5278, 2.5152), (2.5152, 0.1698), (0.1698, 0.002)]),
+    "gamma0.5_4": ((4, 0.5), [(80.0, 15.1798), (17.5278, 2.1785), (2.5152, 0.1473), (0.1698, 0.002)]),
+    "gamma0.5_ts": ((LISTED_LEVELS, 0.5), [(80.0, 7.2757), (8.4009, 0.2570), (0.2964, 0.002)]),
+    "cm_4": ((4, 1.0), [(80.0, 0.002), (17.5278, 0.002), (2.5152, 0.002), (0.1698, 0.002)]),
+}
+
+
+def pairs(steps, gamma, scale=1000.0):
+    """(t, s) of every network call, read from what the network is shown."""
+    scheduler = CTMScheduler(timestep_scale=scale)
+    scheduler.set_timesteps(**{"num_inference_steps" if isinstance(steps, int) else "sigmas": steps}, gamma=gamma)
+    network = ExactNetwork(timestep_scale=scale)
+    sampling_loop(scheduler, network, 80 * randn(1, 1, 2, 2), seeded())
+    close(torch.stack([scheduler.sigmas[:-1], scheduler.target_sigmas]).double(), torch.tensor(network.calls).T, rtol=1e-5)
+    return torch.tensor(network.calls, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", WRITTEN_PAIRS)
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_pairs_of_the_authors(name, scale):
+    arguments, expected = WRITTEN_PAIRS[name]
+    close(pairs(*arguments, scale=scale), expected, rtol=0, atol=6e-5)
+
+
+ORACLE_RUNS = {f"{kind}_{n}": (n, gamma) for kind, gamma in (("exact", 0.0), ("gamma0.5", 0.5)) for n in (1, 2, 4, 8)}
+ORACLE_RUNS |= {f"cm_{n}": (n, 1.0) for n in (1, 2, 4)}
+
+
+def test_pairs_of_the_authors_all_digits(oracle):
+    arrays = oracle("samplers_cifar_some.npz")
+    grid = arrays["sigmas_karras_18"]
+    runs = {**ORACLE_RUNS, "exact_ts": (grid[[0, 6, 12]], 0.0), "gamma0.5_ts": (grid[[0, 6, 12]], 0.5)}
+    for name, arguments in runs.items():
+        close(pairs(*arguments), arrays[f"{name}__calls_ts"], rtol=1e-5, atol=0)
+    missing = {name.removesuffix("__calls_ts") for name in arrays if name.endswith("__calls_ts")} - set(runs)
+    assert missing == {"gamma2_ind5_3", "heun_ctm_18", "heun_teacher_18", "heun_teacher_5"}  # tested elsewhere
+
+
+def test_index_sampler_is_a_gamma(oracle):
+    """The authors' 2-step sampler jumps to level 5 of the grid, renoises to level 3, jumps to the end: a gamma of its own."""
+    arrays = oracle("samplers_cifar_some.npz")
+    grid = arrays["sigmas_karras_18"].astype(float)
+    gamma = math.sqrt(1 - ((grid[5] - 0.002) / (grid[3] - 0.002)) ** 2)
+    close(pairs([80.0, grid[3]], [gamma, 0.0]), arrays["gamma2_ind5_3__calls_ts"], rtol=1e-5, atol=0)
+
+
+def test_index_sampler_written_out():
+    gamma = math.sqrt(1 - ((12.9101 - 0.002) / (28.3746 - 0.002)) ** 2)
+    close(pairs([80.0, 28.3746], [gamma, 0.5]), [(80.0, 12.9101), (28.3746, 0.002)], rtol=1e-5)
+    scheduler = set_to(CTMScheduler(), sigmas=[80.0, 28.3746], gamma=[gamma, 0.5])
+    close(scheduler.noise_std, [math.sqrt(28.3746**2 - 12.9101**2), 0.0], rtol=1e-6)
+
+
+def test_gamma_of_the_config_is_the_default():
+    assert torch.equal(run(CTMScheduler(gamma=0.7)), run(CTMScheduler(), gamma=0.7))
+    assert torch.equal(run(CTMScheduler(gamma=0.7), gamma=0.0), run(CTMScheduler()))
+    for same in (0.7, [0.7] * 4, torch.tensor(0.7).double(), torch.full((4,), 0.7).double(), np.full(4, 0.7)):
+        assert torch.equal(run(CTMScheduler(), gamma=same), run(CTMScheduler(gamma=0.7)))
+    assert not torch.equal(run(CTMScheduler(gamma=0.7), seed=1), run(CTMScheduler(gamma=0.7), seed=2))
+    assert torch.equal(run(CTMScheduler(gamma=0.0), seed=1), run(CTMScheduler(gamma=0.0), seed=2))
+    # one step has no place for noise
+    assert torch.equal(run(CTMScheduler(gamma=1.0), steps=1, seed=1), run(CTMScheduler(gamma=0.0), steps=1, seed=2))
+
+
+def test_output_names():
+    scheduler = set_to(CTMScheduler(), 2)
+    output = scheduler.step(randn(1, 2), scheduler.timesteps[0], randn(1, 2))
+    assert isinstance(output, CTMSchedulerOutput)
+    assert list(output) == ["prev_sample", "pred_noised_sample", "pred_original_sample"]
+
+
+# Errors -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.0001, float("nan"), float("inf"), [0.5, 2.0, 0.0]])
+def test_gamma_outside_its_range(gamma):
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
+        CTMScheduler().set_timesteps(3, gamma=gamma)
+    if isinstance(gamma, float):
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
+            CTMScheduler(gamma=gamma)
+
+
+@pytest.mark.parametrize("gamma", [[0.5], [0.5, 0.5], [], [[0.5, 0.5, 0.5]], [0.5] * 4])
+def test_gamma_of_another_length(gamma):
+    with pytest.raises(ValueError, match=r"one value per step \(3\)"):
+        CTMScheduler().set_timesteps(3, gamma=gamma)
+
+
+@BOTH
+@pytest.mark.parametrize("source", ["sigmas", "timesteps"])
+@pytest.mark.parametrize("levels", [[1.0, 5.0], [5.0, 5.0], [80.0, 5.0, 6.0], [float("nan")], [5.0, float("nan"), 1.0]])
+def test_levels_that_do_not_descend(cls, source, levels):
+    values = levels if source == "sigmas" else [c_noise(torch.tensor(level)).item() for level in levels]
+    with pytest.raises(ValueError, match=f"{source} must be finite and strictly descending"):
+        cls().set_timesteps(**{source: values})
+
+
+@BOTH
+@pytest.mark.parametrize("source", ["sigmas", "timesteps"])
+def test_levels_outside_the_range(cls, source):
+    def give(*levels):
+        values = levels if source == "sigmas" else [c_noise(torch.tensor(level)).item() for level in levels]
+        cls().set_timesteps(**{source: values})
+
+    with pytest.raises(ValueError, match=f"{source} ends at noise level 0.001.*leave it out"):
+        give(80.0, 0.001)
+    with pytest.raises(ValueError, match=f"{source} starts at noise level 90, above sigma_max=80"):
+        give(90.0, 1.0)
+    if cls is CTMScheduler:  # the end of its last step
+        with pytest.raises(ValueError, match=f"{source} ends at noise level 0.002.*sigma_min, is added for you: leave it out"):
+            give(80.0, 0.002)
+    else:  # there its last step starts, and leads to 0
+        give(80.0, 0.002)
+    give(80.0 * (1 + 1e-6), 0.0021)  # rounding is no error
+
+
+@BOTH
+@pytest.mark.parametrize("sources", [{}, {"num_inference_steps": 2, "sigmas": [1.0]}, {"timesteps": [0.1], "sigmas": [1.0]}])
+def test_one_source_of_levels(cls, sources):
+    with pytest.raises(ValueError, match="exactly one of"):
+        cls().set_timesteps(**sources)
+
+
+@BOTH
+@pytest.mark.parametrize("steps", [0, -3, 2.0, "2"])
+def test_bad_number_of_steps(cls, steps):
+    with pytest.raises(ValueError, match="whole number >= 1"):
+        cls().set_timesteps(steps)
+
+
+@BOTH
+@pytest.mark.parametrize("levels", [[], [[80.0, 1.0]], 80.0])
+def test_levels_are_a_list(cls, levels):
+    with pytest.raises(ValueError, match="one value per step"):
+        cls().set_timesteps(sigmas=levels)
+
+
+INTEGERS = [3, np.int64(3), torch.tensor(3), torch.tensor([3, 3])]
+
+
+@BOTH
+@pytest.mark.parametrize("timestep", INTEGERS)
+def test_integer_timesteps(cls, timestep):
+    scheduler, x = cls(), randn(2, 3)
+    with pytest.raises(ValueError, match="Integer timesteps"):
+        scheduler.step(x, timestep, x)
+    with pytest.raises(ValueError, match="Integer timesteps"):
+        scheduler.scale_model_input(x, timestep)
+    with pytest.raises(ValueError, match="Integer timesteps"):
+        scheduler.add_noise(x, x, timestep)
+    for several in ([17, 5], np.array([17, 5]), torch.tensor([17, 5])):
+        with pytest.raises(ValueError, match="timesteps are c_noise values .* not indices"):
+            scheduler.set_timesteps(timesteps=several)
+        with pytest.raises(ValueError, match="Integer timesteps"):
+            scheduler.add_noise(x, x, several)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["sigma_min", "sigma_max", "sigma_data", "rho", "timestep_scale"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None])
+def test_bad_config_numbers(cls, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a positive number"):
+        cls(**{name: value})
+
+
+@BOTH
+def test_bad_config_values(cls):
+    with pytest.raises(ValueError, match="sigma_min=3.0 must be below sigma_max=2.0"):
+        cls(sigma_min=3.0, sigma_max=2.0)
+    with pytest.raises(ValueError, match="prediction_type='sample' is not known"):
+        cls(prediction_type="sample")
+    with pytest.raises(ValueError, match="whole number >= 1"):
+        cls(num_train_timesteps=0)
+
+
+@BOTH
+def test_step_after_the_end(cls):
+    scheduler = set_to(cls(), 2)
+    x = sampling_loop(scheduler, some_network, 80 * randn(1, 3))
+    for call in (lambda: scheduler.step(x, scheduler.timesteps[-1], x), lambda: scheduler.scale_model_input(x, 1.0)):
+        with pytest.raises(ValueError, match="All steps are done; call `set_timesteps`"):
+            call()

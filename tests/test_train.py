@@ -1,0 +1,246 @@
+"""The programs themselves, at tiny size: what they save, that they resume, that processes share the work, that nothing is lost."""
+
+import glob
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+import diffusers_ctm
+from training import run as run_module
+from training import train_ctm, train_edm
+from training.config import CTMConfig, EDMConfig, UserError
+from training.teacher import load_teacher
+
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "label_column": "label",
+    "train_batch_size": 8,
+    "report_to": "none",
+    "sample_every": 0,
+    "checkpointing_steps": 0,
+    "logging_steps": 2,
+}
+NETWORK = {
+    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
+    "sigma_data": 0.75, "dropout": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Each test may ask for another precision, as another process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A tiny teacher, trained for a few steps."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    return train_edm.main(EDMConfig(output_dir=str(folder), max_train_steps=6, ema_warmup=True, **SMALL, **NETWORK))
+
+
+def distil(teacher, folder, **options):
+    options = {"max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, **SMALL, **options}
+    return train_ctm.main(CTMConfig(teacher=teacher, output_dir=str(folder), **options))
+
+
+def weights(pipeline):
+    return load_file(os.path.join(pipeline, "unet", "diffusion_pytorch_model.safetensors"))
+
+
+def assert_same_weights(a, b, **tolerance):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_saved_pipelines_load_and_sample(teacher, tmp_path):
+    student = distil(teacher, tmp_path / "run", sample_every=2, checkpointing_steps=2, report_to="tensorboard")
+    pipe = DiffusionPipeline.from_pretrained(student)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe, diffusers_ctm.CTMPipeline)
+    assert pipe.scheduler.config.sigma_data == 0.75 and pipe.unet.config.dropout == 0.1
+    images = pipe(class_labels=["0", "9"], num_inference_steps=2, gamma=0.5).images
+    assert len(images) == 2 and images[0].size == (8, 8)
+    teacher_weights, student_weights = weights(teacher), weights(student)
+    moved = [n for n in teacher_weights if n in student_weights and not n.endswith("time_emb_proj.weight")]
+    assert any(not torch.equal(teacher_weights[n], student_weights[n]) for n in moved)
+    assert any(v[:, v.shape[1] // 2 :].any() for n, v in student_weights.items() if n.endswith("time_emb_proj.weight"))
+    assert sorted(os.listdir(tmp_path / "run" / "samples")) == [
+        f"step-{step:06d}-{name}.png" for step in (2, 4) for name in ("1-step", "4-steps")
+    ]
+    assert glob.glob(str(tmp_path / "run" / "logs" / "**" / "events*"), recursive=True)
+    assert not glob.glob(str(tmp_path / "run" / ".*"))  # no drafts left
+
+
+@pytest.mark.parametrize("program", ["edm", "ctm"])
+def test_resumed_is_uninterrupted_bit_for_bit(teacher, tmp_path, program):
+    def train(name, **options):
+        folder = tmp_path / name
+        if program == "ctm":
+            return distil(teacher, folder, lr_scheduler="cosine", **options)
+        options = {**SMALL, **NETWORK, **options}
+        return train_edm.main(EDMConfig(output_dir=str(folder), lr_scheduler="cosine", **options))
+
+    whole = train("whole", max_train_steps=6, checkpointing_steps=4)
+    os.makedirs(tmp_path / "part")
+    os.rename(tmp_path / "whole" / "checkpoint-4", tmp_path / "part" / "checkpoint-4")  # as if it had stopped there
+    part = train("part", max_train_steps=6, resume_from_checkpoint="latest")
+    assert_same_weights(whole, part, rtol=0, atol=0)
+    other = train("other", max_train_steps=6, seed=1)
+    with pytest.raises(AssertionError):  # dropout, data and noise do depend on the seed
+        assert_same_weights(whole, other, rtol=0, atol=0)
+
+
+def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path):
+    options = {"dropout": 0.0, "dsm_adaptive": False}
+    one = distil(teacher, tmp_path / "one", **options)
+    two = distil(teacher, tmp_path / "two", **{**options, "train_batch_size": 4, "gradient_accumulation_steps": 2})
+    assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(teacher, tmp_path):
+    arguments = ["--teacher", teacher, "--max_train_steps", "3", "--max_solver_steps", "2", "--dropout", "0"]
+    for name, value in {**SMALL, "learning_rate": 1e-3}.items():
+        arguments += [f"--{name}", str(value)]
+    folders = {1: tmp_path / "one", 2: tmp_path / "two"}
+    for processes, folder in folders.items():
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--main_process_port", "0"]
+        command = [*launch, "-m", "training.train_ctm", *arguments, "--output_dir", str(folder)]
+        command += ["--train_batch_size", str(8 // processes)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_weights(str(folders[1] / "pipeline"), str(folders[2] / "pipeline"), rtol=1e-4, atol=2e-5)
+
+
+def test_checkpoints_rotate_and_the_folder_is_not_overwritten(teacher, tmp_path):
+    folder = tmp_path / "run"
+    first = distil(teacher, folder, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(os.listdir(folder)) == ["checkpoint-3", "checkpoint-4", "config.yaml", "pipeline"]
+    before = weights(first)
+    with pytest.raises(UserError, match="--resume_from_checkpoint latest"):
+        distil(teacher, folder)
+    assert all(torch.equal(before[name], value) for name, value in weights(first).items())
+    distil(teacher, folder, resume_from_checkpoint="latest")  # a finished run: nothing to do, the same result
+    assert all(torch.equal(before[name], value) for name, value in weights(first).items())
+
+
+@pytest.mark.parametrize("matching", ["soft", "local", "global"])
+def test_every_matching_runs_and_moves_the_student(teacher, tmp_path, matching):
+    options = {"distance": "pseudo_huber", "inner_target": "live", "dsm_sigma": "lognormal"}
+    student = distil(teacher, tmp_path / matching, max_train_steps=2, matching=matching, **options)
+    assert not torch.equal(weights(student)["conv_out.weight"], weights(teacher)["conv_out.weight"])
+
+
+def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
+    options = {"max_train_steps": 2, "dropout": 0.0}
+    plain = distil(teacher, tmp_path / "plain", **options)
+    saving = distil(teacher, tmp_path / "saving", gradient_checkpointing=True, **options)
+    assert_same_weights(plain, saving, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_runs(teacher, tmp_path):
+    student = distil(teacher, tmp_path / "bf16", mixed_precision="bf16", max_train_steps=2)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(student).values())
+
+
+# What a careless user does ----------------------------------------------------------------------------------------------
+
+
+def test_missing_and_corrupted_teachers(teacher, tmp_path):
+    with pytest.raises(UserError, match="--teacher nowhere cannot be loaded"):
+        load_teacher("nowhere")
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", teacher, broken], check=True)
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match="--teacher .* cannot be loaded"):
+        load_teacher(str(broken))
+    assert not (tmp_path / "run").exists()
+
+
+def test_teacher_of_another_family(teacher, tmp_path):
+    other = tmp_path / "ddpm"
+    subprocess.run(["cp", "-r", teacher, other], check=True)
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
+    with pytest.raises(UserError, match="DDPMScheduler, which is not of the EDM family"):
+        load_teacher(str(other))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"label_column": None}, "--label_column is needed"),
+        ({"resolution": 16}, "set --resolution"),
+        ({"image_mode": "RGB"}, "--image_mode"),
+        ({"label_column": "digit"}, "--label_column digit is not a column"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(teacher, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        distil(teacher, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_infinite_losses_stop_the_run(teacher, tmp_path):
+    with pytest.raises(UserError, match="Lower --learning_rate"):
+        distil(teacher, tmp_path / "run", learning_rate=1e18, max_train_steps=10)
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_damaged_checkpoint_is_refused(teacher, tmp_path):
+    folder = tmp_path / "run"
+    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    path = folder / "checkpoint-2" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be resumed"):
+        distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest")
+
+
+def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
+    """A limit on the size of files refuses the write, as a full disk does."""
+    folder = tmp_path / "run"
+    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    listing = sorted(os.listdir(folder / "checkpoint-2"))
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import training.train_ctm as t; from training.config import *;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); run_program(t.main, CTMConfig)"
+    )
+    arguments = ["--teacher", teacher, "--output_dir", str(folder), "--max_train_steps", "4", "--max_solver_steps", "2"]
+    for name, value in {**SMALL, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}.items():
+        arguments += [f"--{name}", str(value)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    names = sorted(name for name in os.listdir(folder))
+    assert names == ["checkpoint-2", "config.yaml", "pipeline"]
+    assert sorted(os.listdir(folder / "checkpoint-2")) == listing
+    distil(teacher, folder, max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")  # with room again
+
+
+def test_interrupted_save_is_not_a_checkpoint(teacher, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(run_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left on device"):
+        distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    assert run_module.newest_checkpoint(str(folder)) is None and os.listdir(folder) == ["config.yaml"]
+
+
+def test_program_exits_with_a_message(tmp_path):
+    command = [sys.executable, "-m", "training.train_ctm", "--teacher", "nowhere", "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: --teacher nowhere cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

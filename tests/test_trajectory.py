@@ -1,0 +1,380 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The mathematics, against identities, closed-form solutions, diffusers and the authors' numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CMStochasticIterativeScheduler, EDMEulerScheduler
+from exact import ExactDenoiserNetwork, ExactNetwork, GaussianData, GaussianMixture, PixelMixture, randn
+
+from diffusers_ctm.trajectory import (
+    Preconditioning,
+    append_dims,
+    c_noise,
+    check_positive,
+    edm_loss_weight,
+    g_of_jump,
+    gamma_split,
+    heun_step,
+    jump,
+    karras_sigma,
+    karras_sigmas,
+    scalings,
+    sigma_of_c_noise,
+)
+
+
+LEVELS = torch.tensor([0.002, 0.03, 0.5, 2.5, 80.0], dtype=torch.float64)
+GAMMAS = [0.0, 1e-3, 0.2, 0.5, 0.9, 1.0]
+
+
+def close(actual, expected, rtol=1e-12, atol=1e-12):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol)
+
+
+# The jump ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jump_ends(dtype):
+    x, g, t = randn(5, 3, 4, 4, dtype=dtype), randn(5, 3, 4, 4, seed=1, dtype=dtype), LEVELS.to(dtype)
+    assert torch.equal(jump(x, g, t, t), x)  # G(x, t, t) = x
+    assert torch.equal(jump(x, g, t, torch.zeros_like(t)), g)  # G(x, t, 0) = g
+
+
+def test_jump_is_straight_in_s():
+    # (G - x) / (s - t) = (x - g) / t: the mean slope of the jump is the slope of the ODE with g for D
+    x, g, t, s = randn(5, 7), randn(5, 7, seed=1), LEVELS, 0.37 * LEVELS
+    close((jump(x, g, t, s) - x) / append_dims(s - t, 2), (x - g) / append_dims(t, 2))
+
+
+def test_g_of_jump_inverts_jump_both_ways():
+    x, other, t, s = randn(5, 3, 2), randn(5, 3, 2, seed=1), LEVELS, 0.6 * LEVELS
+    close(g_of_jump(x, jump(x, other, t, s), t, s), other)
+    close(jump(x, g_of_jump(x, other, t, s), t, s), other)
+
+
+@pytest.mark.parametrize("data", [GaussianData(0.7, mean=0.2), PixelMixture()], ids=["gaussian", "mixture"])
+def test_semigroup_of_the_exact_flow(data):
+    # t -> u -> s is t -> s, with g taken from the exact jump and brought back by `jump`
+    t, u, s = torch.tensor([5.0, 2.0]).double(), torch.tensor([1.1, 0.9]).double(), torch.tensor([0.3, 0.002]).double()
+    x_t = append_dims(t, 2) * randn(2, 16)
+    x_u = jump(x_t, data.g(x_t, t, u), t, u)
+    x_s = jump(x_u, data.g(x_u, u, s), u, s)
+    close(x_s, data.jump(x_t, t, s), rtol=1e-9, atol=1e-9)
+    close(x_s, jump(x_t, data.g(x_t, t, s), t, s), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("data", [GaussianData(0.7, mean=0.2), PixelMixture()], ids=["gaussian", "mixture"])
+def test_g_of_the_exact_flow(data):
+    t, s = torch.tensor(2.0).double(), torch.tensor(0.3).double()
+    x = 2 * randn(2, 8)
+    close(g_of_jump(x, data.jump(x, t, s), t, s), data.g(x, t, s), rtol=1e-9, atol=1e-9)
+    close(data.g(x, t, t * 0), data.jump(x, t, t * 0), rtol=1e-9, atol=1e-9)
+    # s -> t is the denoiser: the jump to t - h is an Euler step up to h^2
+    for h in (1e-3, 1e-4):
+        error = (g_of_jump(x, data.jump(x, t, t - h), t, t - h) - data.denoiser(x, t)).abs().max()
+        assert error < 0.5 * h
+
+
+@pytest.mark.parametrize("data", [GaussianData(0.7), PixelMixture()], ids=["gaussian", "mixture"])
+def test_g_is_a_mean_of_denoisers(data):
+    # g(x_t, t, s) = x_t + t / (t - s) int_t^s (x_u - D(x_u, u)) / u du (CTM, Eq. 4), by Gauss-Legendre
+    t, s, x = 2.0, 0.4, 2 * randn(2, 8)
+    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(60))
+    integral = torch.zeros_like(x)
+    for node, weight in zip(nodes, weights, strict=True):
+        u = (t + s) / 2 + (s - t) / 2 * node
+        x_u = data.jump(x, t, u)
+        integral += weight * (s - t) / 2 * (x_u - data.denoiser(x_u, u)) / u
+    t, s = torch.tensor(t).double(), torch.tensor(s).double()
+    close(g_of_jump(x, data.jump(x, t, s), t, s), x + t / (t - s) * integral, rtol=1e-8, atol=1e-8)
+
+
+def test_untrained_student_is_an_euler_step():
+    data, t, s = GaussianData(0.5), torch.tensor(3.0).double(), torch.tensor(1.0).double()
+    x = 3 * randn(2, 8)
+    close(jump(x, data.denoiser(x, t), t, s), x + (s - t) * (x - data.denoiser(x, t)) / t)
+
+
+# gamma ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("sigma_min", [0.002, 0.1])
+def test_gamma_split_keeps_the_level(gamma, sigma_min):
+    t_next = torch.tensor([sigma_min, 2 * sigma_min, 1.0, 80.0], dtype=torch.float64)
+    s, std = gamma_split(t_next, gamma, sigma_min)
+    close((s**2 + std**2).sqrt(), t_next)
+    assert (s >= sigma_min).all() and (s <= t_next).all()
+    close(s, [math.sqrt(1 - gamma**2) * (t - sigma_min) + sigma_min for t in t_next.tolist()])  # the authors' sampler
+    assert s[0] == sigma_min and std[0] == 0  # no noise where sampling ends, whatever gamma
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gamma_ends_to_the_last_digit(dtype):
+    t_next = LEVELS.to(dtype)
+    s, std = gamma_split(t_next, 0.0, 0.002)
+    assert torch.equal(s, t_next) and torch.equal(std, torch.zeros_like(t_next))
+    s, std = gamma_split(t_next, 1.0, 0.002)
+    assert torch.equal(s, torch.full_like(t_next, 0.002))
+    # float32 does not hold 0.002, so its lowest level is a little off
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {}
+    close(std, (t_next.double() ** 2 - 0.002**2).clamp(min=0).sqrt(), **tolerance)
+    assert s.dtype == std.dtype == dtype
+
+
+def test_gamma_is_monotone_and_may_differ_by_step():
+    gammas = torch.tensor(GAMMAS, dtype=torch.float64)
+    s, std = gamma_split(torch.full_like(gammas, 3.0), gammas, 0.002)
+    assert (s.diff() < 0).all() and (std.diff() > 0).all()
+    for gamma, one_s, one_std in zip(GAMMAS, s, std, strict=True):
+        for actual, expected in zip((one_s, one_std), gamma_split(torch.tensor(3.0).double(), gamma, 0.002), strict=True):
+            close(actual, expected)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_paper_is_the_limit_of_small_sigma_min(gamma):
+    # Algorithm 3 of the paper: s = sqrt(1 - gamma^2) t, noise gamma t
+    t_next = torch.tensor([0.5, 80.0], dtype=torch.float64)
+    s, std = gamma_split(t_next, gamma, 1e-12)
+    close(s, math.sqrt(1 - gamma**2) * t_next, atol=1e-11)
+    close(std, gamma * t_next, rtol=1e-8, atol=1e-11)
+
+
+# Noise levels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma_min, sigma_max, rho", [(0.002, 80.0, 7.0), (0.02, 10.0, 3.0), (0.1, 5.0, 1.0)])
+@pytest.mark.parametrize("count", [2, 5, 18, 40])
+def test_karras_equals_diffusers(sigma_min, sigma_max, rho, count):
+    config = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho}
+    ramp = torch.linspace(0, 1, count, dtype=torch.float64)
+    ours = karras_sigmas(count, **config, dtype=torch.float64)
+    close(ours, EDMEulerScheduler(**config)._compute_karras_sigmas(ramp))
+    close(ours, CMStochasticIterativeScheduler(**config)._convert_to_karras(ramp.numpy()))
+    close(ours, karras_sigma(ramp, **config))
+    assert ours[0] == sigma_max and ours[-1] == sigma_min  # exactly
+    assert (ours.diff() < 0).all()
+
+
+def test_karras_numbers(oracle):
+    arrays = oracle("samplers_cifar_some.npz")
+    for count in (1, 2, 3, 4, 5, 6, 8, 9, 18, 19, 40, 41):
+        # the authors compute in float32 and append a 0
+        close(karras_sigmas(count), arrays[f"sigmas_karras_{count}"][:-1], rtol=3e-6, atol=0)
+    for count in (18, 40):
+        close(karras_sigmas(count), arrays[f"train_get_t_{count}"], rtol=3e-6, atol=0)
+
+
+def test_karras_special_cases():
+    assert karras_sigmas(1).tolist() == [80.0]
+    close(karras_sigmas(5, 1.0, 9.0, rho=1.0), [9.0, 7.0, 5.0, 3.0, 1.0])  # rho = 1 is linear
+    assert karras_sigmas(3).dtype == torch.float32 and karras_sigmas(3)[-1] == torch.tensor(0.002)
+    close(karras_sigmas(18)[1:3], [57.586, 40.7856], rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_c_noise_equals_diffusers_and_inverts(scale):
+    timestep = c_noise(LEVELS, scale)
+    if scale == 1.0:
+        close(timestep, EDMEulerScheduler().precondition_noise(LEVELS))
+    else:
+        close(timestep, CMStochasticIterativeScheduler().sigma_to_t(LEVELS.numpy()))
+    close(sigma_of_c_noise(timestep, scale), LEVELS)
+    assert (timestep.diff() > 0).all() and c_noise(1.0, scale) == 0 and c_noise(0.0, scale) == -torch.inf
+    assert c_noise(LEVELS.float(), scale).dtype == torch.float32
+
+
+# Preconditioning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma_data", [0.3, 0.5, 1.4])
+def test_scalings_give_unit_variance(sigma_data):
+    c_skip, c_out, c_in = scalings(LEVELS, sigma_data)
+    total = sigma_data**2 + LEVELS**2
+    close(c_in**2 * total, torch.ones(5))  # of the input of F
+    # of its target (x_0 - c_skip x) / c_out with x = x_0 + t n: coefficient 1 - c_skip of x_0, -c_skip t of n
+    close(((1 - c_skip) ** 2 * sigma_data**2 + (c_skip * LEVELS) ** 2) / c_out**2, torch.ones(5))
+    # and no linear function of x predicts that target, or F would have work left that c_skip could do
+    close(((1 - c_skip) * sigma_data**2 - c_skip * LEVELS**2) / total, torch.zeros(5))
+    close(torch.stack(scalings(torch.zeros(()).double(), sigma_data)), [1.0, 0.0, 1 / sigma_data])
+
+
+def test_scalings_equal_diffusers():
+    scheduler, x, model_output = EDMEulerScheduler(sigma_data=0.7), randn(5), randn(5, seed=1)
+    c_skip, c_out, c_in = scalings(LEVELS, 0.7)
+    close(c_in * x, scheduler.precondition_inputs(x, LEVELS))
+    close(c_skip * x + c_out * model_output, scheduler.precondition_outputs(x, model_output, LEVELS))
+
+
+@pytest.mark.parametrize("sigma_data", [0.3, 0.5, 1.4])
+def test_loss_weight_makes_the_loss_of_F_uniform(sigma_data):
+    _, c_out, _ = scalings(LEVELS, sigma_data)
+    close(edm_loss_weight(LEVELS, sigma_data), 1 / c_out**2)
+    # for Gaussian data the best denoiser leaves the variance sd^2 t^2 / (sd^2 + t^2): weighted, 1 at every level
+    residual = sigma_data**2 * LEVELS**2 / (sigma_data**2 + LEVELS**2)
+    close(edm_loss_weight(LEVELS, sigma_data) * residual, torch.ones(5))
+
+
+def test_unknown_prediction_type():
+    with pytest.raises(ValueError, match="prediction_type='epsilon' is not known.*'edm'"):
+        scalings(LEVELS, 0.5, "epsilon")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None])
+def test_check_positive_names_the_argument(value):
+    check_positive(sigma_max=3)
+    with pytest.raises(ValueError, match="sigma_max must be a positive number"):
+        check_positive(rho=7.0, sigma_max=value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("data", [GaussianData(0.9, mean=0.3), PixelMixture()], ids=["gaussian", "mixture"])
+def test_preconditioning_recovers_the_exact_solution(data, scale):
+    preconditioning = Preconditioning(sigma_data=0.6, timestep_scale=scale)
+    network = ExactNetwork(data, sigma_data=0.6, timestep_scale=scale)
+    t, s = torch.tensor([5.0, 0.7, 80.0]).double(), torch.tensor([1.0, 0.002, 79.0]).double()
+    x = append_dims(t, 4) * randn(3, 1, 2, 2)
+    tolerance = {"rtol": 1e-7, "atol": 1e-7}
+    close(preconditioning.g(network, x, t, s), data.g(x, t, s), **tolerance)
+    close(preconditioning.jump(network, x, t, s), data.jump(x, t, s), **tolerance)
+    close(preconditioning.denoise(network, x, t), data.denoiser(x, t), **tolerance)
+    close(preconditioning.g(network, x, t, t), data.denoiser(x, t), **tolerance)  # g(x, t, t) = D
+
+
+def test_preconditioning_hands_over_conditions_and_times():
+    network = ExactDenoiserNetwork(GaussianData(0.5), class_shift=[0.0, 3.0])
+    x, t = randn(2, 1, 2, 2), torch.tensor(1.5).double()
+    # the network has one time and asserts that it is shown one
+    denoised = Preconditioning().denoise(network, x, t, class_labels=torch.tensor([0, 1]))
+    close(denoised[0], GaussianData(0.5).denoiser(x[0], t))
+    close(denoised[1], GaussianData(0.5, mean=3.0).denoiser(x[1], t))
+    config = {"sigma_data": 0.7, "timestep_scale": 1000.0, "prediction_type": "edm", "rho": 7.0}
+    assert Preconditioning.from_config(config) == Preconditioning(0.7, 1000.0, "edm")
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 0.8])
+def test_a_network_that_says_zero_is_an_exact_teacher(exact_teacher, sigma_data):
+    x, t = 4 * randn(2, 3, 8, 8, dtype=torch.float32), torch.tensor([4.0, 0.1])
+    denoised = Preconditioning(sigma_data, 1000.0).denoise(exact_teacher(), x, t)
+    close(denoised, GaussianData(sigma_data).denoiser(x, t), rtol=1e-6)
+
+
+def test_half_precision_network_keeps_the_state_in_float32():
+    def network(sample, timestep, return_dict):
+        return (torch.ones_like(sample, dtype=torch.bfloat16),)
+
+    x, t = randn(2, 3, dtype=torch.float32), torch.tensor(2.0)
+    denoised = Preconditioning().denoise(network, x, t)
+    assert denoised.dtype == torch.float32
+    close(denoised, 0.25 / 4.25 * x + 1 / math.sqrt(4.25), rtol=1e-6)
+
+
+# Heun -------------------------------------------------------------------------------------------------------------------
+
+
+def measured_order(data, step, counts=(16, 32, 64, 128)) -> list[float]:
+    """log2 of the error's decrease each time the number of steps from t = 5 to 0.05 doubles."""
+    x, errors = 5 * randn(1, 32), []
+    for count in counts:
+        levels = torch.logspace(math.log10(5), math.log10(0.05), count + 1, dtype=torch.float64)
+        state = x
+        for t, t_next in zip(levels[:-1], levels[1:], strict=True):
+            state = step(state, t, t_next)
+        errors.append((state - data.jump(x, 5.0, 0.05)).abs().mean().item())
+    return [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+
+
+@pytest.mark.parametrize("data", [GaussianData(0.5, mean=0.1), PixelMixture(stds=(0.3, 0.4))], ids=["gaussian", "mixture"])
+def test_heun_has_order_2_and_the_denoiser_jump_order_1(data):
+    heun = measured_order(data, lambda x, t, u: heun_step(data.denoiser, x, t, u))
+    assert abs(heun[-1] - 2) < 0.1, heun
+    euler = measured_order(data, lambda x, t, u: jump(x, data.denoiser(x, t), t, u))
+    assert abs(euler[-1] - 1) < 0.1, euler
+
+
+def test_heun_goes_up_as_well_as_down():
+    data, x = GaussianData(0.5), randn(1, 8)
+    for start, end in ((1.0, 1.01), (1.01, 1.0)):
+        start, end = torch.tensor(start).double(), torch.tensor(end).double()
+        close(heun_step(data.denoiser, x, start, end), data.jump(x, start, end), rtol=1e-6)  # local error h^3
+
+
+# Shapes and dtypes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 2), (5, 3, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_of_a_batch_act_on_each_sample_alone(shape, dtype):
+    data = GaussianData(0.5)
+    x, g, t = randn(*shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype), LEVELS.to(dtype)
+    s = t / 3
+    functions = {
+        "jump": lambda x, g, t, s: jump(x, g, t, s),
+        "g_of_jump": lambda x, g, t, s: g_of_jump(x, g, t, s),
+        "heun": lambda x, g, t, s: heun_step(data.denoiser, x, t, s),
+        "g": lambda x, g, t, s: Preconditioning().g(lambda sample, *times, **_: (sample.sin(),), x, t, s),
+    }
+    for name, function in functions.items():
+        together = function(x, g, t, s)
+        assert together.shape == x.shape and together.dtype == dtype, name
+        for i in range(5):
+            close(function(x[i : i + 1], g[i : i + 1], t[i], s[i])[0], together[i], rtol=2e-5 if dtype == torch.float32 else 1e-12)
+
+
+# The toy of the authors' folder: five correlated normals in the plane, flow solved to 3e-10 ------------------------------
+
+
+@pytest.fixture
+def toy(oracle):
+    arrays = oracle("toy_gmm.npz")
+    arrays = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return arrays, GaussianMixture(arrays["weights"], arrays["means"], arrays["covs"])
+
+
+def test_toy_denoiser(toy):
+    arrays, data = toy
+    close(data.denoiser(arrays["tab_x"], arrays["tab_t"]), arrays["tab_D"], atol=1e-9)
+    close(data.denoiser(arrays["xT"], 80.0), arrays["xT_D"], atol=1e-9)
+
+
+def test_toy_jump(toy):
+    arrays, _ = toy
+    for i in range(6):
+        t, x = arrays[f"mid{i}_t"], arrays[f"mid{i}_x"]
+        for s, g, x_s in zip(arrays[f"mid{i}_s"], arrays[f"mid{i}_g"], arrays[f"mid{i}_G"], strict=True):
+            close(jump(x, g, t, s), x_s, atol=1e-10)
+            # 3e-10 of G are amplified by t / (t - s)
+            close(g_of_jump(x, x_s, t, s), g, rtol=0, atol=1e-9 * float(t / (t - s)))
+
+
+def test_toy_flow_by_heun(toy):
+    arrays, data = toy
+    errors = []
+    for refine in (16, 32):
+        ramp = torch.linspace(0, 1, 17 * refine + 1, dtype=torch.float64)
+        levels = karras_sigma(ramp)
+        x, error = arrays["xT"], 0.0
+        for i, (t, t_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+            x = heun_step(data.denoiser, x, t, t_next)
+            if (i + 1) % refine == 0:  # at a level of the 18-grid
+                error = max(error, (x - arrays["xT_G"][i // refine]).abs().mean().item())
+        errors.append(error)
+    assert errors[-1] < 1e-4 and 1.8 < math.log2(errors[0] / errors[1]) < 2.2, errors
+
+
+def test_toy_semigroup(toy):
+    # G(G(x, t, s_1), s_1, s_2) = G(x, t, s_2): both ends from the folder's g, the way between by fine Heun steps
+    arrays, data = toy
+    for i in range(1, 5):
+        t, x, s, g = (arrays[f"mid{i}_{name}"] for name in ("t", "x", "s", "g"))
+        for j in (2, 4):
+            ramp = torch.linspace(0, 1, 200, dtype=torch.float64)
+            levels = karras_sigma(ramp, sigma_min=float(s[j + 1]), sigma_max=float(s[j]))
+            state = jump(x, g[j], t, s[j])
+            for level, level_next in zip(levels[:-1], levels[1:], strict=True):
+                state = heun_step(data.denoiser, state, level, level_next)
+            close(state, jump(x, g[j + 1], t, s[j + 1]), rtol=0, atol=3e-4)

@@ -1,0 +1,267 @@
+"""Options of the programs: dataclasses, read from YAML and overridden on the command line."""
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """A problem that the user can solve; its message says how. Printed without a traceback."""
+
+
+def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with a sentence of help and, maybe, the values it may take."""
+    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Checked:
+    """Base of the option classes: `check(condition, field, advice)` raises UserError naming the field."""
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            choices, value = entry.metadata.get("choices"), getattr(self, entry.name)
+            if choices is not None:
+                self.check(value in choices, entry.name, f"one of {', '.join(map(str, choices))}")
+
+    def check(self, condition: bool, name: str, advice: str) -> None:
+        if not condition:
+            raise UserError(f"--{name} must be {advice}, got {getattr(self, name)!r}.")
+
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            self.check(getattr(self, name) > 0, name, "positive")
+
+    def check_not_negative(self, *names: str) -> None:
+        for name in names:
+            self.check(getattr(self, name) >= 0, name, "0 or more")
+
+
+@dataclass
+class DataOptions(Checked):
+    """Where images come from."""
+
+    dataset_name: str = option(
+        "digits",
+        "Images: 'digits' (8x8, from scikit-learn, no download), a data set on the Hub, a local folder of images or of "
+        "parquet files, or one parquet file.",
+    )
+    dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.")
+    dataset_split: str = option("train", "Split of the data set.")
+    image_column: str | None = option(None, "Column that holds the images. Default: the only image column.")
+    label_column: str | None = option(
+        None, "Column that holds the class of each image, for class-conditional training. Default: no classes."
+    )
+    resolution: int | None = option(
+        None, "Height and width in pixels; images are scaled and centre-cropped to it. Default: that of the first image."
+    )
+    image_mode: str | None = option(None, "'L' (grey) or 'RGB'. Default: that of the first image.", [None, "L", "RGB"])
+    random_flip: bool = option(False, "Mirror images left to right with probability 1/2.")
+    dataloader_num_workers: int = option(0, "Processes that decode images; 0 is the main one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_not_negative("dataloader_num_workers")
+        self.check(self.resolution is None or self.resolution > 0, "resolution", "positive")
+
+
+@dataclass
+class RunOptions(DataOptions):
+    """What every training run has."""
+
+    config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
+    output_dir: str = option("runs/run", "Folder of the run: checkpoints, samples, logs, and the finished `pipeline`.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none."
+    )
+    seed: int = option(0, "Seed of weights, data order and noise.")
+    max_train_steps: int = option(1000, "Optimiser steps in all.")
+    train_batch_size: int = option(
+        128, "Images per process and forward pass. A step uses this times processes times gradient_accumulation_steps."
+    )
+    gradient_accumulation_steps: int = option(1, "Forward and backward passes per optimiser step.")
+    mixed_precision: str = option(
+        "auto", "'no', 'fp16', 'bf16', or 'auto': bf16 on a GPU that has it, else no.", ["auto", "no", "fp16", "bf16"]
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+
+    optimizer: str = option("radam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
+    learning_rate: float = option(4e-4, "Peak learning rate.")
+    adam_beta1: float = option(0.9, "Decay of the optimiser's first moment.")
+    adam_beta2: float = option(0.999, "Decay of the optimiser's second moment.")
+    adam_weight_decay: float = option(0.0, "Weight decay.")
+    adam_epsilon: float = option(1e-8, "The optimiser's epsilon.")
+    lr_scheduler: str = option(
+        "constant_with_warmup", "Learning-rate schedule by diffusers' name: 'constant', 'constant_with_warmup', 'cosine', 'linear'."
+    )
+    lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
+    max_grad_norm: float = option(0.0, "Clip the gradient's norm to this; 0 is no clipping.")
+    ema_decay: float = option(0.999, "Decay per step of the exponential moving average of the weights, which is what is saved.")
+    ema_warmup: bool = option(False, "Let the decay rise as (1 + step) / (10 + step) up to ema_decay. For short runs.")
+
+    checkpointing_steps: int = option(500, "Save a checkpoint every so many steps, and at the end; 0 is never.")
+    checkpoints_total_limit: int = option(2, "Keep at most this many checkpoints, the newest; 0 keeps all.")
+    sample_every: int = option(500, "Draw a grid of samples every so many steps; 0 is never.")
+    logging_steps: int = option(20, "Show and track the losses every so many steps; each is a mean over them.")
+    report_to: str = option("tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive(
+            "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "logging_steps"
+        )
+        self.check_not_negative(
+            "max_grad_norm", "lr_warmup_steps", "checkpointing_steps", "checkpoints_total_limit", "sample_every", "seed"
+        )
+        self.check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
+        self.check(self.output_dir != "", "output_dir", "a folder")
+
+
+@dataclass
+class EDMConfig(RunOptions):
+    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`."""
+
+    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
+    optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")
+    layers_per_block: int = option(2, "Residual blocks per resolution.")
+    attention_levels: list[int] = option([1], "Resolutions that have self-attention, by index into block_out_channels.")
+    mid_attention: bool = option(True, "Self-attention in the middle block.")
+    attention_head_dim: int = option(32, "Channels per attention head.")
+    norm_num_groups: int = option(8, "Groups of the group normalisation.")
+    resnet_time_scale_shift: str = option(
+        "scale_shift", "How the noise level enters a block: added ('default') or as scale and shift.", ["default", "scale_shift"]
+    )
+    dropout: float = option(0.0, "Dropout probability.")
+    sigma_data: float = option(0.5, "Standard deviation of the data in [-1, 1].")
+    sigma_min: float = option(0.002, "Lowest noise level when sampling.")
+    sigma_max: float = option(80.0, "Highest noise level when sampling.")
+    timestep_scale: float = option(1.0, "The network is shown timestep_scale * ln(sigma) / 4; 1 is NVIDIA's EDM, 1000 OpenAI's.")
+    p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
+    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("sigma_data", "sigma_min", "timestep_scale", "p_std", "layers_per_block", "norm_num_groups")
+        self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
+        self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        for channels in self.block_out_channels:
+            self.check(channels % self.norm_num_groups == 0, "block_out_channels", "multiples of norm_num_groups")
+        levels = range(len(self.block_out_channels))
+        self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")
+
+
+@dataclass
+class CTMConfig(RunOptions):
+    """Distil an EDM teacher into a consistency trajectory model (Kim et al. 2024)."""
+
+    output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
+    teacher: str | None = option(None, "The EDM teacher: a folder or a repository on the Hub with `unet` and `scheduler`.")
+    num_train_timesteps: int = option(18, "Noise levels N of the Karras grid: 18 for CIFAR-10, 40 for ImageNet-64.")
+    matching: str = option(
+        "soft",
+        "Where the solver stops: 'soft' (u between s and t), 'local' (one grid step below t) or 'global' (u = s).",
+        ["soft", "local", "global"],
+    )
+    max_solver_steps: int | None = option(
+        None, "Most grid steps M that the teacher's solver takes in one iteration. Default: N - 1."
+    )
+    solver_steps_distribution: str = option(
+        "weighted", "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors') or 'uniform'.", ["weighted", "uniform"]
+    )
+    inner_target: str = option(
+        "ema", "Network of the target's jump from u to s: 'ema' (the paper) or 'live' (the authors' code).", ["ema", "live"]
+    )
+    distance: str = option("l2", "Distance of the two estimates at time 0: 'l2' or 'pseudo_huber'.", ["l2", "pseudo_huber"])
+    dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.")
+    dsm_adaptive: bool = option(
+        True, "Scale it so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. 12)."
+    )
+    dsm_sigma: str = option(
+        "half_lognormal",
+        "Noise levels of denoising score matching: 'lognormal' (EDM), or 'half_lognormal': every other sample from the upper 70 % "
+        "of the Karras ramp (the authors').",
+        ["lognormal", "half_lognormal"],
+    )
+    dropout: float | None = option(None, "Dropout of the student. Default: the teacher's.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is None:
+            raise UserError("--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`.")
+        self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
+        self.check_not_negative("dsm_weight")
+        most = self.num_train_timesteps - 1
+        if self.max_solver_steps is None:
+            self.max_solver_steps = most
+        self.check(1 <= self.max_solver_steps <= most, "max_solver_steps", f"in 1..{most} (num_train_timesteps - 1)")
+        self.check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
+
+    Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(config_class, description=config_class.__doc__)
+    known, _ = parser.parse_known_args(argv)
+    try:
+        arguments = _yaml_arguments(known.config, {f.name for f in dataclasses.fields(config_class)}) + argv
+        namespace = parser.parse_args(arguments)
+        return config_class(**vars(namespace))
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _yaml_arguments(path: str | None, known: set[str]) -> list[str]:
+    """The contents of a YAML file as command-line arguments, so that both are checked alike."""
+    if path is None:
+        return []
+    try:
+        with open(path) as file:
+            values = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold `option: value` lines.")
+    unknown = sorted(set(map(str, values)) - (known - {"config"}))
+    if unknown:
+        raise UserError(f"--config {path} has unknown options: {', '.join(unknown)}. See --help for all.")
+    arguments = []
+    for name, value in values.items():
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def save_config(config: Any, path: str) -> None:
+    """Write the options as YAML, readable by `--config`."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
+    with open(path, "w") as file:
+        yaml.safe_dump(values, file, sort_keys=False)
+
+
+def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:
+    """Parse the command line and call `main`. A UserError becomes one line on standard error and exit status 1."""
+    config = parse_config(config_class)
+    try:
+        main(config)
+    except UserError as error:
+        if os.environ.get("CTM_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,145 @@
+"""Images through `datasets`, in an order that depends on the seed and the step alone."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from .config import DataOptions, UserError
+
+
+def digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, with labels."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
+    columns = {"image": [PILImage.fromarray(image) for image in pixels], "label": source.target.tolist()}
+    return Dataset.from_dict(columns, features=features)
+
+
+def _load(options: DataOptions) -> Dataset:
+    name = options.dataset_name
+    if name == "digits" and not os.path.exists(name):
+        return digits()
+    try:
+        if name.endswith(".parquet"):
+            return load_dataset("parquet", data_files={options.dataset_split: name}, split=options.dataset_split)
+        return load_dataset(name, options.dataset_config_name, split=options.dataset_split)
+    except Exception as error:  # datasets raises many kinds for a name, split or configuration that is not there
+        raise UserError(f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _column(dataset: Dataset, option: str, name: str) -> str:
+    if name not in dataset.column_names:
+        raise UserError(f"--{option} {name} is not a column of the data set; it has {', '.join(dataset.column_names)}.")
+    return name
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of one size and mode, and their classes.
+
+    `dataset[[3, 7]]` is `(images, labels)`: uint8 of shape (n, C, H, W) and int64 of shape (n,), or None without classes.
+
+    Raises UserError if the data set or a column is not there, is no image column, or is empty.
+    """
+
+    def __init__(self, options: DataOptions):
+        self.source = _load(options)
+        if len(self.source) == 0:
+            raise UserError(f"--dataset_name {options.dataset_name} holds no images.")
+        features = self.source.features
+        image_columns = [name for name, feature in features.items() if isinstance(feature, Image)]
+        if options.image_column is not None:
+            self.image_column = _column(self.source, "image_column", options.image_column)
+            if self.image_column not in image_columns:
+                raise UserError(f"--image_column {self.image_column} holds no images; image columns: {image_columns}.")
+        elif len(image_columns) == 1:
+            self.image_column = image_columns[0]
+        else:
+            raise UserError(f"--image_column is needed: the data set has the image columns {image_columns}.")
+
+        self.label_column, self.num_classes, self.id2label = None, None, None
+        if options.label_column is not None:
+            self.label_column = _column(self.source, "label_column", options.label_column)
+            feature = features[self.label_column]
+            if isinstance(feature, ClassLabel):
+                self.num_classes = feature.num_classes
+                self.id2label = dict(enumerate(feature.names))
+            elif str(getattr(feature, "dtype", "")).startswith("int"):
+                self.num_classes = max(self.source[self.label_column]) + 1
+            else:
+                raise UserError(f"--label_column {self.label_column} must hold classes or whole numbers, it holds {feature}.")
+
+        first = self.source[0][self.image_column]
+        self.mode = options.image_mode or ("L" if first.mode in ("1", "L", "I", "I;16", "F") else "RGB")
+        self.resolution = options.resolution or min(first.size)
+        columns = [self.image_column] + ([self.label_column] if self.label_column else [])
+        self.source = self.source.select_columns(columns)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.mode == "L" else 3
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = self.source[indices]
+        images = np.stack([np.asarray(self._fit(image)) for image in rows[self.image_column]])
+        images = torch.from_numpy(images.reshape(len(images), self.resolution, self.resolution, self.channels))
+        labels = torch.tensor(rows[self.label_column]) if self.label_column else None
+        return images.permute(0, 3, 1, 2).contiguous(), labels
+
+    __getitems__ = __getitem__  # torch's DataLoader then asks for a whole batch at once
+
+    def _fit(self, image: PILImage.Image) -> PILImage.Image:
+        """Scale the shorter side to the resolution and keep the centre."""
+        image = image.convert(self.mode)
+        size = self.resolution
+        if image.size != (size, size):
+            smaller = min(image.size) > size
+            method = PILImage.Resampling.BOX if smaller else PILImage.Resampling.BICUBIC
+            image = ImageOps.fit(image, (size, size), method)
+        return image
+
+
+def to_sample(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images in 0..255 to float32 in [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+class StepSampler:
+    """Batches of indices for one process, a function of seed and step: a run resumes by saying where it stands.
+
+    Each epoch is a permutation of the data set and batches run across its ends. The images of a step are the same for every split of
+    `total = batch_size * num_parts` into batches; a part is one process in one accumulation step.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: list[int], num_parts: int):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.steps = range(first_step, last_step)
+        self.parts, self.num_parts = parts, num_parts
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        orders: dict[int, torch.Tensor] = {}
+        for step in self.steps:
+            for part in self.parts:
+                begin = (step * self.num_parts + part) * self.batch_size
+                batch = []
+                for position in range(begin, begin + self.batch_size):
+                    epoch, index = divmod(position, self.length)
+                    if epoch not in orders:
+                        orders = {e: order for e, order in orders.items() if e >= epoch - 1}
+                        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                        orders[epoch] = torch.randperm(self.length, generator=generator)
+                    batch.append(int(orders[epoch][index]))
+                yield batch

@@ -1,0 +1,67 @@
+"""Folders and files that are either whole or not there."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from safetensors import SafetensorError
+
+from .config import UserError
+
+
+# What torch, safetensors and the system raise when a disk refuses a write.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str) -> Iterator[str]:
+    """Yield a new folder beside `path`; when the block ends well it becomes `path`, replacing a former one as a whole.
+
+    If the block fails, nothing stays behind and the former folder is untouched. A disk that refuses the write is a UserError.
+    """
+    path = os.path.normpath(path)
+    parent, name = os.path.split(path)
+    draft = os.path.join(parent, f".{name}.draft")
+    former = os.path.join(parent, f".{name}.former")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        os.makedirs(draft)
+        yield draft
+        replace_folder(draft, path, former)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(draft: str, path: str, former: str) -> None:
+    """Rename `draft` to `path`, moving what is there out of the way first."""
+    shutil.rmtree(former, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, former)
+    try:
+        os.rename(draft, path)
+    except OSError:
+        if os.path.exists(former):
+            os.rename(former, path)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str) -> Iterator[str]:
+    """Yield the name of a new file beside `path`; when the block ends well it is renamed to `path`."""
+    parent, name = os.path.split(path)
+    stem, extension = os.path.splitext(name)
+    draft = os.path.join(parent, f".{stem}.draft{extension}")
+    try:
+        if parent:
+            os.makedirs(parent, exist_ok=True)
+        yield draft
+        os.replace(draft, path)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+    finally:
+        if os.path.exists(draft):
+            os.remove(draft)

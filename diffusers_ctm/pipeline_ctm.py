@@ -57,6 +57,7 @@ class CTMPipeline(DiffusionPipeline):
         save_directory = os.fspath(save_directory)  # push_to_hub=True splits it as a string
         if os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
+        self._match_scheduler()  # a scheduler put in place since is told what it must carry along
         write_loading_code(save_directory, self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -90,8 +91,8 @@ class CTMPipeline(DiffusionPipeline):
             if known is None:
                 raise ValueError(
                     f"This {name} does not say which time the network is shown. Make it with `from_config` of the checkpoint's "
-                    "scheduler config, or pass timestep_scale=1.0 (NVIDIA's EDM) or 1000.0 (OpenAI, consistency, CTM) to "
-                    "`from_config`."
+                    "scheduler config, or say it: `scheduler.register_to_config(timestep_scale=1.0)` for NVIDIA's EDM, "
+                    "1000.0 for the OpenAI, consistency and CTM family."
                 )
             scheduler.register_to_config(timestep_scale=known[1])
         current = (scheduler.config.sigma_data, scheduler.config["timestep_scale"])
@@ -130,7 +131,9 @@ class CTMPipeline(DiffusionPipeline):
         for label in [labels] if isinstance(labels, (Integral, str)) else list(labels):
             if isinstance(label, str):
                 if label.lower() not in names:
-                    known = ", ".join(sorted(names)) if names else "none: this checkpoint carries no names, pass a number"
+                    known = (
+                        ", ".join(sorted(names)) if names else "none: this checkpoint carries no names, pass a number"
+                    )
                     raise ValueError(f"class_labels={label!r} is not the name of a class. Known names: {known}.")
                 label = names[label.lower()]
             if not isinstance(label, Integral):
@@ -148,7 +151,12 @@ class CTMPipeline(DiffusionPipeline):
             if num_classes is None:
                 return None, batch_size
             drawn = [
-                torch.randint(num_classes, (1 if isinstance(generator, list) else batch_size,), generator=g, device=g.device if g else "cpu").cpu()
+                torch.randint(
+                    num_classes,
+                    (1 if isinstance(generator, list) else batch_size,),
+                    generator=g,
+                    device=g.device if g else "cpu",
+                ).cpu()
                 for g in (generator if isinstance(generator, list) else [generator])
             ]
             return torch.cat(drawn).to(device), batch_size
@@ -165,7 +173,9 @@ class CTMPipeline(DiffusionPipeline):
         if single or len(ids) == 1:
             ids = ids * (batch_size or 1)
         if batch_size is not None and len(ids) != batch_size:
-            raise ValueError(f"class_labels has {len(ids)} entries for batch_size={batch_size}; pass one or {batch_size}.")
+            raise ValueError(
+                f"class_labels has {len(ids)} entries for batch_size={batch_size}; pass one or {batch_size}."
+            )
         return torch.tensor(ids, device=device), len(ids)
 
     def prepare_latents(self, batch_size: int, device, generator, latents: torch.Tensor | None) -> torch.Tensor:
@@ -246,7 +256,9 @@ class CTMPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         if not set(callback_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}.")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}."
+            )
         if latents is not None:
             batch_size = batch_size or latents.shape[0]
         if isinstance(generator, list):
@@ -259,7 +271,9 @@ class CTMPipeline(DiffusionPipeline):
         device = self._execution_device
         class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator is a list of {len(generator)} for batch_size={batch_size}; pass one or {batch_size}.")
+            raise ValueError(
+                f"generator is a list of {len(generator)} for batch_size={batch_size}; pass one or {batch_size}."
+            )
         self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma)
         scheduler = self.scheduler
         latents = self.prepare_latents(batch_size, device, generator, latents)

@@ -127,7 +127,9 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
             levels = self.t_to_sigma(levels)
         config = self.config
         if not levels.isfinite().all() or (levels[1:] >= levels[:-1]).any():
-            raise ValueError(f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as noise levels.")
+            raise ValueError(
+                f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as noise levels."
+            )
         lowest = config.sigma_min * (1 - 1e-4 if self._ends_at_zero else 1 + 1e-4)
         if levels[-1] < lowest:
             raise ValueError(

@@ -168,9 +168,7 @@ class Preconditioning:
         """D(x_t, t) = g(x_t, t, t), the minimum mean squared error estimate of the clean sample."""
         return self.g(network, x_t, t, None, **condition)
 
-    def jump(
-        self, network: Callable, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, **condition
-    ) -> torch.Tensor:
+    def jump(self, network: Callable, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, **condition) -> torch.Tensor:
         """G(x_t, t, s), one evaluation of `network`."""
         return jump(x_t, self.g(network, x_t, t, s, **condition), t, s)
 

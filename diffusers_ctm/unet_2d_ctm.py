@@ -58,7 +58,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         if unet.dtype != student.dtype:
             student = student.to(unet.dtype)
         weights = dict(unet.state_dict())
-        for name, new in student.state_dict().items():
+        for name in student.state_dict():
             if name.startswith("target_time_embedding."):
                 weights[name] = weights[name.removeprefix("target_")]
             elif name.endswith("time_emb_proj.weight"):
@@ -152,7 +152,9 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
 
 def _widened(linear: nn.Linear) -> nn.Linear:
     """`linear` with as many input features again, whose weights are zero."""
-    wide = nn.Linear(2 * linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+    wide = nn.Linear(
+        2 * linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype
+    )
     with torch.no_grad():
         wide.weight[:, : linear.in_features] = linear.weight
         wide.weight[:, linear.in_features :] = 0

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Exact solutions that can be called: data whose denoiser and trajectories are known, and networks made of them.
 
-A data object has `denoiser(x, t)`, and `jump(x, t, s)` and `g(x, t, s)` where the trajectory is known in closed form. Formulas
-are written out here a second time on purpose: nothing below calls the package.
+A data object has `denoiser(x, t)`, and `jump(x, t, s)` and `g(x, t, s)` where the trajectory is known in closed form.
+Formulas are written out here a second time on purpose: nothing below calls the package.
 """
 
 import math
@@ -39,7 +39,7 @@ class GaussianData:
         return self.mean + (x - self.mean) * ((self.std**2 + s**2) / (self.std**2 + t**2)).sqrt()
 
     def g(self, x, t, s):
-        """(x_s - (s/t) x_t) / (1 - s/t) in a form without cancellation: s = t gives the denoiser, s = 0 the jump to 0."""
+        """(x_s - (s/t) x_t) / (1 - s/t) without cancellation: s = t gives the denoiser, s = 0 the jump to 0."""
         t, s = levels_like(t, x), levels_like(s, x)
         variance_t = self.std**2 + t**2
         ratio = ((self.std**2 + s**2) / variance_t).sqrt()
@@ -47,7 +47,7 @@ class GaussianData:
 
 
 class PixelMixture:
-    """Each value independently from a mixture of normals: not linear, and the flow is known, since it keeps the CDF in 1-D."""
+    """Each value independently from a mixture of normals: not linear, but in 1-D the flow keeps the CDF."""
 
     def __init__(self, weights=(0.3, 0.7), means=(-0.8, 0.5), stds=(0.1, 0.2)):
         as_row = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
@@ -113,8 +113,8 @@ class GaussianMixture:
 class ExactDenoiserNetwork(nn.Module):
     """F of an exact EDM teacher, called as `network(sample, timestep, class_labels=None, return_dict=False)[0]`.
 
-    F = (g - c_skip x) / c_out at x = sample / c_in, with the level read back from `timestep`. With `class_shift` the data of
-    class k is shifted by `class_shift[k]`. `calls` records the levels of each call.
+    F = (g - c_skip x) / c_out at x = sample / c_in, with the level read back from `timestep`. With `class_shift` the
+    data of class k is shifted by `class_shift[k]`. `calls` records the levels of each call.
     """
 
     times = 1

@@ -38,7 +38,7 @@ AGAIN = ["again", "swapped"]  # saved and pushed by the user without the package
 
 
 def randomized(network):
-    """`network` with every weight drawn, so that the image depends on all of them, those of the target time included."""
+    """`network` with every weight drawn: the image then depends on all of them, those of the target time included."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -517,7 +517,7 @@ api.upload_file(path_or_fileobj=b"three", path_in_repo="data/a.txt", **repo)
 seen = [open(snapshot_download(**repo, revision=rev) + "/data/a.txt").read() for rev in (first, "main")]
 seen.append(api.list_repo_files(**repo))
 for call, error in (
-    (lambda: api.upload_file(path_or_fileobj=b"no", path_in_repo="refuse/me.txt", repo_id="team/refused"), HfHubHTTPError),
+    (lambda: api.upload_file(path_or_fileobj=b"", path_in_repo="a.txt", repo_id="team/refused"), HfHubHTTPError),
     (lambda: api.hf_hub_download(**repo, filename="data/none.txt"), EntryNotFoundError),
     (lambda: api.repo_info(**repo, revision="f" * 40), RevisionNotFoundError),
     (lambda: api.delete_repo(**repo) or api.repo_info(**repo), RepositoryNotFoundError),

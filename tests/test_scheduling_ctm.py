@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""CTMScheduler on exact solutions, against diffusers and the authors' numbers; and what diffusers expects of any scheduler,
-for both schedulers of the package."""
+"""CTMScheduler on exact solutions, against diffusers and the authors' numbers; and what diffusers expects of any
+scheduler, for both schedulers of the package."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def run(scheduler, steps=4, seed=0, dtype=torch.float32, **options):
     return sampling_loop(scheduler, some_network, x, seeded(seed))
 
 
-# What diffusers' common suite expects of a scheduler ----------------------------------------------------------------------
+# What diffusers' common suite expects of a scheduler ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls, config", EVERY_CONFIG)
@@ -102,7 +102,11 @@ def test_public_interface(cls, config):
     sigma_data = scheduler.config.sigma_data
     scheduler.set_timesteps(5)
     assert isinstance(scheduler.init_noise_sigma, float)
-    close(torch.tensor(scheduler.init_noise_sigma), float(scheduler.call_sigmas[0]), rtol=2e-2 if "s_noise" in config else 1e-6)
+    close(
+        torch.tensor(scheduler.init_noise_sigma),
+        float(scheduler.call_sigmas[0]),
+        rtol=2e-2 if "s_noise" in config else 1e-6,
+    )
     x = randn(2, 3, 4, 4)
     for i, timestep in enumerate(scheduler.timesteps):
         sigma = scheduler.call_sigmas[i].item()
@@ -116,7 +120,10 @@ def test_public_interface(cls, config):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_arithmetic_is_float32_and_the_result_in_the_dtype_of_the_sample(cls, dtype):
-    low, high = cls(**({"gamma": 0.5} if cls is CTMScheduler else {})), cls(**({"gamma": 0.5} if cls is CTMScheduler else {}))
+    low, high = (
+        cls(**({"gamma": 0.5} if cls is CTMScheduler else {})),
+        cls(**({"gamma": 0.5} if cls is CTMScheduler else {})),
+    )
     low.set_timesteps(4)
     high.set_timesteps(4)
     x, model_output = (80 * randn(2, 3, 4, 4)).to(dtype), randn(2, 3, 4, 4, seed=1).to(dtype)
@@ -127,7 +134,10 @@ def test_arithmetic_is_float32_and_the_result_in_the_dtype_of_the_sample(cls, dt
         assert value.dtype == dtype and torch.equal(value, expected[name].to(dtype))
     assert low.scale_model_input(x, timestep).dtype == dtype
     # a half-precision network under a float32 state
-    assert high.step(model_output, high.timesteps[1], expected.prev_sample, generator=seeded()).prev_sample.dtype == torch.float32
+    assert (
+        high.step(model_output, high.timesteps[1], expected.prev_sample, generator=seeded()).prev_sample.dtype
+        == torch.float32
+    )
 
 
 @BOTH
@@ -142,8 +152,17 @@ def test_add_noise(cls, scale, dtype):
     assert noisy.dtype == dtype
     # rounded once, to the sample's dtype
     close(noisy.double(), expected, rtol=2 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-12, atol=1e-6)
-    for one in (scheduler.sigma_to_t(0.777), float(scheduler.sigma_to_t(0.777)), [float(scheduler.sigma_to_t(0.777))] * 3):
-        close(scheduler.add_noise(clean.double(), noise.double(), one), clean.double() + 0.777 * noise.double(), rtol=1e-6, atol=1e-5)
+    for one in (
+        scheduler.sigma_to_t(0.777),
+        float(scheduler.sigma_to_t(0.777)),
+        [float(scheduler.sigma_to_t(0.777))] * 3,
+    ):
+        close(
+            scheduler.add_noise(clean.double(), noise.double(), one),
+            clean.double() + 0.777 * noise.double(),
+            rtol=1e-6,
+            atol=1e-5,
+        )
 
 
 @BOTH
@@ -182,7 +201,9 @@ def test_start_in_the_middle(cls, by):
     # what follows from call 4 on is what follows there in the whole run
     start, states = 4, []
     scheduler = set_to(cls(), 6)
-    whole = sampling_loop(scheduler, some_network, 80 * randn(1, 3, 4, 4), callback=lambda o: states.append(o.prev_sample))
+    whole = sampling_loop(
+        scheduler, some_network, 80 * randn(1, 3, 4, 4), callback=lambda o: states.append(o.prev_sample)
+    )
     scheduler.set_timesteps(6)
     if by == "begin_index":
         scheduler.set_begin_index(start)
@@ -296,13 +317,20 @@ def test_round_trip_to_compatible_schedulers(cls, other, saved, explicit, tmp_pa
 def test_the_epsilon_of_diffusers_is_our_edm(cls, other, config, tmp_path):
     theirs = other(sigma_data=0.7, **config)
     theirs.save_pretrained(tmp_path)
-    for ours in (cls.from_config(theirs.config), cls.from_pretrained(tmp_path), cls.from_config(other.load_config(tmp_path))):
+    for ours in (
+        cls.from_config(theirs.config),
+        cls.from_pretrained(tmp_path),
+        cls.from_config(other.load_config(tmp_path)),
+    ):
         assert ours.config.prediction_type == "edm" and ours.config.sigma_data == 0.7
         assert theirs.config.prediction_type == "epsilon"  # untouched
     x, model_output, sigma = randn(2, 3), randn(2, 3, seed=1), torch.tensor(2.5).double()
     ours = cls.from_config(theirs.config)
     ours.set_timesteps(sigmas=[2.5])
-    close(ours.step(model_output, ours.timesteps[0], x).pred_original_sample, theirs.precondition_outputs(x, model_output, sigma))
+    close(
+        ours.step(model_output, ours.timesteps[0], x).pred_original_sample,
+        theirs.precondition_outputs(x, model_output, sigma),
+    )
     # the epsilon of a DDPM is something else
     with pytest.raises(ValueError, match="prediction_type='epsilon' is not known"):
         cls.from_config({"prediction_type": "epsilon", "beta_schedule": "linear"})
@@ -321,7 +349,7 @@ def test_euler_of_diffusers_is_our_jump_with_the_denoiser():
         close(x, expected, rtol=1e-4, atol=1e-4)
 
 
-# CTMScheduler on the exact solutions ------------------------------------------------------------------------------------------
+# CTMScheduler on the exact solutions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
@@ -414,7 +442,7 @@ def test_clip_sample_clamps_g():
     close(output.prev_sample, jump(x, g.clamp(-1, 1), plain.sigmas[0].double(), plain.sigmas[1].double()))
 
 
-# Against other implementations --------------------------------------------------------------------------------------------------
+# Against other implementations ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 18])
@@ -432,7 +460,12 @@ def test_gamma_1_equals_consistency_models(steps, scale_config):
     for i in range(steps):
         t = theirs.sigmas[i].double()
         close(ours.target_sigmas[i], sigma_min, rtol=1e-6)
-        close(ours.scale_model_input(x_ours, ours.timesteps[i]), theirs.scale_model_input(x_theirs, theirs.timesteps[i]), rtol=1e-5, atol=1e-6)
+        close(
+            ours.scale_model_input(x_ours, ours.timesteps[i]),
+            theirs.scale_model_input(x_theirs, theirs.timesteps[i]),
+            rtol=1e-5,
+            atol=1e-6,
+        )
         # one consistency function in both parametrisations: theirs is the identity at sigma_min by its c_skip, c_out,
         # ours by the jump
         model_output = randn(2, 3, 4, 4, seed=i)
@@ -466,7 +499,9 @@ def pairs(steps, gamma, scale=1000.0):
     scheduler.set_timesteps(**{"num_inference_steps" if isinstance(steps, int) else "sigmas": steps}, gamma=gamma)
     network = ExactNetwork(timestep_scale=scale)
     sampling_loop(scheduler, network, 80 * randn(1, 1, 2, 2), seeded())
-    close(torch.stack([scheduler.sigmas[:-1], scheduler.target_sigmas]).double(), torch.tensor(network.calls).T, rtol=1e-5)
+    close(
+        torch.stack([scheduler.sigmas[:-1], scheduler.target_sigmas]).double(), torch.tensor(network.calls).T, rtol=1e-5
+    )
     return torch.tensor(network.calls, dtype=torch.float64)
 
 
@@ -492,7 +527,7 @@ def test_pairs_of_the_authors_all_digits(oracle):
 
 
 def test_index_sampler_is_a_gamma(oracle):
-    """The authors' 2-step sampler jumps to level 5 of the grid, renoises to level 3, jumps to the end: a gamma of its own."""
+    """The authors' 2-step sampler jumps to level 5 of the grid, renoises to level 3 and jumps to the end."""
     arrays = oracle("samplers_cifar_some.npz")
     grid = arrays["sigmas_karras_18"].astype(float)
     gamma = math.sqrt(1 - ((grid[5] - 0.002) / (grid[3] - 0.002)) ** 2)
@@ -524,7 +559,7 @@ def test_output_names():
     assert list(output) == ["prev_sample", "pred_noised_sample", "pred_original_sample"]
 
 
-# Errors -------------------------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.0001, float("nan"), float("inf"), [0.5, 2.0, 0.0]])
@@ -563,7 +598,9 @@ def test_levels_outside_the_range(cls, source):
     with pytest.raises(ValueError, match=f"{source} starts at noise level 90, above sigma_max=80"):
         give(90.0, 1.0)
     if cls is CTMScheduler:  # the end of its last step
-        with pytest.raises(ValueError, match=f"{source} ends at noise level 0.002.*sigma_min, is added for you: leave it out"):
+        with pytest.raises(
+            ValueError, match=f"{source} ends at noise level 0.002.*sigma_min, is added for you: leave it out"
+        ):
             give(80.0, 0.002)
     else:  # there its last step starts, and leads to 0
         give(80.0, 0.002)
@@ -571,7 +608,9 @@ def test_levels_outside_the_range(cls, source):
 
 
 @BOTH
-@pytest.mark.parametrize("sources", [{}, {"num_inference_steps": 2, "sigmas": [1.0]}, {"timesteps": [0.1], "sigmas": [1.0]}])
+@pytest.mark.parametrize(
+    "sources", [{}, {"num_inference_steps": 2, "sigmas": [1.0]}, {"timesteps": [0.1], "sigmas": [1.0]}]
+)
 def test_one_source_of_levels(cls, sources):
     with pytest.raises(ValueError, match="exactly one of"):
         cls().set_timesteps(**sources)

@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""EDMHeunScheduler on exact solutions and against the algorithms written out. What diffusers expects of any scheduler is in
-test_scheduling_ctm.py, for both."""
+"""EDMHeunScheduler on exact solutions and against the algorithms written out. What diffusers expects of any scheduler
+is in test_scheduling_ctm.py, for both."""
 
 import math
 
@@ -32,10 +32,12 @@ def untimed(sample, *times, **_):
     return (torch.sin(3 * sample),)
 
 
-# Algorithm 1 --------------------------------------------------------------------------------------------------------------------
+# Algorithm 1 ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", [GaussianData(0.5, mean=0.1), PixelMixture(stds=(0.3, 0.4))], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize(
+    "data", [GaussianData(0.5, mean=0.1), PixelMixture(stds=(0.3, 0.4))], ids=["gaussian", "mixture"]
+)
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_order_2_on_the_exact_flow(data, scale):
     x_T, errors = 80 * randn(1, 64), []
@@ -122,7 +124,7 @@ def test_against_the_oracle_flow(oracle):
     assert error < 5e-4
 
 
-# Algorithm 2 --------------------------------------------------------------------------------------------------------------------
+# Algorithm 2 ----------------------------------------------------------------------------------------------------------
 
 
 CHURN = {"s_churn": 8.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
@@ -163,7 +165,9 @@ def test_churn_keeps_the_marginal_variance_and_tells_the_level(s_churn):
     scheduler.set_timesteps(128)
     x = randn(count, 1) * math.sqrt(scheduler.init_noise_sigma**2 + 0.25)
     for i, timestep in enumerate(scheduler.timesteps):
-        if i % 2 == 0:  # the state of a predictor has the level that the network is told, that of a corrector is an estimate
+        if (
+            i % 2 == 0
+        ):  # the state of a predictor has the level that the network is told, that of a corrector is an estimate
             told = network.level(timestep).item()
             assert abs(x.std() / math.sqrt(told**2 + 0.25) - 1) < 0.03, (i, told)
         model_output = network(scheduler.scale_model_input(x, timestep), timestep)[0]
@@ -194,7 +198,7 @@ def test_no_churn_draws_no_noise():
     assert torch.equal(generator.get_state(), before)
 
 
-# Interface ----------------------------------------------------------------------------------------------------------------------
+# Interface ------------------------------------------------------------------------------------------------------------
 
 
 def test_output_names():

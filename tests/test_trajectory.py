@@ -34,7 +34,7 @@ def close(actual, expected, rtol=1e-12, atol=1e-12):
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=rtol, atol=atol)
 
 
-# The jump ---------------------------------------------------------------------------------------------------------------
+# The jump -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -99,7 +99,7 @@ def test_untrained_student_is_an_euler_step():
     close(jump(x, data.denoiser(x, t), t, s), x + (s - t) * (x - data.denoiser(x, t)) / t)
 
 
-# gamma ------------------------------------------------------------------------------------------------------------------
+# gamma ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -131,7 +131,9 @@ def test_gamma_is_monotone_and_may_differ_by_step():
     s, std = gamma_split(torch.full_like(gammas, 3.0), gammas, 0.002)
     assert (s.diff() < 0).all() and (std.diff() > 0).all()
     for gamma, one_s, one_std in zip(GAMMAS, s, std, strict=True):
-        for actual, expected in zip((one_s, one_std), gamma_split(torch.tensor(3.0).double(), gamma, 0.002), strict=True):
+        for actual, expected in zip(
+            (one_s, one_std), gamma_split(torch.tensor(3.0).double(), gamma, 0.002), strict=True
+        ):
             close(actual, expected)
 
 
@@ -144,7 +146,7 @@ def test_paper_is_the_limit_of_small_sigma_min(gamma):
     close(std, gamma * t_next, rtol=1e-8, atol=1e-11)
 
 
-# Noise levels -----------------------------------------------------------------------------------------------------------
+# Noise levels ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma_min, sigma_max, rho", [(0.002, 80.0, 7.0), (0.02, 10.0, 3.0), (0.1, 5.0, 1.0)])
@@ -188,7 +190,7 @@ def test_c_noise_equals_diffusers_and_inverts(scale):
     assert c_noise(LEVELS.float(), scale).dtype == torch.float32
 
 
-# Preconditioning --------------------------------------------------------------------------------------------------------
+# Preconditioning ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma_data", [0.3, 0.5, 1.4])
@@ -273,7 +275,7 @@ def test_half_precision_network_keeps_the_state_in_float32():
     close(denoised, 0.25 / 4.25 * x + 1 / math.sqrt(4.25), rtol=1e-6)
 
 
-# Heun -------------------------------------------------------------------------------------------------------------------
+# Heun -----------------------------------------------------------------------------------------------------------------
 
 
 def measured_order(data, step, counts=(16, 32, 64, 128)) -> list[float]:
@@ -288,7 +290,9 @@ def measured_order(data, step, counts=(16, 32, 64, 128)) -> list[float]:
     return [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
 
 
-@pytest.mark.parametrize("data", [GaussianData(0.5, mean=0.1), PixelMixture(stds=(0.3, 0.4))], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize(
+    "data", [GaussianData(0.5, mean=0.1), PixelMixture(stds=(0.3, 0.4))], ids=["gaussian", "mixture"]
+)
 def test_heun_has_order_2_and_the_denoiser_jump_order_1(data):
     heun = measured_order(data, lambda x, t, u: heun_step(data.denoiser, x, t, u))
     assert abs(heun[-1] - 2) < 0.1, heun
@@ -303,7 +307,7 @@ def test_heun_goes_up_as_well_as_down():
         close(heun_step(data.denoiser, x, start, end), data.jump(x, start, end), rtol=1e-6)  # local error h^3
 
 
-# Shapes and dtypes ------------------------------------------------------------------------------------------------------
+# Shapes and dtypes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 2), (5, 3, 4, 4)])
@@ -322,10 +326,14 @@ def test_levels_of_a_batch_act_on_each_sample_alone(shape, dtype):
         together = function(x, g, t, s)
         assert together.shape == x.shape and together.dtype == dtype, name
         for i in range(5):
-            close(function(x[i : i + 1], g[i : i + 1], t[i], s[i])[0], together[i], rtol=2e-5 if dtype == torch.float32 else 1e-12)
+            close(
+                function(x[i : i + 1], g[i : i + 1], t[i], s[i])[0],
+                together[i],
+                rtol=2e-5 if dtype == torch.float32 else 1e-12,
+            )
 
 
-# The toy of the authors' folder: five correlated normals in the plane, flow solved to 3e-10 ------------------------------
+# The toy of the authors' folder: five correlated normals in the plane, flow solved to 3e-10 ---------------------------
 
 
 @pytest.fixture

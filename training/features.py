@@ -1,6 +1,6 @@
 """Networks whose features say how alike two sets of images are, and the training of the embedded one for digits.
 
-    python -m training.features --output_dir assets/digits-features
+python -m training.features --output_dir assets/digits-features
 """
 
 import json
@@ -172,7 +172,9 @@ class TorchScriptFeatures(ResizedFeatures):
         self.network = torch.jit.load(path, map_location=device).eval()
         arguments = [argument.name for argument in self.network.forward.schema.arguments]
         self.resizes_itself = "return_features" in arguments
-        preprocessing = "its own" if self.resizes_itself else f"bilinear to {INCEPTION_SIDE}x{INCEPTION_SIDE}, antialiased"
+        preprocessing = (
+            "its own" if self.resizes_itself else f"bilinear to {INCEPTION_SIDE}x{INCEPTION_SIDE}, antialiased"
+        )
         self.about = {"kind": "TorchScript", "resizing": preprocessing}
         self.measure(device)
 
@@ -366,7 +368,10 @@ def save(network: FeatureNetwork, config: FeatureConfig, measured: dict) -> None
         "Use: `python -m training.evaluate --features FOLDER`, or `training.features.load_feature_network(FOLDER)`.\n"
     )
     with atomic_folder(config.output_dir) as draft:
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, os.path.join(draft, "model.safetensors"))
+        save_file(
+            {name: value.contiguous() for name, value in network.state_dict().items()},
+            os.path.join(draft, "model.safetensors"),
+        )
         with open(os.path.join(draft, "config.json"), "w") as file:
             json.dump(description, file, indent=2)
             file.write("\n")

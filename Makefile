@@ -1,0 +1,41 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/digits
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install distill test lint format clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training,test]"
+	@touch $@
+
+install: $(INSTALLED)  ## Make .venv and install everything, in the tested versions
+
+distill: $(INSTALLED)  ## Distil the embedded teacher, evaluate, save, draw: a CTM in OUT=runs/digits
+	$(BIN)/python -m training.train_ctm --config training/configs/digits.yaml --output_dir $(OUT) --resume_from_checkpoint latest
+	$(BIN)/python -m training.evaluate --config training/configs/digits_evaluate.yaml --model $(OUT)/pipeline --output_dir $(OUT)/evaluation
+	@$(BIN)/python -m training.hello $(OUT)
+
+test: $(INSTALLED)  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## Check style with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## Apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove .venv and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

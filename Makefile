@@ -23,7 +23,10 @@ install: $(INSTALLED)  ## Make .venv and install everything, in the tested versi
 distill: $(INSTALLED)  ## Distil the embedded teacher, evaluate, save, draw: a CTM in OUT=runs/digits
 	$(BIN)/python -m training.train_ctm --config training/configs/digits.yaml --output_dir $(OUT) --resume_from_checkpoint latest
 	$(BIN)/python -m training.evaluate --config training/configs/digits_evaluate.yaml --model $(OUT)/pipeline --output_dir $(OUT)/evaluation
-	@$(BIN)/python -m training.hello $(OUT)
+	@printf '%s\n' '' 'Load it:' '' '  import diffusers_ctm' '  from diffusers import DiffusionPipeline' \
+		'  pipe = DiffusionPipeline.from_pretrained("$(OUT)/pipeline")' \
+		'  pipe(class_labels=[3, 7], num_inference_steps=2, gamma=0.5).images[0].save("three.png")' '' \
+		'Pictures: $(OUT)/evaluation/evaluation.png and gammas.png, $(OUT)/samples'
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest

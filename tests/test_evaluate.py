@@ -42,7 +42,7 @@ def save_exact(folder: Path, sigma_data: float, ctm: bool, **changes) -> str:
     unet = (CTMUNet2DModel if ctm else UNet2DModel)(**{**TINY, **changes})
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
-    scheduler = (CTMScheduler if ctm else EDMHeunScheduler)(sigma_data=sigma_data, sigma_max=5.0)
+    scheduler = (CTMScheduler if ctm else EDMHeunScheduler)(sigma_data=sigma_data, sigma_max=2.0)
     CTMPipeline(unet, scheduler).save_pretrained(str(folder))
     return str(folder)
 
@@ -144,6 +144,14 @@ def test_floor_of_real_images():
     found = evaluate.real_against_real(reference, Distances(reference), 2_000, range(5))
     # Two sets of n and m samples of one Gaussian are C (1/n + 1/m) apart; of the resampled ones only one is random.
     assert found["halves"]["frechet"]["mean"] / found["resampled"]["frechet"]["mean"] == pytest.approx(4, rel=0.3)
+    # Classes far apart: random shares of them move the mean, equal shares do not.
+    labels = torch.arange(2_000) % 4
+    apart = reference + 10 * torch.nn.functional.one_hot(labels, 8)
+    random = evaluate.real_against_real(apart, Distances(apart), 2_000, range(3))
+    kept = evaluate.real_against_real(apart, Distances(apart), 2_000, range(3), labels)
+    for kind in ("resampled", "halves"):
+        assert kept[kind]["frechet"]["mean"] == pytest.approx(found[kind]["frechet"]["mean"], rel=0.4)
+        assert random[kind]["frechet"]["mean"] > 1.5 * kept[kind]["frechet"]["mean"]
     few = reference[:15]
     assert "halves" not in evaluate.real_against_real(few, Distances(few), 20, [0])
 
@@ -199,6 +207,10 @@ def test_pixels_are_those_of_the_saved_picture(gaussian):
 def test_classes_are_those_of_the_data_or_take_turns():
     real = torch.tensor([0, 0, 0, 1, 2, 2])
     assert evaluate.class_labels(3, real, 12).bincount().tolist() == [6, 2, 4]
+    many = torch.arange(1_000).square() % 7  # shares 1, 2, 2, 0, 2, 0, 0 of 7
+    for count in (70, 333, 1_000, 1_400):
+        shares = evaluate.class_labels(7, many, count).bincount(minlength=7) / count
+        torch.testing.assert_close(shares, many.bincount(minlength=7) / 1_000, rtol=0, atol=1.5 / count)
     assert evaluate.class_labels(3, None, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert evaluate.class_labels(None, real, 7) is None
 
@@ -207,16 +219,16 @@ def test_classes_are_those_of_the_data_or_take_turns():
 
 
 def test_better_model_scores_better_and_more_steps_help(gaussian, config):
-    right = evaluate.main(config(teacher=gaussian["teacher"], teacher_steps=[2, 8], kid=True))
+    right = evaluate.main(config(teacher=gaussian["teacher"], teacher_steps=[2, 16], seeds=[0]))
     wrong = evaluate.main(
-        config(model=gaussian["wrong_ctm"], teacher=gaussian["wrong_teacher"], teacher_steps=[8], steps=[3])
+        config(model=gaussian["wrong_ctm"], teacher=gaussian["wrong_teacher"], teacher_steps=[16], steps=[3], seeds=[0])
     )
     for distance in ("frechet", "kernel"):
         assert mean(right, "ctm", 3, 0.0, distance) < mean(right, "ctm", 1, None, distance)
-        assert mean(right, "heun", 8, None, distance) < mean(right, "heun", 2, None, distance)
-        assert mean(right, "heun", 8, None, distance) < 0.2 * mean(wrong, "heun", 8, None, distance)
+        assert mean(right, "heun", 16, None, distance) < mean(right, "heun", 2, None, distance)
+        assert mean(right, "heun", 16, None, distance) < 0.2 * mean(wrong, "heun", 16, None, distance)
     floor = right["real_against_real"]["resampled"]["frechet"]
-    assert mean(right, "heun", 8) < 2 * floor["mean"]  # an exact sampler is as good as real images
+    assert mean(right, "heun", 16) < 2 * floor["mean"]  # an exact sampler is as good as real images
 
 
 def test_same_model_same_numbers(config):
@@ -276,7 +288,7 @@ def test_classes_are_asked_for_in_the_proportions_of_the_data(gaussian, config, 
     report = evaluate.main(config(model=model, label_column="label", num_samples=400, seeds=[0], steps=[1], kid=False))
     batches = asked[1:5]  # after the warm-up
     assert [len(labels) for labels in batches] == [100] * 4 and torch.cat(batches).bincount().tolist() == [300, 100]
-    assert report["class_labels"] == "those of the real images"
+    assert report["class_labels"] == "in the shares of the real images"
 
 
 def test_mirrored_reference(config):
@@ -301,10 +313,10 @@ def test_mirrored_reference(config):
         ({"steps": [0, 1]}, "--steps must be 1 or more"),
         ({"seeds": []}, "--seeds must be one value"),
         ({"num_samples": 64}, "--num_samples: 64 samples are too few for 64 features"),
-        ({"model": "no/such-folder"}, "--model no/such-folder cannot be loaded"),
+        ({"model": "no/such/folder"}, "--model no/such/folder cannot be loaded"),
         ({"model": "{teacher}"}, "is no CTM but a CTMPipeline with EDMHeunScheduler.*--teacher"),
-        ({"teacher": "no/such-folder"}, "--teacher no/such-folder cannot be loaded"),
-        ({"features": "no/such-folder"}, "--features no/such-folder cannot be loaded"),
+        ({"teacher": "no/such/folder"}, "--teacher no/such/folder cannot be loaded"),
+        ({"features": "no/such/folder"}, "--features no/such/folder cannot be loaded"),
         ({"features": "{teacher}"}, "--features .* cannot be loaded"),
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used"),
         ({"resolution": 16}, "--features is a network for 8x8 images, these are 16x16"),

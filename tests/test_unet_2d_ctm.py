@@ -199,6 +199,16 @@ def test_the_target_matters_once_its_columns_are_not_zero(make_unet, changes):
         close(unet(sample[i : i + 1], t[i], s[i], **alone).sample, output[i : i + 1], atol=1e-4)
 
 
+@every_kind
+def test_before_training_the_target_does_not_matter(make_unet, changes):
+    unet = make_unet(random=False, **changes)
+    sample, t, s, condition = inputs(unet)
+    assert torch.equal(unet(sample, t, s, **condition).sample, unet(sample, t, **condition).sample)
+    for block in blocks(unet):
+        old, new = block.time_emb_proj.weight.chunk(2, dim=1)
+        assert (old != 0).all() and (new == 0).all()
+
+
 def test_gradient_reaches_the_new_columns(make_unet):
     student = CTMUNet2DModel.from_unet(make_unet(UNet2DModel))
     sample, t, s, _ = inputs(student)

@@ -104,7 +104,9 @@ class RunOptions(DataOptions):
     adam_weight_decay: float = option(0.0, "Weight decay.")
     adam_epsilon: float = option(1e-8, "The optimiser's epsilon.")
     lr_scheduler: str = option(
-        "constant_with_warmup", "Learning-rate schedule by diffusers' name: 'constant', 'constant_with_warmup', 'cosine', 'linear'."
+        "constant_with_warmup",
+        "Learning rate after the warm-up: constant, or falling to 0 at max_train_steps along a line or half a cosine.",
+        ["constant_with_warmup", "linear", "cosine"],
     )
     lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
     max_grad_norm: float = option(0.0, "Clip the gradient's norm to this; 0 is no clipping.")

@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -176,13 +176,19 @@ def load_pipelines(config: EvaluateConfig, dataset: ImageDataset, device: torch.
 
 
 def class_labels(num_classes: int | None, real_labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    """Classes of `count` samples: those of the real images in a fixed random order, without them each class in turn."""
+    """Classes of `count` samples, int64: in the shares of the real images, or without their labels each class in turn.
+
+    Classes are spread evenly: any stretch of samples has nearly the same shares.
+    """
     if num_classes is None:
         return None
     if real_labels is None:
         return torch.arange(count) % num_classes
-    order = torch.randperm(len(real_labels), generator=torch.Generator().manual_seed(0))
-    return real_labels[order].repeat(math.ceil(count / len(order)))[:count]
+    classes = real_labels.sort().values
+    sizes = classes.bincount()
+    rank = torch.arange(len(classes)) - (sizes.cumsum(0) - sizes)[classes]
+    spread = ((rank + 0.5) / sizes[classes]).sort(stable=True).indices
+    return classes[spread].repeat(math.ceil(count / len(classes)))[:count]
 
 
 def draw(
@@ -333,23 +339,35 @@ def reference_features(
     return torch.cat(features), None if labels[0] is None else torch.cat(labels)
 
 
-def real_against_real(reference: torch.Tensor, distances: Distances, num_samples: int, seeds: Sequence[int]) -> dict:
+def real_against_real(
+    reference: torch.Tensor,
+    distances: Distances,
+    num_samples: int,
+    seeds: Sequence[int],
+    real_labels: torch.Tensor | None = None,
+) -> dict:
     """What real images score: the floor that the number of images leaves, since the Frechet distance is biased upwards.
 
     "resampled": `num_samples` drawn from the reference, with replacement, against the reference: a model that knows it by heart.
     "halves": two halves of the reference against each other, N / 2 images each.
+    With `real_labels`, shape (N,), both keep to the classes: the first has those that samples are asked for, halves share alike.
     """
+    count = len(reference)
+    classes = torch.zeros(count, dtype=torch.int64) if real_labels is None else real_labels
+    wanted = class_labels(1, real_labels, num_samples)
     resampled, halves = [], []
-    half = len(reference) // 2
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        resampled.append(distances(reference[torch.randint(len(reference), (num_samples,), generator=generator)]))
-        if half > reference.shape[1]:
-            order = torch.randperm(len(reference), generator=generator)
-            halves.append(Distances(reference[order[:half]])(reference[order[half:]]))
+        order = torch.randperm(count, generator=generator)
+        order = order[classes[order].sort(stable=True).indices]  # class after class
+        sizes = classes.bincount(minlength=int(wanted.max()) + 1)
+        place = (torch.rand(num_samples, generator=generator, dtype=torch.float64) * sizes[wanted]).long()
+        resampled.append(distances(reference[order[(sizes.cumsum(0) - sizes)[wanted] + place]]))
+        if count // 2 > reference.shape[1]:
+            halves.append(Distances(reference[order[0::2]])(reference[order[1::2]]))
     result = {"resampled": {"num_images": num_samples, **summaries(resampled)}}
     if halves:
-        result["halves"] = {"num_images": half, **summaries(halves)}
+        result["halves"] = {"num_images": count // 2, **summaries(halves)}
     return result
 
 
@@ -429,6 +447,7 @@ def main(config: EvaluateConfig) -> dict:
                 measured[setting].append(distances(features))
                 seconds[setting] += taken
 
+    conditional = any(pipe.unet.config.num_class_embeds is not None for pipe in pipelines.values())
     report = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "options": asdict(config),
@@ -440,7 +459,7 @@ def main(config: EvaluateConfig) -> dict:
             "channels": dataset.channels,
             "resolution": dataset.resolution,
         },
-        "class_labels": _labels_in_words(pipelines.values(), real_labels),
+        "class_labels": _labels_in_words(conditional, real_labels),
         "results": [
             {
                 **asdict(setting),
@@ -450,7 +469,9 @@ def main(config: EvaluateConfig) -> dict:
             }
             for setting in settings
         ],
-        "real_against_real": real_against_real(reference, distances, num_samples, config.seeds),
+        "real_against_real": real_against_real(
+            reference, distances, num_samples, config.seeds, real_labels if conditional else None
+        ),
         "notes": notes,
         "batch_sizes": sorted(set(sampling.sizes)),
         "hardware": hardware(device),
@@ -477,10 +498,10 @@ def main(config: EvaluateConfig) -> dict:
     return report
 
 
-def _labels_in_words(pipelines: Iterable[CTMPipeline], real_labels: torch.Tensor | None) -> str:
-    if all(pipe.unet.config.num_class_embeds is None for pipe in pipelines):
+def _labels_in_words(conditional: bool, real_labels: torch.Tensor | None) -> str:
+    if not conditional:
         return "none"
-    return "each class in turn" if real_labels is None else "those of the real images"
+    return "each in turn" if real_labels is None else "in the shares of the real images"
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -557,6 +578,8 @@ def markdown(report: dict) -> str:
     floor = f"{real['resampled']['num_images']:,} drawn from the reference with replacement, against all of it"
     if "halves" in real:
         floor += f"; two halves: {real['halves']['num_images']:,} against the rest"
+    if report["class_labels"].startswith("in the"):
+        floor += "; both with classes as asked for"
     notes = [
         f"Samples: {report['num_samples']:,} per setting and seed, pixels rounded to 8 bits. All settings start from the same noise "
         "(on one kind of device) and are compared with the same reference.",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -147,7 +147,7 @@ class TrainingRun:
             save_config(self.options, os.path.join(self.options.output_dir, "config.yaml"))
         values = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in asdict(self.options).items()}
         if self.options.report_to != "none":
-            self.accelerator.init_trackers("logs", config=values)
+            self.accelerator.init_trackers("diffusers-ctm", config=values)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         mixed_precision=precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
-        project_dir=options.output_dir,
+        project_config=ProjectConfiguration(options.output_dir, logging_dir=os.path.join(options.output_dir, "logs")),
     )
     set_seed(options.seed, device_specific=True)
     return accelerator

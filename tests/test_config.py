@@ -39,6 +39,8 @@ def test_shipped_configs_are_valid(path):
         (["--mixed_precision", "fp8"], "mixed_precision"),
         (["--dropout", "1"], "dropout"),
         (["--train_batch_size", "-4"], "train_batch_size"),
+        (["--adam_beta2", "1"], "adam_beta2"),
+        (["--adam_weight_decay", "-1"], "adam_weight_decay"),
     ],
 )
 def test_impossible_values_name_the_option(arguments, named, capsys):
@@ -50,7 +52,12 @@ def test_impossible_values_name_the_option(arguments, named, capsys):
 
 @pytest.mark.parametrize(
     "text, named",
-    [("no_such_option: 1", "no_such_option"), ("- 1", "option: value"), ("a: [", "cannot be read"), ("max_train_steps: x", "max_train_steps")],
+    [
+        ("no_such_option: 1", "no_such_option"),
+        ("- 1", "option: value"),
+        ("a: [", "cannot be read"),
+        ("max_train_steps: x", "max_train_steps"),
+    ],
 )
 def test_bad_yaml(tmp_path, text, named, capsys):
     path = tmp_path / "bad.yaml"

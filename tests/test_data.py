@@ -87,6 +87,17 @@ def test_wrong_columns_are_named(parquet, options, message):
         ImageDataset(DataOptions(**options))
 
 
+def test_data_without_images_and_labels_of_any_whole_type(tmp_path):
+    path = str(tmp_path / "data.parquet")
+    Dataset.from_dict({"note": ["x"]}).to_parquet(path)
+    with pytest.raises(UserError, match="no column of images.*note"):
+        ImageDataset(DataOptions(dataset_name=path))
+    features = Features({"img": Image(), "kind": Value("uint8")})
+    Dataset.from_dict({"img": [picture((4, 4))] * 2, "kind": [0, 6]}, features=features).to_parquet(path)
+    data = ImageDataset(DataOptions(dataset_name=path, label_column="kind"))
+    assert data.num_classes == 7 and data[[1]][1].tolist() == [6]
+
+
 def test_order_depends_on_seed_and_step_alone():
     def indices(batch_size, num_parts, first=0, last=6, seed=0):
         parts = list(range(num_parts))

@@ -58,7 +58,14 @@ def test_exact_jump_and_exact_solver_have_no_trajectory_loss(matching, inner_tar
         loss = ctm_loss(student, network, exact_solver, PRECONDITIONING, GRID, times, **values, **options)
         assert loss.trajectory.item() < 1e-20
         off = ctm_loss(
-            lambda *a, **k: student(*a, offset=0.1, **k), network, exact_solver, PRECONDITIONING, GRID, times, **values, **options
+            lambda *a, **k: student(*a, offset=0.1, **k),
+            network,
+            exact_solver,
+            PRECONDITIONING,
+            GRID,
+            times,
+            **values,
+            **options,
         )
         assert off.trajectory.item() > 1e-7  # a student that is off is seen
 
@@ -84,7 +91,9 @@ def plain_ctm_loss(student, ema, teacher, times, values, distance, inner, adapti
     end = GRID[-1].expand(5)
     jump = PRECONDITIONING.jump
     x_t = values["x_0"] + t[:, None, None, None] * values["noise"]
-    x_u = heun_solve(lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, **condition), GRID, x_t, times.t, times.solver_steps)
+    x_u = heun_solve(
+        lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, **condition), GRID, x_t, times.t, times.solver_steps
+    )
     x_u = x_u.detach()
     target = jump(ema, jump(ema if inner == "ema" else student, x_u, u, s, **condition), s, end, **condition).detach()
     estimate = jump(ema, jump(student, x_t, t, s, **condition), s, end, **condition)
@@ -110,7 +119,9 @@ def test_equals_the_loss_with_every_jump_computed(networks, distance, inner, ada
     expected = torch.autograd.grad(plain[3], list(student.parameters()))
 
     def solver(x, index, steps):
-        return heun_solve(lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, class_labels=LABELS), GRID, x, index, steps)
+        return heun_solve(
+            lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, class_labels=LABELS), GRID, x, index, steps
+        )
 
     loss = ctm_loss(
         student, ema, solver, PRECONDITIONING, GRID, TIMES, **values, last_weight=student.conv_out.weight, class_labels=LABELS,
@@ -127,6 +138,20 @@ def test_equals_the_loss_with_every_jump_computed(networks, distance, inner, ada
     assert student.target_time_embedding.linear_1.weight.grad.norm() > 0
 
 
+def test_adaptive_weight_is_that_of_the_reduced_gradients(networks):
+    student, ema, _ = networks
+    seen = []
+
+    def reduce(gradient):  # as if the other processes had other gradients
+        seen.append(gradient)
+        return gradient * (3.0 if len(seen) == 1 else 0.5)
+
+    arguments = (student, ema, lambda x, index, k: x * 0.5, PRECONDITIONING, GRID, TIMES)
+    options = {**inputs(), "last_weight": student.conv_out.weight, "class_labels": LABELS, "dsm_weight": 0.7}
+    weight = ctm_loss(*arguments, **options, reduce_gradient=reduce).dsm_weight
+    torch.testing.assert_close(weight, 0.7 * adaptive_weight(3.0 * seen[0], 0.5 * seen[1]))
+
+
 def test_counts_network_evaluations(networks):
     student, ema, teacher = networks
     rows = {"student": [], "ema": [], "teacher": []}
@@ -136,10 +161,20 @@ def test_counts_network_evaluations(networks):
         )
 
     def solver(x, index, steps):
-        return heun_solve(lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, class_labels=LABELS), GRID, x, index, steps)
+        return heun_solve(
+            lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, class_labels=LABELS), GRID, x, index, steps
+        )
 
     ctm_loss(
-        student, ema, solver, PRECONDITIONING, GRID, TIMES, **inputs(), last_weight=student.conv_out.weight, class_labels=LABELS
+        student,
+        ema,
+        solver,
+        PRECONDITIONING,
+        GRID,
+        TIMES,
+        **inputs(),
+        last_weight=student.conv_out.weight,
+        class_labels=LABELS,
     )
     assert rows["student"] == [(10, True)]  # both losses in one batch
     assert rows["teacher"] == [(5, False)] * 6  # Heun, k = 3
@@ -197,7 +232,9 @@ def test_adaptive_weight_is_a_ratio_of_lengths_with_a_limit():
 
 def test_jump_where_needed_touches_only_these():
     x = randn(4, 1, 2, 2)
-    out = jump_where_needed(lambda x, f, none: x * f[:, None, None, None], x, torch.tensor([1, 3]), torch.arange(4.0).double(), None)
+    out = jump_where_needed(
+        lambda x, f, none: x * f[:, None, None, None], x, torch.tensor([1, 3]), torch.arange(4.0).double(), None
+    )
     torch.testing.assert_close(out, torch.stack([x[0], x[1] * 1, x[2], x[3] * 3]))
     assert jump_where_needed(lambda x: pytest.fail("called"), x, torch.tensor([], dtype=torch.long)) is x
 
@@ -217,7 +254,9 @@ def test_heun_solve_goes_from_each_samples_own_level():
     assert len(calls) == 8 and (error < 0.05).all()
     fine = karras_sigmas(18 * 4 - 3, dtype=torch.float64)  # holds the same levels, four times as fine
     torch.testing.assert_close(fine[index * 4], GRID[index])
-    fine_error = (heun_solve(denoiser, fine, x, index * 4, 16) - exact).abs().amax((1, 2, 3)) / exact.abs().amax((1, 2, 3))
+    fine_error = (heun_solve(denoiser, fine, x, index * 4, 16) - exact).abs().amax((1, 2, 3)) / exact.abs().amax(
+        (1, 2, 3)
+    )
     assert (fine_error < error / 10).all()  # second order: a sixteenth
 
 

@@ -21,7 +21,9 @@ def many(matching, distribution="weighted", draws=3000, batch=64, levels=18, mos
 @pytest.mark.parametrize("distribution", ["weighted", "uniform"])
 def test_number_of_solver_steps(distribution):
     source = generator()
-    counts = torch.bincount(torch.tensor([draw_solver_steps(4, distribution, source) for _ in range(8000)]), minlength=5)
+    counts = torch.bincount(
+        torch.tensor([draw_solver_steps(4, distribution, source) for _ in range(8000)]), minlength=5
+    )
     expected = torch.tensor([0, 1, 2, 3, 4]) / 10 if distribution == "weighted" else torch.tensor([0, 1, 1, 1, 1]) / 4
     torch.testing.assert_close(counts / 8000, expected, atol=0.02, rtol=0)
 
@@ -39,12 +41,15 @@ def test_soft_matching_draws_as_the_authors():
     three = k == 3
     torch.testing.assert_close(torch.bincount(t[three]) / three.sum(), torch.full((15,), 1 / 15), atol=0.02, rtol=0)
     from_ten = three & (u == 10)
-    torch.testing.assert_close(torch.bincount(s[from_ten])[10:] / from_ten.sum(), torch.full((8,), 1 / 8), atol=0.06, rtol=0)
+    torch.testing.assert_close(
+        torch.bincount(s[from_ten])[10:] / from_ten.sum(), torch.full((8,), 1 / 8), atol=0.06, rtol=0
+    )
 
 
 def test_local_and_global_matching():
     for times in many("local", draws=50):
         assert times.solver_steps == 1 and (times.u == times.t + 1).all()
+    assert {s for times in many("local", draws=50) for s in times.s.tolist()} == set(range(1, 18))
     seen = set()
     for times in many("global", "uniform", draws=200):
         assert (times.s == times.u).all()

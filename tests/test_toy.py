@@ -67,7 +67,17 @@ def train(data, steps, report):
         sigma = draw_half_lognormal_sigma(torch.randn(256, generator=generator), ramp, 0.002, 80.0, 7.0)
         times = draw_times(256, 18, "soft", 17, "weighted", generator)
         loss = ctm_loss(
-            student, ema.module, solver, preconditioning, grid, times, x_0, noise, sigma, dsm_noise, student.last_layer.weight
+            student,
+            ema.module,
+            solver,
+            preconditioning,
+            grid,
+            times,
+            x_0,
+            noise,
+            sigma,
+            dsm_noise,
+            student.last_layer.weight,
         )
         optimizer.zero_grad()
         loss.backward.backward()

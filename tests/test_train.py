@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ import diffusers_ctm
 from training import run as run_module
 from training import train_ctm, train_edm
 from training.config import CTMConfig, EDMConfig, UserError
-from training.teacher import load_teacher
+from training.losses import DISTANCES, ctm_loss
+from training.teacher import Teacher, load_teacher
+from training.time_sampling import draw_times
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +64,9 @@ def assert_same_weights(a, b, **tolerance):
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 def test_saved_pipelines_load_and_sample(teacher, tmp_path):
@@ -103,7 +108,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(teacher, tmp_path, program):
 
 
 def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path):
-    options = {"dropout": 0.0, "dsm_adaptive": False}
+    options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0}  # what is saved is then the student itself
     one = distil(teacher, tmp_path / "one", **options)
     two = distil(teacher, tmp_path / "two", **{**options, "train_batch_size": 4, "gradient_accumulation_steps": 2})
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
@@ -112,14 +117,25 @@ def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path)
 @pytest.mark.slow
 def test_two_processes_are_one(teacher, tmp_path):
     arguments = ["--teacher", teacher, "--max_train_steps", "3", "--max_solver_steps", "2", "--dropout", "0"]
-    for name, value in {**SMALL, "learning_rate": 1e-3}.items():
+    for name, value in {**SMALL, "learning_rate": 1e-3, "ema_decay": 0.0}.items():
         arguments += [f"--{name}", str(value)]
     folders = {1: tmp_path / "one", 2: tmp_path / "two"}
     for processes, folder in folders.items():
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--main_process_port", "0"]
+        launch = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            str(processes),
+            "--main_process_port",
+            "0",
+        ]
         command = [*launch, "-m", "training.train_ctm", *arguments, "--output_dir", str(folder)]
         command += ["--train_batch_size", str(8 // processes)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     assert_same_weights(str(folders[1] / "pipeline"), str(folders[2] / "pipeline"), rtol=1e-4, atol=2e-5)
 
@@ -136,15 +152,110 @@ def test_checkpoints_rotate_and_the_folder_is_not_overwritten(teacher, tmp_path)
     assert all(torch.equal(before[name], value) for name, value in weights(first).items())
 
 
+def test_resuming_from_an_older_checkpoint_loses_no_newer_one(teacher, tmp_path):
+    folder = tmp_path / "run"
+    distil(teacher, folder, checkpointing_steps=2)
+    with pytest.raises(UserError, match="holds .*checkpoint-4"):
+        distil(teacher, folder, checkpointing_steps=1, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert {"checkpoint-2", "checkpoint-4"} <= set(os.listdir(folder))
+    options = {"max_train_steps": 3, "checkpointing_steps": 1}
+    distil(teacher, tmp_path / "branch", resume_from_checkpoint=str(folder / "checkpoint-2"), **options)
+    assert "checkpoint-3" in os.listdir(tmp_path / "branch")
+
+
+def test_levels_of_score_matching_do_not_depend_on_the_split():
+    def draw(own):
+        random = run_module.StepRandom(0, 5, 6, own, torch.device("cpu"))
+        return train_ctm.draw_dsm_sigma(CTMConfig(teacher="none"), diffusers_ctm.CTMScheduler(), random)
+
+    whole = draw(slice(0, 6))
+    for size in (1, 2, 3):
+        parts = [draw(slice(begin, begin + size)) for begin in range(0, 6, size)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+
+
+def test_random_numbers_of_a_step():
+    def draw(seed, step, own=slice(0, 4)):
+        random = run_module.StepRandom(seed, step, 4, own, torch.device("cpu"))
+        return random.normal(2), random.uniform()
+
+    for a, b in zip(draw(0, 1), draw(0, 1, slice(1, 3)), strict=True):
+        torch.testing.assert_close(a[1:3], b, rtol=0, atol=0)
+    for other in (draw(0, 2), draw(1, 1)):
+        assert not any(torch.equal(a, b) for a, b in zip(draw(0, 1), other, strict=True))
+
+
+def test_random_flip_mirrors_half_of_the_images():
+    images = torch.tensor([0, 255], dtype=torch.uint8).expand(200, 1, 1, 2)
+    options = EDMConfig(random_flip=True)
+    random = run_module.StepRandom(0, 0, 200, slice(0, 200), torch.device("cpu"))
+    run = SimpleNamespace(options=options, device=torch.device("cpu"))
+    mirrored = (run_module.TrainingRun._batch(run, images, None, random).images.diff(dim=-1) < 0).float().mean()
+    assert 0.4 < mirrored < 0.6
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("radam", torch.optim.RAdam), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
+)
+def test_options_reach_the_optimizer(name, kind):
+    options = {
+        "learning_rate": 0.1,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.6,
+        "adam_weight_decay": 0.2,
+        "adam_epsilon": 0.3,
+    }
+    optimizer = run_module.make_optimizer(EDMConfig(optimizer=name, **options), torch.nn.Linear(1, 1))
+    assert type(optimizer) is kind
+    assert [optimizer.defaults[key] for key in ("lr", "betas", "weight_decay", "eps")] == [0.1, (0.5, 0.6), 0.2, 0.3]
+
+
+def test_the_students_numbers_are_its_teachers():
+    numbers = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.7, "rho": 5.0, "timestep_scale": 1000.0}
+    teacher = Teacher(None, diffusers_ctm.EDMHeunScheduler(**numbers))
+    config = train_ctm.student_scheduler(teacher, CTMConfig(teacher="none", num_train_timesteps=40)).config
+    assert {name: config[name] for name in numbers} == numbers and config.num_train_timesteps == 40
+
+
+def test_gradients_are_clipped(teacher, tmp_path):
+    options = {"max_train_steps": 1, "dsm_adaptive": False}
+    student = weights(distil(teacher, tmp_path / "clipped", max_grad_norm=1e-9, **options))
+    free = weights(distil(teacher, tmp_path / "free", **options))
+    before = weights(teacher)["conv_out.weight"]
+    torch.testing.assert_close(student["conv_out.weight"], before, rtol=0, atol=1e-9)
+    assert (free["conv_out.weight"] - before).abs().max() > 1e-6
+
+
+def test_dropout_of_the_student_is_that_of_a_network_built_with_it(make_unet):
+    def probabilities(network):
+        return [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+
+    changed, built = make_unet(), make_unet(dropout=0.3)
+    train_ctm.set_dropout(changed, 0.3)
+    assert probabilities(changed) == probabilities(built) and changed.config.dropout == 0.3
+    assert set(probabilities(built)) == {0.0, 0.3}  # attention has its own, which the option leaves alone
+
+
 @pytest.mark.parametrize("matching", ["soft", "local", "global"])
-def test_every_matching_runs_and_moves_the_student(teacher, tmp_path, matching):
-    options = {"distance": "pseudo_huber", "inner_target": "live", "dsm_sigma": "lognormal"}
+def test_every_matching_runs_and_moves_the_student(teacher, tmp_path, matching, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_ctm, "ctm_loss", lambda **given: calls.append(given) or ctm_loss(**given))
+    monkeypatch.setattr(train_ctm, "draw_times", lambda *given: calls.append(given) or draw_times(*given))
+    options = {
+        "distance": "pseudo_huber",
+        "inner_target": "live",
+        "dsm_sigma": "lognormal",
+        "solver_steps_distribution": "uniform",
+    }
     student = distil(teacher, tmp_path / matching, max_train_steps=2, matching=matching, **options)
     assert not torch.equal(weights(student)["conv_out.weight"], weights(teacher)["conv_out.weight"])
+    times, loss = calls[:2]
+    assert times[:5] == (8, 18, matching, 2, "uniform")
+    assert (loss["distance"], loss["inner_target"]) == (DISTANCES["pseudo_huber"], "live")
 
 
 def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
-    options = {"max_train_steps": 2, "dropout": 0.0}
+    options = {"max_train_steps": 2, "dropout": 0.0, "ema_decay": 0.0}
     plain = distil(teacher, tmp_path / "plain", **options)
     saving = distil(teacher, tmp_path / "saving", gradient_checkpointing=True, **options)
     assert_same_weights(plain, saving, rtol=1e-5, atol=1e-6)
@@ -196,8 +307,42 @@ def test_what_does_not_fit_is_said_before_anything_is_written(teacher, tmp_path,
 
 def test_infinite_losses_stop_the_run(teacher, tmp_path):
     with pytest.raises(UserError, match="Lower --learning_rate"):
-        distil(teacher, tmp_path / "run", learning_rate=1e18, max_train_steps=10)
-    assert not (tmp_path / "run" / "pipeline").exists()
+        distil(
+            teacher, tmp_path / "run", learning_rate=1e18, max_train_steps=10, logging_steps=100, checkpointing_steps=5
+        )
+    assert os.listdir(tmp_path / "run") == ["config.yaml"]  # no checkpoint of a broken network
+
+
+def test_a_ctm_is_no_teacher(teacher, tmp_path):
+    student = distil(teacher, tmp_path / "run", max_train_steps=1)
+    with pytest.raises(UserError, match="cannot become a CTM"):
+        distil(student, tmp_path / "again")
+
+
+def test_folder_that_cannot_be_made_and_tracker_that_is_not_installed(teacher, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="config.yaml could not be written"):
+        distil(teacher, tmp_path / "file" / "run")
+    monkeypatch.setattr(run_module, "get_available_trackers", list)
+    with pytest.raises(UserError, match="--report_to wandb needs the package wandb"):
+        distil(teacher, tmp_path / "run", report_to="wandb")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resolution_must_fit_the_teachers_levels(tmp_path):
+    with pytest.raises(UserError, match="--resolution must be a multiple of 2"):
+        train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), resolution=7, **SMALL, **NETWORK))
+
+
+def test_resuming_with_other_options_is_refused(teacher, tmp_path):
+    folder = tmp_path / "run"
+    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    for changed, named in (
+        ({"learning_rate": 1e-2}, "learning_rate was 0.001, is 0.01"),
+        ({"train_batch_size": 4}, "was 8, is 4"),
+    ):
+        with pytest.raises(UserError, match=named):
+            distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest", **changed)
 
 
 def test_damaged_checkpoint_is_refused(teacher, tmp_path):
@@ -228,19 +373,36 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
     names = sorted(name for name in os.listdir(folder))
     assert names == ["checkpoint-2", "config.yaml", "pipeline"]
     assert sorted(os.listdir(folder / "checkpoint-2")) == listing
-    distil(teacher, folder, max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")  # with room again
+    distil(
+        teacher, folder, max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest"
+    )  # with room again
 
 
 def test_interrupted_save_is_not_a_checkpoint(teacher, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    monkeypatch.setattr(run_module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    replace = os.replace
+
+    def refuse(source, target):
+        if "checkpoint" in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(run_module.os, "replace", refuse)
     with pytest.raises(UserError, match="No space left on device"):
         distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
     assert run_module.newest_checkpoint(str(folder)) is None and os.listdir(folder) == ["config.yaml"]
 
 
 def test_program_exits_with_a_message(tmp_path):
-    command = [sys.executable, "-m", "training.train_ctm", "--teacher", "nowhere", "--output_dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "training.train_ctm",
+        "--teacher",
+        "nowhere",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "error: --teacher nowhere cannot be loaded" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

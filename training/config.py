@@ -65,7 +65,8 @@ class DataOptions(Checked):
         None, "Column that holds the class of each image, for class-conditional training. Default: no classes."
     )
     resolution: int | None = option(
-        None, "Height and width in pixels; images are scaled and centre-cropped to it. Default: that of the first image."
+        None,
+        "Height and width in pixels; images are scaled and centre-cropped to it. Default: that of the first image.",
     )
     image_mode: str | None = option(None, "'L' (grey) or 'RGB'. Default: that of the first image.", [None, "L", "RGB"])
     random_flip: bool = option(False, "Mirror images left to right with probability 1/2.")
@@ -110,24 +111,40 @@ class RunOptions(DataOptions):
     )
     lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
     max_grad_norm: float = option(0.0, "Clip the gradient's norm to this; 0 is no clipping.")
-    ema_decay: float = option(0.999, "Decay per step of the exponential moving average of the weights, which is what is saved.")
+    ema_decay: float = option(
+        0.999, "Decay per step of the exponential moving average of the weights, which is what is saved."
+    )
     ema_warmup: bool = option(False, "Let the decay rise as (1 + step) / (10 + step) up to ema_decay. For short runs.")
 
     checkpointing_steps: int = option(500, "Save a checkpoint every so many steps, and at the end; 0 is never.")
     checkpoints_total_limit: int = option(2, "Keep at most this many checkpoints, the newest; 0 keeps all.")
     sample_every: int = option(500, "Draw a grid of samples every so many steps; 0 is never.")
     logging_steps: int = option(20, "Show and track the losses every so many steps; each is a mean over them.")
-    report_to: str = option("tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"])
+    report_to: str = option(
+        "tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"]
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
-            "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "logging_steps"
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "logging_steps",
+            "adam_epsilon",
         )
         self.check_not_negative(
-            "max_grad_norm", "lr_warmup_steps", "checkpointing_steps", "checkpoints_total_limit", "sample_every", "seed"
+            "max_grad_norm",
+            "lr_warmup_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "sample_every",
+            "seed",
+            "adam_weight_decay",
         )
-        self.check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self.check(self.output_dir != "", "output_dir", "a folder")
 
 
@@ -145,23 +162,39 @@ class EDMConfig(RunOptions):
     attention_head_dim: int = option(32, "Channels per attention head.")
     norm_num_groups: int = option(8, "Groups of the group normalisation.")
     resnet_time_scale_shift: str = option(
-        "scale_shift", "How the noise level enters a block: added ('default') or as scale and shift.", ["default", "scale_shift"]
+        "scale_shift",
+        "How the noise level enters a block: added ('default') or as scale and shift.",
+        ["default", "scale_shift"],
     )
     dropout: float = option(0.0, "Dropout probability.")
     sigma_data: float = option(0.5, "Standard deviation of the data in [-1, 1].")
     sigma_min: float = option(0.002, "Lowest noise level when sampling.")
     sigma_max: float = option(80.0, "Highest noise level when sampling.")
-    timestep_scale: float = option(1.0, "The network is shown timestep_scale * ln(sigma) / 4; 1 is NVIDIA's EDM, 1000 OpenAI's.")
+    timestep_scale: float = option(
+        1.0, "The network is shown timestep_scale * ln(sigma) / 4; 1 is NVIDIA's EDM, 1000 OpenAI's."
+    )
     p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
     p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("sigma_data", "sigma_min", "timestep_scale", "p_std", "layers_per_block", "norm_num_groups")
+        self.check_positive(
+            "sigma_data",
+            "sigma_min",
+            "timestep_scale",
+            "p_std",
+            "layers_per_block",
+            "norm_num_groups",
+            "attention_head_dim",
+        )
         self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
         self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
         for channels in self.block_out_channels:
-            self.check(channels % self.norm_num_groups == 0, "block_out_channels", "multiples of norm_num_groups")
+            self.check(
+                channels > 0 and channels % self.norm_num_groups == 0,
+                "block_out_channels",
+                "multiples of norm_num_groups",
+            )
         levels = range(len(self.block_out_channels))
         self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")
 
@@ -171,7 +204,9 @@ class CTMConfig(RunOptions):
     """Distil an EDM teacher into a consistency trajectory model (Kim et al. 2024)."""
 
     output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
-    teacher: str | None = option(None, "The EDM teacher: a folder or a repository on the Hub with `unet` and `scheduler`.")
+    teacher: str | None = option(
+        None, "The EDM teacher: a folder or a repository on the Hub with `unet` and `scheduler`."
+    )
     num_train_timesteps: int = option(18, "Noise levels N of the Karras grid: 18 for CIFAR-10, 40 for ImageNet-64.")
     matching: str = option(
         "soft",
@@ -179,18 +214,27 @@ class CTMConfig(RunOptions):
         ["soft", "local", "global"],
     )
     max_solver_steps: int | None = option(
-        None, "Most grid steps M that the teacher's solver takes in one iteration. Default: N - 1."
+        None,
+        "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' learns no "
+        "longer jump. Default: N - 1.",
     )
     solver_steps_distribution: str = option(
-        "weighted", "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors') or 'uniform'.", ["weighted", "uniform"]
+        "weighted",
+        "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors') or 'uniform'.",
+        ["weighted", "uniform"],
     )
     inner_target: str = option(
-        "ema", "Network of the target's jump from u to s: 'ema' (the paper) or 'live' (the authors' code).", ["ema", "live"]
+        "ema",
+        "Network of the target's jump from u to s: 'ema' (the paper) or 'live' (the authors' code).",
+        ["ema", "live"],
     )
-    distance: str = option("l2", "Distance of the two estimates at time 0: 'l2' or 'pseudo_huber'.", ["l2", "pseudo_huber"])
+    distance: str = option(
+        "l2", "Distance of the two estimates at time 0: 'l2' or 'pseudo_huber'.", ["l2", "pseudo_huber"]
+    )
     dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.")
     dsm_adaptive: bool = option(
-        True, "Scale it so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. 12)."
+        True,
+        "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. 12).",
     )
     dsm_sigma: str = option(
         "half_lognormal",

@@ -61,8 +61,13 @@ class ImageDataset(torch.utils.data.Dataset):
                 raise UserError(f"--image_column {self.image_column} holds no images; image columns: {image_columns}.")
         elif len(image_columns) == 1:
             self.image_column = image_columns[0]
+        elif image_columns:
+            raise UserError(f"--image_column is needed: the data set has the image columns {', '.join(image_columns)}.")
         else:
-            raise UserError(f"--image_column is needed: the data set has the image columns {image_columns}.")
+            raise UserError(
+                f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns are "
+                f"{', '.join(features)}."
+            )
 
         self.label_column, self.num_classes, self.id2label = None, None, None
         if options.label_column is not None:
@@ -71,10 +76,12 @@ class ImageDataset(torch.utils.data.Dataset):
             if isinstance(feature, ClassLabel):
                 self.num_classes = feature.num_classes
                 self.id2label = dict(enumerate(feature.names))
-            elif str(getattr(feature, "dtype", "")).startswith("int"):
+            elif str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
                 self.num_classes = max(self.source[self.label_column]) + 1
             else:
-                raise UserError(f"--label_column {self.label_column} must hold classes or whole numbers, it holds {feature}.")
+                raise UserError(
+                    f"--label_column {self.label_column} must hold classes or whole numbers, it holds {feature}."
+                )
 
         first = self.source[0][self.image_column]
         self.mode = options.image_mode or ("L" if first.mode in ("1", "L", "I", "I;16", "F") else "RGB")
@@ -121,7 +128,9 @@ class StepSampler:
     `total = batch_size * num_parts` into batches; a part is one process in one accumulation step.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: list[int], num_parts: int):
+    def __init__(
+        self, length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: list[int], num_parts: int
+    ):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.steps = range(first_step, last_step)
         self.parts, self.num_parts = parts, num_parts

@@ -53,7 +53,9 @@ def flow(x: torch.Tensor, t: float, s: float, steps: int = 200) -> tuple[torch.T
 def draw_how_it_works(path: str) -> None:
     """The loss and the sampler on the exact flow of a toy problem, time against state."""
     low, high = 0.02, 4.0
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), sharey=True, width_ratios=[1.35, 1, 1, 1], layout="constrained")
+    figure, axes = plt.subplots(
+        1, 4, figsize=(13, 3.4), sharey=True, width_ratios=[1.35, 1, 1, 1], layout="constrained"
+    )
 
     def background(axis):
         for start in np.linspace(-5.5, 5.5, 14):

@@ -1,5 +1,6 @@
 """The losses of EDM and CTM, as named terms."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -134,7 +135,11 @@ def ctm_loss(
         x_sigma = x_0 + append_dims(dsm_sigma, x_0.ndim) * dsm_noise
         labels = None if class_labels is None else class_labels.repeat(2)
         g = preconditioning.g(
-            student, torch.cat([x_t, x_sigma]), torch.cat([t, dsm_sigma]), torch.cat([s, dsm_sigma]), **condition(labels)
+            student,
+            torch.cat([x_t, x_sigma]),
+            torch.cat([t, dsm_sigma]),
+            torch.cat([s, dsm_sigma]),
+            **condition(labels),
         )
         g, denoised = g.split(batch)
     else:
@@ -153,7 +158,10 @@ def ctm_loss(
     x_s_leaf = x_s.detach().requires_grad_()
     estimate = jump_where_needed(ema_jump, x_s_leaf, outer, s, end, class_labels)
     trajectory = distance(estimate, target).mean()
-    (gradient,) = torch.autograd.grad(trajectory, x_s_leaf)
+    # Gradients of a mean over all pixels are too small for fp16 on their way through the network.
+    magnify = 2.0 ** round(math.log2(x_0.numel()))
+    (gradient,) = torch.autograd.grad(magnify * trajectory, x_s_leaf)
+    gradient = gradient / magnify
     backward = (x_s * gradient).sum()
     if not with_dsm:
         zero = torch.zeros_like(trajectory)
@@ -161,9 +169,10 @@ def ctm_loss(
 
     # 4. Score matching, weighted.
     dsm = dsm_loss(denoised, x_0, dsm_sigma, preconditioning.sigma_data).mean()
-    weight = torch.as_tensor(dsm_weight, device=dsm.device, dtype=dsm.dtype)
+    weight = torch.full_like(dsm, dsm_weight)  # made on the device: nothing waits for it
     if dsm_adaptive:
-        (trajectory_gradient,) = torch.autograd.grad(x_s, last_weight, gradient, retain_graph=True)
-        (dsm_gradient,) = torch.autograd.grad(dsm, last_weight, retain_graph=True)
-        weight = weight * adaptive_weight(reduce_gradient(trajectory_gradient), reduce_gradient(dsm_gradient))
+        (trajectory_gradient,) = torch.autograd.grad(x_s, last_weight, magnify * gradient, retain_graph=True)
+        (dsm_gradient,) = torch.autograd.grad(magnify * dsm, last_weight, retain_graph=True)
+        gradients = [reduce_gradient(value / magnify) for value in (trajectory_gradient, dsm_gradient)]
+        weight = weight * adaptive_weight(*gradients)
     return CTMLoss(trajectory.detach(), dsm.detach(), weight, backward + weight * dsm)

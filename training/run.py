@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
@@ -34,9 +35,9 @@ class StepRandom:
 
     def __init__(self, seed: int, step: int, total: int, own: slice, device: torch.device):
         self.total, self.own = total, own
-        seed = seed * 1_000_000_007 + step
+        seed = 2 * (seed * 1_000_000_007 + step)
         self.host = torch.Generator().manual_seed(seed)
-        self.device_generator = torch.Generator(device).manual_seed(seed)
+        self.device_generator = torch.Generator(device).manual_seed(seed + 1)  # not the host's stream on a CPU
         self.device = device
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -70,6 +71,21 @@ def newest_checkpoint(output_dir: str) -> str | None:
     return newest and os.path.join(output_dir, newest[0])
 
 
+# Options that may differ when a run is resumed: how long, how fast and what is written.
+FREE_OPTIONS = {
+    "config", "output_dir", "resume_from_checkpoint", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
+    "mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
+    "sample_every", "logging_steps", "report_to", "teacher",
+}  # fmt: skip
+
+
+def decisive_options(options: RunOptions, num_processes: int) -> dict[str, str]:
+    """The options that a checkpoint's run must share with the run that resumes it, as text; of the batch, its global size."""
+    decisive = {name: str(value) for name, value in asdict(options).items() if name not in FREE_OPTIONS}
+    total = options.train_batch_size * options.gradient_accumulation_steps * num_processes
+    return {**decisive, "train_batch_size x accumulation x processes": str(total)}
+
+
 def start_output_dir(options: RunOptions) -> str | None:
     """Check the output folder before work starts; return the checkpoint to resume from, or None."""
     folder, resume = options.output_dir, options.resume_from_checkpoint
@@ -77,7 +93,15 @@ def start_output_dir(options: RunOptions) -> str | None:
         raise UserError(f"--output_dir {folder} is a file.")
     if resume is not None and resume != "latest":
         if not os.path.isfile(os.path.join(resume, "run_state.pt")):
-            raise UserError(f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest'.")
+            raise UserError(
+                f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest'."
+            )
+        newest = newest_checkpoint(folder)
+        if newest is not None and not os.path.samefile(resume, newest):
+            raise UserError(
+                f"--output_dir {folder} holds {newest}, which this run would overwrite or rotate away. Choose another folder, or remove "
+                f"the checkpoints that are not {resume}."
+            )
         return resume
     if resume == "latest":
         return newest_checkpoint(folder)
@@ -142,10 +166,13 @@ class TrainingRun:
 
     def _open_output_dir(self) -> None:
         """Record the options and start the tracker; nothing is written before all else is known to work."""
-        os.makedirs(self.options.output_dir, exist_ok=True)
         if self.accelerator.is_main_process:
-            save_config(self.options, os.path.join(self.options.output_dir, "config.yaml"))
-        values = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in asdict(self.options).items()}
+            with atomic_file(os.path.join(self.options.output_dir, "config.yaml")) as draft:
+                save_config(self.options, draft)
+        values = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in asdict(self.options).items()
+        }
         if self.options.report_to != "none":
             self.accelerator.init_trackers("diffusers-ctm", config=values)
 
@@ -216,11 +243,12 @@ class TrainingRun:
         options, step = self.options, self.step
         last = step == options.max_train_steps
         progress.update()
-        if step % options.logging_steps == 0 or last:
-            self._log(progress)
+        saves = options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last)
+        if step % options.logging_steps == 0 or saves or last:
+            self._log(progress)  # first: a broken run saves nothing
         if options.sample_every and (step % options.sample_every == 0 or last):
             self.save_samples()
-        if options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last):
+        if saves:
             self.save_checkpoint()
 
     def _log(self, progress: tqdm) -> None:
@@ -237,7 +265,9 @@ class TrainingRun:
             )
         progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
         learning_rate = self.lr_scheduler.get_last_lr()[0]
-        self.accelerator.log({**{f"train/{k}": v for k, v in means.items()}, "train/learning_rate": learning_rate}, step=self.step)
+        self.accelerator.log(
+            {**{f"train/{k}": v for k, v in means.items()}, "train/learning_rate": learning_rate}, step=self.step
+        )
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
@@ -268,8 +298,14 @@ class TrainingRun:
         accelerator.wait_for_everyone()
         try:
             accelerator.save_state(draft)
+            accelerator.wait_for_everyone()  # each process writes its own random state
             if accelerator.is_main_process:
-                torch.save({"step": self.step, "ema": self.ema.state_dict()}, os.path.join(draft, "run_state.pt"))
+                state = {
+                    "step": self.step,
+                    "ema": self.ema.state_dict(),
+                    "options": decisive_options(options, accelerator.num_processes),
+                }
+                torch.save(state, os.path.join(draft, "run_state.pt"))
                 os.replace(draft, path)
         except WRITE_ERRORS as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -285,8 +321,19 @@ class TrainingRun:
     def _load_checkpoint(self, path: str) -> None:
         try:
             state = torch.load(os.path.join(path, "run_state.pt"), map_location="cpu", weights_only=True)
+            before, now = state["options"], decisive_options(self.options, self.accelerator.num_processes)
+            changed = [
+                f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]
+            ]
+            if changed:
+                raise UserError(
+                    f"The checkpoint {path} belongs to a run with other options: {'; '.join(changed)}. Give the same, or start a new "
+                    "run in another --output_dir."
+                )
             self.accelerator.load_state(path)
             self.ema.load_state_dict(state["ema"])
+        except UserError:
+            raise
         except Exception as error:  # torch, safetensors and accelerate each raise their own
             raise UserError(
                 f"The checkpoint {path} cannot be resumed: {type(error).__name__}: {error}. It belongs to another network or "
@@ -316,11 +363,16 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     """Accelerate with the options' precision, accumulation and tracker; seeds every process."""
     precision = options.mixed_precision
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        precision = (
+            "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        )
+    tracker = options.report_to
+    if tracker != "none" and tracker not in map(str, get_available_trackers()):
+        raise UserError(f"--report_to {tracker} needs the package {tracker}: pip install {tracker}, or choose 'none'.")
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=None if options.report_to == "none" else options.report_to,
+        log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=os.path.join(options.output_dir, "logs")),
     )
     set_seed(options.seed, device_specific=True)
@@ -343,4 +395,6 @@ def enlarged_grid(images: list[Image.Image], rows: int, columns: int, smallest_s
     """Images in rows, small ones enlarged without smoothing."""
     factor = max(1, -(-smallest_side // images[0].height))
     size = (images[0].width * factor, images[0].height * factor)
-    return make_image_grid([image.resize(size, Image.Resampling.NEAREST).convert("RGB") for image in images], rows, columns)
+    return make_image_grid(
+        [image.resize(size, Image.Resampling.NEAREST).convert("RGB") for image in images], rows, columns
+    )

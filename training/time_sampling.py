@@ -61,12 +61,13 @@ def draw_lognormal_sigma(noise: torch.Tensor, p_mean: float = -1.2, p_std: float
 
 
 def draw_half_lognormal_sigma(
-    noise: torch.Tensor, ramp: torch.Tensor, sigma_min: float, sigma_max: float, rho: float
+    noise: torch.Tensor, ramp: torch.Tensor, sigma_min: float, sigma_max: float, rho: float, first: int = 0
 ) -> torch.Tensor:
     """Every other sample log-normal, the others on the Karras ramp at 0.7 * `ramp`, `ramp` uniform in [0, 1], shape (B,).
 
-    The authors' mixture: with sigma_max = 80 the second half lies in [0.32, 80].
+    The authors' mixture: with sigma_max = 80 the others lie in [0.32, 80]. `first` is the place of sample 0 in the global batch,
+    so that every split of it draws the same.
     """
     high = karras_sigma(0.7 * ramp, sigma_min, sigma_max, rho)
-    odd = torch.arange(len(noise), device=noise.device) % 2 == 1
+    odd = torch.arange(first, first + len(noise), device=noise.device) % 2 == 1
     return torch.where(odd, high, draw_lognormal_sigma(noise))

@@ -4,6 +4,7 @@ import copy
 import functools
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel
 from diffusers_ctm.trajectory import karras_sigmas
@@ -32,7 +33,9 @@ def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
     if config.num_class_embeds is None and dataset.num_classes is not None:
         raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
     if dataset.num_classes is not None and dataset.num_classes > config.num_class_embeds:
-        raise UserError(f"--label_column has {dataset.num_classes} classes, the teacher knows {config.num_class_embeds}.")
+        raise UserError(
+            f"--label_column has {dataset.num_classes} classes, the teacher knows {config.num_class_embeds}."
+        )
 
 
 def student_scheduler(teacher: Teacher, config: CTMConfig) -> CTMScheduler:
@@ -48,7 +51,15 @@ def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRando
     if config.dsm_sigma == "lognormal":
         return draw_lognormal_sigma(noise)
     numbers = scheduler.config
-    return draw_half_lognormal_sigma(noise, ramp, numbers.sigma_min, numbers.sigma_max, numbers.rho)
+    return draw_half_lognormal_sigma(noise, ramp, numbers.sigma_min, numbers.sigma_max, numbers.rho, random.own.start)
+
+
+def set_dropout(network: CTMUNet2DModel, probability: float) -> None:
+    """As if `network` had been built with `dropout=probability`: in its residual blocks, not in attention."""
+    network.register_to_config(dropout=probability)
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.dropout.p = probability
 
 
 def main(config: CTMConfig) -> str:
@@ -57,12 +68,12 @@ def main(config: CTMConfig) -> str:
     teacher = load_teacher(config.teacher)
     check_fit(teacher, dataset)
     torch.manual_seed(config.seed)
-    student = CTMUNet2DModel.from_unet(teacher.network).requires_grad_(True)
+    try:
+        student = CTMUNet2DModel.from_unet(teacher.network)
+    except ValueError as error:
+        raise UserError(f"--teacher {config.teacher} cannot become a CTM: {error}") from error
     if config.dropout is not None:
-        student.register_to_config(dropout=config.dropout)
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = config.dropout
+        set_dropout(student, config.dropout)
     scheduler = student_scheduler(teacher, config)
     numbers = scheduler.config
 

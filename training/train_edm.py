@@ -7,7 +7,7 @@ from diffusers import UNet2DModel
 
 from diffusers_ctm import CTMPipeline, EDMHeunScheduler
 
-from .config import EDMConfig, run_program
+from .config import EDMConfig, UserError, run_program
 from .data import ImageDataset
 from .losses import dsm_loss
 from .run import TrainingRun
@@ -17,6 +17,11 @@ from .time_sampling import draw_lognormal_sigma
 def build_unet(config: EDMConfig, dataset: ImageDataset) -> UNet2DModel:
     """The UNet2DModel that the options describe."""
     levels = range(len(config.block_out_channels))
+    halvings = 2 ** (len(levels) - 1)
+    if dataset.resolution % halvings:
+        raise UserError(
+            f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got {dataset.resolution}."
+        )
     kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
     return UNet2DModel(
         sample_size=dataset.resolution,

@@ -1,7 +1,12 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Tiny real networks, and the numbers of the authors' code where this checkout has them."""
 
+import os
 from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test waits for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are too small to share
 
 import numpy as np
 import pytest

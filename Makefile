@@ -23,9 +23,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)  ## Make .venv and install everything, in the tested versions
 
 distill: $(INSTALLED)  ## Distil the embedded teacher, evaluate, save, draw: a CTM in OUT=runs/digits
-	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --cpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no \
-		--dynamo_backend no --main_process_port 0 -m training.train_ctm --config training/configs/digits.yaml --output_dir $(OUT) \
-		--resume_from_checkpoint latest
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) \
+		-m training.train_ctm --config training/configs/digits.yaml --output_dir $(OUT) --resume_from_checkpoint latest
 	$(BIN)/python -m training.evaluate --config training/configs/digits_evaluate.yaml --model $(OUT)/pipeline --output_dir $(OUT)/evaluation
 	@printf '%s\n' '' 'Load it:' '' '  import diffusers_ctm' '  from diffusers import DiffusionPipeline' \
 		'  pipe = DiffusionPipeline.from_pretrained("$(OUT)/pipeline")' \

@@ -267,7 +267,7 @@ def test_files_agree(gaussian, config, capsys):
         assert stated in text
     assert PILImage.open(out / "evaluation.png").size[0] > 800
     grid = PILImage.open(out / "gammas.png")
-    assert grid.size == (12 + 2 * (480 + 12), 12 + 3 * (48 + 18 + 12))
+    assert grid.size == (12 + 2 * (500 + 12), 12 + 3 * (50 + 18 + 12))
 
 
 def test_one_seed_and_the_teacher_alone(gaussian, config):

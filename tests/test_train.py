@@ -120,23 +120,15 @@ def test_two_processes_are_one(teacher, tmp_path):
     for name, value in {**SMALL, "learning_rate": 1e-3, "ema_decay": 0.0}.items():
         arguments += [f"--{name}", str(value)]
     folders = {1: tmp_path / "one", 2: tmp_path / "two"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for processes, folder in folders.items():
-        launch = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--main_process_port",
-            "0",
-        ]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [*launch, "-m", "training.train_ctm", *arguments, "--output_dir", str(folder)]
-        command += ["--train_batch_size", str(8 // processes)]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        command += ["--train_batch_size", str(8 // processes), "--checkpointing_steps", "3"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
+        states = glob.glob(str(folder / "checkpoint-3" / "random_states_*.pkl"))
+        assert len(states) == processes  # so many took part
     assert_same_weights(str(folders[1] / "pipeline"), str(folders[2] / "pipeline"), rtol=1e-4, atol=2e-5)
 
 
@@ -365,7 +357,12 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); run_program(t.main, CTMConfig)"
     )
     arguments = ["--teacher", teacher, "--output_dir", str(folder), "--max_train_steps", "4", "--max_solver_steps", "2"]
-    for name, value in {**SMALL, "checkpointing_steps": 2, "resume_from_checkpoint": "latest"}.items():
+    for name, value in {
+        **SMALL,
+        "learning_rate": 1e-3,
+        "checkpointing_steps": 2,
+        "resume_from_checkpoint": "latest",
+    }.items():
         arguments += [f"--{name}", str(value)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr[-2000:]

@@ -18,7 +18,7 @@ import torch
 import torchmetrics
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -601,7 +601,11 @@ def markdown(report: dict) -> str:
         "",
     ]
     if options["kid"]:
-        lines += ["Kernel distance (lower is better; unbiased, so near its ideal 0 it may be negative), likewise:", ""]
+        lines += [
+            "Kernel distance (lower is better; unbiased for independent images, so near 0 it may be negative, and with classes "
+            "in fixed shares it is a little too low, as the row of real images shows), likewise:",
+            "",
+        ]
         lines += [*distance_table(report, "kernel"), ""]
     return "\n".join(lines + [f"- {note}" for note in notes]) + "\n"
 
@@ -680,17 +684,15 @@ def _plain_ticks(axes) -> None:
 def gammas_picture(config: EvaluateConfig, pipelines: dict[str, CTMPipeline]) -> bytes:
     """gammas.png: samples from the same noise, a row per gamma, a group per number of steps; the teacher's below."""
     size = next(iter(pipelines.values())).unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    groups = max(len(config.steps), 1)
-    count = min(10, max(1, 2000 // (groups * max(48, width))))  # images per group
+    width = max(50, size if isinstance(size, int) else size[1])
+    count = min(10, max(1, 2000 // (len(config.steps) * width)))  # images per group
 
     def group(setting: Setting) -> Image.Image:
         pipe = pipelines[setting.sampler]
         labels = class_labels(pipe.unet.config.num_class_embeds, None, count)
         pixels = draw(pipe, setting, count, labels, config.seeds[0], 0).permute(0, 2, 3, 1).cpu().numpy()
-        return enlarged_grid(
-            [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels], 1, count
-        )
+        images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
+        return enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], 1, count)
 
     drawn = {setting: group(setting) for setting in settings_of(config)}
     rows = []

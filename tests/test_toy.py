@@ -39,7 +39,8 @@ def train(data, steps, report):
     """Distil the exact denoiser; `report(network)` before training and after each of `steps` iterations."""
     torch.manual_seed(0)
     settings = {"block_out_channels": (64,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = UNet2DModel(1, 2, 2, layers_per_block=2, add_attention=False, norm_num_groups=8, **settings)
+    settings |= {"sample_size": 1, "in_channels": 2, "out_channels": 2, "layers_per_block": 2, "norm_num_groups": 8}
+    unet = UNet2DModel(add_attention=False, **settings)
     torch.nn.init.zeros_(unet.conv_out.weight)
     student = CTMUNet2DModel.from_unet(unet)
     ema = EMA(student, 0.99, warmup=True)

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import ImageOps
 
 import diffusers_ctm  # noqa: F401  (lets diffusers load a CTM)
 from diffusers_ctm.trajectory import gamma_split, heun_step, karras_sigmas
@@ -129,7 +130,7 @@ def draw_three_gammas(model: str, path: str) -> None:
         generator = torch.Generator().manual_seed(0)
         images += pipe(class_labels=list(range(10)), num_inference_steps=4, gamma=gamma, generator=generator).images
     with atomic_file(path) as draft:
-        enlarged_grid(images, rows=3, columns=10).save(draft)
+        enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=10).save(draft)
 
 
 def main(config: FiguresConfig) -> None:

@@ -30,7 +30,9 @@ class CTMPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     # `from_pipe` compares a network's class with this annotation, subclasses excluded.
-    def __init__(self, unet: UNet2DModel | CTMUNet2DModel, scheduler, id2label: dict[int, str] | None = None):
+    def __init__(
+        self, unet: UNet2DModel | CTMUNet2DModel, scheduler, id2label: dict[str, str] | dict[int, str] | None = None
+    ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         if id2label is not None:

@@ -10,7 +10,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .scheduling_utils_ctm import KarrasSchedulerMixin, accumulation_dtype, as_float64
-from .trajectory import gamma_split, jump, karras_sigmas
+from .trajectory import gamma_split, jump
 
 
 @dataclass
@@ -96,8 +96,7 @@ class CTMScheduler(KarrasSchedulerMixin):
         levels = self._start_levels(num_inference_steps, timesteps, sigmas)
         config = self.config
         if levels is None:
-            karras = (config.sigma_min, config.sigma_max, config.rho)
-            levels = karras_sigmas(num_inference_steps + 1, *karras, dtype=torch.float64)
+            levels = self._karras_levels(num_inference_steps + 1)
         else:
             levels = torch.cat([levels, levels.new_tensor([config.sigma_min])])
         t, t_next = levels[:-1], levels[1:]

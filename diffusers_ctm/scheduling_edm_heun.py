@@ -10,7 +10,6 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .scheduling_utils_ctm import KarrasSchedulerMixin, accumulation_dtype
-from .trajectory import karras_sigmas
 
 
 @dataclass
@@ -95,8 +94,7 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
         levels = self._start_levels(num_inference_steps, timesteps, sigmas)
         config = self.config
         if levels is None:
-            karras = (config.sigma_min, config.sigma_max, config.rho)
-            levels = karras_sigmas(num_inference_steps, *karras, dtype=torch.float64)
+            levels = self._karras_levels(num_inference_steps)
         num_steps = len(levels)
 
         churned = (levels >= config.s_tmin) & (levels <= (float("inf") if config.s_tmax is None else config.s_tmax))

@@ -14,6 +14,7 @@ from .trajectory import (
     append_dims,
     c_noise,
     check_positive,
+    karras_sigmas,
     scalings,
     sigma_of_c_noise,
 )
@@ -103,6 +104,11 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def t_to_sigma(self, timestep: torch.Tensor | float) -> torch.Tensor:
         """The noise level whose c_noise is `timestep`."""
         return sigma_of_c_noise(timestep, self.config.timestep_scale)
+
+    def _karras_levels(self, num_levels: int) -> torch.Tensor:
+        """The config's Karras schedule, float64 on the CPU, from sigma_max to sigma_min."""
+        config = self.config
+        return karras_sigmas(num_levels, config.sigma_min, config.sigma_max, config.rho, dtype=torch.float64)
 
     def _start_levels(self, num_inference_steps, timesteps, sigmas) -> torch.Tensor | None:
         """Checked custom noise levels at which steps start, float64 and descending; None if a number of steps was given."""

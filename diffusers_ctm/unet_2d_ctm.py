@@ -34,8 +34,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         embedding = self.time_embedding
         self.target_time_embedding = TimestepEmbedding(embedding.linear_1.in_features, embedding.linear_1.out_features)
         for block in self._residual_blocks():
-            old = block.time_emb_proj
-            block.time_emb_proj = _widened(old)
+            block.time_emb_proj = _widened(block.time_emb_proj)
 
     def _residual_blocks(self) -> list[ResnetBlock2D]:
         return [m for m in self.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]

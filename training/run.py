@@ -64,11 +64,16 @@ class Batch:
     random: StepRandom
 
 
+def checkpoints(output_dir: str) -> list[str]:
+    """The `checkpoint-N` folders, the oldest first; they appear by rename, so each is whole."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = sorted(int(match[1]) for match in map(CHECKPOINT.fullmatch, names) if match)
+    return [os.path.join(output_dir, f"checkpoint-{step}") for step in steps]
+
+
 def newest_checkpoint(output_dir: str) -> str | None:
-    """The `checkpoint-N` with the largest N; checkpoints appear by rename, so it is whole."""
-    found = [m for m in map(CHECKPOINT.fullmatch, os.listdir(output_dir) if os.path.isdir(output_dir) else []) if m]
-    newest = max(found, key=lambda match: int(match[1]), default=None)
-    return newest and os.path.join(output_dir, newest[0])
+    """The `checkpoint-N` with the largest N, or None."""
+    return next(reversed(checkpoints(output_dir)), None)
 
 
 # Options that may differ when a run is resumed: how long, how fast and what is written.
@@ -314,9 +319,8 @@ class TrainingRun:
             ) from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and options.checkpoints_total_limit:
-            numbers = sorted(int(m[1]) for m in map(CHECKPOINT.fullmatch, os.listdir(options.output_dir)) if m)
-            for number in numbers[: -options.checkpoints_total_limit]:
-                shutil.rmtree(os.path.join(options.output_dir, f"checkpoint-{number}"))
+            for old in checkpoints(options.output_dir)[: -options.checkpoints_total_limit]:
+                shutil.rmtree(old)
 
     def _load_checkpoint(self, path: str) -> None:
         try:

@@ -98,6 +98,32 @@ def test_data_without_images_and_labels_of_any_whole_type(tmp_path):
     assert data.num_classes == 7 and data[[1]][1].tolist() == [6]
 
 
+@pytest.mark.parametrize("value", [None, -1])
+def test_images_without_a_class_are_refused(tmp_path, value):
+    path = str(tmp_path / "data.parquet")
+    for kind in (Value("int64"), ClassLabel(names=["cat", "dog"])):
+        features = Features({"img": Image(), "kind": kind})
+        Dataset.from_dict({"img": [picture((4, 4))] * 3, "kind": [0, value, 1]}, features=features).to_parquet(path)
+        with pytest.raises(UserError, match="--label_column kind has no class .* for 1 of 3 images"):
+            ImageDataset(DataOptions(dataset_name=path, label_column="kind"))
+
+
+def test_sixteen_bits_are_scaled_and_transparency_is_white(parquet):
+    deep = PILImage.fromarray(np.array([[0, 65535], [32896, 257]], dtype=np.uint16))
+    images, _ = ImageDataset(DataOptions(dataset_name=parquet([deep])))[[0]]
+    assert images.tolist() == [[[[0, 255], [128, 1]]]]
+    clear = PILImage.fromarray(np.array([[[9, 9, 9, 0], [200, 0, 0, 255]]] * 2, dtype=np.uint8), "RGBA")
+    images, _ = ImageDataset(DataOptions(dataset_name=parquet([clear])))[[0]]
+    assert images[0, :, 0].T.tolist() == [[255, 255, 255], [200, 0, 0]]
+    palette = clear.convert("RGB").convert("P")
+    palette.info["transparency"] = palette.getpixel((1, 0))
+    floats = PILImage.fromarray(np.zeros((2, 2), dtype=np.float32))
+    data = ImageDataset(DataOptions(dataset_name=parquet([picture((2, 2))]), image_mode="L"))
+    assert [data._fit(palette).getpixel((x, 0)) for x in (0, 1)] == [0, 255]
+    with pytest.raises(UserError, match="32-bit grey"):
+        data._fit(floats)
+
+
 def test_order_depends_on_seed_and_step_alone():
     def indices(batch_size, num_parts, first=0, last=6, seed=0):
         parts = list(range(num_parts))

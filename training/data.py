@@ -41,6 +41,9 @@ def _column(dataset: Dataset, option: str, name: str) -> str:
     return name
 
 
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """Images of one size and mode, and their classes.
 
@@ -73,18 +76,25 @@ class ImageDataset(torch.utils.data.Dataset):
         if options.label_column is not None:
             self.label_column = _column(self.source, "label_column", options.label_column)
             feature = features[self.label_column]
-            if isinstance(feature, ClassLabel):
-                self.num_classes = feature.num_classes
-                self.id2label = dict(enumerate(feature.names))
-            elif str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-                self.num_classes = max(self.source[self.label_column]) + 1
-            else:
+            if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
                 raise UserError(
                     f"--label_column {self.label_column} must hold classes or whole numbers, it holds {feature}."
                 )
+            labels = self.source[self.label_column]
+            unlabelled = sum(label is None or label < 0 for label in labels)
+            if unlabelled:
+                raise UserError(
+                    f"--label_column {self.label_column} has no class (null or negative) for {unlabelled} of {len(labels)} images; "
+                    "remove those images, or leave --label_column out."
+                )
+            if isinstance(feature, ClassLabel):
+                self.num_classes = feature.num_classes
+                self.id2label = dict(enumerate(feature.names))
+            else:
+                self.num_classes = max(labels) + 1
 
         first = self.source[0][self.image_column]
-        self.mode = options.image_mode or ("L" if first.mode in ("1", "L", "I", "I;16", "F") else "RGB")
+        self.mode = options.image_mode or ("L" if first.mode in GREY_MODES else "RGB")
         self.resolution = options.resolution or min(first.size)
         columns = [self.image_column] + ([self.label_column] if self.label_column else [])
         self.source = self.source.select_columns(columns)
@@ -107,13 +117,31 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _fit(self, image: PILImage.Image) -> PILImage.Image:
         """Scale the shorter side to the resolution and keep the centre."""
-        image = image.convert(self.mode)
+        image = eight_bit(image).convert(self.mode)
         size = self.resolution
         if image.size != (size, size):
             smaller = min(image.size) > size
             method = PILImage.Resampling.BOX if smaller else PILImage.Resampling.BICUBIC
             image = ImageOps.fit(image, (size, size), method)
         return image
+
+
+def eight_bit(image: PILImage.Image) -> PILImage.Image:
+    """`image` with at most 8 bits a channel and nothing transparent: 16-bit grey is scaled, transparency is laid on white.
+
+    PIL's own conversion clips the one and shows hidden colours in the other. Raises UserError for grey in 32 bits, whose range
+    nobody knows.
+    """
+    if image.mode.startswith("I;16"):
+        return PILImage.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"The data set holds images in mode {image.mode!r} (32-bit grey), whose white is not known; save them with 8 or 16 bits."
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def to_sample(images: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ def atomic_folder(path: str) -> Iterator[str]:
     draft = os.path.join(parent, f".{name}.draft")
     former = os.path.join(parent, f".{name}.former")
     try:
+        if os.path.isdir(former) and not os.path.exists(path):
+            os.rename(former, path)  # a process was killed between the two renames
         shutil.rmtree(draft, ignore_errors=True)
         os.makedirs(draft)
         yield draft

@@ -114,6 +114,39 @@ def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path)
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "name, factors",
+    [
+        ("constant_with_warmup", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0.5, 1, 0.8535534, 0.5, 0.1464466, 0]),
+    ],
+)
+def test_learning_rate_over_the_steps(tmp_path, monkeypatch, name, factors):
+    """After step i, so that the last is that of a step never taken."""
+    logged = []
+    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.append(values))
+    options = {**SMALL, **NETWORK, "logging_steps": 1, "learning_rate": 0.5, "max_train_steps": 6}
+    train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), lr_scheduler=name, lr_warmup_steps=2, **options))
+    rates = [values["train/learning_rate"] / 0.5 for values in logged]
+    assert rates == pytest.approx(factors, abs=1e-6)
+
+
+def test_noise_levels_of_the_teacher_are_those_asked(tmp_path, monkeypatch):
+    drawn = []
+
+    def record(denoised, x_0, sigma, sigma_data):
+        drawn.append(sigma)
+        return (denoised - x_0).square()
+
+    monkeypatch.setattr(train_edm, "dsm_loss", record)
+    options = {**SMALL, **NETWORK, "train_batch_size": 2000, "max_train_steps": 1, "p_mean": 0.4, "p_std": 0.3}
+    train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), **options))
+    logs = torch.cat(drawn).log()
+    assert logs.mean().item() == pytest.approx(0.4, abs=4 * 0.3 / 2000**0.5)
+    assert logs.std().item() == pytest.approx(0.3, abs=4 * 0.3 / 4000**0.5)
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(teacher, tmp_path):
     arguments = ["--teacher", teacher, "--max_train_steps", "3", "--max_solver_steps", "2", "--dropout", "0"]
@@ -303,6 +336,21 @@ def test_infinite_losses_stop_the_run(teacher, tmp_path):
             teacher, tmp_path / "run", learning_rate=1e18, max_train_steps=10, logging_steps=100, checkpointing_steps=5
         )
     assert os.listdir(tmp_path / "run") == ["config.yaml"]  # no checkpoint of a broken network
+
+
+@pytest.mark.parametrize("checkpointing_steps", [0, 2])
+def test_infinite_gradients_of_a_finite_loss_are_not_saved(teacher, tmp_path, monkeypatch, checkpointing_steps):
+    update = run_module.TrainingRun.update
+
+    def broken_update(self, loss, terms):
+        if self.step == 1:  # the last
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        update(self, loss, terms)
+
+    monkeypatch.setattr(run_module.TrainingRun, "update", broken_update)
+    with pytest.raises(UserError, match="The weights became infinite or NaN by step 2"):
+        distil(teacher, tmp_path / "run", max_train_steps=2, logging_steps=100, checkpointing_steps=checkpointing_steps)
+    assert os.listdir(tmp_path / "run") == ["config.yaml"]
 
 
 def test_a_ctm_is_no_teacher(teacher, tmp_path):

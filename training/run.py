@@ -264,14 +264,17 @@ class TrainingRun:
         self._sums, self._count = {}, 0
         broken = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
         if broken:
-            raise UserError(
-                f"{', '.join(broken)} became infinite or NaN by step {self.step}. Lower --learning_rate, set --max_grad_norm 1, or "
-                "use --mixed_precision no; the checkpoints of earlier steps are intact."
-            )
+            raise self._broken(", ".join(broken))
         progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.accelerator.log(
             {**{f"train/{k}": v for k, v in means.items()}, "train/learning_rate": learning_rate}, step=self.step
+        )
+
+    def _broken(self, what: str) -> UserError:
+        return UserError(
+            f"{what} became infinite or NaN by step {self.step}. Lower --learning_rate, set --max_grad_norm 1, or use "
+            "--mixed_precision no; the checkpoints of earlier steps are intact."
         )
 
     # Saving ---------------------------------------------------------------------------------------------------------
@@ -293,8 +296,15 @@ class TrainingRun:
             with atomic_file(path) as draft:
                 enlarged_grid(images, rows, columns).save(draft)
 
+    def _check_weights(self) -> None:
+        """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
+        norms = [p.detach().norm() for p in (*self.bare_network.parameters(), *self.ema.module.parameters())]
+        if not torch.stack(norms).isfinite().all():
+            raise self._broken("The weights")
+
     def save_checkpoint(self) -> None:
         """Save all that resuming needs as output_dir/checkpoint-N, whole or not at all, and remove the oldest beyond the limit."""
+        self._check_weights()
         accelerator, options = self.accelerator, self.options
         path = os.path.join(options.output_dir, f"checkpoint-{self.step}")
         draft = os.path.join(options.output_dir, f".checkpoint-{self.step}.draft")
@@ -350,6 +360,7 @@ class TrainingRun:
 
     def finish(self) -> str:
         """Save the averaged network as output_dir/pipeline, a diffusers folder; return its path."""
+        self._check_weights()
         path = os.path.join(self.options.output_dir, "pipeline")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

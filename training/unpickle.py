@@ -24,7 +24,7 @@ import torch
 from .config import UserError
 
 
-MAX_OPCODES = 2_000_000  # a training checkpoint with 1,000 tensors and Adam's moments has 200,000
+MAX_OPCODES = 1_000_000  # a training checkpoint with 1,000 tensors and Adam's moments has 200,000
 MAX_LINE = 2**20  # bytes of a line in a pickle of protocol 0
 MAX_DIRECTORY = 2**23  # bytes of a zip file's list of entries; 10,000 tensors need 1 MB
 MAX_INTEGER = 2048  # bits
@@ -33,6 +33,7 @@ MAX_DEPTH = 100  # modules within modules
 SLACK = 2**20  # bytes that a small file may ask for beyond its size
 BLOB = 2**16  # bytes strings this long stay in the mapped file
 
+BROKEN = "it is no checkpoint, or broken"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before 1.6
 
 # Where checkpoints keep their weights, the best first: averaged weights are what samples well.
@@ -420,7 +421,7 @@ class _Machine:
                     raise _Refused(f"it has the instruction {name}, which no checkpoint needs")
                 step(argument)
         if len(self.stack) != 1 or self.marks:
-            raise _Refused("it is broken")
+            raise _Refused(BROKEN)
         return self.stack.pop()
 
     def call(self, function: Any, arguments: Any) -> Any:
@@ -478,7 +479,7 @@ class _Machine:
 
     def _take(self, count: int) -> tuple:
         if len(self.stack) < count:
-            raise _Refused("it is broken")
+            raise _Refused(BROKEN)
         values = tuple(self.stack[-count:])
         del self.stack[-count:]
         return values
@@ -509,7 +510,7 @@ class _Machine:
     def _set_items(self, values: list | tuple) -> None:
         target = self._top(dict)
         if len(values) % 2:
-            raise _Refused("it is broken")
+            raise _Refused(BROKEN)
         for key, value in zip(values[::2], values[1::2]):
             target[_key(key)] = value
 
@@ -552,7 +553,7 @@ class _Machine:
 
     def _name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise _Refused("it is broken")
+            raise _Refused(BROKEN)
         full = f"{PYTHON_2.get(module, module)}.{name}"
         if full in DTYPES:
             self.stack.append(DTYPES[full])
@@ -588,7 +589,7 @@ class _Machine:
     def _fill(self, array: torch.Tensor, state: Any) -> None:
         """numpy's (version, shape, dtype, is Fortran, data)."""
         if type(state) is not tuple or len(state) != 5:
-            raise _Refused("it is broken")
+            raise _Refused(BROKEN)
         _, shape, kind, fortran, data = state
         array.data = _ordered(_from_bytes(self, data, kind, shape), shape, bool(fortran))
 
@@ -637,7 +638,7 @@ def _read_zip(path: str, data: torch.UntypedStorage, view: memoryview) -> Any:
             raise _Refused("its entries are compressed or encrypted, and torch.save does neither")
         header = bytes(view[entry.header_offset : entry.header_offset + 30])
         if len(header) != 30 or header[:4] != b"PK\3\4":
-            raise _Refused("it is broken")
+            raise _Refused(BROKEN)
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         if start + entry.file_size > len(view):
             raise _Refused("it is truncated")
@@ -776,7 +777,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # what a broken pickle makes of the interpreter: IndexError, KeyError, struct.error, ...
-        reason, text = "it is no checkpoint, or broken", str(error)[:200]
+        reason, text = BROKEN, str(error)[:200]
         if text:
             reason += f" ({type(error).__name__}: {text})"
     raise UserError(

@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import ORACLE
 from diffusers import UNet2DModel
 from loopback_hub import LoopbackHub, Repo
 
@@ -41,11 +44,11 @@ def official_name(name: str) -> str:
     return "toy/" + "/".join(reversed(name.split(".")))
 
 
-def config_of(shapes, num_head_channels=8, dropout=0.25):
+def config_of(shapes, head_dim=8, dropout=0.25):
     labels = shapes.get(official_name("class_embedding.weight"))
     return {
         **SIZE,
-        "attention_head_dim": num_head_channels,
+        "attention_head_dim": head_dim,
         "dropout": dropout,
         "num_class_embeds": labels and labels[0],
     }
@@ -77,8 +80,9 @@ TOY = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def family(monkeypatch):
-    monkeypatch.setattr(convert, "FAMILIES", {"convert_toy": ("UNet2DModel", "CTMUNet2DModel")})
-    monkeypatch.setattr(convert, "family_module", {"convert_toy": TOY}.__getitem__)
+    toy = convert.Family("convert_toy", ("UNet2DModel", "CTMUNet2DModel"), head="head_dim")
+    monkeypatch.setattr(convert, "FAMILIES", {"toy": toy})
+    monkeypatch.setattr(convert, "family_module", {"toy": TOY}.__getitem__)
 
 
 def network_of(cls=CTMUNet2DModel, std=0.1, **changes):
@@ -198,6 +202,57 @@ def test_a_folder_that_does_not_give_the_same_output_is_not_written(student, tmp
     with pytest.raises(UserError, match="another output"):
         run(student[1], tmp_path / "out")
     assert os.listdir(tmp_path) == ["ctm.pt"]
+
+
+# The official networks ------------------------------------------------------------------------------------------------
+
+OFFICIAL = {
+    "edm_ddpmpp_uncond": ("convert_edm", {}),
+    "edm_ncsnpp_cond": ("convert_edm", {}),
+    "ctm_cifar_uncond": ("convert_edm", {}),
+    "ctm_adm64_cond": ("convert_adm", {"--num_head_channels": 16}),
+}
+
+
+def module_of(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module whose state dict is `weights`."""
+    root = torch.nn.Module()
+    for name, tensor in weights.items():
+        module, (*path, last) = root, name.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+    return root
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="the authors' numbers are not in this checkout")
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_networks_give_the_authors_numbers(name, tmp_path, monkeypatch):
+    """From a pickle of a module with averaged weights, as NVIDIA's, to a pipeline, and back to official names."""
+    module, options = OFFICIAL[name]
+    pytest.importorskip(f"training.{module}")
+    monkeypatch.undo()  # the real families
+    weights = safetensors.torch.load_file(ORACLE / f"{name}.safetensors")
+    with open(tmp_path / "net.pkl", "wb") as file:
+        pickle.dump({"ema": module_of(weights)}, file)
+    options = [part for option in options.items() for part in option]
+    run(tmp_path / "net.pkl", tmp_path / "out", *options)
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    numbers = {key: torch.from_numpy(value) for key, value in np.load(ORACLE / f"{name}_io.npz").items()}
+    levels = numbers["sigma"] if "sigma" in numbers else numbers["t"]
+    labels = numbers.get("labels", numbers.get("y"))
+    label = {} if pipe.unet.config.num_class_embeds is None else {"class_labels": labels.long()}
+    preconditioning = pipe.scheduler.preconditioning
+    with torch.no_grad():
+        if name.startswith("ctm"):
+            found, key = preconditioning.jump(pipe.unet, numbers["x"], levels, numbers["s"], **label), "G"
+        else:
+            found, key = preconditioning.denoise(pipe.unet, numbers["x"], levels, **label), "D"
+    assert (found - numbers[key]).abs().max() < 2e-5 * max(1, numbers[key].abs().max())
+    run(tmp_path / "out", tmp_path / "net.pt", "--to", "official", *options)
+    assert set(read_checkpoint(tmp_path / "net.pt")) == set(weights)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -28,12 +28,27 @@ from .files import atomic_file, atomic_folder
 from .unpickle import find_state_dict, read_checkpoint
 
 
-# Modules of this package, each one family of official networks, and the network classes that they make. Each has
-#   matches(shapes) -> bool                     whether a state dict with these key names and shapes is of the family
-#   to_diffusers(state_dict, **overrides)       the network; UserError names what does not fit
-#   to_official(network) -> dict                the authors' key names
-#   defaults(shapes) -> dict, or DEFAULTS       what shapes cannot tell: sigma_data, timestep_scale, ...
-FAMILIES = {"convert_edm": ("EDMUNet2DModel",), "convert_adm": ("UNet2DModel", "CTMUNet2DModel")}
+@dataclass(frozen=True)
+class Family:
+    """A family of official networks.
+
+    Args:
+        module: a module of this package with `matches(shapes) -> bool` (is a state dict with these names and shapes of the family?),
+            `to_diffusers(state_dict, **overrides) -> network` (UserError names what does not fit), `to_official(network) -> dict`
+            (the authors' key names), and `defaults(shapes) -> dict` or `DEFAULTS`: what shapes do not tell.
+        classes: names of the network classes that it makes.
+        head: its override for the channels per attention head.
+    """
+
+    module: str
+    classes: tuple[str, ...]
+    head: str = "num_head_channels"
+
+
+FAMILIES = {
+    "edm": Family("convert_edm", ("EDMUNet2DModel",), head="attention_head_dim"),
+    "adm": Family("convert_adm", ("UNet2DModel", "CTMUNet2DModel")),
+}
 
 WRAPPERS = ("", "module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 FORMATS = (".pt", ".pth", ".safetensors")
@@ -100,10 +115,9 @@ class ConvertConfig(Checked):
         if self.to == "official":
             self.check(self.out.endswith(FORMATS), "out", f"a file that ends in one of {', '.join(FORMATS)}")
 
-    @property
-    def network_overrides(self) -> dict[str, Any]:
-        """What the user said about the network."""
-        values = {"num_head_channels": self.num_head_channels, "dropout": self.dropout}
+    def network_overrides(self, family: str) -> dict[str, Any]:
+        """What the user said about the network, in the family's words."""
+        values = {FAMILIES[family].head: self.num_head_channels, "dropout": self.dropout}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -191,8 +205,8 @@ def download(address: str, folder: str) -> str:
 # Families -------------------------------------------------------------------------------------------------------------
 
 
-def family_module(name: str) -> ModuleType:
-    return importlib.import_module(f".{name}", __package__)
+def family_module(family: str) -> ModuleType:
+    return importlib.import_module(f".{FAMILIES[family].module}", __package__)
 
 
 def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
@@ -300,7 +314,7 @@ def describe(pipe: CTMPipeline, family: str) -> str:
     height, width = _size(network)
     return (
         f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {count:,} parameters, "
-        f"family {family.removeprefix('convert_')}, class {type(network).__name__}, sigma_data {numbers.sigma_data:g}, "
+        f"family {family}, class {type(network).__name__}, sigma_data {numbers.sigma_data:g}, "
         f"timestep_scale {numbers.timestep_scale:g}"
     )
 
@@ -326,7 +340,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     entry, state_dict = find_state_dict(checkpoint, config.entry)
     family, state_dict = find_family(state_dict)
     defaults = family_defaults(family, shapes_of(state_dict))
-    network = family_module(family).to_diffusers(state_dict, **config.network_overrides).eval()
+    network = family_module(family).to_diffusers(state_dict, **config.network_overrides(family)).eval()
     pipe = make_pipeline(network, config, defaults)
     print(
         f"Read {public_name(config.source)}: {os.path.getsize(path) / 1e6:.1f} MB, "
@@ -344,7 +358,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
         "revision": config.revision,
         "sha256": sha256(path),
         "entry": entry,
-        "family": family.removeprefix("convert_"),
+        "family": family,
         "license": config.license,
     }
     with atomic_folder(config.out) as draft:
@@ -381,10 +395,11 @@ def to_official(config: ConvertConfig) -> str:
     """Write the network of the pipeline SOURCE with the authors' key names to the file OUT, and check it."""
     pipe = load_pipeline(config)
     network = pipe.unet.eval()
-    families = [family for family, classes in FAMILIES.items() if type(network).__name__ in classes]
-    if not families:
-        raise UserError(f"SOURCE {config.source} has a {type(network).__name__}, which has no official form.")
-    module = family_module(families[0])
+    kind = type(network).__name__
+    family = next((name for name, family in FAMILIES.items() if kind in family.classes), None)
+    if family is None:
+        raise UserError(f"SOURCE {config.source} has a {kind}, which has no official form.")
+    module = family_module(family)
     flavour = {} if config.flavour is None else {"flavour": config.flavour}
     state_dict = {name: tensor.contiguous() for name, tensor in module.to_official(network, **flavour).items()}
     scale = pipe.scheduler.config.get("timestep_scale", 1.0)
@@ -393,7 +408,7 @@ def to_official(config: ConvertConfig) -> str:
             safetensors.torch.save_file({name: tensor.clone() for name, tensor in state_dict.items()}, draft)
         else:
             torch.save(state_dict, draft)
-        again = module.to_diffusers(read_checkpoint(draft), **config.network_overrides)
+        again = module.to_diffusers(read_checkpoint(draft), **config.network_overrides(family))
         check_same(network, again, scale, "Converted back (with these options), the file")
     print(
         f"Checked: converted back, it gives the same output.\nWrote {config.out}: {len(state_dict)} tensors with official names"

@@ -1,5 +1,6 @@
 """Options of the programs: dataclasses, read from YAML and overridden on the command line."""
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -260,14 +261,18 @@ class CTMConfig(RunOptions):
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
 
+    The options that its class attribute POSITIONAL lists may also be given without their names, in that order.
+
     Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(config_class, description=config_class.__doc__)
-    known, _ = parser.parse_known_args(argv)
+    for name in getattr(config_class, "POSITIONAL", ()):
+        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
+    known, _ = parser.parse_known_intermixed_args(argv)
     try:
         arguments = _yaml_arguments(known.config, {f.name for f in dataclasses.fields(config_class)}) + argv
-        namespace = parser.parse_args(arguments)
+        namespace = parser.parse_intermixed_args(arguments)
         return config_class(**vars(namespace))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -1,0 +1,873 @@
+"""Read checkpoints without running them: torch.save files, pickles, NVIDIA's EDM pickles, safetensors.
+
+A pickle is a program. `read_checkpoint` walks through its opcodes, which `pickletools.genops` of the standard library only
+decodes, with an interpreter of its own that knows containers, numbers, strings and bytes, and calls nothing but the functions of
+this file: those in CALLS and NEW, by the names that torch and numpy write for them. Everything else that a file may name is
+refused before it is looked up. torch's own `weights_only` reader serves none of NVIDIA's files and bounds neither memory nor
+depth, so that one reader for all of them is both simpler and stricter.
+
+What a file can cost is bounded by its size: opcodes are counted, storages lie in the file itself (mapped, not copied), and whatever
+is copied out of it may not add up to more than the file.
+"""
+
+import os
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from .config import UserError
+
+
+MAX_OPCODES = 1_000_000  # a training checkpoint with 1,000 tensors and Adam's moments has 200,000
+MAX_LINE = 2**20  # bytes of a line in a pickle of protocol 0
+MAX_DIRECTORY = 2**23  # bytes of a zip file's list of entries; 10,000 tensors need 1 MB
+MAX_INTEGER = 2048  # bits
+MAX_MODULES = 20_000  # modules of a network
+MAX_DEPTH = 100  # modules within modules
+SLACK = 2**20  # bytes that a small file may ask for beyond its size
+BLOB = 2**16  # bytes strings this long stay in the mapped file
+
+BROKEN = "it is no checkpoint, or broken"
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before 1.6
+
+# Where checkpoints keep their weights, the best first: averaged weights are what samples well.
+ENTRIES = ("ema", "model_ema", "ema_model", "ema_state_dict", "params_ema", "g_ema")
+ENTRIES += ("state_dict", "model_state_dict", "model", "network", "net", "unet", "params", "module")
+
+
+class _Refused(Exception):
+    """Why a file is not read: a sentence's second half."""
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name in a pickle, `module.name`. Never looked up."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Record:
+    """What is left of an object of a class that is not here: the class's name and its attributes."""
+
+    class_name: str
+    state: Any = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Storage:
+    """Bytes of tensors. dtype None: each tensor says its own."""
+
+    data: torch.UntypedStorage
+    dtype: torch.dtype | None
+
+
+@dataclass(eq=False)
+class _NumpyType:
+    dtype: torch.dtype
+
+
+class _Budget:
+    """What one file may still cost."""
+
+    def __init__(self, size: int):
+        self.opcodes, self.bytes = MAX_OPCODES, size + SLACK
+
+    def opcode(self) -> None:
+        self.opcodes -= 1
+        if self.opcodes < 0:
+            raise _Refused(f"it has more than {MAX_OPCODES:,} instructions, which no checkpoint needs")
+
+    def copy(self, count: int) -> None:
+        self.bytes -= count
+        if self.bytes < 0:
+            raise _Refused("it unfolds to more bytes than it has")
+
+
+class _Reader:
+    """The file object that `pickletools.genops` reads, over bytes in memory; long strings are views, not copies."""
+
+    def __init__(self, view: memoryview):
+        self.view, self.position = view, 0
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, count: int) -> bytes | memoryview:
+        part = self.view[self.position : self.position + max(count, 0)]
+        self.position += len(part)
+        return part if len(part) >= BLOB else bytes(part)
+
+    def readline(self) -> bytes:
+        for length in (256, MAX_LINE):
+            line, newline, _ = bytes(self.view[self.position : self.position + length]).partition(b"\n")
+            if newline:
+                break
+        else:
+            raise _Refused("a line has no end")
+        self.position += len(line) + 1
+        return line + newline
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def _integers(values: Any, count: int | None = None) -> tuple[int, ...]:
+    """`values` as a tuple of integers in [0, 2^63)."""
+    if type(values) not in (tuple, list) or len(values) > 64 or count not in (None, len(values)):
+        raise _Refused("a tensor has no proper shape")
+    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
+        raise _Refused("a tensor has no proper shape")
+    return tuple(values)
+
+
+def _count(size: tuple[int, ...]) -> int:
+    count = 1
+    for length in size:
+        count *= length
+    return count
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A view of `storage` that lies within it. Expanded tensors (stride 0) may be 1 MB larger than what they repeat."""
+    if not isinstance(storage, _Storage):
+        raise _Refused("a tensor has no storage")
+    dtype = dtype or storage.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise _Refused("a tensor has no type")
+    (offset,), size = _integers((offset,)), _integers(size)
+    stride = _integers(stride, len(size))
+    count, available = _count(size), storage.data.nbytes() // dtype.itemsize
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride))
+    if (count and last >= available) or offset > available:
+        raise _Refused(f"a tensor of shape {list(size)} reaches beyond the {available} elements of its storage")
+    if count * dtype.itemsize > max(storage.data.nbytes(), SLACK):
+        raise _Refused(f"a tensor of shape {list(size)} repeats a storage of {available} elements")
+    return torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride)
+
+
+def _rebuild_tensor_v2(
+    machine, storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None
+) -> torch.Tensor:
+    if metadata:
+        raise _Refused("a tensor is conjugated or negated")
+    return _tensor(storage, offset, size, stride)
+
+
+def _rebuild_tensor_v3(machine, storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None):
+    if metadata:
+        raise _Refused("a tensor is conjugated or negated")
+    return _tensor(storage, offset, size, stride, dtype)
+
+
+def _rebuild_parameter(machine, data, requires_grad=False, hooks=None, state=None) -> torch.Tensor:
+    if not isinstance(data, torch.Tensor):
+        raise _Refused("a parameter is no tensor")
+    return data
+
+
+def _rebuild_from_type(machine, function, kind, args, state=None) -> torch.Tensor:
+    return _rebuild_parameter(machine, machine.call(function, args))
+
+
+def _load_from_bytes(machine, data) -> Any:
+    """What a storage that is pickled on its own becomes: a file of torch.save within the pickle."""
+    if machine.depth:
+        raise _Refused("a storage lies within a storage")
+    return _read_legacy(memoryview(_bytes(data)), machine.budget, depth=1)
+
+
+# numpy and plain values -----------------------------------------------------------------------------------------------
+
+
+def _bytes(value: Any) -> bytes | memoryview | bytearray:
+    if type(value) is str:  # Python 2 wrote bytes so
+        return value.encode("latin-1")
+    if type(value) not in (bytes, memoryview, bytearray):
+        raise _Refused("something else stands where bytes should be")
+    return value
+
+
+NUMPY_TYPES = {
+    **{"f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "c8": torch.complex64, "c16": torch.complex128},
+    **{"i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64, "b1": torch.bool},
+    **{"u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32, "u8": torch.uint64},
+}
+
+
+def _numpy_type(machine, name, *flags) -> _NumpyType:
+    dtype = NUMPY_TYPES.get(name.lstrip("<|=") if type(name) is str else "")
+    if dtype is None:
+        raise _Refused(f"it has a numpy array of type {_short(name)}")
+    return _NumpyType(dtype)
+
+
+def _from_bytes(machine, data: Any, kind: Any, shape: Any) -> torch.Tensor:
+    """A copy of `data` as a contiguous tensor."""
+    data, shape = _bytes(data), _integers(shape)
+    if not isinstance(kind, _NumpyType) or _count(shape) * kind.dtype.itemsize != len(data):
+        raise _Refused("a numpy array's shape does not fit its data")
+    machine.budget.copy(len(data))
+    if not data:
+        return torch.empty(shape, dtype=kind.dtype)
+    return torch.frombuffer(bytearray(data), dtype=kind.dtype).reshape(shape)
+
+
+def _numpy_scalar(machine, kind, data) -> Any:
+    return _from_bytes(machine, data, kind, ()).item()
+
+
+def _numpy_array(machine, kind, shape, letter) -> torch.Tensor:
+    """An empty array, which BUILD fills."""
+    array = torch.empty(0)
+    machine.arrays[id(array)] = array
+    return array
+
+
+def _numpy_frombuffer(machine, data, kind, shape, order) -> torch.Tensor:
+    return _ordered(_from_bytes(machine, data, kind, shape), shape, order == "F")
+
+
+def _ordered(array: torch.Tensor, shape: tuple[int, ...], fortran: bool) -> torch.Tensor:
+    """Data in memory order as an array: its first index runs fastest if `fortran`."""
+    if not fortran:
+        return array
+    return array.reshape(tuple(reversed(shape))).permute(*reversed(range(len(shape))))
+
+
+def _key(value: Any) -> Any:
+    """`value` if it may be a dictionary's key. Tuples and huge integers may not: their hashes can take for ever."""
+    if value is None or type(value) in (str, bytes, bool, float) or (type(value) is int and -(2**63) <= value < 2**64):
+        return value
+    raise _Refused(f"a dictionary's key is of type {type(value).__name__}")
+
+
+def _items(machine, values: Any) -> list:
+    if type(values) not in (list, tuple):
+        raise _Refused("something else stands where a list should be")
+    machine.budget.copy(100 * len(values))
+    return list(values)
+
+
+def _dict(machine, pairs=()) -> dict:
+    pairs = _items(machine, pairs)
+    if not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+        raise _Refused("something else stands where pairs should be")
+    return {_key(key): value for key, value in pairs}
+
+
+def _set(machine, values=()) -> set:
+    return {_key(value) for value in _items(machine, values)}
+
+
+def _encode(machine, text, encoding) -> bytes:
+    """How protocol 2 writes bytes."""
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise _Refused("something else stands where bytes should be")
+    machine.budget.copy(len(text))
+    return text.encode("latin-1")
+
+
+def _empty_bytes(machine, values=b"", *rest) -> bytes:
+    if rest or len(values) > 0:
+        raise _Refused("something else stands where bytes should be")
+    return b""
+
+
+def _bytearray(machine, values=b"", *rest) -> bytearray:
+    values = bytearray(_bytes(values)) if not rest else bytearray(_encode(machine, values, *rest))
+    machine.budget.copy(len(values))
+    return values
+
+
+def _complex(machine, real, imaginary) -> complex:
+    if type(real) is not float or type(imaginary) is not float:
+        raise _Refused("something else stands where a complex number should be")
+    return complex(real, imaginary)
+
+
+def _device(machine, kind, index=None) -> str:
+    return _short(kind) if index is None else f"{_short(kind)}:{_short(index)}"
+
+
+# Objects --------------------------------------------------------------------------------------------------------------
+
+
+def _persistent_object(machine, meta) -> Record:
+    """An object of NVIDIA's `torch_utils.persistence`; the source text that comes with it is dropped."""
+    if type(meta) is not dict or type(meta.get("class_name")) is not str:
+        raise _Refused("one of NVIDIA's persistent objects has no class name")
+    return Record(meta["class_name"], meta.get("state"))
+
+
+def _reconstruct(machine, kind, base, state) -> Any:
+    """How protocols 0 and 1 write objects."""
+    return machine.new(kind)
+
+
+def _values(machine, values) -> tuple:
+    return tuple(_items(machine, values))
+
+
+# The names that may be called, and what is done instead. `machine` is the interpreter that meets them.
+CALLS: dict[str, Callable] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "torch.storage._load_from_bytes": _load_from_bytes,
+    "torch.Size": _values,
+    "torch.device": _device,
+    "numpy.core.multiarray._reconstruct": _numpy_array,
+    "numpy._core.multiarray._reconstruct": _numpy_array,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy.core.numeric._frombuffer": _numpy_frombuffer,
+    "numpy._core.numeric._frombuffer": _numpy_frombuffer,
+    "numpy.dtype": _numpy_type,
+    "collections.OrderedDict": _dict,
+    "collections.defaultdict": lambda machine, factory=None, pairs=(): _dict(machine, pairs),
+    "builtins.set": _set,
+    "builtins.frozenset": _set,
+    "builtins.bytearray": _bytearray,
+    "builtins.bytes": _empty_bytes,
+    "builtins.complex": _complex,
+    "_codecs.encode": _encode,
+    "copyreg._reconstructor": _reconstruct,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
+}
+DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")  # dictionaries that are written as objects
+RECORDS = ("argparse.Namespace",)  # plain objects; so is every class of torch.nn.modules
+NAMES = ("builtins.object", "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "numpy.ndarray")
+NAMES += ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+DTYPES = {
+    f"torch.{name}": value
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype) and not name.startswith(("qint", "quint"))
+}
+STORAGES: dict[str, torch.dtype | None] = {
+    **{"torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16},
+    **{"torch.BFloat16Storage": torch.bfloat16, "torch.BoolStorage": torch.bool, "torch.ByteStorage": torch.uint8},
+    **{"torch.CharStorage": torch.int8, "torch.ShortStorage": torch.int16, "torch.IntStorage": torch.int32},
+    **{"torch.LongStorage": torch.int64, "torch.ComplexFloatStorage": torch.complex64},
+    **{"torch.ComplexDoubleStorage": torch.complex128, "torch.storage.UntypedStorage": None},
+}
+PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+def _is_record(name: str) -> bool:
+    return name in RECORDS or (name.startswith("torch.nn.modules.") and name.count(".") == 4)
+
+
+def _short(value: Any) -> str:
+    """A few characters of `value`, which may be huge, nested or full of control characters."""
+    if type(value) is str:
+        return value if len(value) <= 80 and value.isprintable() else ascii(value[:80])
+    return str(value) if type(value) is int and value.bit_length() <= 64 else f"a {type(value).__name__}"
+
+
+# The interpreter ------------------------------------------------------------------------------------------------------
+
+CONSTANTS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE "
+    "BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+)
+SINGLES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+
+
+class _Machine:
+    """The stack and the memo of one pickle.
+
+    Args:
+        budget: what the whole file may cost.
+        storage: finds the storage of a persistent id's (dtype, key, number of elements); None: the pickle may have none.
+        depth: 1 within a storage that is pickled on its own.
+    """
+
+    def __init__(self, budget: _Budget, storage: Callable | None = None, depth: int = 0):
+        self.budget, self.storage, self.depth = budget, storage, depth
+        self.stack: list = []
+        self.marks: list[list] = []
+        self.memo: dict[int, Any] = {}
+        self.arrays: dict[int, torch.Tensor] = {}
+
+    def run(self, reader: _Reader) -> Any:
+        """The object that the pickle at the reader's position holds. The reader stops behind it."""
+        for opcode, argument, _ in pickletools.genops(reader):
+            self.budget.opcode()
+            name = opcode.name
+            if name in CONSTANTS:
+                if type(argument) is int and argument.bit_length() > MAX_INTEGER:
+                    raise _Refused(f"it has a number of more than {MAX_INTEGER} bits")
+                self.stack.append(argument)
+            elif name in SINGLES:
+                self.stack.append(SINGLES[name])
+            elif name in EMPTY:
+                self.stack.append(EMPTY[name]())
+            elif name == "STOP":
+                break
+            else:
+                step = getattr(self, f"_{name.lower()}", None)
+                if step is None:
+                    raise _Refused(f"it has the instruction {name}, which no checkpoint needs")
+                step(argument)
+        if len(self.stack) != 1 or self.marks:
+            raise _Refused(BROKEN)
+        return self.stack.pop()
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """What stands for `function(*arguments)`, both from the pickle."""
+        if not isinstance(function, Global) or type(arguments) is not tuple:
+            raise _Refused("it calls something that is no function")
+        if function.name not in CALLS:
+            if _is_record(function.name) and not arguments:
+                return Record(function.name)
+            raise _Refused(f"it calls {_short(function.name)}")
+        return CALLS[function.name](self, *arguments)
+
+    def new(self, kind: Any) -> Any:
+        """An empty object of the class `kind`."""
+        name = kind.name if isinstance(kind, Global) else ""
+        if name in DICTS:
+            return {}
+        if not _is_record(name):
+            raise _Refused(f"it makes an object of {_short(name) or 'no class'}")
+        return Record(name)
+
+    # Opcodes. Each is named as in pickletools; what is not here is refused.
+
+    def _proto(self, version: int) -> None:
+        if version > 5:
+            raise _Refused(f"it is a pickle of protocol {version}")
+
+    def _frame(self, length: int) -> None:
+        pass
+
+    def _mark(self, _) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def _pop_mark(self, _=None) -> list:
+        values, self.stack = self.stack, self.marks.pop()
+        return values
+
+    def _pop(self, _) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self._pop_mark()
+
+    def _dup(self, _) -> None:
+        self.stack.append(self.stack[-1])
+
+    def _list(self, _) -> None:
+        values = self._pop_mark()
+        self.stack.append(values)
+
+    def _tuple(self, _) -> None:
+        values = self._pop_mark()
+        self.stack.append(tuple(values))
+
+    def _take(self, count: int) -> tuple:
+        if len(self.stack) < count:
+            raise _Refused(BROKEN)
+        values = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        return values
+
+    def _tuple1(self, _) -> None:
+        self.stack.append(self._take(1))
+
+    def _tuple2(self, _) -> None:
+        self.stack.append(self._take(2))
+
+    def _tuple3(self, _) -> None:
+        self.stack.append(self._take(3))
+
+    def _frozenset(self, _) -> None:
+        values = self._pop_mark()
+        self.stack.append({_key(value) for value in values})
+
+    def _dict(self, _) -> None:
+        values = self._pop_mark()
+        self.stack.append({})
+        self._set_items(values)
+
+    def _top(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            raise _Refused(f"it fills {_short(self.stack[-1])} as if it were a {kind.__name__}")
+        return self.stack[-1]
+
+    def _set_items(self, values: list | tuple) -> None:
+        target = self._top(dict)
+        if len(values) % 2:
+            raise _Refused(BROKEN)
+        for key, value in zip(values[::2], values[1::2]):
+            target[_key(key)] = value
+
+    def _setitem(self, _) -> None:
+        self._set_items(self._take(2))
+
+    def _setitems(self, _) -> None:
+        self._set_items(self._pop_mark())
+
+    def _append(self, _) -> None:
+        values = self._take(1)
+        self._top(list).extend(values)
+
+    def _appends(self, _) -> None:
+        values = self._pop_mark()
+        self._top(list).extend(values)
+
+    def _additems(self, _) -> None:
+        values = self._pop_mark()
+        self._top(set).update(_key(value) for value in values)
+
+    def _put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    _binput = _long_binput = _put
+
+    def _memoize(self, _) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def _get(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    _binget = _long_binget = _get
+
+    def _global(self, names: str) -> None:
+        self._name(*names.split(" ", 1))
+
+    def _stack_global(self, _) -> None:
+        self._name(*self._take(2))
+
+    def _name(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise _Refused(BROKEN)
+        full = f"{PYTHON_2.get(module, module)}.{name}"
+        if full in DTYPES:
+            self.stack.append(DTYPES[full])
+        elif full in CALLS or full in STORAGES or full in NAMES or full in DICTS or _is_record(full):
+            self.stack.append(Global(full))
+        else:
+            raise _Refused(
+                f"it names {_short(module)}.{_short(name)}, and a checkpoint may name only tensors, arrays and plain values"
+            )
+
+    def _reduce(self, _) -> None:
+        self.stack.append(self.call(*self._take(2)))
+
+    def _newobj(self, _) -> None:
+        kind, arguments = self._take(2)
+        if arguments != ():
+            raise _Refused("it makes an object with arguments")
+        self.stack.append(self.new(kind))
+
+    def _build(self, _) -> None:
+        (state,) = self._take(1)
+        target = self.stack[-1]
+        if isinstance(target, Record):
+            target.state = state
+        elif id(target) in self.arrays:
+            self._fill(self.arrays.pop(id(target)), state)
+        elif isinstance(target, _NumpyType):
+            if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|", "="):
+                raise _Refused("a numpy array is big-endian")
+        elif type(target) is not dict or type(state) is not dict:  # a state dict's `_metadata` is dropped
+            raise _Refused(f"it sets the state of {_short(target)}")
+
+    def _fill(self, array: torch.Tensor, state: Any) -> None:
+        """numpy's (version, shape, dtype, is Fortran, data)."""
+        if type(state) is not tuple or len(state) != 5:
+            raise _Refused(BROKEN)
+        _, shape, kind, fortran, data = state
+        array.data = _ordered(_from_bytes(self, data, kind, shape), shape, bool(fortran))
+
+    def _binpersid(self, _) -> None:
+        (identity,) = self._take(1)
+        if self.storage is None or type(identity) is not tuple or not 5 <= len(identity) <= 6:
+            raise _Refused("it refers to something outside of it")
+        tag, kind, key, _, count, *view = identity
+        known = isinstance(kind, Global) and kind.name in STORAGES
+        if tag != "storage" or not known or type(key) is not str or view not in ([], [None]):
+            raise _Refused("it refers to something outside of it")
+        self.stack.append(self.storage(STORAGES[kind.name], key, _integers((count,))[0]))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _sliced(data: torch.UntypedStorage, start: int, length: int) -> torch.UntypedStorage:
+    """Bytes of the mapped file: a view, or a copy where they are not aligned as tensors must be."""
+    part = data[start : start + length]
+    return part if start % 16 == 0 else part.clone()
+
+
+def _read_zip(path: str, data: torch.UntypedStorage, view: memoryview) -> Any:
+    """torch.save since 1.6: an uncompressed zip file with one pickle and one entry for each storage."""
+    if _directory_size(view) > MAX_DIRECTORY:
+        raise _Refused("its list of entries is larger than any checkpoint's")
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        if len(entries) != len(archive.infolist()):
+            raise _Refused("two of its entries have the same name")
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    prefix = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else ""
+    if not prefix or prefix in ("/", "./", "../"):
+        raise _Refused("it is a zip file, but none of torch.save")
+    if f"{prefix}constants.pkl" in entries:
+        raise _Refused("it is a TorchScript program, not a checkpoint")
+    budget, storages = _Budget(len(view)), {}
+
+    def place(name: str) -> tuple[int, int]:
+        """Start and length of an entry in the file. Names are looked up, never opened."""
+        entry = entries.get(name)
+        if entry is None:
+            raise _Refused(f"its entry {_short(name)} is missing")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
+            raise _Refused("its entries are compressed or encrypted, and torch.save does neither")
+        header = bytes(view[entry.header_offset : entry.header_offset + 30])
+        if len(header) != 30 or header[:4] != b"PK\3\4":
+            raise _Refused(BROKEN)
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        if start + entry.file_size > len(view):
+            raise _Refused("it is truncated")
+        return start, entry.file_size
+
+    def storage(dtype: torch.dtype | None, key: str, count: int) -> _Storage:
+        if key not in storages:
+            start, length = place(f"{prefix}data/{key}")
+            if start % 16:
+                budget.copy(length)
+            storages[key] = _sliced(data, start, length)
+        if count * (dtype.itemsize if dtype else 1) > storages[key].nbytes():
+            raise _Refused(f"a storage of {count} elements has {storages[key].nbytes()} bytes")
+        return _Storage(storages[key], dtype)
+
+    if f"{prefix}byteorder" in entries:
+        start, length = place(f"{prefix}byteorder")
+        if bytes(view[start : start + min(length, 10)]) != b"little":
+            raise _Refused("it is big-endian")
+    start, length = place(f"{prefix}data.pkl")
+    return _Machine(budget, storage).run(_Reader(view[start : start + length]))
+
+
+def _directory_size(view: memoryview) -> int:
+    """Bytes of a zip file's list of entries, from its last record."""
+    tail = bytes(view[-66_000:])
+    end = tail.rfind(b"PK\5\6")
+    if end < 0:
+        raise _Refused("it is a zip file whose end is missing: the download was cut off")
+    if end >= 76 and tail[end - 20 : end - 16] == b"PK\6\7":
+        return struct.unpack_from("<Q", tail, end - 76 + 40)[0]
+    return struct.unpack_from("<I", tail, end + 12)[0]
+
+
+def _read_legacy(view: memoryview, budget: _Budget, depth: int = 0) -> Any:
+    """torch.save before 1.6: pickles of a magic number, a version, the system, the object, its storages' keys; then their bytes."""
+    reader, storages = _Reader(view), {}
+
+    def read(storage: Callable | None = None) -> Any:
+        return _Machine(budget, storage, depth).run(reader)
+
+    def storage(dtype: torch.dtype | None, key: str, count: int) -> _Storage:
+        """A storage that is filled below."""
+        if key not in storages:
+            length = count * (dtype.itemsize if dtype else 1)
+            if length > len(view):
+                raise _Refused(f"a storage of {count} elements lies in a file of {len(view)} bytes")
+            budget.copy(length)
+            storages[key] = _Storage(torch.UntypedStorage(length), dtype)
+        if storages[key].dtype != dtype or count * (dtype.itemsize if dtype else 1) != storages[key].data.nbytes():
+            raise _Refused("two tensors disagree on their storage")
+        return storages[key]
+
+    if read() != LEGACY_MAGIC or read() != LEGACY_PROTOCOL:
+        raise _Refused("it is no file of torch.save")
+    system = read()
+    if type(system) is dict and system.get("little_endian") is False:
+        raise _Refused("it is big-endian")
+    result, keys = read(storage), read()
+    if type(keys) is not list or not all(type(key) is str for key in keys) or set(keys) != set(storages):
+        raise _Refused("its list of storages is wrong")
+    for key in keys:
+        target = storages[key].data
+        count = int.from_bytes(bytes(view[reader.position : reader.position + 8]), "little")
+        start = reader.position + 8
+        if count * (storages[key].dtype.itemsize if storages[key].dtype else 1) != target.nbytes():
+            raise _Refused("it is truncated")
+        reader.position = start + target.nbytes()
+        if reader.position > len(view):
+            raise _Refused("it is truncated")
+        part = view[start : reader.position]
+        if part:
+            source = torch.frombuffer(bytearray(part) if part.readonly else part, dtype=torch.uint8)
+            torch.empty(0, dtype=torch.uint8).set_(target).copy_(source)
+    return result
+
+
+def _is_safetensors(view: memoryview) -> bool:
+    length = int.from_bytes(bytes(view[:8]), "little")
+    return len(view) > 9 and 2 <= length <= len(view) - 8 and bytes(view[8:9]) == b"{"
+
+
+def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise _Refused(f"it is no whole safetensors file ({error})") from error
+
+
+def _is_legacy(view: memoryview) -> bool:
+    """Whether the file begins with the magic number of old torch.save, in any protocol."""
+    try:
+        return _Machine(_Budget(0)).run(_Reader(view[:64])) == LEGACY_MAGIC
+    except Exception:  # it begins with some other pickle, cut off here
+        return False
+
+
+def _read(path: str) -> Any:
+    size = os.path.getsize(path)
+    if size == 0:
+        raise _Refused("it is empty")
+    data = torch.UntypedStorage.from_file(os.fspath(path), False, size)
+    view = memoryview(torch.empty(0, dtype=torch.uint8).set_(data).numpy())
+    head = bytes(view[:512])
+    if head.startswith(b"PK"):
+        return _read_zip(path, data, view)
+    if _is_safetensors(view):
+        return _read_safetensors(path)
+    if head[257:262] == b"ustar":
+        raise _Refused("it is a tar archive")
+    if head.startswith(b"version https://git-lfs"):
+        raise _Refused("it is a pointer of git-lfs in the place of the file: run `git lfs pull`")
+    if head.lstrip().startswith(b"<"):
+        raise _Refused("it is a web page in the place of the file: the download failed")
+    if _is_legacy(view):
+        return _read_legacy(view, _Budget(size))
+    return _Machine(_Budget(size)).run(_Reader(view))
+
+
+def read_checkpoint(path: str | os.PathLike) -> Any:
+    """What the file `path` holds: nested dicts, lists, tuples and sets of tensors and plain values. Nothing of it is run.
+
+    Reads files of torch.save of any version, safetensors, and pickles, NVIDIA's included. Parameters and numpy arrays become tensors,
+    OrderedDict and the like dict, devices text, and objects of the classes that NVIDIA's files and torch.nn have `Record`s.
+    Tensors keep their strides and share storages as they were saved. Storages of torch.save's present format are parts of the mapped
+    file: they take memory when they are read, and changing them does not change the file.
+
+    Raises:
+        UserError: the file is not there, broken, truncated, none of these formats, names anything else, or would take more memory
+            than its size warrants.
+    """
+    try:
+        return _read(os.fspath(path))
+    except _Refused as error:
+        reason = str(error)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # what a broken pickle makes of the interpreter: IndexError, KeyError, struct.error, ...
+        reason, text = BROKEN, str(error)[:200]
+        if text:
+            reason += f" ({type(error).__name__}: {text})"
+    raise UserError(
+        f"{path} cannot be read: {reason}. Nothing of it was run. Readable are files of torch.save, safetensors, and pickles of tensors "
+        "and plain values; if you trust this one, load it with its own software and save its state dict with safetensors."
+    )
+
+
+# State dicts ----------------------------------------------------------------------------------------------------------
+
+
+def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
+    """The state dict of a torch.nn.Module that was pickled whole: parameters and persistent buffers, by dotted names.
+
+    Raises UserError if it is no module, or modules lie within each other endlessly.
+    """
+    result: dict[str, torch.Tensor] = {}
+    waiting, seen = [("", module)], 0
+    while waiting:
+        prefix, part = waiting.pop()
+        seen += 1
+        if seen > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
+            raise UserError(f"The module {_short(module.class_name)} has more parts than any network.")
+        state = part.state if isinstance(part, Record) else None
+        if type(state) is not dict or type(state.get("_parameters")) is not dict:
+            raise UserError(f"{_short(prefix) or 'The object'} is no torch.nn.Module.")
+        transient = state.get("_non_persistent_buffers_set") or ()
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in _children(state, kind):
+                if isinstance(tensor, torch.Tensor) and not (kind == "_buffers" and name in transient):
+                    result[f"{prefix}{name}"] = tensor
+        children = [(f"{prefix}{name}.", child) for name, child in _children(state, "_modules") if child is not None]
+        waiting += reversed(children)
+    return result
+
+
+def _children(state: Mapping, kind: str) -> list[tuple[str, Any]]:
+    children = state.get(kind) or {}
+    if type(children) is not dict or not all(type(name) is str and len(name) <= 200 for name in children):
+        raise UserError(f"A module's {kind} are no names.")
+    return list(children.items())
+
+
+def _tensors(value: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict or of a module, or nothing."""
+    if isinstance(value, Record):
+        is_module = type(value.state) is dict and "_parameters" in value.state
+        return module_state_dict(value) if is_module else {}
+    if not isinstance(value, dict):
+        return {}
+    return {name: tensor for name, tensor in value.items() if type(name) is str and isinstance(tensor, torch.Tensor)}
+
+
+def find_state_dict(checkpoint: Any, entry: str | None = None) -> tuple[str, dict[str, torch.Tensor]]:
+    """(name of the entry, state dict): the weights in what `read_checkpoint` returned.
+
+    Args:
+        checkpoint: a state dict, a module, or a dict that holds one of them, maybe one dict further down.
+        entry: its name, dotted if it lies deeper. None takes the first of ENTRIES that is there, averaged weights before others, and
+            the checkpoint itself, named "", if it is a state dict.
+
+    Raises:
+        UserError: there are none; the message lists what there is.
+    """
+    found = {"": _tensors(checkpoint)}
+    levels, seen = [("", checkpoint)], {id(checkpoint)}
+    for _ in range(2):
+        inner = []
+        for prefix, value in levels:
+            for name, part in value.items() if type(value) is dict else ():
+                if type(name) is str and isinstance(part, dict | Record) and id(part) not in seen:
+                    seen.add(id(part))  # what is shared is looked at once
+                    inner.append((f"{prefix}{name}.", part))
+        levels = inner
+        found |= {name.removesuffix("."): _tensors(part) for name, part in levels}
+    found = {name: tensors for name, tensors in found.items() if tensors}
+    listed = ", ".join(f"{_short(name) or 'the file itself'} ({len(found[name])})" for name in list(found)[:8])
+    if entry is not None:
+        if entry not in found:
+            raise UserError(f"--entry {entry} has no tensors. Entries with tensors: {listed or 'none'}.")
+        return entry, found[entry]
+    nested = [name for name in found if name]
+    for wanted in ENTRIES:
+        for name in sorted(nested, key=lambda name: name.count(".")):
+            if name.rpartition(".")[2] == wanted:
+                return name, found[name]
+    if "" in found:
+        return "", found[""]
+    if len(nested) == 1:
+        return nested[0], found[nested[0]]
+    raise UserError(
+        f"The file has no weights under a usual name; name one with --entry. Entries with tensors: {listed or 'none'}."
+    )

@@ -1,7 +1,9 @@
 """Options of the programs: dataclasses, read from YAML and overridden on the command line."""
 
+import argparse
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -85,7 +87,9 @@ class RunOptions(DataOptions):
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     output_dir: str = option("runs/run", "Folder of the run: checkpoints, samples, logs, and the finished `pipeline`.")
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none."
+        None,
+        "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none, or user/name: the newest that a run "
+        "with --hub_strategy checkpoint uploaded there.",
     )
     seed: int = option(0, "Seed of weights, data order and noise.")
     max_train_steps: int = option(1000, "Optimiser steps in all.")
@@ -124,6 +128,21 @@ class RunOptions(DataOptions):
         "tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"]
     )
 
+    push_to_hub: bool = option(
+        False, "Upload the pipeline to the Hub as --hub_model_id. Log in before with `hf auth login` or HF_TOKEN."
+    )
+    hub_model_id: str | None = option(None, "The repository on the Hub, user/name. It is created if it is not there.")
+    hub_private: bool = option(False, "Create a private repository.")
+    hub_strategy: str = option(
+        "every_save",
+        "What is uploaded when: 'end', the finished pipeline; 'every_save', also the averaged pipeline at each checkpoint, in the background; "
+        "'checkpoint', also the newest checkpoint, for --resume_from_checkpoint user/name.",
+        ["every_save", "end", "checkpoint"],
+    )
+    hub_license: str | None = option(
+        None, "Licence of the weights, as the Hub names it, e.g. 'mit'. Default: the teacher's."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
@@ -146,6 +165,9 @@ class RunOptions(DataOptions):
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self.check(self.output_dir != "", "output_dir", "a folder")
+        if self.push_to_hub or self.hub_model_id is not None:
+            well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
+            self.check(well_formed, "hub_model_id", "a repository on the Hub as user/name")
 
 
 @dataclass
@@ -260,14 +282,18 @@ class CTMConfig(RunOptions):
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
 
+    The options that its class attribute POSITIONAL lists may also be given without their names, in that order.
+
     Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(config_class, description=config_class.__doc__)
-    known, _ = parser.parse_known_args(argv)
+    for name in getattr(config_class, "POSITIONAL", ()):
+        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
+    known, _ = parser.parse_known_intermixed_args(argv)
     try:
         arguments = _yaml_arguments(known.config, {f.name for f in dataclasses.fields(config_class)}) + argv
-        namespace = parser.parse_args(arguments)
+        namespace = parser.parse_intermixed_args(arguments)
         return config_class(**vars(namespace))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

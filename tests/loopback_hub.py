@@ -176,7 +176,9 @@ class LoopbackHub:
         url = f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if f"{kind}/{name}" in self.repos:
             raise Refused(409, url=url)
-        self.repos[f"{kind}/{name}"] = Repo(private=wanted.get("private") is True or wanted.get("visibility") == "private")
+        self.repos[f"{kind}/{name}"] = Repo(
+            private=wanted.get("private") is True or wanted.get("visibility") == "private"
+        )
         return JSONResponse({"url": url, "name": name})
 
     def _delete(self, request: Request, body: bytes) -> Response:

@@ -36,7 +36,10 @@ EVALUATION = "evaluation/evaluation.json"  # read for the card, not uploaded: it
 
 @dataclass
 class PublishConfig(Checked):
-    """Publish the pipeline in FOLDER as NAME on the Hub, with a model card. Checkpoints, logs and unknown files stay."""
+    """Publish the pipeline in FOLDER as NAME on the Hub, with a model card. Checkpoints, logs and unknown files stay.
+
+    Write FOLDER and NAME first: a flag such as --private would take what follows it for its value.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("folder", "name")
 
@@ -103,7 +106,7 @@ def choose_licence(folder: str, wanted: Licence | None, option_name: str = "lice
     wanted = wanted or licence_of(read_json(folder, RECORD)) or inherited
     if wanted is None:
         raise UserError(
-            f"--{option_name} is needed: neither {RECORD} nor {CONVERSION} in {folder} nor a card on the Hub says the licence of these weights or "
+            f"--{option_name} is needed: neither {RECORD} nor {CONVERSION} nor a card on the Hub says the licence of these weights or "
             "of their teacher. Weights that were distilled from others must keep that licence."
         )
     check_inheritance(inherited, reason, wanted)
@@ -116,7 +119,7 @@ def check_inheritance(inherited: Licence | None, reason: str, wanted: Licence) -
         return
     kind = " (non-commercial)" if re.search(r"(^|-)nc(-|$)", inherited.id) else ""
     raise UserError(
-        f"The licence {wanted} contradicts {inherited}{kind}, which these weights inherit: {reason}. Publish them under {inherited}: leave the "
+        f"The licence {wanted} contradicts {inherited}{kind}, which these weights have: {reason}. Publish them under {inherited}: leave the "
         "licence out or give that one."
     )
 
@@ -228,13 +231,12 @@ def add_card(
     present = read_card(repo, revision)
     if present is not None and not overwrite and not is_generated(present):
         kept = licence_of(ModelCard(present, ignore_metadata_errors=True).data.to_dict())
-        inherited, reason = teachers_licence(target)
         if kept is not None:
             try:
-                check_inheritance(inherited, reason, kept)
+                check_inheritance(licence, "you publish them so, or their teacher has it", kept)
             except UserError as error:
                 raise UserError(
-                    f"The card of {repo} would be kept, and: {error} Correct it, or give --overwrite_card."
+                    f"The card of {repo} would be kept, and says otherwise: {error} Correct it there, or give --overwrite_card."
                 ) from error
         return False
     with open(os.path.join(target, "README.md"), "w", encoding="utf-8", newline="\n") as file:

@@ -188,7 +188,7 @@ def load_checked(folder: str, name: str) -> CTMPipeline:
         _, report = type(pipe.unet).from_pretrained(folder, subfolder="unet", output_loading_info=True)
     except Exception as error:  # diffusers, safetensors and json each raise their own
         raise UserError(
-            f"{name} does not load as a pipeline, so nothing was published: {type(error).__name__}: {error}"
+            f"{name} does not load as a pipeline, so nothing was published: {type(error).__name__}: {str(error).replace(folder, name)}"
         ) from error
     if not isinstance(pipe, CTMPipeline):
         raise UserError(f"{name} is a {type(pipe).__name__}; this program publishes CTMPipeline only.")

@@ -40,6 +40,7 @@ class Repo:
 
     commits: list[Files] = field(default_factory=lambda: [{}])
     messages: list[str] = field(default_factory=lambda: ["initial commit"])
+    private: bool = False
 
     @property
     def files(self) -> Files:
@@ -73,11 +74,11 @@ class LoopbackHub:
             go on or an HTTP status to refuse; it may also sleep, or kill the client. A test may set it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str]] = []
         self.intercept: Callable[[str, str], int | None] = lambda method, path: None
-        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         api, repo = "/api/{kind}/{owner}/{name}", "/{owner}/{name}"
         routes = [
@@ -86,6 +87,7 @@ class LoopbackHub:
             Route("/api/repos/create", self._endpoint(self._create), methods=["POST"]),
             Route("/api/repos/delete", self._endpoint(self._delete), methods=["DELETE"]),
             Route(api, self._endpoint(self._info)),
+            Route(api + "/auth-check/write", self._endpoint(self._may_write)),
             Route(api + "/revision/{rev:path}", self._endpoint(self._info)),
             Route(api + "/tree/{rev}", self._endpoint(self._tree)),
             Route(api + "/tree/{rev}/{path:path}", self._endpoint(self._tree)),
@@ -106,9 +108,13 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.kill()
+        self._thread.join(timeout=10)
+
+    def kill(self) -> None:
+        """Stop at once, without answering what is under way; `intercept` may call it."""
         self._server.should_exit = True
         self._server.force_exit = True  # does not wait for connections that clients keep open
-        self._thread.join(timeout=10)
 
     def environment(self, hf_home: str | os.PathLike, pythonpath: str | os.PathLike | None = None) -> dict[str, str]:
         """Environment variables for a client process with a cache of its own and this server as its Hub."""
@@ -170,7 +176,9 @@ class LoopbackHub:
         url = f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if f"{kind}/{name}" in self.repos:
             raise Refused(409, url=url)
-        self.repos[f"{kind}/{name}"] = Repo()
+        self.repos[f"{kind}/{name}"] = Repo(
+            private=wanted.get("private") is True or wanted.get("visibility") == "private"
+        )
         return JSONResponse({"url": url, "name": name})
 
     def _delete(self, request: Request, body: bytes) -> Response:
@@ -185,8 +193,12 @@ class LoopbackHub:
         index = self._index(repo, request.path_params.get("rev", "main"))
         files = [{"rfilename": path, "size": len(content)} for path, content in sorted(repo.commits[index].items())]
         info = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": repo.sha(index), "siblings": files}
-        info |= {"private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        info |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         return JSONResponse(info | {"lastModified": DATE, "createdAt": DATE})
+
+    def _may_write(self, request: Request, body: bytes) -> Response:
+        self._repo(request)
+        return JSONResponse({})
 
     def _tree(self, request: Request, body: bytes) -> Response:
         _, repo = self._repo(request)

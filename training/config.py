@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -86,7 +87,9 @@ class RunOptions(DataOptions):
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     output_dir: str = option("runs/run", "Folder of the run: checkpoints, samples, logs, and the finished `pipeline`.")
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none."
+        None,
+        "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none, or user/name: the newest that a run "
+        "with --hub_strategy checkpoint uploaded there.",
     )
     seed: int = option(0, "Seed of weights, data order and noise.")
     max_train_steps: int = option(1000, "Optimiser steps in all.")
@@ -125,6 +128,21 @@ class RunOptions(DataOptions):
         "tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"]
     )
 
+    push_to_hub: bool = option(
+        False, "Upload the pipeline to the Hub as --hub_model_id. Log in before with `hf auth login` or HF_TOKEN."
+    )
+    hub_model_id: str | None = option(None, "The repository on the Hub, user/name. It is created if it is not there.")
+    hub_private: bool = option(False, "Create a private repository.")
+    hub_strategy: str = option(
+        "every_save",
+        "What is uploaded when: 'end', the finished pipeline; 'every_save', also the averaged pipeline at each checkpoint, in the background; "
+        "'checkpoint', also the newest checkpoint, for --resume_from_checkpoint user/name.",
+        ["every_save", "end", "checkpoint"],
+    )
+    hub_license: str | None = option(
+        None, "Licence of the weights, as the Hub names it, e.g. 'mit'. Default: the teacher's."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive(
@@ -147,6 +165,9 @@ class RunOptions(DataOptions):
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         self.check(self.output_dir != "", "output_dir", "a folder")
+        if self.push_to_hub or self.hub_model_id is not None:
+            well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
+            self.check(well_formed, "hub_model_id", "a repository on the Hub as user/name")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What every training run does around its loss: devices, data, averages, checkpoints, logs, samples."""
 
+import glob
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from .config import RunOptions, UserError, save_config
 from .data import ImageDataset, StepSampler, to_sample
 from .ema import EMA
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
+from .record import is_hub_id, training_record, write_record
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -80,7 +82,7 @@ def newest_checkpoint(output_dir: str) -> str | None:
 FREE_OPTIONS = {
     "config", "output_dir", "resume_from_checkpoint", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
     "mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
-    "sample_every", "logging_steps", "report_to", "teacher",
+    "sample_every", "logging_steps", "report_to", "teacher", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
 }  # fmt: skip
 
 
@@ -97,9 +99,13 @@ def start_output_dir(options: RunOptions) -> str | None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"--output_dir {folder} is a file.")
     if resume is not None and resume != "latest":
+        if is_hub_id(resume):
+            from .hub import download_checkpoint
+
+            resume = download_checkpoint(resume)
         if not os.path.isfile(os.path.join(resume, "run_state.pt")):
             raise UserError(
-                f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest'."
+                f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name on the Hub."
             )
         newest = newest_checkpoint(folder)
         if newest is not None and not os.path.samefile(resume, newest):
@@ -143,6 +149,13 @@ class TrainingRun:
         self.make_pipeline, self.sample_settings = make_pipeline, sample_settings
         checkpoint = start_output_dir(options)
         self.accelerator = make_accelerator(options)
+        self.record, self.pusher = {}, None
+        if self.accelerator.is_main_process:
+            self.record = training_record(options, self.accelerator.num_processes)
+            if options.push_to_hub:
+                from .push import Pusher
+
+                self.pusher = Pusher(options, self.record)
 
         if options.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -331,6 +344,13 @@ class TrainingRun:
         if accelerator.is_main_process and options.checkpoints_total_limit:
             for old in checkpoints(options.output_dir)[: -options.checkpoints_total_limit]:
                 shutil.rmtree(old)
+        if self.pusher is not None:
+            self.pusher.push(self.save_pipeline, self.step, path)
+
+    def save_pipeline(self, folder: str) -> None:
+        """Save the averaged network as a diffusers folder, with the record of this run."""
+        self.make_pipeline(self.ema.module).save_pretrained(folder)
+        write_record(self.record, self.step, folder)
 
     def _load_checkpoint(self, path: str) -> None:
         try:
@@ -344,6 +364,8 @@ class TrainingRun:
                     f"The checkpoint {path} belongs to a run with other options: {'; '.join(changed)}. Give the same, or start a new "
                     "run in another --output_dir."
                 )
+            for name in glob.glob(os.path.join(glob.escape(path), "custom_checkpoint_*.pkl")):
+                torch.load(name, map_location="cpu", weights_only=True)  # which accelerate would run code of
             self.accelerator.load_state(path)
             self.ema.load_state_dict(state["ema"])
         except UserError:
@@ -359,14 +381,16 @@ class TrainingRun:
         self.accelerator.print(f"Resumed from {path} at step {self.step}.")
 
     def finish(self) -> str:
-        """Save the averaged network as output_dir/pipeline, a diffusers folder; return its path."""
+        """Save the averaged network as output_dir/pipeline, a diffusers folder, and publish it if asked to; return its path."""
         self._check_weights()
         path = os.path.join(self.options.output_dir, "pipeline")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with atomic_folder(path) as draft:
-                self.make_pipeline(self.ema.module).save_pretrained(draft)
+                self.save_pipeline(draft)
         self.accelerator.end_training()
+        if self.pusher is not None:
+            self.pusher.finish(path)
         return path
 
 

@@ -1,0 +1,460 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What reaches the Hub, with which card and licence, and that a training does not feel a Hub that fails.
+
+The author and the user are processes of their own, for the client reads its settings when it is imported. They run this file as
+a program, and the tests compare what they saw with what lies on the Hub.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub, Repo
+
+from training.config import UserError, parse_config
+from training.hub import LAST_CHECKPOINT, without_token
+from training.publish import PublishConfig, check_inheritance, stage
+from training.record import Licence, changed_options, public_name
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "hf_loopbackABCDEFGHIJKLMNOPQRSTUV"
+NC = "cc-by-nc-sa-4.0"
+SMALL = {
+    "label_column": "label",
+    "train_batch_size": 4,
+    "report_to": "none",
+    "sample_every": 0,
+    "logging_steps": 2,
+    "checkpointing_steps": 1,
+}
+
+
+# The programs of the processes  ---------------------------------------------------------------------------------------
+
+
+def attempt(function, *arguments):
+    """The result of `function`, or its error as a string."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def author(work: Path) -> dict:
+    """Train, publish and be refused."""
+    import torch
+    from huggingface_hub import HfApi
+
+    import training.hub
+    import training.push
+    from training import publish, train_ctm, train_edm
+    from training.config import CTMConfig, EDMConfig
+
+    training.hub.RETRY_WAITS = (0.05, 0.05)
+    results = {}
+
+    def command(*arguments: str):
+        return attempt(publish.main, parse_config(PublishConfig, [str(argument) for argument in arguments]))
+
+    network = {"block_out_channels": [8, 16], "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
+    teacher = Path(
+        train_edm.main(
+            EDMConfig(output_dir=str(work / "edm"), max_train_steps=2, **{**SMALL, "checkpointing_steps": 0}, **network)
+        )
+    )
+    (teacher / "notes.txt").write_text(f"remember {TOKEN}")
+    (teacher / "optimizer.bin").write_bytes(b"0" * 1000)
+    (teacher / "checkpoint-2").mkdir()
+    (teacher / "checkpoint-2" / "run_state.pt").write_bytes(b"0")
+    evaluation = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
+    evaluation["results"] = [row | {"sampler": "heun"} for row in evaluation["results"] if row["gamma"] is None]
+    (teacher / "evaluation").mkdir()
+    (teacher / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    shutil.copy(ROOT / "assets/digits-ctm/evaluation/evaluation.png", teacher / "evaluation")
+    for path in teacher.rglob("*.py"):
+        path.unlink()  # as in assets/
+
+    # Publishing and its refusals
+    results["no licence"] = command(teacher, "team/teacher")
+    results["no repo yet"] = attempt(lambda: HfApi().model_info("team/teacher").id)
+    results["teacher"] = command(teacher, "team/teacher", "--license", NC, "--private")
+    results["again"] = command(teacher, "team/teacher", "--license", NC)  # nothing changed
+    results["run folder"] = command(work / "edm", "team/nothing", "--license", "mit")
+    broken = work / "broken"
+    shutil.copytree(teacher, broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    results["truncated"] = command(broken, "team/nothing", "--license", "mit")
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "conv_in.weight"}, weights)
+    results["missing"] = command(broken, "team/nothing", "--license", "mit")
+    save_file({k: v * float("nan") for k, v in state.items()}, weights)
+    results["not finite"] = command(broken, "team/nothing", "--license", "mit")
+    shutil.copy(teacher / "unet" / "diffusion_pytorch_model.safetensors", weights)
+    (broken / "training.json").write_text(json.dumps({"dataset": {"name": TOKEN}, "steps": 1, "images_per_step": 1}))
+    results["secret"] = command(broken, "team/secret", "--license", "mit")
+    results["public asked private"] = command(teacher, "team/edited", "--license", NC, "--private")
+    results["edited"] = command(teacher, "team/edited", "--license", NC)
+    results["edited, other licence"] = command(teacher, "team/mitcard", "--license", NC)
+
+    # Training
+    def distil(name: str, **options):
+        options = {"teacher": "team/teacher", "max_solver_steps": 2, "max_train_steps": 5, **SMALL, **options}
+        if "repo" in options:
+            options |= {"push_to_hub": True, "hub_model_id": options.pop("repo")}
+        return attempt(lambda: train_ctm.main(CTMConfig(output_dir=str(work / name), **options)))
+
+    push = training.push.Pusher.push
+
+    def push_and_wait(pusher, *arguments):
+        push(pusher, *arguments)
+        while os.path.isdir(pusher.room) and os.listdir(pusher.room):
+            time.sleep(0.01)
+
+    training.push.Pusher.push = push_and_wait  # each save then meets the Hub as it is at that time
+    results["plain"] = distil("plain")
+    results["midway"] = distil("midway", repo="team/midway")
+    results["left behind"] = [path.name for path in (work / "midway" / ".push").glob("*")]
+    results["student"] = command(results["midway"], "team/student", "--license", NC)
+    results["student, mit"] = command(results["midway"], "team/mit", "--license", "mit")
+    training.push.Pusher.push = push
+    results["down at start"] = distil("later", repo="team/later", max_train_steps=2)
+    results["refused at end"] = distil("refused", repo="team/refused", max_train_steps=1, hub_strategy="end")
+    results["forbidden"] = distil("forbidden", repo="team/forbidden")
+    results["mit run"] = distil("mit_run", repo="team/mit", hub_license="mit")
+
+    # Resuming from the Hub
+    results["first"] = distil("first", repo="team/resume", max_train_steps=3, hub_strategy="checkpoint")
+    results["resumed"] = distil("second", resume_from_checkpoint="team/resume")
+    results["no checkpoint"] = distil("third", resume_from_checkpoint="team/midway")
+    results["no repo"] = distil("third", resume_from_checkpoint="team/nowhere")
+    damage = {"path_or_fileobj": b"other", "path_in_repo": f"{LAST_CHECKPOINT}/optimizer.bin", "repo_id": "team/resume"}
+    attempt(lambda: HfApi().upload_file(**damage).oid)
+    results["tampered"] = distil("third", resume_from_checkpoint="team/resume")
+    results["third written"] = (work / "third").exists()
+
+    def weights_of(name):
+        return load_file(Path(results[name]) / "unet" / "diffusion_pytorch_model.safetensors")
+
+    def is_plain(name: str) -> bool:
+        plain, other = weights_of("plain"), weights_of(name)
+        return all(torch.equal(plain[key], other[key]) for key in plain)
+
+    results |= {f"{name} is plain": attempt(is_plain, name) for name in ("midway", "resumed")}
+    results["image"] = attempt(image_of, "team/student")
+    return results
+
+
+def image_of(repo: str) -> str:
+    """Digest of an image of a published pipeline, as USER draws it."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    image = DiffusionPipeline.from_pretrained(repo)(
+        class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+USER = """
+import hashlib, sys, torch
+sys.modules["diffusers_ctm"] = None
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("team/student", custom_pipeline="team/student", trust_remote_code=True)
+image = pipe(class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np").images
+print(hashlib.sha256(image.tobytes()).hexdigest())
+"""
+
+
+def run(hub: LoopbackHub, home: Path, *arguments: str, package: bool = True) -> subprocess.CompletedProcess:
+    """A process that has this Hub and a cache of its own."""
+    env = hub.environment(home, pythonpath=f"{ROOT}{os.pathsep}{ROOT / 'tests'}" if package else None)
+    env |= {"OMP_NUM_THREADS": "1", "HF_TOKEN": TOKEN, "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
+    home.mkdir(exist_ok=True)
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=home, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """What the author and the user saw, and the Hub."""
+    work = tmp_path_factory.mktemp("publish")
+    commits = {}
+    with LoopbackHub() as hub:
+        hub.repos["models/team/edited"] = Repo()
+        hub.repos["models/team/edited"].commit({"README.md": b"---\ntags: [mine]\n---\nMy words.\n"})
+        hub.repos["models/team/mitcard"] = Repo()
+        hub.repos["models/team/mitcard"].commit({"README.md": b"---\nlicense: mit\n---\nMy words.\n"})
+
+        def intercept(method: str, path: str) -> int | None:
+            commits[path] = commits.get(path, 0) + 1
+            if path == "/api/models/team/midway/commit/main" and 2 <= commits[path] <= 7:
+                return 503  # saves 2 and 3 with all their attempts
+            if path == "/api/models/team/later/auth-check/write" and commits[path] == 1:
+                return 503
+            if path in ("/api/models/team/refused/commit/main", "/api/models/team/forbidden/auth-check/write"):
+                return 403
+            return None
+
+        hub.intercept = intercept
+        done = run(hub, work / "home_author", __file__, str(work))
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = json.loads((work / "author.json").read_text()) | {"output": done.stdout + done.stderr}
+        results["user"] = run(hub, work / "home_user", "-c", USER, package=False)
+        results |= {
+            "repos": {name.removeprefix("models/team/"): repo for name, repo in hub.repos.items()},
+            "work": work,
+        }
+        return results
+
+
+# What is uploaded  ----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_pipeline_its_card_and_pictures_are_uploaded(session):
+    assert sorted(session["repos"]["teacher"].files) == [
+        "README.md", "evaluation/evaluation.png", "model_index.json", "pipeline.py", "samples.png", "scheduler/diffusers_ctm.py",
+        "scheduler/scheduler_config.json", "training.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    assert "Not uploaded: checkpoint-2/, notes.txt, optimizer.bin" in session["output"]
+    assert session["repos"]["teacher"].private and len(session["repos"]["teacher"].commits) == 2  # again: nothing to do
+
+
+def test_no_token_and_no_local_path_in_what_is_uploaded(session):
+    for name, repo in session["repos"].items():
+        for files in repo.commits:
+            for path, content in files.items():
+                assert TOKEN.encode() not in content, (name, path)
+                if not path.startswith(LAST_CHECKPOINT):
+                    assert str(session["work"]).encode() not in content and str(ROOT).encode() not in content, (
+                        name,
+                        path,
+                    )
+    assert TOKEN not in session["output"]
+
+
+def test_published_repo_loads_with_the_package_and_without_it(session):
+    assert re.fullmatch("[0-9a-f]{64}", session["image"]), session["image"]
+    assert session["user"].stdout.strip() == session["image"], session["user"].stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("no licence", "--license is needed"),
+        ("run folder", "is no pipeline.*Did you mean .*pipeline"),
+        ("truncated", "broken does not load as a pipeline"),
+        ("missing", "broken does not load as a pipeline.*conv_in.weight"),
+        ("not finite", "not finite"),
+        ("secret", "holds your access token"),
+        ("public asked private", "exists on the Hub and is public"),
+        ("student, mit", f"licence mit contradicts {NC} .non-commercial., .*its teacher team/teacher"),
+        ("mit run", f"licence mit contradicts {NC}"),
+        ("edited, other licence", f"would be kept.*licence mit contradicts {NC}"),
+        ("forbidden", "--push_to_hub: The Hub refuses team/forbidden"),
+    ],
+)
+def test_refusals_say_why(session, case, message):
+    assert re.search(message, session[case]), session[case]
+    assert session[case].startswith("UserError")
+
+
+def test_what_is_refused_creates_and_uploads_nothing(session):
+    assert "RepositoryNotFoundError" in session["no repo yet"]
+    assert not {"nothing", "mit"} & set(session["repos"])
+    assert session["repos"]["secret"].files == {}
+    assert not (session["work"] / "forbidden").exists() and not (session["work"] / "mit_run").exists()
+
+
+# The card  ------------------------------------------------------------------------------------------------------------
+
+
+def card(session, name) -> ModelCard:
+    return ModelCard(session["repos"][name].files["README.md"].decode())
+
+
+def test_card_of_a_student(session):
+    made = card(session, "student")
+    data = made.data.to_dict()
+    assert data["library_name"] == "diffusers" and data["pipeline_tag"] == "unconditional-image-generation"
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("team/teacher", "finetune", NC)
+    assert "datasets" not in data  # the digits are not on the Hub
+    text = made.text
+    assert 'from_pretrained("team/student", custom_pipeline="team/student", trust_remote_code=True)' in text
+    assert (
+        'import diffusers_ctm\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("team/student")'
+        in text
+    )
+    for part in (
+        "gamma",
+        "num_inference_steps",
+        "class_labels",
+        "memorise",
+        "synthetic media",
+        "@inproceedings{kim2024",
+        "It has not been evaluated",
+    ):
+        assert part in text, part
+    sha = Repo.sha(session["repos"]["teacher"], 1)
+    assert f"[team/teacher](https://huggingface.co/team/teacher), commit `{sha}`" in text
+    assert "5 steps of 4 images" in text and "| `max_solver_steps` | `2` |" in text and "digits" in text
+    assert not re.search(r"\{\{|\}\}|\{%|None", text.replace("{{The diffusers-ctm authors}}", ""))
+
+
+def test_card_of_a_teacher_with_its_evaluation(session):
+    made = card(session, "teacher")
+    results = made.data.eval_results
+    truth = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())["results"][0]["frechet"][
+        "mean"
+    ]
+    assert results[0].metric_value == round(truth, 6) and "features digits" in results[0].metric_name
+    assert results[0].dataset_name == "digits" and "| 0.0521 ± 0.0054 |" in made.text
+    assert "](evaluation/evaluation.png)" in made.text and "](evaluation/gammas.png)" not in made.text
+    assert "Trained from scratch" in made.text and "kim2024" not in made.text and made.data.base_model is None
+
+
+def test_metadata_is_plain_yaml(session):
+    for name in ("student", "teacher", "midway"):
+        text = session["repos"][name].files["README.md"].decode()
+        assert text.startswith("---\n") and isinstance(yaml.safe_load(text.split("---\n")[1]), dict)
+
+
+def test_edited_card_is_kept_and_its_licence_is_checked(session):
+    files = session["repos"]["edited"].files
+    assert files["README.md"].endswith(b"My words.\n") and "model_index.json" in files
+    assert "Kept the card of team/edited" in session["output"]
+    assert list(session["repos"]["mitcard"].files) == ["README.md"]
+
+
+# Pushing while training  ----------------------------------------------------------------------------------------------
+
+
+def test_a_failing_hub_changes_nothing_in_the_training(session):
+    assert session["midway is plain"] and session["left behind"] == []
+    repo = session["repos"]["midway"]
+    assert repo.messages[1:] == [
+        "Training in progress, step 1", "Training in progress, step 4", "Training in progress, step 5", "Publish the pipeline"
+    ]  # fmt: skip
+    assert session["output"].count("Warning: team/midway on the Hub") == 1
+    assert "team/midway on the Hub is up to date again: step 4" in session["output"]
+    final = Path(session["midway"]) / "unet" / "diffusion_pytorch_model.safetensors"
+    assert repo.files["unet/diffusion_pytorch_model.safetensors"] == final.read_bytes()
+    assert json.loads(repo.files["training.json"])["steps"] == 5 and "5 steps of 4" in repo.files["README.md"].decode()
+    assert not any(path.startswith(LAST_CHECKPOINT) for path in repo.files)
+
+
+def test_hub_that_is_down_at_start_or_refuses_at_the_end_is_a_warning(session):
+    assert session["down at start"].endswith("pipeline") and session["refused at end"].endswith("pipeline")
+    assert "Warning: team/later on the Hub" in session["output"]
+    assert "model_index.json" in session["repos"]["later"].files
+    assert session["repos"]["refused"].files == {}
+    assert f"python -m training.publish {session['refused at end']} team/refused" in session["output"]
+
+
+def test_resumed_from_the_hub_is_uninterrupted(session):
+    assert session["resumed is plain"], session["resumed"]
+    assert f"{LAST_CHECKPOINT}/run_state.pt" in session["repos"]["resume"].files
+    assert "has no checkpoint of this program" in session["no checkpoint"]
+    assert "nor a repository on the Hub" in session["no repo"]
+    assert "is not what was uploaded: optimizer.bin" in session["tampered"]
+    assert session["third written"] is False
+
+
+def test_server_killed_during_an_upload_leaves_the_repo_whole_and_the_same_command_succeeds(session, tmp_path):
+    folder = session["midway"]
+    code = (
+        "import sys, training.hub; training.hub.RETRY_WAITS = (0.05,)\n"
+        "from training.publish import *; run_program(main, PublishConfig)"
+    )
+    command = ["-c", code, folder, "team/killed", "--num_samples", "0"]
+    with LoopbackHub() as hub:
+        hub.repos["models/team/teacher"] = session["repos"]["teacher"]
+        repo = hub.repos["models/team/killed"] = Repo()
+        repo.commit({"model_index.json": b"before"})
+
+        def die(method, path):
+            if path.endswith("/commit/main"):
+                hub.kill()
+                time.sleep(1)
+            return None
+
+        hub.intercept = die
+        first = run(hub, tmp_path / "home", *command)
+    assert first.returncode == 1 and "could not be uploaded to team/killed" in first.stderr, first.stderr[-2000:]
+    assert "Traceback" not in first.stderr and TOKEN not in first.stderr
+    assert repo.files == {"model_index.json": b"before"}
+    with LoopbackHub(int(hub.url.rsplit(":", 1)[1])) as again:
+        again.repos = hub.repos
+        second = run(again, tmp_path / "home", *command)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "unet/diffusion_pytorch_model.safetensors" in repo.files and repo.files["model_index.json"] != b"before"
+
+
+# Rules, without a Hub  ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inherited, wanted, allowed",
+    [
+        (NC, NC, True), (NC, "mit", False), (NC, "cc-by-nc-4.0", False), ("mit", "apache-2.0", True), ("mit", NC, True),
+        ("cc-by-sa-4.0", "mit", False), ("openrail", "mit", False), ("other", "mit", False), (None, "mit", True),
+    ],
+)  # fmt: skip
+def test_licence_is_inherited(inherited, wanted, allowed):
+    licence = None if inherited is None else Licence(inherited)
+    if allowed:
+        check_inheritance(licence, "because", Licence(wanted))
+    else:
+        with pytest.raises(UserError, match=f"{wanted} contradicts {inherited}.*because"):
+            check_inheritance(licence, "because", Licence(wanted))
+
+
+def test_positional_arguments_and_their_names_are_the_same(capsys):
+    plain = parse_config(PublishConfig, ["runs/a", "user/a", "--private"])
+    mixed = parse_config(PublishConfig, ["--license", "mit", "runs/a", "--num_samples", "0", "user/a"])
+    named = parse_config(PublishConfig, ["--folder", "runs/a", "--name", "user/a"])
+    assert {(c.folder, c.name) for c in (plain, mixed, named)} == {("runs/a", "user/a")}
+    for arguments in (["runs/a"], ["runs/a", "a"], ["runs/a", "user/a", "--license", "other"]):
+        with pytest.raises(SystemExit):
+            parse_config(PublishConfig, arguments)
+
+
+def test_names_that_may_be_published(tmp_path):
+    from training.config import CTMConfig
+
+    assert public_name("user/name") == "user/name"
+    assert (
+        public_name(str(tmp_path / "run" / "pipeline")) == "run"
+        and public_name("/a/b/images.parquet") == "images.parquet"
+    )
+    options = CTMConfig(
+        teacher="t", dataset_name=str(tmp_path), output_dir="/secret/place", learning_rate=1.0, hub_model_id="a/b"
+    )
+    expected = {"dataset_name": tmp_path.name, "learning_rate": 1.0, "max_solver_steps": 17}  # the last is filled in
+    assert changed_options(options) == expected
+
+
+def test_tokens_are_hidden():
+    assert without_token(f"Bearer {TOKEN} refused") == "Bearer *** refused"
+
+
+def test_staging_the_embedded_pipelines(tmp_path):
+    left = stage(str(ROOT / "assets" / "digits-ctm"), str(tmp_path))
+    assert left == [] and "_name_or_path" not in json.loads((tmp_path / "unet" / "config.json").read_text())
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    (folder / "author.json").write_text(json.dumps(author(folder)))

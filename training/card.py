@@ -1,0 +1,201 @@
+"""The model card: `model_card.md` filled with what a pipeline's folder says of itself."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+import diffusers_ctm
+
+from .record import CONVERSION, RECORD, Licence, is_hub_id, licence_fields, licence_of, read_json
+
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
+MARK = re.compile(r"\n<!-- diffusers-ctm card ([0-9a-f]{16}): replaced when published again, kept if edited -->\n$")
+CLASS_NAMES = 20  # most that are listed
+
+
+def is_generated(card: str) -> bool:
+    """Whether `card` is as this program wrote it, unedited."""
+    mark = MARK.search(card)
+    return mark is not None and _digest(card[: mark.start()]) == mark[1]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_card(folder: str, repo: str, licence: Licence, samples: str | None = None) -> str:
+    """README.md of the pipeline in `folder`, published as `repo`.
+
+    Args:
+        folder: with model_index.json, and maybe training.json, conversion.json and evaluation/.
+        samples: what samples.png shows, if it is there.
+    """
+    scheduler = read_json(os.path.join(folder, "scheduler"), "scheduler_config.json")
+    unet = read_json(os.path.join(folder, "unet"), "config.json")
+    record, conversion = read_json(folder, RECORD), read_json(folder, CONVERSION)
+    evaluation = read_json(os.path.join(folder, "evaluation"), "evaluation.json")
+    names = read_json(folder, "model_index.json").get("id2label") or {}
+    is_ctm = unet.get("_class_name") == "CTMUNet2DModel" or scheduler.get("_class_name") == "CTMScheduler"
+    dataset = record.get("dataset") or {}
+    size = unet.get("sample_size")
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    num_classes = unet.get("num_class_embeds") or unet.get("label_dim") or len(names) or None
+    steps, images = record.get("steps"), record.get("images_per_step")
+    versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    values = {
+        "title": repo.split("/")[-1],
+        "repo": repo,
+        "is_ctm": is_ctm,
+        "size": f"{width}x{height} pixels",
+        "channels": unet.get("out_channels", unet.get("img_channels", 3)),
+        "num_classes": num_classes,
+        "class_names": _class_names(names),
+        "example_class": "class_labels=0" if num_classes else "",
+        "parameters": _parameters(folder),
+        "licence": _licence_text(licence),
+        "samples": samples,
+        "teacher": _source_text(record, conversion),
+        "teacher_licence": (licence_of(record.get("teacher") or {}) or licence_of(conversion) or ""),
+        "conversion": f"Converted from {conversion['family']} weights." if conversion.get("family") else "",
+        "dataset": _dataset_text(dataset),
+        "trained": bool(record),
+        "training": f"{record.get('program')}, {steps:,} steps of {images:,} images; {versions}" if record else "",
+        "options": sorted((record.get("options") or {}).items()),
+        "evaluation_table": _table(evaluation),
+        "features": (evaluation.get("features") or {}).get("name"),
+        "num_samples": f"{evaluation.get('num_samples', 0):,}",
+        "plot": os.path.isfile(os.path.join(folder, "evaluation", "evaluation.png")),
+        "gammas": os.path.isfile(os.path.join(folder, "evaluation", "gammas.png")),
+        "version": diffusers_ctm.__version__,
+    }
+    data = card_data(repo, licence, is_ctm, record, conversion, dataset, evaluation)
+    text = ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values).content
+    text = text.rstrip() + "\n"
+    return f"{text}\n<!-- diffusers-ctm card {_digest(text)}: replaced when published again, kept if edited -->\n"
+
+
+def base_model(record: dict, conversion: dict) -> str | None:
+    """The Hub id that the weights come from, if it is known."""
+    teacher = record.get("teacher") or {}
+    if teacher.get("on_hub"):
+        return teacher["name"]
+    return conversion_repo(conversion)
+
+
+def conversion_repo(conversion: dict) -> str | None:
+    """user/repo of a conversion's source user/repo/path/to/file."""
+    source = str(conversion.get("source") or "")
+    start = "/".join(source.split("/")[:2])
+    return start if source.count("/") >= 2 and "://" not in source and is_hub_id(start) else None
+
+
+def card_data(
+    repo: str, licence: Licence, is_ctm: bool, record: dict, conversion: dict, dataset: dict, evaluation: dict
+) -> ModelCardData:
+    """The metadata, as the Hub reads it."""
+    source = base_model(record, conversion)
+    trained = bool(record.get("teacher"))  # the Hub has no relation "distilled"; a student starts as its teacher
+    results = _results(evaluation, dataset)
+    return ModelCardData(
+        **licence_fields(licence),
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        base_model=source,
+        base_model_relation="finetune" if source and trained else None,
+        datasets=[dataset["name"]] if dataset.get("on_hub") else None,
+        tags=[
+            "diffusers-ctm",
+            *(["consistency-trajectory-model", "ctm", "few-step"] if is_ctm else ["edm", "diffusion"]),
+        ],
+        eval_results=results or None,
+        model_name=repo.split("/")[-1] if results else None,
+    )
+
+
+def _results(evaluation: dict, dataset: dict) -> list[EvalResult]:
+    """Frechet distances for `model-index`: of the CTM where there is one, else of the other sampler."""
+    reference = _public_dataset(evaluation, dataset)
+    rows = [row for row in evaluation.get("results") or [] if isinstance(row.get("frechet"), dict)]
+    ours = [row for row in rows if row["sampler"] == "ctm"] or rows
+    features = (evaluation.get("features") or {}).get("name")
+    found = []
+    for row in ours:
+        gamma = "" if row["gamma"] is None else f", gamma {row['gamma']:g}"
+        steps = f"{row['steps']} step{'' if row['steps'] == 1 else 's'}{gamma}"
+        found.append(
+            EvalResult(
+                task_type="unconditional-image-generation",
+                task_name="Unconditional Image Generation",
+                dataset_type=reference,
+                dataset_name=reference,
+                metric_type="frechet_distance",
+                metric_name=f"Frechet distance, {steps}, features {features}",
+                metric_value=round(row["frechet"]["mean"], 6),
+            )
+        )
+    return found
+
+
+def _public_dataset(evaluation: dict, dataset: dict) -> str:
+    from .record import public_name
+
+    return public_name(str((evaluation.get("reference") or {}).get("dataset_name") or dataset.get("name") or "unknown"))
+
+
+def _table(evaluation: dict) -> str:
+    if not evaluation:
+        return ""
+    from .evaluate import distance_table
+
+    return "\n".join(distance_table(evaluation, "frechet"))
+
+
+def _licence_text(licence: Licence) -> str:
+    name = licence.name or licence.id
+    return f"[{name}]({licence.link})" if licence.link else name
+
+
+def _class_names(names: dict[str, str]) -> str:
+    listed = [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    more = ", ..." if len(listed) > CLASS_NAMES else ""
+    return ", ".join(f"`{name}`" for name in listed[:CLASS_NAMES]) + more
+
+
+def _source_text(record: dict, conversion: dict) -> str:
+    teacher = record.get("teacher") or {}
+    if teacher.get("name"):
+        name = teacher["name"]
+        text = f"[{name}](https://huggingface.co/{name})" if teacher.get("on_hub") else f"`{name}`"
+        return text + (f", commit `{teacher['revision']}`" if teacher.get("revision") else "")
+    return f"`{conversion['source']}`" if conversion.get("source") else ""
+
+
+def _dataset_text(dataset: dict) -> str:
+    if not dataset.get("name"):
+        return ""
+    name = dataset["name"]
+    if name == "digits":
+        return "scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0)"
+    text = f"[{name}](https://huggingface.co/datasets/{name})" if dataset.get("on_hub") else f"`{name}`"
+    return text + (f", split `{dataset['split']}`" if dataset.get("split") else "")
+
+
+def _parameters(folder: str) -> str:
+    """How many numbers the weights hold, from the headers of the files: nothing is loaded."""
+    total = 0
+    for path in Path(folder, "unet").glob("*.safetensors"):
+        with open(path, "rb") as file:
+            header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for side in entry["shape"]:
+                    count *= side
+                total += count
+    return f"{total / 1e6:.2f} M"

@@ -1,0 +1,164 @@
+"""What is known about how a pipeline came to be: `training.json` in its folder, read again when it is published."""
+
+import json
+import os
+import platform
+import re
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import diffusers
+import torch
+
+import diffusers_ctm
+
+from .config import RunOptions
+
+
+RECORD = "training.json"
+CONVERSION = "conversion.json"  # what training.convert knows
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+# Options that say where, how fast and what is shown, not what the weights are. None of them is recorded.
+LOCAL_OPTIONS = {
+    "config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
+    "sample_every", "logging_steps", "report_to", "teacher", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
+}  # fmt: skip
+
+
+@dataclass
+class Licence:
+    """A licence as the Hub names it.
+
+    Args:
+        id: e.g. "mit", "cc-by-nc-sa-4.0", or "other".
+        name, link: of an "other" one.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.id} ({self.name})" if self.name else self.id
+
+
+def licence_of(values: dict[str, Any]) -> Licence | None:
+    """The licence in a card's metadata, or in a record: keys `license`, `license_name`, `license_link`."""
+    found = values.get("license")
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if not isinstance(found, str) or not found.strip() or found.strip().lower() == "unknown":
+        return None
+    return Licence(found.strip().lower(), values.get("license_name"), values.get("license_link"))
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` is user/name on the Hub rather than something on this disk."""
+    return bool(name) and HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """`name` as it may be published: a Hub id as it is, of a local path its last part, or of `run/pipeline` the run."""
+    if is_hub_id(name):
+        return name
+    parts = [part for part in re.split(r"[/\\]", os.path.abspath(name) if name.startswith(".") else name) if part]
+    if len(parts) > 1 and parts[-1] == "pipeline":
+        parts.pop()
+    return parts[-1] if parts else name
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """The object in a JSON file of `folder`; empty if there is none or it cannot be read."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def recorded_licence(folder: str) -> Licence | None:
+    """The licence of the weights in a local pipeline's folder: of its record, its conversion, or its card."""
+    for values in (read_json(folder, RECORD), read_json(folder, CONVERSION)):
+        if (found := licence_of(values)) is not None:
+            return found
+    card = os.path.join(folder, "README.md")
+    if os.path.isfile(card):
+        from huggingface_hub import ModelCard
+
+        return licence_of(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict())
+    return None
+
+
+def teacher_record(name: str, revision: str | None) -> dict[str, Any]:
+    """Name, commit and licence of a teacher, as far as they can be found out."""
+    commit, licence = None, None
+    if os.path.isdir(name):
+        licence = recorded_licence(name)
+        trained_from = read_json(name, RECORD).get("teacher") or {}
+        if licence is None:
+            licence = licence_of(trained_from)
+    elif is_hub_id(name):
+        from .hub import card_licence, commit_of
+
+        commit = commit_of(name, revision)
+        licence = card_licence(name, revision)
+    record: dict[str, Any] = {"name": public_name(name), "on_hub": is_hub_id(name), "revision": commit or revision}
+    return {**record, **licence_fields(licence)}
+
+
+def licence_fields(licence: Licence | None) -> dict[str, str]:
+    """The licence as entries of a record or a card."""
+    if licence is None:
+        return {}
+    values = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
+    return {name: value for name, value in values.items() if value}
+
+
+def changed_options(options: RunOptions) -> dict[str, Any]:
+    """The options that differ from the defaults and decide what the weights are, paths by their last part."""
+    values = asdict(options)
+    changed = {}
+    for entry in fields(options):
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        value = values[entry.name]
+        if entry.name in LOCAL_OPTIONS or value == default:
+            continue
+        if isinstance(value, str) and (os.path.isabs(value) or ("/" in value and os.path.exists(value))):
+            value = public_name(value)
+        changed[entry.name] = value
+    return changed
+
+
+def training_record(options: RunOptions, num_processes: int) -> dict[str, Any]:
+    """What `training.json` says of a run, but for the number of steps done. Names no folder of this machine and no secret."""
+    teacher = getattr(options, "teacher", None)
+    dataset = options.dataset_name
+    record: dict[str, Any] = {
+        "program": "training.train_edm" if teacher is None else "training.train_ctm",
+        "teacher": None if teacher is None else teacher_record(teacher, getattr(options, "teacher_revision", None)),
+        "dataset": {
+            "name": public_name(dataset),
+            "on_hub": dataset != "digits" and not dataset.endswith(".parquet") and is_hub_id(dataset),
+            "config": options.dataset_config_name,
+            "split": options.dataset_split,
+        },
+        "options": changed_options(options),
+        "images_per_step": options.train_batch_size * options.gradient_accumulation_steps * num_processes,
+        "versions": {
+            "diffusers_ctm": diffusers_ctm.__version__,
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    own = licence_of({"license": options.hub_license})
+    return {**record, **licence_fields(own or licence_of(record["teacher"] or {}))}
+
+
+def write_record(record: dict[str, Any], steps: int, folder: str) -> None:
+    """Write `training.json`."""
+    with open(os.path.join(folder, RECORD), "w", encoding="utf-8") as file:
+        json.dump({**record, "steps": steps}, file, indent=2)
+        file.write("\n")

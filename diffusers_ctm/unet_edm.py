@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import Attention
@@ -455,7 +455,7 @@ class EDMFourierProjection(nn.Module):
 
     def __init__(self, channels: int, scale: float = 16.0):
         super().__init__()
-        self.register_buffer("frequency_bits", (torch.randn(channels // 2) * scale).view(torch.int32))
+        self.register_buffer("frequency_bits", (torch.randn(channels // 2, dtype=torch.float32) * scale).view(torch.int32))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) to (B, channels), float32."""

@@ -455,7 +455,9 @@ class EDMFourierProjection(nn.Module):
 
     def __init__(self, channels: int, scale: float = 16.0):
         super().__init__()
-        self.register_buffer("frequency_bits", (torch.randn(channels // 2, dtype=torch.float32) * scale).view(torch.int32))
+        self.register_buffer(
+            "frequency_bits", (torch.randn(channels // 2, dtype=torch.float32) * scale).view(torch.int32)
+        )
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         """(B,) to (B, channels), float32."""

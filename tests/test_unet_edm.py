@@ -227,7 +227,13 @@ def test_distilled_by_the_program(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     teacher = make(in_channels=1, out_channels=1, num_class_embeds=10, augment_dim=9)
     CTMPipeline(teacher, EDMHeunScheduler(timestep_scale=1.0)).save_pretrained(tmp_path / "teacher")
-    options = {"label_column": "label", "train_batch_size": 4, "max_train_steps": 2, "max_solver_steps": 1, "dropout": 0.2}
+    options = {
+        "label_column": "label",
+        "train_batch_size": 4,
+        "max_train_steps": 2,
+        "max_solver_steps": 1,
+        "dropout": 0.2,
+    }
     quiet = {"report_to": "none", "sample_every": 0, "checkpointing_steps": 0, "gradient_checkpointing": True}
     config = CTMConfig(teacher=str(tmp_path / "teacher"), output_dir=str(tmp_path / "run"), **options, **quiet)
     pipe = DiffusionPipeline.from_pretrained(main(config))
@@ -410,7 +416,9 @@ def test_resampling_blocks_filter(taps):
     assert down.conv_shortcut is not None and up.conv_shortcut is not None  # also where the widths agree
 
 
-@pytest.mark.parametrize("part, kind", [("encoder_type", "skip"), ("encoder_type", "residual"), ("decoder_type", "skip")])
+@pytest.mark.parametrize(
+    "part, kind", [("encoder_type", "skip"), ("encoder_type", "residual"), ("decoder_type", "skip")]
+)
 @both_times
 def test_other_encoders_and_decoders_are_the_standard_one_and_more(part, kind, target_time):
     """They keep every standard weight. Without their own (and without sqrt(1/2), "residual") they are the standard network."""
@@ -475,9 +483,7 @@ def test_variants_and_shards(options, low_cpu_mem_usage, tmp_path):
     assert (len(files) > 1) == ("max_shard_size" in options)
     assert all(("ema" in name) == ("variant" in options) for name in files)
     variant = options.get("variant")
-    check_the_same(
-        EDMUNet2DModel.from_pretrained(tmp_path, variant=variant, low_cpu_mem_usage=low_cpu_mem_usage), unet
-    )
+    check_the_same(EDMUNet2DModel.from_pretrained(tmp_path, variant=variant, low_cpu_mem_usage=low_cpu_mem_usage), unet)
 
 
 def test_auto_model_finds_the_class(tmp_path):

@@ -49,6 +49,9 @@ def config_of(shapes: Shapes, **overrides) -> dict:
     if unknown:
         raise UserError(f"{sorted(unknown)[0]} is not an argument of EDMUNet2DModel and cannot be overridden.")
     names = _without_prefix(shapes)
+    for name in names:
+        if name in shapes and PREFIX + name in shapes:
+            raise UserError(f"The checkpoint has {name} twice, with and without the prefix {PREFIX!r}.")
     expected = {name: tuple(tensor.shape) for name, tensor in _official(_meta_network(config), _top(names)).items()}
     for name in sorted(expected.keys() - names.keys()):
         raise UserError(f"The checkpoint has no {name}, which a SongUNet like this one has; is it complete?")
@@ -103,7 +106,7 @@ def to_official(network: EDMUNet2DModel) -> dict[str, torch.Tensor]:
 
 
 def _without_prefix(named: Mapping) -> dict:
-    """`named` without the wrapper's prefix. A key that lacks it while others have it stays, and is surplus later."""
+    """`named` without the wrapper's prefix."""
     return {name.removeprefix(PREFIX): value for name, value in named.items()}
 
 

@@ -448,6 +448,19 @@ def test_the_skip_decoder_adds_up_the_levels():
     close(unet(sample, t).sample, torch.full((3, 3, 8, 8), 3.0))
 
 
+def test_a_residual_block_is_that_of_the_paper():
+    """(x + conv(silu(norm(conv(silu(norm(x))) + linear(silu(emb)))))) / sqrt(2), groups of 4 channels, 32 at most."""
+    block = make().down_blocks[1].resnets[1]
+    x, emb = randn(2, 8, 4, 4, dtype=torch.float32), randn(2, 32, seed=1, dtype=torch.float32)
+    silu, norm = nn.functional.silu, nn.functional.group_norm
+    h = block.conv1(silu(norm(x, 2, block.norm1.weight, block.norm1.bias, 1e-6)))
+    h = h + block.time_emb_proj(silu(emb))[:, :, None, None]
+    h = block.conv2(silu(norm(h, 4, block.norm2.weight, block.norm2.bias, 1e-6)))
+    close(block(x, emb), (block.conv_shortcut(x) + h) / math.sqrt(2))
+    wide = make(model_channels=256, block_out_channels=(256,), attention_levels=())
+    assert wide.down_blocks[0].resnets[0].norm1.num_groups == wide.conv_norm_out.num_groups == 32
+
+
 def test_where_attention_is():
     def attended(unet):
         return {name for name, module in unet.named_modules() if isinstance(module, Attention)}

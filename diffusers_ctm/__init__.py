@@ -9,6 +9,7 @@ from .pipeline_ctm import CTMPipeline
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
 from .unet_2d_ctm import CTMUNet2DModel
+from .unet_edm import EDMUNet2DModel
 
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CTMUNet2DModel",
     "EDMHeunScheduler",
     "EDMHeunSchedulerOutput",
+    "EDMUNet2DModel",
     "register",
 ]
 __version__ = "0.1.0"

@@ -14,13 +14,15 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import component_library, write_loading_code
 from .unet_2d_ctm import CTMUNet2DModel
+from .unet_edm import EDMUNet2DModel
 
 
 class CTMPipeline(DiffusionPipeline):
     """Unconditional and class-conditional image generation in 1 to N network evaluations.
 
     Args:
-        unet: a `CTMUNet2DModel`. With `EDMHeunScheduler` and the like also a plain `UNet2DModel`, an EDM denoiser.
+        unet: a `CTMUNet2DModel`, or an `EDMUNet2DModel` with target time. With `EDMHeunScheduler` and the like also an EDM denoiser, a
+            plain `UNet2DModel` or an `EDMUNet2DModel` without.
         scheduler: `CTMScheduler`. A CTM is a diffusion model too: `EDMHeunScheduler` and diffusers' `EDMEulerScheduler` and
             `EDMDPMSolverMultistepScheduler` sample with its exact score. Build them with `from_config(pipe.scheduler.config)`.
         id2label: names of the classes by number, so that `class_labels` may be names. Saved with the pipeline.
@@ -31,7 +33,10 @@ class CTMPipeline(DiffusionPipeline):
 
     # `from_pipe` compares a network's class with this annotation, subclasses excluded.
     def __init__(
-        self, unet: UNet2DModel | CTMUNet2DModel, scheduler, id2label: dict[str, str] | dict[int, str] | None = None
+        self,
+        unet: UNet2DModel | CTMUNet2DModel | EDMUNet2DModel,
+        scheduler,
+        id2label: dict[str, str] | dict[int, str] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -80,7 +85,7 @@ class CTMPipeline(DiffusionPipeline):
                 f"{name} does not know EDM preconditioning. Use CTMScheduler, EDMHeunScheduler, EDMEulerScheduler or "
                 "EDMDPMSolverMultistepScheduler, made with `from_config(pipe.scheduler.config)`."
             )
-        if hasattr(scheduler, "target_timesteps") and not hasattr(self.unet, "target_time_embedding"):
+        if hasattr(scheduler, "target_timesteps") and not getattr(self.unet, "has_target_time", False):
             raise ValueError(
                 f"{name} needs a network with two times, and {type(self.unet).__name__} has one. Use "
                 "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distil the network into a CTM."

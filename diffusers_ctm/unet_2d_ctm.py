@@ -40,6 +40,11 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         return [m for m in self.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
 
     @property
+    def has_target_time(self) -> bool:
+        """Whether the network is shown a second time: always."""
+        return True
+
+    @property
     def last_layer(self) -> nn.Conv2d:
         """The layer at which adaptive loss weights compare gradients."""
         return self.conv_out
@@ -64,19 +69,6 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
                 weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
         student.load_state_dict(weights)
         return student.train(unet.training)
-
-    def _time(self, timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
-        """`timestep` as a float tensor of shape (B,) on the device of `sample`."""
-        if not torch.is_tensor(timestep):
-            if isinstance(timestep, int):
-                timestep = torch.tensor(timestep)
-            else:
-                timestep = torch.tensor(timestep, dtype=torch.float32)
-        if not timestep.is_floating_point():
-            raise ValueError(
-                f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."
-            )
-        return timestep.to(sample.device).expand(sample.shape[0])
 
     def _conditioning(self, timestep, target_timestep, class_labels) -> torch.Tensor:
         """[embedding of time and class, embedding of the target time], shape (B, 2 * embedding width)."""
@@ -114,8 +106,8 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         """
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
-        timestep = self._time(timestep, sample, "timestep")
-        target = timestep if target_timestep is None else self._time(target_timestep, sample, "target_timestep")
+        timestep = float_time(timestep, sample, "timestep")
+        target = timestep if target_timestep is None else float_time(target_timestep, sample, "target_timestep")
         emb = self._conditioning(timestep, target, class_labels)
 
         # From here on as in UNet2DModel.
@@ -147,6 +139,20 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         if self.config.time_embedding_type == "fourier":
             sample = sample / timestep.reshape(-1, 1, 1, 1)
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
+
+
+def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
+    """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError, with `name`, if it is an integer."""
+    if not torch.is_tensor(timestep):
+        if isinstance(timestep, int):
+            timestep = torch.tensor(timestep)
+        else:
+            timestep = torch.tensor(timestep, dtype=torch.float32)
+    if not timestep.is_floating_point():
+        raise ValueError(
+            f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."
+        )
+    return timestep.to(sample.device).expand(sample.shape[0])
 
 
 def _widened(linear: nn.Linear) -> nn.Linear:

@@ -152,10 +152,7 @@ class ExactNetwork(ExactDenoiserNetwork):
     """F of an exact CTM, called as `network(sample, timestep, target_timestep=None, ...)[0]`."""
 
     times = 2
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.target_time_embedding = nn.Identity()  # by this a pipeline knows a network with two times
+    has_target_time = True  # by this a pipeline knows a network with two times
 
 
 def randn(*shape, seed=0, dtype=torch.float64) -> torch.Tensor:

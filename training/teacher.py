@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging
 
-from diffusers_ctm import CTMUNet2DModel, EDMHeunScheduler
+from diffusers_ctm import CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
 from diffusers_ctm.trajectory import Preconditioning
 
 from .config import UserError
@@ -25,7 +25,7 @@ class Teacher:
         id2label: names of its classes, if it carries them.
     """
 
-    network: UNet2DModel
+    network: UNet2DModel | EDMUNet2DModel
     scheduler: EDMHeunScheduler
     id2label: dict[int, str] | None = None
 
@@ -48,7 +48,7 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
     try:
         config = EDMHeunScheduler.load_config(name, subfolder="scheduler")
         class_name = CTMUNet2DModel.load_config(name, subfolder="unet").get("_class_name", "UNet2DModel")
-        network_class = CTMUNet2DModel if class_name == "CTMUNet2DModel" else UNet2DModel
+        network_class = {cls.__name__: cls for cls in (CTMUNet2DModel, EDMUNet2DModel)}.get(class_name, UNet2DModel)
         network, report = network_class.from_pretrained(name, subfolder="unet", output_loading_info=True)
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
         raise UserError(

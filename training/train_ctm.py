@@ -4,9 +4,10 @@ import copy
 import functools
 
 import torch
+from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 
-from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel
+from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
 from diffusers_ctm.trajectory import karras_sigmas
 
 from .config import CTMConfig, UserError, run_program
@@ -54,7 +55,13 @@ def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRando
     return draw_half_lognormal_sigma(noise, ramp, numbers.sigma_min, numbers.sigma_max, numbers.rho, random.own.start)
 
 
-def set_dropout(network: CTMUNet2DModel, probability: float) -> None:
+def make_student(network: UNet2DModel | EDMUNet2DModel) -> CTMUNet2DModel | EDMUNet2DModel:
+    """The network with target time that equals the teacher `network` at every target. Raises ValueError if it cannot become one."""
+    student_class = EDMUNet2DModel if isinstance(network, EDMUNet2DModel) else CTMUNet2DModel
+    return student_class.from_unet(network)
+
+
+def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) -> None:
     """As if `network` had been built with `dropout=probability`: in its residual blocks, not in attention."""
     network.register_to_config(dropout=probability)
     for module in network.modules():
@@ -69,7 +76,7 @@ def main(config: CTMConfig) -> str:
     check_fit(teacher, dataset)
     torch.manual_seed(config.seed)
     try:
-        student = CTMUNet2DModel.from_unet(teacher.network)
+        student = make_student(teacher.network)
     except ValueError as error:
         raise UserError(f"--teacher {config.teacher} cannot become a CTM: {error}") from error
     if config.dropout is not None:
@@ -77,7 +84,7 @@ def main(config: CTMConfig) -> str:
     scheduler = student_scheduler(teacher, config)
     numbers = scheduler.config
 
-    def make_pipeline(unet: CTMUNet2DModel) -> CTMPipeline:
+    def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
         id2label = teacher.id2label or dataset.id2label
         return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=id2label)
 

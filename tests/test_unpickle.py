@@ -510,7 +510,8 @@ def rebuilt(storage: bytes, offset=0, size=(4,), stride=(1,), name="_rebuild_ten
 def test_tensors_lie_within_their_storage(shape, tmp_path):
     whole = read(tmp_path, zip_of(rebuilt(storage_id()), _0=struct.pack("<4f", 1, 2, 3, 4)))
     assert whole.tolist() == [1, 2, 3, 4]
-    refuse(tmp_path, zip_of(rebuilt(storage_id(), **shape), _0=bytes(16)), "tensor")
+    message = refuse(tmp_path, zip_of(rebuilt(storage_id(), **shape), _0=bytes(16)))
+    assert any(words in message for words in ("no proper shape", "reaches beyond", "repeats a storage"))
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ def own_config(config: Mapping) -> dict:
     config = {**_defaults(config.get("_class_name")), **config}
     kind = config.get("prediction_type")
     has_betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
-    if kind == "epsilon" and "sigma_schedule" in config and not has_betas:
-        return {**config, "prediction_type": "edm"}
+    if (
+        "sigma_schedule" in config
+    ):  # diffusers' EDM schedulers; they carry our numbers along, if they were made from ours
+        return {**config, "prediction_type": "edm"} if kind == "epsilon" and not has_betas else config
     if "timestep_scale" in config:
         return config
 
@@ -73,7 +75,8 @@ def own_config(config: Mapping) -> dict:
     elif has_betas and not openai:
         if kind is None:
             kind = "epsilon" if config.get("predict_epsilon", True) else "sample"
-        steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+        betas = config.get("trained_betas")
+        steps = config.get("num_train_timesteps", 1000) if betas is None else len(betas)
         process = {
             "num_diffusion_timesteps": steps,
             "trained_betas": None if betas is None else list(map(float, betas)),

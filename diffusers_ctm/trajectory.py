@@ -321,6 +321,17 @@ class Preconditioning:
         """(c_skip, c_out, c_in) at `sigma`."""
         return scalings(sigma, self.sigma_data, self.prediction_type, self.sigma_min)
 
+    def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The weight of |D - x_0|^2 with which the network's family is trained, in the shape of `sigma`.
+
+        1 / c_out^2, the plain loss of what F predicts; "score" has 1 / sigma^2 (Song et al. 2021), "consistency" that of "edm".
+        """
+        if self.prediction_type in ("edm", "consistency"):
+            return edm_loss_weight(sigma, self.sigma_data)
+        if self.prediction_type == "score":
+            return 1 / sigma**2
+        return 1 / self.scalings(sigma)[1] ** 2
+
     def network_input(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """c_in x, and for "score" 1/2 more; `sigma` of shape (B,) or ()."""
         c_in, shift = self.scalings(append_dims(sigma, x.ndim))[2], input_shift(self.prediction_type)

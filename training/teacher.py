@@ -136,7 +136,9 @@ def load_teacher(
             f"{label} has time_embedding_type 'learned', which knows whole timesteps only; it cannot be used."
         )
     scheduler = _make_scheduler(label, raw, prediction_type, timestep_scale)
-    network = network.to(device=device, dtype=torch.float32).requires_grad_(False).eval()
+    if network.dtype != torch.float32:
+        network = network.to(torch.float32)
+    network = network.to(device).requires_grad_(False).eval()
     id2label = {int(index): label for index, label in id2label.items()} if id2label else None
     return Teacher(network, scheduler, id2label, name, source.revision)
 

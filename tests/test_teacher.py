@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import TINY
+from datasets import Dataset, Features, Image
 from diffusers import (
     AutoencoderKL,
     CMStochasticIterativeScheduler,
@@ -27,13 +30,13 @@ from diffusers import (
 )
 from exact import randn
 from loopback_hub import LoopbackHub, Repo
+from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from diffusers_ctm import CTMPipeline, CTMUNet2DModel, EDMHeunScheduler
 from diffusers_ctm.trajectory import Preconditioning, karras_sigmas
 from training import evaluate, train_ctm
 from training.config import CTMConfig, UserError
-from training.data import ImageDataset
 from training.losses import ctm_loss, l2_distance
 from training.teacher import Teacher, load_teacher
 from training.time_sampling import draw_times
@@ -155,8 +158,6 @@ NAMES += ["openai/diffusers-cd_imagenet64_l2", "user/flow", "user/edm"]
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    from conftest import TINY
-
     def make_unet(cls, seed=0, **changes):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -579,34 +580,51 @@ def train_ddpm(network, images, steps):
     return DDPMPipeline(network.eval(), scheduler)
 
 
+def four_modes(path):
+    """1,000 images of 4x4: the left and the right half are each -0.6 or 0.6, with a little noise. Written, and as a tensor."""
+    rng = np.random.default_rng(0)
+    halves = rng.choice([-0.6, 0.6], (1000, 1, 2)).repeat(2, 2)
+    pixels = np.round((halves + rng.normal(0, 0.1, (1000, 4, 4)) + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    columns = {"image": [PILImage.fromarray(image) for image in pixels]}
+    Dataset.from_dict(columns, features=Features({"image": Image()})).to_parquet(path)
+    return torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
+
+
 @pytest.mark.slow
 def test_a_ddpm_becomes_a_ctm(make_unet, tmp_path):
-    """A teacher trained here with DDPM's loss; the distilled student's one-step digits against its untrained self's."""
-    import time
-    images = ImageDataset(CTMConfig(teacher="none"))[list(range(1797))][0].float() / 127.5 - 1
+    """A teacher trained here with DDPM's own loss on epsilon, distilled by the real program.
+
+    One-step samples of the student are closer to the data than those of the untrained student, the teacher's denoiser; measured
+    0.477 against 0.316 in energy distance, a factor of 1.5; asserted 1.25.
+    """
+    images = four_modes(str(tmp_path / "images.parquet"))
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    network = make_unet(UNet2DModel, in_channels=1, out_channels=1, block_out_channels=(16, 32), **blocks).train()
-    a = time.process_time()
-    torch.manual_seed(0)
-    train_ddpm(network, images, 500).save_pretrained(tmp_path / "teacher")
-    b = time.process_time()
-    options = {"max_train_steps": 200, "train_batch_size": 32, "learning_rate": 1e-3, "ema_decay": 0.98, "max_solver_steps": 3}
-    options |= {"num_train_timesteps": 10, "sigma_max": 40.0, "ema_warmup": True}
-    options |= {"checkpointing_steps": 0, "sample_every": 0, "report_to": "none", "logging_steps": 100}
-    path = train_ctm.main(CTMConfig(teacher=str(tmp_path / "teacher"), output_dir=str(tmp_path / "run"), **options))
-    c = time.process_time()
-    pipe = DiffusionPipeline.from_pretrained(path)
-    assert pipe.scheduler.config.prediction_type == "epsilon"
-    heun = CTMPipeline(network, EDMHeunScheduler.from_config(pipe.scheduler.config))
-    untrained = CTMPipeline(CTMUNet2DModel.from_unet(network), pipe.scheduler)
-    def distance(pipe, **o):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = UNet2DModel(**{**TINY, "in_channels": 1, "out_channels": 1, "sample_size": 4, **blocks}).train()
+    train_ddpm(network, images, 300).save_pretrained(tmp_path / "teacher")
+    options = {"max_train_steps": 120, "train_batch_size": 64, "learning_rate": 1e-3, "optimizer": "adam"}
+    options |= {"lr_scheduler": "cosine", "ema_decay": 0.95, "ema_warmup": True, "max_solver_steps": 2}
+    options |= {
+        "num_train_timesteps": 8,
+        "sigma_max": 20.0,
+        "checkpointing_steps": 0,
+        "sample_every": 0,
+        "report_to": "none",
+    }
+    options |= {"dataset_name": str(tmp_path / "images.parquet"), "teacher": str(tmp_path / "teacher")}
+    path = train_ctm.main(CTMConfig(output_dir=str(tmp_path / "run"), **options))
+
+    def distance(pipe, **settings):
         pipe.set_progress_bar_config(disable=True)
-        return energy_distance(pipe(batch_size=500, generator=torch.Generator().manual_seed(1), output_type="latent", **o).images.clamp(-1, 1), images)
-    print("TIME", b - a, c - b)
-    print("heun", distance(heun, num_inference_steps=12))
-    for n in (1, 2, 4):
-        print(n, distance(untrained, num_inference_steps=n), distance(pipe, num_inference_steps=n))
-    print("halves", energy_distance(images[::2], images[1::2]))
-    d = time.process_time()
-    print("TIME", d - c)
-    raise AssertionError
+        generator = torch.Generator().manual_seed(1)
+        samples = pipe(batch_size=500, generator=generator, output_type="latent", **settings).images
+        return energy_distance(samples.clamp(-1, 1), images)
+
+    student = DiffusionPipeline.from_pretrained(path)
+    assert student.scheduler.config.prediction_type == "epsilon" and student.scheduler.config.sigma_max == 20.0
+    untrained = CTMPipeline(CTMUNet2DModel.from_unet(network), student.scheduler)
+    teacher = CTMPipeline(network, EDMHeunScheduler.from_config(student.scheduler.config))
+    before, after = distance(untrained), distance(student)
+    assert distance(teacher, num_inference_steps=12) < 0.2 * before  # the teacher is worth copying
+    assert after < 0.8 * before

@@ -607,6 +607,28 @@ def test_discrete_parametrisations_need_their_betas():
         discrete_levels(trained_betas=(0.1, 0.0, 0.1), num_diffusion_timesteps=3)
 
 
+def test_loss_weights_are_the_plain_losses_of_each_family():
+    """weight |D - x_0|^2 = |F - target|^2 for the F that a family regresses on; a score's is multiplied by its variance."""
+    x_0, noise, sigma = randn(5, 3), randn(5, 3, seed=1), LEVELS[:, None]
+    x, output = x_0 + sigma * noise, randn(5, 3, seed=2)
+    alpha = 1 / (1 + sigma**2).sqrt()
+    targets = {
+        "epsilon": (noise, 1.0),
+        "v_prediction": (alpha * noise - (1 - alpha**2).sqrt() * x_0, 1.0),
+        "sample": (x_0, 1.0),
+        "flow_prediction": (noise - x_0, 1.0),
+        "score": (-noise / (sigma / 2), (sigma / 2) ** 2),
+    }
+    for kind, (target, weight) in targets.items():
+        preconditioning = ours(kind, PROCESSES["linear"])
+        denoised = preconditioning.g_of_output(output, x, LEVELS)
+        loss = preconditioning.loss_weight(LEVELS)[:, None] * (denoised - x_0).square()
+        close(loss, weight * (output - target).square(), rtol=1e-6, atol=1e-9)
+    for kind in ("edm", "consistency"):
+        weights = Preconditioning(0.7, prediction_type=kind).loss_weight(LEVELS)
+        assert torch.equal(weights, edm_loss_weight(LEVELS, 0.7))
+
+
 def test_levels_asked_in_inference_mode_serve_training():
     process = {"beta_schedule": "linear", "beta_end": 0.0123}  # asked by no other test
     with torch.inference_mode():

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Images from noise with a consistency trajectory model, or with any EDM denoiser."""
+"""Images from noise with a consistency trajectory model, or with any denoiser that `trajectory` knows."""
 
 import inspect
 import os
@@ -13,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from .hub import component_library, write_loading_code
+from .trajectory import Preconditioning
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 
@@ -21,10 +22,11 @@ class CTMPipeline(DiffusionPipeline):
     """Unconditional and class-conditional image generation in 1 to N network evaluations.
 
     Args:
-        unet: a `CTMUNet2DModel`, or an `EDMUNet2DModel` with target time. With `EDMHeunScheduler` and the like also an EDM denoiser, a
-            plain `UNet2DModel` or an `EDMUNet2DModel` without.
-        scheduler: `CTMScheduler`. A CTM is a diffusion model too: `EDMHeunScheduler` and diffusers' `EDMEulerScheduler` and
-            `EDMDPMSolverMultistepScheduler` sample with its exact score. Build them with `from_config(pipe.scheduler.config)`.
+        unet: a `CTMUNet2DModel`, or an `EDMUNet2DModel` with target time. With `EDMHeunScheduler` and the like also a denoiser, a plain
+            `UNet2DModel` or an `EDMUNet2DModel` without.
+        scheduler: `CTMScheduler`. A CTM is a diffusion model too: `EDMHeunScheduler` and (for prediction_type "edm") diffusers'
+            `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler` sample with its exact score. Build them with
+            `from_config(pipe.scheduler.config)`.
         id2label: names of the classes by number, so that `class_labels` may be names. Saved with the pipeline.
     """
 
@@ -77,7 +79,6 @@ class CTMPipeline(DiffusionPipeline):
         along as extra ones, so that a network trained at another scale is still shown what it knows.
         """
         scheduler = self.scheduler
-        config = scheduler.config
         name = type(scheduler).__name__
         ours = hasattr(scheduler, "preconditioning")
         if not ours and not hasattr(scheduler, "precondition_outputs"):
@@ -91,9 +92,45 @@ class CTMPipeline(DiffusionPipeline):
                 "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distil the network into a CTM."
             )
 
-        if not ours and config.get("prediction_type") == "edm":
-            scheduler.register_to_config(prediction_type="epsilon")
         known = self._preconditioning
+        if ours:
+            # The class of this module: code from a repository has its own.
+            current = Preconditioning.from_config(scheduler.config)
+            if current.prediction_type == "consistency" and not hasattr(scheduler, "target_timesteps"):
+                self._check_score_of_consistency(name)
+        else:
+            current = self._match_diffusers_scheduler(known)
+        if known is not None and current != known:
+            has, wanted = f"{name} has {current}", f"{known}"
+            if current.prediction_type == known.prediction_type == "edm":
+                has = f"{name} has (sigma_data, timestep_scale) = {(current.sigma_data, current.timestep_scale)}"
+                wanted = f"{(known.sigma_data, known.timestep_scale)}"
+            raise ValueError(
+                f"{has}, but this network was loaded with {wanted}. Make the scheduler with "
+                f"`{name}.from_config(pipe.scheduler.config)`, or load a new pipeline."
+            )
+        self._preconditioning = current
+        return 1.0 if ours else current.timestep_scale
+
+    def _match_diffusers_scheduler(self, known: Preconditioning | None) -> Preconditioning:
+        """The preconditioning that diffusers' EDM scheduler stands for; ValueError if the network's is another.
+
+        It would take what a DDPM calls "epsilon" for EDM's F without a word. It is told what it lacks.
+        """
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        config = scheduler.config
+        kind = "edm" if known is None else known.prediction_type
+        if kind == "edm" and config.get("prediction_type") != "edm":
+            has_betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
+            is_theirs = config.get("prediction_type") in ("epsilon", "v_prediction") and not has_betas
+            kind = "edm" if is_theirs else config.get("prediction_type")
+        if kind != "edm":
+            raise ValueError(
+                f"{name} samples EDM networks only, and this one has prediction_type={kind!r}. Use "
+                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or CTMScheduler for a CTM."
+            )
+        if config.get("prediction_type") == "edm":
+            scheduler.register_to_config(prediction_type="epsilon")
         if "timestep_scale" not in config:
             if known is None:
                 raise ValueError(
@@ -101,15 +138,16 @@ class CTMPipeline(DiffusionPipeline):
                     "scheduler config, or say it: `scheduler.register_to_config(timestep_scale=1.0)` for NVIDIA's EDM, "
                     "1000.0 for the OpenAI, consistency and CTM family."
                 )
-            scheduler.register_to_config(timestep_scale=known[1])
-        current = (scheduler.config.sigma_data, scheduler.config["timestep_scale"])
-        if known is not None and current != known:
+            scheduler.register_to_config(timestep_scale=known.timestep_scale)
+        return Preconditioning(scheduler.config.sigma_data, scheduler.config["timestep_scale"])
+
+    def _check_score_of_consistency(self, name: str) -> None:
+        """Raise ValueError if the network is a consistency model proper: it knows the end of a trajectory and no score."""
+        if not getattr(self.unet, "has_target_time", False):
             raise ValueError(
-                f"{name} has (sigma_data, timestep_scale) = {current}, but this network was loaded with {known}. Make the scheduler "
-                f"with `{name}.from_config(pipe.scheduler.config)`, or load a new pipeline."
+                f"{name} needs a denoiser, and a consistency model is none: its output is the end of the trajectory. Sample it as a CTM: "
+                "`CTMPipeline(CTMUNet2DModel.from_unet(unet), CTMScheduler.from_config(scheduler.config))(gamma=1.0)`."
             )
-        self._preconditioning = current
-        return 1.0 if ours else current[1]
 
     def _set_timesteps(self, num_inference_steps, device, timesteps, sigmas, gamma) -> None:
         """Call `set_timesteps` with what was given, checking that this scheduler takes it."""

@@ -48,11 +48,16 @@ class CTMScheduler(KarrasSchedulerMixin):
         sigma_max: highest noise level, where it starts.
         sigma_data: standard deviation of the data, for preconditioning.
         rho: exponent of the Karras schedule.
-        prediction_type: what the network predicts. "edm": F of Karras et al. 2022, Table 1.
+        prediction_type: what the network predicts: "edm" (F of Karras et al. 2022, Table 1), "epsilon", "v_prediction", "sample",
+            "flow_prediction", "score" or "consistency"; see `trajectory.scalings`.
         timestep_scale: the network is shown timestep_scale * ln(level) / 4. 1 for NVIDIA's EDM, 1000 for the OpenAI, consistency
             and CTM family. Part of a checkpoint: with the wrong one, samples are garbage.
         gamma: what `set_timesteps` uses when it is given none, in [0, 1].
         clip_sample: clamp g to [-1, 1] in each step. g is a mean of the denoiser, so this is right for data in [-1, 1].
+        num_diffusion_timesteps: of a network of discrete timesteps or of a flow: their number in its training.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: of a network of discrete timesteps, as in diffusers'
+            `DDPMScheduler`; beta_schedule or trained_betas is needed for "epsilon", "v_prediction" and "sample". `from_config`
+            reads them from the config of such a scheduler.
     """
 
     order = 1
@@ -69,6 +74,12 @@ class CTMScheduler(KarrasSchedulerMixin):
         timestep_scale: float = 1.0,
         gamma: float = 0.0,
         clip_sample: bool = False,
+        num_diffusion_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str | None = None,
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
     ):
         self._init_state()
 

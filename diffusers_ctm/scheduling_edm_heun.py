@@ -41,12 +41,17 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
         sigma_max: first level.
         sigma_data: standard deviation of the data, for preconditioning.
         rho: exponent of the Karras schedule.
-        prediction_type: what the network predicts. "edm": F of Karras et al. 2022, Table 1.
+        prediction_type: what the network predicts: "edm" (F of Karras et al. 2022, Table 1), "epsilon", "v_prediction", "sample",
+            "flow_prediction", "score" or "consistency"; see `trajectory.scalings`.
         timestep_scale: the network is shown timestep_scale * ln(level) / 4 (see `CTMScheduler`).
         s_churn: amount of noise per run; 0 is the deterministic Algorithm 1.
         s_tmin: lowest level at which noise is added.
         s_tmax: highest one; None is no limit.
         s_noise: standard deviation of the added noise, relative to what would keep the level.
+        num_diffusion_timesteps: of a network of discrete timesteps or of a flow: their number in its training.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: of a network of discrete timesteps, as in diffusers'
+            `DDPMScheduler`; beta_schedule or trained_betas is needed for "epsilon", "v_prediction" and "sample". `from_config`
+            reads them from the config of such a scheduler.
     """
 
     order = 2
@@ -66,6 +71,12 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
         s_tmin: float = 0.0,
         s_tmax: float | None = None,
         s_noise: float = 1.0,
+        num_diffusion_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str | None = None,
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
     ):
         for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
             if value < 0:

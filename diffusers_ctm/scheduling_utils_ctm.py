@@ -1,22 +1,22 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """What the schedulers of this package share: noise levels, c_noise, preconditioning, diffusers' step counting."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .trajectory import (
-    PREDICTION_TYPES,
     Preconditioning,
     append_dims,
-    c_noise,
     check_positive,
+    discrete_levels,
+    input_shift,
     karras_sigmas,
-    scalings,
-    sigma_of_c_noise,
 )
 
 
@@ -38,11 +38,76 @@ def as_float64(values: torch.Tensor | float | Sequence[float]) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
 
 
+def own_config(config: Mapping) -> dict:
+    """The config of a scheduler of diffusers in this package's words; one that is ours already, unchanged.
+
+    Families are known by keys that only they have: a config that was never saved does not hold its class. What a file leaves out
+    is filled in with the defaults of the class that it names.
+
+    - DDPM and all others with betas: sigma_min and sigma_max are the levels of the first and the last timestep.
+    - flow matching: sigma_min is the level of timestep 1 of `num_train_timesteps`; sigma_max is 80 as EDM's, of timestep 987.7 of
+      1000, since timestep 1000 has no finite level. `shift` moves timesteps and levels alike and changes nothing here.
+    - `ScoreSdeVeScheduler`: levels are doubled, for images in [-1, 1] rather than [0, 1].
+    - `CMStochasticIterativeScheduler`: a consistency model.
+    - EDM: diffusers' schedulers call F "epsilon". A file with sigma_data and "sample", which no scheduler of diffusers writes, is the
+      authors' EDM teacher and shows 1000 ln(sigma) / 4.
+
+    Raises ValueError for a flow in the other direction (`invert_sigmas`) and for betas that make no levels.
+    """
+    openai = config.get("prediction_type") == "sample" and "sigma_data" in config
+    config = {**_defaults(config.get("_class_name")), **config}
+    kind = config.get("prediction_type")
+    has_betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
+    if (
+        "sigma_schedule" in config
+    ):  # diffusers' EDM schedulers; they carry our numbers along, if they were made from ours
+        return {**config, "prediction_type": "edm"} if kind == "epsilon" and not has_betas else config
+    if "timestep_scale" in config:
+        return config
+
+    numbers: dict = {}
+    if kind == "flow_prediction" or "shift" in config:
+        if config.get("invert_sigmas"):
+            raise ValueError("A flow with invert_sigmas=True runs from data to noise, which is not supported.")
+        steps = config.get("num_train_timesteps", 1000)
+        numbers = {"prediction_type": "flow_prediction", "num_diffusion_timesteps": steps}
+        numbers |= {"sigma_min": 1 / (steps - 1), "sigma_max": 80.0}
+    elif has_betas and not openai:
+        if kind is None:
+            kind = "epsilon" if config.get("predict_epsilon", True) else "sample"
+        betas = config.get("trained_betas")
+        steps = config.get("num_train_timesteps", 1000) if betas is None else len(betas)
+        process = {
+            "num_diffusion_timesteps": steps,
+            "trained_betas": None if betas is None else list(map(float, betas)),
+        }
+        names = ("beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+        process |= {name: config[name] for name in names if name in config}
+        levels = discrete_levels(**process).tolist()
+        numbers = {"prediction_type": kind, **process, "sigma_min": levels[0], "sigma_max": levels[-1]}
+    elif "sampling_eps" in config:
+        numbers = {"prediction_type": "score"}
+        numbers |= {"sigma_min": 2 * config["sigma_min"], "sigma_max": 2 * config["sigma_max"]}
+    elif openai or "clip_denoised" in config:
+        names = ("sigma_min", "sigma_max", "sigma_data", "rho")
+        numbers = {"prediction_type": "edm" if openai else "consistency", "timestep_scale": 1000.0}
+        numbers |= {name: config[name] for name in names if name in config}
+    return numbers or config
+
+
+def _defaults(class_name: str | None) -> dict:
+    """Default config of diffusers' scheduler of that name; nothing for others, ours included."""
+    cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    if not isinstance(cls, type) or not issubclass(cls, SchedulerMixin) or issubclass(cls, KarrasSchedulerMixin):
+        return {}
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
 class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     """Base of `CTMScheduler` and `EDMHeunScheduler`.
 
-    A subclass registers `sigma_min, sigma_max, sigma_data, rho, prediction_type, timestep_scale` and its
-    `set_timesteps` fills `timesteps` (what the network is shown at each call) and `call_sigmas` (the noise level of each).
+    A subclass registers `sigma_min, sigma_max, rho` and the numbers of `Preconditioning`, and its `set_timesteps` fills `timesteps` (what the network is shown at each call) and `call_sigmas` (the noise level of each).
     """
 
     # Names are looked up in diffusers, where `import diffusers_ctm` puts ours.
@@ -55,10 +120,8 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        # diffusers' EDM schedulers call EDM's F "epsilon"; ours calls it "edm". Theirs are known by `sigma_schedule`: a config
-        # that was never saved does not hold its class.
-        if isinstance(config, dict) and config.get("prediction_type") == "epsilon" and "sigma_schedule" in config:
-            config = {**config, "prediction_type": "edm"}
+        if isinstance(config, dict):
+            config = own_config(config)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def _init_state(self) -> None:
@@ -68,8 +131,12 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         check_positive(timestep_scale=config.timestep_scale)
         if config.sigma_min >= config.sigma_max:
             raise ValueError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}.")
-        if config.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type={config.prediction_type!r} is not known; use one of {PREDICTION_TYPES}.")
+        low, high = self.preconditioning.level_range
+        if config.sigma_min < low * (1 - 1e-4) or config.sigma_max > high * (1 + 1e-4):
+            raise ValueError(
+                f"sigma_min={config.sigma_min:g} and sigma_max={config.sigma_max:g} must lie in [{low:.6g}, {high:.6g}], the levels of the "
+                "timesteps that the network was trained on."
+            )
         self.set_timesteps(config.num_train_timesteps)
         self.num_inference_steps = None
 
@@ -99,11 +166,11 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     def sigma_to_t(self, sigma: torch.Tensor | float) -> torch.Tensor:
         """c_noise(sigma), what the network is shown for a noise level."""
-        return c_noise(sigma, self.config.timestep_scale)
+        return self.preconditioning.c_noise(sigma)
 
     def t_to_sigma(self, timestep: torch.Tensor | float) -> torch.Tensor:
         """The noise level whose c_noise is `timestep`."""
-        return sigma_of_c_noise(timestep, self.config.timestep_scale)
+        return self.preconditioning.sigma_of_c_noise(timestep)
 
     def _karras_levels(self, num_levels: int) -> torch.Tensor:
         """The config's Karras schedule, float64 on the CPU, from sigma_max to sigma_min."""
@@ -180,15 +247,15 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         return self.call_sigmas[self._step_index]
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
-        """c_in(t) * sample, the input of the network. Same shape and dtype as `sample`."""
+        """c_in(t) * sample (for "score" plus 1/2), the input of the network. Same shape and dtype as `sample`."""
         sigma = self._sigma_of_call(timestep)
         self.is_scale_input_called = True
-        _, _, c_in = scalings(sigma.double(), self.config.sigma_data, self.config.prediction_type)
-        return sample * float(c_in)
+        _, _, c_in = self.preconditioning.scalings(sigma.double())
+        return sample * float(c_in) + input_shift(self.config.prediction_type)
 
     def _denoised(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """g (for s = t the denoiser's output) from the network's, in the dtype of `sample`."""
-        c_skip, c_out, _ = scalings(sigma.double(), self.config.sigma_data, self.config.prediction_type)
+        c_skip, c_out, _ = self.preconditioning.scalings(sigma.double())
         return float(c_skip) * sample + float(c_out) * model_output.to(sample.dtype)
 
     def add_noise(

@@ -155,6 +155,74 @@ class ExactNetwork(ExactDenoiserNetwork):
     has_target_time = True  # by this a pipeline knows a network with two times
 
 
+class ParametrisedNetwork(nn.Module):
+    """What a network of another family gives for exact data, in that family's own words. It may have two times.
+
+    Args:
+        kind: "epsilon", "v_prediction" or "sample" (x = sqrt(abar) x_0 + sqrt(1 - abar) n, shown the timestep), "flow_prediction"
+            (x = (1 - tau) x_0 + tau n, shown 1000 tau), "score" (images in [0, 1], shown their sigma) or "consistency" (shown 250 ln sigma).
+        data: with `g`, and for "consistency" `jump`.
+        alphas_cumprod: abar of each timestep. Between two, ln((1 - abar) / abar) is linear in the timestep.
+        sigma_data, sigma_min: of "consistency".
+    """
+
+    def __init__(self, kind, data, alphas_cumprod=None, sigma_data=0.5, sigma_min=0.002):
+        super().__init__()
+        self.kind, self.data, self.sigma_data, self.sigma_min = kind, data, sigma_data, sigma_min
+        if alphas_cumprod is not None:
+            self.log_snr = -torch.log((1 - alphas_cumprod.double()) / alphas_cumprod.double())
+        self.config = SimpleNamespace(sample_size=4, in_channels=3, num_class_embeds=None)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.shown = []
+
+    def level(self, timestep):
+        if self.kind == "flow_prediction":
+            return timestep / 1000 / (1 - timestep / 1000)
+        if self.kind == "score":
+            return 2 * timestep
+        if self.kind == "consistency":
+            return torch.exp(timestep / 250)
+        floor = timestep.floor().clamp(0, len(self.log_snr) - 2).long()
+        after = timestep - floor
+        return torch.exp(-((1 - after) * self.log_snr[floor] + after * self.log_snr[floor + 1]) / 2)
+
+    def forward(self, sample, timestep, target_timestep=None, return_dict=False):
+        self.shown.append(timestep)
+        timestep, z = torch.as_tensor(timestep).double(), sample.double()
+        t = self.level(timestep)
+        s = t if target_timestep is None else self.level(torch.as_tensor(target_timestep).double())
+        sigma = levels_like(t, z)
+        if self.kind == "consistency":
+            total = sigma**2 + self.sigma_data**2
+            x, above = z * total.sqrt(), sigma - self.sigma_min
+            end = self.data.jump(x, t, self.sigma_min)
+            skipped = self.sigma_data**2 / (above**2 + self.sigma_data**2) * x
+            output = (end - skipped) / (above * self.sigma_data / total.sqrt())
+        elif self.kind == "score":
+            clean = (self.data.g(2 * z - 1, t, s) + 1) / 2
+            output = (clean - z) / (sigma / 2) ** 2
+        elif self.kind == "flow_prediction":
+            tau = levels_like(timestep / 1000, z)
+            clean = self.data.g(z / (1 - tau), t, s)
+            output = (z - (1 - tau) * clean) / tau - clean
+        else:
+            abar = 1 / (1 + sigma**2)
+            clean = self.data.g(z / abar.sqrt(), t, s)
+            noise = (z - abar.sqrt() * clean) / (1 - abar).sqrt()
+            velocity = abar.sqrt() * noise - (1 - abar).sqrt() * clean
+            output = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[self.kind]
+        return (output.to(sample.dtype),)
+
+
+class ParametrisedCTM(ParametrisedNetwork):
+    """Likewise with two times: the exact CTM in that parametrisation."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.target_time_embedding = nn.Identity()
+        self.has_target_time = True
+
+
 def randn(*shape, seed=0, dtype=torch.float64) -> torch.Tensor:
     """Normal values that depend on `seed` alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -8,10 +8,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
-from exact import ExactNetwork, GaussianData, PixelMixture, randn, sampling_loop
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ScoreSdeVeScheduler,
+)
+from exact import ExactNetwork, GaussianData, ParametrisedCTM, ParametrisedNetwork, PixelMixture, randn, sampling_loop
 
-from diffusers_ctm import CTMScheduler, CTMSchedulerOutput, EDMHeunScheduler
+from diffusers_ctm import CTMPipeline, CTMScheduler, CTMSchedulerOutput, EDMHeunScheduler
 from diffusers_ctm.trajectory import Preconditioning, c_noise, jump, karras_sigmas
 
 
@@ -21,6 +31,11 @@ CONFIGS = [
     {"timestep_scale": 1000.0},
     {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 20.0},
     {"rho": 3.0, "num_train_timesteps": 40},
+    {"prediction_type": "epsilon", "beta_schedule": "linear", "sigma_min": 0.011, "sigma_max": 150.0},
+    {"prediction_type": "v_prediction", "trained_betas": [0.01, 0.02, 0.5, 0.9], "sigma_min": 0.2, "sigma_max": 4.0},
+    {"prediction_type": "flow_prediction", "num_diffusion_timesteps": 500},
+    {"prediction_type": "score", "sigma_min": 0.02},
+    {"prediction_type": "consistency", "timestep_scale": 1000.0},
 ]
 OWN_CONFIGS = [(CTMScheduler, {"gamma": 0.4}), (CTMScheduler, {"clip_sample": True})]
 OWN_CONFIGS += [(EDMHeunScheduler, {"s_churn": 8.0, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.01})]
@@ -110,7 +125,12 @@ def test_public_interface(cls, config):
     x = randn(2, 3, 4, 4)
     for i, timestep in enumerate(scheduler.timesteps):
         sigma = scheduler.call_sigmas[i].item()
-        close(scheduler.scale_model_input(x, timestep), x / math.sqrt(sigma**2 + sigma_data**2))
+        scaled = {
+            "flow_prediction": x / (1 + sigma),
+            "score": (x + 1) / 2,
+            **dict.fromkeys(("epsilon", "v_prediction"), x / math.sqrt(sigma**2 + 1)),
+        }.get(config.get("prediction_type"), x / math.sqrt(sigma**2 + sigma_data**2))
+        close(scheduler.scale_model_input(x, timestep), scaled)
         close(scheduler.t_to_sigma(timestep.double()), sigma, rtol=2e-6)
         scheduler.step(x, timestep, x)
     assert len(scheduler) == scheduler.config.num_train_timesteps
@@ -332,8 +352,9 @@ def test_the_epsilon_of_diffusers_is_our_edm(cls, other, config, tmp_path):
         theirs.precondition_outputs(x, model_output, sigma),
     )
     # the epsilon of a DDPM is something else
-    with pytest.raises(ValueError, match="prediction_type='epsilon' is not known"):
-        cls.from_config({"prediction_type": "epsilon", "beta_schedule": "linear"})
+    assert (
+        cls.from_config({"prediction_type": "epsilon", "beta_schedule": "linear"}).config.prediction_type == "epsilon"
+    )
 
 
 def test_euler_of_diffusers_is_our_jump_with_the_denoiser():
@@ -662,8 +683,8 @@ def test_bad_config_numbers(cls, name, value):
 def test_bad_config_values(cls):
     with pytest.raises(ValueError, match="sigma_min=3.0 must be below sigma_max=2.0"):
         cls(sigma_min=3.0, sigma_max=2.0)
-    with pytest.raises(ValueError, match="prediction_type='sample' is not known"):
-        cls(prediction_type="sample")
+    with pytest.raises(ValueError, match="prediction_type='F' is not known"):
+        cls(prediction_type="F")
     with pytest.raises(ValueError, match="whole number >= 1"):
         cls(num_train_timesteps=0)
 
@@ -675,3 +696,183 @@ def test_step_after_the_end(cls):
     for call in (lambda: scheduler.step(x, scheduler.timesteps[-1], x), lambda: scheduler.scale_model_input(x, 1.0)):
         with pytest.raises(ValueError, match="All steps are done; call `set_timesteps`"):
             call()
+
+
+# Networks of other families ---------------------------------------------------------------------------------------------
+
+LINEAR = {"num_diffusion_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+FLOW = {"prediction_type": "flow_prediction", "num_diffusion_timesteps": 1000, "sigma_min": 1 / 999, "sigma_max": 80.0}
+FAMILIES = {
+    "DDPM": (DDPMScheduler(), {"prediction_type": "epsilon", **LINEAR}),
+    "DDIM v": (DDIMScheduler(prediction_type="v_prediction"), {"prediction_type": "v_prediction", **LINEAR}),
+    "DPM sample": (DPMSolverMultistepScheduler(prediction_type="sample"), {"prediction_type": "sample", **LINEAR}),
+    "DPM flow": (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), FLOW),
+    "trained": (
+        DDPMScheduler(num_train_timesteps=4, trained_betas=np.array([0.01, 0.02, 0.5, 0.9])),
+        {"prediction_type": "epsilon", "num_diffusion_timesteps": 4, "trained_betas": [0.01, 0.02, 0.5, 0.9]},
+    ),
+    "flow": (FlowMatchEulerDiscreteScheduler(shift=3.0), FLOW),
+    "flow Heun": (FlowMatchHeunDiscreteScheduler(), FLOW),
+    "score": (
+        ScoreSdeVeScheduler(sigma_max=50.0),
+        {"prediction_type": "score", "sigma_min": 0.02, "sigma_max": 100.0},
+    ),
+    "consistency": (
+        CMStochasticIterativeScheduler(sigma_data=0.6, sigma_max=70.0),
+        {"prediction_type": "consistency", "timestep_scale": 1000.0, "sigma_data": 0.6, "sigma_max": 70.0, "rho": 7.0},
+    ),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configs_of_diffusers_schedulers_are_read(cls, family, tmp_path):
+    theirs, expected = FAMILIES[family]
+    theirs.save_pretrained(tmp_path)
+    partial = {"_class_name": type(theirs).__name__}  # what files leave out is the default of the class
+    partial |= {k: v for k, v in theirs.config.items() if k not in theirs.config.get("_use_default_values", [])}
+    read = [cls.from_config(theirs.config), cls.from_pretrained(tmp_path), cls.from_config(partial)]
+    for ours in read:
+        assert {name: ours.config[name] for name in expected} == expected
+        assert ours.config.num_train_timesteps == 18 and "clip_sample_range" not in ours.config  # nothing of theirs
+        assert not ours.config.get("clip_sample")
+        assert ours.preconditioning == read[0].preconditioning
+    if "beta_schedule" in theirs.config and "flow" not in family:  # the levels of the first and of the last timestep
+        abar = theirs.alphas_cumprod.double()
+        levels = ((1 - abar) / abar).sqrt()
+        close(torch.tensor([read[0].config.sigma_min, read[0].config.sigma_max]).double(), levels[[0, -1]], rtol=1e-6)
+        assert read[0].timesteps[0].item() == pytest.approx(len(levels) - 1, abs=1e-3)
+    again = CTMScheduler.from_config(EDMHeunScheduler.from_config(read[0].config).config)
+    assert again.preconditioning == read[0].preconditioning
+
+
+@BOTH
+def test_terminal_timestep_without_signal_is_left_out(cls):
+    ours = cls.from_config(DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").config)
+    assert ours.config.rescale_betas_zero_snr is True
+    assert ours.timesteps[0].item() == pytest.approx(998, abs=1e-3) and ours.init_noise_sigma < 1e5
+
+
+@BOTH
+def test_the_authors_edm_file_is_read(cls):
+    """Of the Hub's copy of their ImageNet-64 teacher; no scheduler of diffusers has sigma_data and "sample"."""
+    numbers = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": "sample"}
+    for name in ("HeunDiscreteScheduler", "KarrasEDMScheduler"):  # a class with betas or one that never was
+        ours = cls.from_config({"_class_name": name, "num_train_timesteps": 40, **numbers})
+        assert ours.preconditioning == Preconditioning(0.5, 1000.0, "edm")
+    assert (
+        cls.from_config({"_class_name": "DDPMScheduler", "predict_epsilon": False}).config.prediction_type == "epsilon"
+    )
+    assert cls.from_config({"beta_schedule": "linear", "predict_epsilon": False}).config.prediction_type == "sample"
+
+
+KINDS = ["epsilon", "v_prediction", "sample", "flow_prediction", "score"]
+
+
+def exact_pair(kind, data, network_class):
+    """An exact network of a family, and the config of our scheduler for it."""
+    if kind in ("flow_prediction", "score"):
+        theirs = {"flow_prediction": FlowMatchEulerDiscreteScheduler, "score": ScoreSdeVeScheduler}[kind]()
+        return network_class(kind, data), {**EDMHeunScheduler.from_config(theirs.config).config, "sigma_max": 80.0}
+    theirs = DDPMScheduler(prediction_type=kind)
+    return network_class(kind, data, theirs.alphas_cumprod), EDMHeunScheduler.from_config(theirs.config).config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_exact_networks_of_every_family_give_the_exact_sample(kind, gamma):
+    data = GaussianData(0.3, mean=0.2)
+    network, config = exact_pair(kind, data, ParametrisedCTM)
+    scheduler = CTMScheduler.from_config(config)
+    low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+    x = high * randn(4, 5)
+    close(sampling_loop(set_to(scheduler, 1), network, x), data.jump(x, high, low), rtol=1e-5, atol=1e-5)
+    scheduler.set_timesteps(4, gamma=gamma)
+    images = sampling_loop(scheduler, network, high * randn(4, 20000), seeded(9))
+    if gamma == 0:
+        x = high * randn(4, 20000)
+        close(images, data.jump(x, high, low), rtol=1e-4, atol=1e-4)
+    assert images.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert images.std().item() == pytest.approx((0.3**2 + low**2) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heun_samples_teachers_of_every_family(kind):
+    data = GaussianData(0.5, mean=0.1)
+    network, config = exact_pair(kind, data, ParametrisedNetwork)
+    scheduler, errors = EDMHeunScheduler.from_config(config), []
+    x = scheduler.config.sigma_max * randn(2, 64)
+    for steps in (20, 40, 80):
+        out = sampling_loop(set_to(scheduler, steps), network, x)
+        errors.append((out - data.jump(x, scheduler.config.sigma_max, 0.0)).abs().max().item())
+    assert errors[2] < 5e-3 and errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3  # second order
+    times = torch.as_tensor(network.shown[-(2 * 80 - 1) :])
+    close(times.double(), scheduler.timesteps.double(), rtol=1e-6)
+
+
+def test_consistency_models_sample_as_in_diffusers():
+    """One and more steps at gamma = 1 are diffusers' loop with the same noise, for any network."""
+    theirs = CMStochasticIterativeScheduler(num_train_timesteps=18, sigma_data=0.6, clip_denoised=False)
+    ours = CTMScheduler.from_config(theirs.config, gamma=1.0)
+    for steps in (1, 3):
+        theirs.set_timesteps(steps)
+        expected, generator = 80 * randn(2, 3), seeded(5)
+        x = expected
+        for timestep in theirs.timesteps:
+            output = some_network(theirs.scale_model_input(expected, timestep), timestep)[0]
+            expected = theirs.step(output, timestep, expected, generator=generator).prev_sample
+        ours.set_timesteps(sigmas=theirs.sigmas[:-1].double())
+        generator = seeded(5)
+        for timestep in ours.timesteps:
+            output = some_network(ours.scale_model_input(x, timestep), timestep)[0]
+            x = ours.step(output, timestep, x, generator=generator).prev_sample
+        close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+def test_levels_that_the_network_never_saw_are_refused(cls):
+    for options in ({"sigma_min": 0.002}, {"sigma_min": 0.02, "sigma_max": 200.0}):
+        with pytest.raises(ValueError, match=r"must lie in \[0.0100013, 157.407\]"):
+            cls(prediction_type="epsilon", beta_schedule="linear", **options)
+    with pytest.raises(ValueError, match="needs the levels of its timesteps: pass beta_schedule"):
+        cls(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="invert_sigmas=True runs from data to noise"):
+        cls.from_config(FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config)
+
+
+@pytest.mark.parametrize("theirs", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("kind", [*KINDS, "consistency"])
+def test_diffusers_edm_samplers_are_refused_for_other_networks(theirs, kind, tmp_path):
+    """They would read the "epsilon" of a DDPM as EDM's F: the sample is garbage, and nothing says so."""
+    data = GaussianData(0.5)
+    if kind == "consistency":
+        network, config = ParametrisedCTM(kind, data), CTMScheduler(prediction_type=kind, timestep_scale=1000.0).config
+    else:
+        network, config = exact_pair(kind, data, ParametrisedCTM)
+    refusal = pytest.raises(ValueError, match=f"samples EDM networks only, and this one has prediction_type='{kind}'")
+    with refusal:
+        CTMPipeline(network, theirs.from_config(config))
+    CTMScheduler.from_config(config).save_pretrained(tmp_path)
+    pipe = CTMPipeline(network, CTMScheduler.from_config(config))
+    for scheduler in (theirs.from_config(config), theirs.from_pretrained(tmp_path), theirs()):
+        pipe.scheduler = scheduler
+        with refusal:
+            pipe()
+        with refusal:
+            pipe.save_pretrained(tmp_path / "pipeline")
+    back = CTMScheduler.from_config(theirs.from_config(config).config)  # and the way back loses nothing
+    assert back.preconditioning == CTMScheduler.from_config(config).preconditioning
+    pipe.scheduler = back
+    assert pipe(output_type="latent", generator=seeded()).images.isfinite().all()
+    pipe.scheduler = CTMScheduler()
+    with pytest.raises(ValueError, match="has Preconditioning.*but this network was loaded with Preconditioning"):
+        pipe()
+
+
+def test_a_consistency_model_has_no_score():
+    network = ParametrisedNetwork("consistency", GaussianData(0.5))
+    heun = EDMHeunScheduler.from_config(CMStochasticIterativeScheduler().config)
+    with pytest.raises(ValueError, match="a consistency model is none.*CTMUNet2DModel.from_unet"):
+        CTMPipeline(network, heun)
+    # a CTM that started from one has learnt it
+    CTMPipeline(ParametrisedCTM("consistency", GaussianData(0.5)), heun)

@@ -6,14 +6,31 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, EDMEulerScheduler
-from exact import ExactDenoiserNetwork, ExactNetwork, GaussianData, GaussianMixture, PixelMixture, randn
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+)
+from exact import (
+    ExactDenoiserNetwork,
+    ExactNetwork,
+    GaussianData,
+    GaussianMixture,
+    ParametrisedCTM,
+    ParametrisedNetwork,
+    PixelMixture,
+    randn,
+)
 
 from diffusers_ctm.trajectory import (
     Preconditioning,
     append_dims,
     c_noise,
     check_positive,
+    discrete_levels,
     edm_loss_weight,
     g_of_jump,
     gamma_split,
@@ -222,8 +239,9 @@ def test_loss_weight_makes_the_loss_of_F_uniform(sigma_data):
 
 
 def test_unknown_prediction_type():
-    with pytest.raises(ValueError, match="prediction_type='epsilon' is not known.*'edm'"):
-        scalings(LEVELS, 0.5, "epsilon")
+    for build in (lambda: scalings(LEVELS, 0.5, "F"), lambda: Preconditioning(prediction_type="F")):
+        with pytest.raises(ValueError, match="prediction_type='F' is not known.*'edm'"):
+            build()
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", None])
@@ -386,3 +404,252 @@ def test_toy_semigroup(toy):
             for level, level_next in zip(levels[:-1], levels[1:], strict=True):
                 state = heun_step(data.denoiser, state, level, level_next)
             close(state, jump(x, g[j + 1], t, s[j + 1]), rtol=0, atol=3e-4)
+
+
+# Other parametrisations -------------------------------------------------------------------------------------------------
+
+PROCESSES = {
+    "linear": {"beta_schedule": "linear"},
+    "scaled": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained": {"trained_betas": tuple(0.01 + 0.002 * k for k in range(50))},
+    "zero snr": {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+}
+
+
+def theirs(process, scheduler_class=DDPMScheduler, **options):
+    """diffusers' scheduler of a process, 1,000 timesteps unless its betas are listed."""
+    betas = process.get("trained_betas")
+    listed = {} if betas is None else {"trained_betas": list(betas), "num_train_timesteps": len(betas)}
+    return scheduler_class(clip_sample=False, **{**process, **listed}, **options)
+
+
+def ours(kind, process=None, **options):
+    betas = (process or {}).get("trained_betas")
+    steps = {} if betas is None else {"num_diffusion_timesteps": len(betas)}
+    return Preconditioning(prediction_type=kind, **(process or {}), **steps, **options)
+
+
+DISCRETE = [(kind, name) for kind in ("epsilon", "v_prediction", "sample") for name in PROCESSES]
+CASES = [*DISCRETE, ("flow_prediction", None), ("score", None)]
+
+
+def exact_network(kind, name, data, network_class=ParametrisedNetwork):
+    abar = None if name is None else theirs(PROCESSES[name]).alphas_cumprod
+    return network_class(kind, data, abar)
+
+
+@pytest.mark.parametrize("data", [GaussianData(0.5), PixelMixture()], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize("kind, name", CASES)
+def test_every_parametrisation_recovers_the_exact_solution(kind, name, data):
+    """On the levels of whole timesteps, between them, and from any level to any lower one."""
+    preconditioning = ours(kind, PROCESSES.get(name))
+    low, high = (0.02, 80.0) if name is None else preconditioning.level_range
+    t = torch.exp(torch.linspace(math.log(low), math.log(min(high, 200.0)), 41, dtype=torch.float64))
+    if name is not None:
+        levels = theirs(PROCESSES[name]).alphas_cumprod.double()
+        t = torch.cat([t, ((1 - levels) / levels).sqrt()[[0, 1, 20, 40]]])
+    x = t[:, None] * randn(len(t), 6)
+    tolerance = {"rtol": 2e-6, "atol": 2e-6}
+    network = exact_network(kind, name, data)
+    close(preconditioning.denoise(network, x, t), data.denoiser(x, t), **tolerance)
+    s = 0.7 * t + 0.3 * low
+    network = exact_network(kind, name, data, ParametrisedCTM)
+    close(preconditioning.jump(network, x, t, s), data.jump(x, t, s), **tolerance)
+    close(preconditioning.g(network, x, t, t), data.denoiser(x, t), **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_discrete_parametrisations_equal_diffusers(kind, name):
+    """Clean sample and DDIM's step of diffusers at whole timesteps, in its own state x / sqrt(1 + sigma^2)."""
+    process = PROCESSES[name]
+    ddim = theirs(process, DDIMScheduler, prediction_type=kind, set_alpha_to_one=False)
+    preconditioning = ours(kind, process)
+    steps = len(ddim.alphas_cumprod)
+    ddim.set_timesteps(10)
+    x_vp, output = randn(4, 3), randn(4, 3, seed=1)
+    last = steps - 2 if process.get("rescale_betas_zero_snr") else steps - 1
+    for timestep in [t for t in ddim.timesteps.tolist() if 0 < t <= last]:
+        level = preconditioning.sigma_of_c_noise(torch.tensor(float(timestep)).double())
+        assert preconditioning.c_noise(level).item() == pytest.approx(timestep, abs=1e-6)
+        x = x_vp * (1 + level**2).sqrt()
+        close(preconditioning.network_input(x, level), x_vp, rtol=1e-9, atol=1e-9)
+        clean = preconditioning.g_of_output(output, x, level)
+        expected = ddim.step(output, timestep, x_vp)
+        scale = 1e-6 * (1 + level.item())
+        close(clean, expected.pred_original_sample, rtol=1e-5, atol=scale)
+        ddpm = theirs(process, DDPMScheduler, prediction_type=kind).step(output, timestep, x_vp)
+        close(clean, ddpm.pred_original_sample, rtol=1e-5, atol=scale)
+        before = timestep - steps // 10
+        if before >= 0:  # DDIM's step is our jump with the denoiser
+            lower = preconditioning.sigma_of_c_noise(torch.tensor(float(before)).double())
+            close(jump(x, clean, level, lower), expected.prev_sample * (1 + lower**2).sqrt(), rtol=1e-5, atol=scale)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_levels_of_diffusers_timesteps(name):
+    process = PROCESSES[name]
+    abar = theirs(process).alphas_cumprod.double()
+    levels = ((1 - abar) / abar).sqrt()
+    finite = levels[:-1] if process.get("rescale_betas_zero_snr") else levels
+    assert levels[len(finite) :].isinf().all()  # pure noise has no level
+    preconditioning = ours("epsilon", process)
+    low, high = preconditioning.level_range
+    assert (low, high) == (pytest.approx(finite[0].item(), rel=1e-12), pytest.approx(finite[-1].item(), rel=1e-12))
+    whole = torch.arange(len(finite), dtype=torch.float64)
+    close(preconditioning.c_noise(finite), whole, rtol=0, atol=1e-7)
+    close(preconditioning.sigma_of_c_noise(whole), finite)
+    between = whole[:-1] + 0.5  # the geometric mean of two levels
+    close(preconditioning.sigma_of_c_noise(between), (finite[1:] * finite[:-1]).sqrt())
+    close(preconditioning.c_noise((finite[1:] * finite[:-1]).sqrt()), between, rtol=0, atol=1e-7)
+    ends = torch.tensor([low / 7, high * 7], dtype=torch.float64)  # beyond, the network is shown what it knows
+    close(preconditioning.c_noise(ends), [0.0, len(finite) - 1])
+    assert preconditioning.c_noise(finite.float()).dtype == torch.float32
+    assert (preconditioning.c_noise(finite.float()) - whole).abs().max() < 0.01  # float32, as training has it
+
+
+@pytest.mark.parametrize("kind", ["edm", "flow_prediction", "score", "consistency"])
+def test_levels_of_continuous_times(kind):
+    preconditioning = Preconditioning(prediction_type=kind, timestep_scale=1000.0)
+    shown = preconditioning.c_noise(LEVELS)
+    expected = {"flow_prediction": 1000 * LEVELS / (1 + LEVELS), "score": LEVELS / 2}.get(kind, 250 * LEVELS.log())
+    close(shown, expected)
+    close(preconditioning.sigma_of_c_noise(shown), LEVELS)
+    assert preconditioning.level_range == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("name, costs", [("linear", (0.10, 0.13, 0.22)), ("cosine", (0.08, 0.19, 0.11))])
+def test_half_a_step_of_time_costs_what_the_docstring_says(name, costs):
+    """The denoiser of N(0, 0.5^2) from a network shown the level half a timestep away: largest error, in percent of 0.5."""
+    data, levels = GaussianData(0.5), discrete_levels(**PROCESSES[name])
+    for kind, cost in zip(("epsilon", "v_prediction", "sample"), costs, strict=True):
+        preconditioning, network = ours(kind, PROCESSES[name]), exact_network(kind, name, data)
+        worst = 0.0
+        for off in (-0.5, 0.5):
+            shown = torch.arange(1.0, 999.0, dtype=torch.float64) + off
+            sigma = levels[1:-1]
+            x = (0.5**2 + sigma**2).sqrt()[:, None]  # one standard deviation of the state
+            output = network(preconditioning.network_input(x, sigma), shown)[0]
+            error = preconditioning.g_of_output(output, x, sigma) - data.denoiser(x, sigma)
+            worst = max(worst, 100 * error.abs().max().item() / 0.5)
+        assert worst == pytest.approx(cost, abs=0.005)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_equals_diffusers(shift):
+    """diffusers' Euler step along the flow is our jump with the denoiser, and its times are ours whatever the shift."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(8)
+    preconditioning = Preconditioning(prediction_type="flow_prediction")
+    x_tau, output = randn(4, 3), randn(4, 3, seed=1)
+    for i, timestep in enumerate(scheduler.timesteps[1:-1], start=1):  # the first has no finite level
+        tau, tau_next = scheduler.sigmas[i].double(), scheduler.sigmas[i + 1].double()
+        t, s = tau / (1 - tau), tau_next / (1 - tau_next)
+        close(preconditioning.c_noise(t), timestep.double(), rtol=1e-6)
+        x = x_tau / (1 - tau)
+        close(preconditioning.network_input(x, t), x_tau)
+        clean = preconditioning.g_of_output(output, x, t)
+        close(clean, x_tau - tau * output)
+        scheduler._step_index = i
+        euler = scheduler.step(output, timestep, x_tau).prev_sample
+        close(jump(x, clean, t, s) * (1 - tau_next), euler, rtol=1e-6, atol=1e-6)
+
+
+def test_scores_equal_diffusers():
+    """Half of diffusers' reverse drift (its step adds noise too) is our ODE, for images in [0, 1] and in [-1, 1]."""
+    scheduler = ScoreSdeVeScheduler(num_train_timesteps=50)
+    preconditioning = Preconditioning(prediction_type="score")
+    x01, score = randn(4, 3), randn(4, 3, seed=1)
+    for index in (49, 30, 1):
+        time = torch.tensor(index / 49 + 1e-6).double()
+        moved = scheduler.step_pred(score, time, x01).prev_sample_mean - x01
+        sigma01, below = scheduler.discrete_sigmas[index].double(), scheduler.discrete_sigmas[index - 1].double()
+        level, x = 2 * sigma01, 2 * x01 - 1
+        close(preconditioning.c_noise(level), sigma01)
+        close(preconditioning.network_input(x, level), x01)
+        slope = (x - preconditioning.g_of_output(score, x, level)) / level  # dx / dsigma
+        # d(sigma01^2) = 2 sigma01 dsigma01, and dx / dsigma is the same in both ranges
+        close(
+            -slope * (sigma01**2 - below**2) / (2 * sigma01), moved / 2, rtol=1e-5, atol=1e-6 * moved.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("sigma_min", [0.002, 0.1])
+def test_consistency_models_equal_diffusers(sigma_min):
+    """The jump to sigma_min is f of diffusers' scheduler at every level; at s = sigma_min only is g known."""
+    scheduler = CMStochasticIterativeScheduler(sigma_min=sigma_min, sigma_data=0.7, clip_denoised=False)
+    preconditioning = Preconditioning(0.7, 1000.0, "consistency", sigma_min)
+    x, output, end = randn(4, 3), randn(4, 3, seed=1), torch.tensor(sigma_min, dtype=torch.float64)
+    for t in torch.tensor([1.001 * sigma_min, 0.3, 2.0, 80.0], dtype=torch.float64):
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition(t)
+        f = jump(x, preconditioning.g_of_output(output, x, t), t, end)
+        close(f, c_skip * x + c_out * output)
+        close(preconditioning.c_noise(t), scheduler.sigma_to_t(t.item()))
+        close(preconditioning.network_input(x, t), x / (t**2 + 0.7**2).sqrt())
+    # exact end points are an exact CTM there, and in the limit it is EDM's form
+    data, t = PixelMixture(), torch.tensor([0.5, 3.0, 80.0]).double()
+    x = t[:, None] * randn(3, 5)
+    network = ParametrisedNetwork("consistency", data, sigma_data=0.7, sigma_min=sigma_min)
+    g = preconditioning.g(network, x, t)
+    close(jump(x, g, t, end.expand(3)), data.jump(x, t, sigma_min), rtol=1e-6, atol=1e-6)
+    assert (g - data.denoiser(x, t)).abs().max() > 0.1  # and no denoiser
+    limit = scalings(LEVELS, 0.7, "consistency", 1e-9)
+    close(torch.stack(limit), torch.stack(scalings(LEVELS, 0.7)), rtol=1e-5)
+
+
+def test_discrete_parametrisations_need_their_betas():
+    with pytest.raises(ValueError, match="prediction_type='epsilon' needs the levels.*beta_schedule"):
+        Preconditioning(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="beta_schedule='steps' is not known; use 'linear'"):
+        discrete_levels(beta_schedule="steps")
+    with pytest.raises(ValueError, match="rise with the timestep"):
+        discrete_levels(trained_betas=(0.1, 0.0, 0.1), num_diffusion_timesteps=3)
+
+
+def test_loss_weights_are_the_plain_losses_of_each_family():
+    """weight |D - x_0|^2 = |F - target|^2 for the F that a family regresses on; a score's is multiplied by its variance."""
+    x_0, noise, sigma = randn(5, 3), randn(5, 3, seed=1), LEVELS[:, None]
+    x, output = x_0 + sigma * noise, randn(5, 3, seed=2)
+    alpha = 1 / (1 + sigma**2).sqrt()
+    targets = {
+        "epsilon": (noise, 1.0),
+        "v_prediction": (alpha * noise - (1 - alpha**2).sqrt() * x_0, 1.0),
+        "sample": (x_0, 1.0),
+        "flow_prediction": (noise - x_0, 1.0),
+        "score": (-noise / (sigma / 2), (sigma / 2) ** 2),
+    }
+    for kind, (target, weight) in targets.items():
+        preconditioning = ours(kind, PROCESSES["linear"])
+        denoised = preconditioning.g_of_output(output, x, LEVELS)
+        loss = preconditioning.loss_weight(LEVELS)[:, None] * (denoised - x_0).square()
+        close(loss, weight * (output - target).square(), rtol=1e-6, atol=1e-9)
+    for kind in ("edm", "consistency"):
+        weights = Preconditioning(0.7, prediction_type=kind).loss_weight(LEVELS)
+        assert torch.equal(weights, edm_loss_weight(LEVELS, 0.7))
+
+
+def test_levels_asked_in_inference_mode_serve_training():
+    process = {"beta_schedule": "linear", "beta_end": 0.0123}  # asked by no other test
+    with torch.inference_mode():
+        ours("epsilon", process).c_noise(torch.tensor([1.0]))
+    level = torch.tensor([1.0, 2.0], requires_grad=True)
+    ours("epsilon", process).c_noise(level).sum().backward()
+    assert (level.grad > 0).all()
+
+
+def test_numbers_that_a_parametrisation_does_not_use_make_no_difference():
+    config = {"sigma_data": 0.5, "timestep_scale": 1.0, "sigma_min": 0.01, "beta_schedule": "linear", "beta_end": 0.02}
+    config |= {"trained_betas": None, "num_diffusion_timesteps": 1000}
+    for kind, changed, same in (
+        ("edm", {"sigma_min": 0.1, "beta_end": 0.5}, True),
+        ("edm", {"timestep_scale": 2.0}, False),
+        ("epsilon", {"sigma_min": 0.1}, True),
+        ("epsilon", {"beta_end": 0.5}, False),
+        ("epsilon", {"trained_betas": [0.1, 0.2]}, False),
+        ("flow_prediction", {"beta_end": 0.5}, True),
+        ("flow_prediction", {"num_diffusion_timesteps": 1}, False),
+        ("consistency", {"sigma_min": 0.1}, False),
+    ):
+        one, other = ({**config, "prediction_type": kind, **more} for more in ({}, changed))
+        assert (Preconditioning.from_config(one) == Preconditioning.from_config(other)) == same, (kind, changed)

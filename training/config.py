@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from diffusers_ctm.trajectory import PREDICTION_TYPES
+
 
 Config = TypeVar("Config")
 
@@ -78,6 +80,36 @@ class DataOptions(Checked):
         super().__post_init__()
         self.check_not_negative("dataloader_num_workers")
         self.check(self.resolution is None or self.resolution > 0, "resolution", "positive")
+
+
+@dataclass
+class TeacherOptions(Checked):
+    """Which network of a folder or repository is the teacher, and what it predicts where its files do not say it rightly.
+
+    A private repository needs `hf auth login` or HF_TOKEN; a token is no option, so that none is recorded.
+    """
+
+    teacher: str | None = option(None, "The teacher: a folder or a repository on the Hub.")
+    teacher_subfolder: str | None = option(
+        None, "Folder of the teacher's network, or of its pipeline, if --teacher holds several. Default: the only one."
+    )
+    teacher_revision: str | None = option(None, "Branch, tag or commit of the teacher's repository. Default: main.")
+    teacher_prediction_type: str | None = option(
+        None,
+        "What the teacher predicts: 'edm', 'epsilon', 'v_prediction', 'sample' (those three with the betas of its scheduler), "
+        "'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: what its scheduler says.",
+        [None, *PREDICTION_TYPES],
+    )
+    teacher_timestep_scale: float | None = option(
+        None,
+        "An EDM teacher or consistency model is shown this times ln(sigma) / 4: 1 for NVIDIA's EDM, 1000 for OpenAI's. Default: "
+        "what its scheduler says.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = self.teacher_timestep_scale
+        self.check(scale is None or scale > 0, "teacher_timestep_scale", "positive")
 
 
 @dataclass
@@ -222,14 +254,22 @@ class EDMConfig(RunOptions):
 
 
 @dataclass
-class CTMConfig(RunOptions):
-    """Distil an EDM teacher into a consistency trajectory model (Kim et al. 2024)."""
+class CTMConfig(TeacherOptions, RunOptions):
+    """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024)."""
 
     output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
     teacher: str | None = option(
-        None, "The EDM teacher: a folder or a repository on the Hub with `unet` and `scheduler`."
+        None,
+        "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its scheduler: EDM, DDPM, flow "
+        "matching, variance-exploding scores; a consistency model with --matching global --dsm_adaptive false.",
     )
     num_train_timesteps: int = option(18, "Noise levels N of the Karras grid: 18 for CIFAR-10, 40 for ImageNet-64.")
+    sigma_min: float | None = option(None, "Lowest noise level of the grid. Default: the teacher's.")
+    sigma_max: float | None = option(
+        None,
+        "Highest noise level of the grid, where sampling starts. Default: the teacher's; where that is in the thousands, as of cosine betas "
+        "and scores, 80 to 200 is enough for images in [-1, 1] and leaves more of the grid to the rest.",
+    )
     matching: str = option(
         "soft",
         "Where the solver stops: 'soft' (u between s and t), 'local' (one grid step below t) or 'global' (u = s).",
@@ -270,6 +310,8 @@ class CTMConfig(RunOptions):
         super().__post_init__()
         if self.teacher is None:
             raise UserError("--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`.")
+        for name in ("sigma_min", "sigma_max"):
+            self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
         self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
         self.check_not_negative("dsm_weight")
         most = self.num_train_timesteps - 1

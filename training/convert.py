@@ -238,7 +238,7 @@ def family_defaults(family: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 
 def is_ctm(network: UNet2DModel) -> bool:
-    return getattr(network, "has_target_time", hasattr(network, "target_time_embedding"))
+    return getattr(network, "has_target_time", False)
 
 
 # To diffusers ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import torchmetrics
-from diffusers import DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 import diffusers_ctm
 from diffusers_ctm import CTMPipeline
 
-from .config import DataOptions, UserError, option, run_program
+from .config import DataOptions, TeacherOptions, UserError, option, run_program
 from .data import ImageDataset
 from .features import FEATURES_HELP, load_feature_network
 from .files import atomic_file
 from .run import enlarged_grid
-from .teacher import load_teacher
+from .teacher import ctm_of_consistency_model, teacher_of
 
 
 logger = logging.get_logger(__name__)
@@ -42,12 +42,15 @@ KERNEL_SUBSET = 2_000  # most images of one kernel distance; its time grows with
 
 
 @dataclass
-class EvaluateConfig(DataOptions):
+class EvaluateConfig(TeacherOptions, DataOptions):
     """Sample over steps and gamma, compare with real images, and write table, plot and pictures."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
-    model: str | None = option(None, "The CTM: a folder or a repository on the Hub. Default: the teacher alone.")
-    teacher: str | None = option(None, "An EDM denoiser to sample with Heun's method, likewise. Default: none.")
+    model: str | None = option(
+        None,
+        "The CTM: a folder or a repository on the Hub (with --gammas 1 also a consistency model). Default: the teacher alone.",
+    )
+    teacher: str | None = option(None, "A diffusion model to sample with Heun's method, likewise. Default: none.")
     output_dir: str = option("runs/evaluation", "Folder for evaluation.json, .md, .png and gammas.png; others stay.")
     steps: list[int] = option([1, 2, 4, 8, 18], "Numbers of steps of the CTM; each costs one network evaluation.")
     gammas: list[float] = option(
@@ -127,8 +130,11 @@ def settings_of(config: EvaluateConfig) -> list[Setting]:
     return settings
 
 
-def load_model(name: str) -> CTMPipeline:
-    """The CTM in the folder or Hub repository `name`. Raises UserError if it cannot be loaded or is no CTM."""
+def load_model(name: str, gammas: Sequence[float] = (1.0,)) -> CTMPipeline:
+    """The CTM in the folder or Hub repository `name`, or the consistency model as one if `gammas` is 1 alone.
+
+    Raises UserError if it cannot be loaded or is neither.
+    """
     try:
         pipe = DiffusionPipeline.from_pretrained(name)
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
@@ -136,8 +142,15 @@ def load_model(name: str) -> CTMPipeline:
             f"--model {name} cannot be loaded. It must be a CTM's folder or its repository on the Hub.\n"
             f"{type(error).__name__}: {str(error).strip()}"
         ) from error
-    if not hasattr(getattr(pipe, "scheduler", None), "target_timesteps"):
-        raise UserError(f"--model {name} is no CTM but {_kind(pipe)}. An EDM denoiser goes to --teacher.")
+    scheduler = getattr(pipe, "scheduler", None)
+    if isinstance(scheduler, CMStochasticIterativeScheduler):
+        if list(gammas) != [1.0]:
+            raise UserError(
+                f"--model {name} is a consistency model, which samples with gamma = 1 only; give --gammas 1."
+            )
+        return ctm_of_consistency_model(pipe.unet, scheduler.config)
+    if not hasattr(scheduler, "target_timesteps"):
+        raise UserError(f"--model {name} is no CTM but {_kind(pipe)}. A diffusion model goes to --teacher.")
     return pipe
 
 
@@ -150,9 +163,14 @@ def load_pipelines(config: EvaluateConfig, dataset: ImageDataset, device: torch.
     """The pipeline of each sampler, on the device, checked against the data."""
     pipelines = {}
     if config.model is not None:
-        pipelines["ctm"] = load_model(config.model)
+        pipelines["ctm"] = load_model(config.model, config.gammas)
     if config.teacher is not None:
-        teacher = load_teacher(config.teacher)
+        teacher = teacher_of(config)
+        if teacher.is_consistency_model:
+            raise UserError(
+                f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no denoiser. Measure it with "
+                "--model and --gammas 1."
+            )
         pipelines["heun"] = CTMPipeline(teacher.network, teacher.scheduler, id2label=teacher.id2label)
     for sampler, pipe in pipelines.items():
         name = "--model" if sampler == "ctm" else "--teacher"

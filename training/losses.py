@@ -168,7 +168,7 @@ def ctm_loss(
         return CTMLoss(trajectory.detach(), zero, zero, backward)
 
     # 4. Score matching, weighted.
-    dsm = dsm_loss(denoised, x_0, dsm_sigma, preconditioning.sigma_data).mean()
+    dsm = (preconditioning.loss_weight(dsm_sigma) * l2_distance(denoised, x_0)).mean()
     weight = torch.full_like(dsm, dsm_weight)  # made on the device: nothing waits for it
     if dsm_adaptive:
         (trajectory_gradient,) = torch.autograd.grad(x_s, last_weight, magnify * gradient, retain_graph=True)

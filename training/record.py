@@ -19,7 +19,7 @@ RECORD = "training.json"
 CONVERSION = "conversion.json"  # what training.convert knows
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
-# Options that say where, how fast and what is shown, not what the weights are. None of them is recorded.
+# Options that say where, how and what is shown, not what the weights are. None of them is recorded.
 LOCAL_OPTIONS = {
     "config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
     "sample_every", "logging_steps", "report_to", "teacher", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",

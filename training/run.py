@@ -22,7 +22,7 @@ from .config import RunOptions, UserError, save_config
 from .data import ImageDataset, StepSampler, to_sample
 from .ema import EMA
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
-from .record import is_hub_id, training_record, write_record
+from .record import LOCAL_OPTIONS, is_hub_id, training_record, write_record
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -79,10 +79,8 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 
 # Options that may differ when a run is resumed: how long, how fast and what is written.
-FREE_OPTIONS = {
-    "config", "output_dir", "resume_from_checkpoint", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-    "mixed_precision", "gradient_checkpointing", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
-    "sample_every", "logging_steps", "report_to", "teacher", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
+FREE_OPTIONS = LOCAL_OPTIONS | {
+    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "gradient_checkpointing", "teacher_subfolder"
 }  # fmt: skip
 
 

@@ -55,6 +55,13 @@ def draw_times(
     return Times(t, u, s, k)
 
 
+def draw_times_to_end(batch_size: int, num_levels: int, generator: torch.Generator) -> Times:
+    """t uniform over the levels above sigma_min, u = s = sigma_min: the jumps that a consistency model teaches."""
+    t = torch.randint(0, num_levels - 1, (batch_size,), generator=generator)
+    end = torch.full_like(t, num_levels - 1)
+    return Times(t, end, end, 1)
+
+
 def draw_lognormal_sigma(noise: torch.Tensor, p_mean: float = -1.2, p_std: float = 1.2) -> torch.Tensor:
     """exp(p_mean + p_std * noise) for standard normal `noise` of shape (B,) (Karras et al. 2022, Table 1)."""
     return torch.exp(p_mean + p_std * noise)

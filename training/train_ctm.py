@@ -1,22 +1,29 @@
-"""Distil an EDM teacher into a CTM: `python -m training.train_ctm --config training/configs/digits.yaml`."""
+"""Distil a diffusion model into a CTM: `python -m training.train_ctm --config training/configs/digits.yaml`."""
 
 import copy
 import functools
+from dataclasses import fields
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
-from diffusers_ctm.trajectory import karras_sigmas
+from diffusers_ctm.trajectory import Preconditioning, karras_sigmas
 
 from .config import CTMConfig, UserError, run_program
 from .data import ImageDataset
-from .losses import DISTANCES, ctm_loss
+from .losses import DISTANCES, Solver, ctm_loss
 from .run import StepRandom, TrainingRun
 from .solver import heun_solve
-from .teacher import Teacher, load_teacher
-from .time_sampling import draw_half_lognormal_sigma, draw_lognormal_sigma, draw_times
+from .teacher import Teacher, teacher_of
+from .time_sampling import (
+    Times,
+    draw_half_lognormal_sigma,
+    draw_lognormal_sigma,
+    draw_times,
+    draw_times_to_end,
+)
 
 
 def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
@@ -39,20 +46,80 @@ def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
         )
 
 
+def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
+    """Raise UserError if the options ask a consistency model for what it does not know."""
+    if not teacher.is_consistency_model:
+        return
+    if config.matching != "global":
+        raise UserError(
+            f"--teacher {config.teacher} is a consistency model: it knows jumps to sigma_min and no solver's steps. Give --matching global, which "
+            "then learns those jumps, or distil the diffusion model that it came from."
+        )
+    if config.dsm_adaptive or config.dsm_weight == 0:
+        raise UserError(
+            f"--teacher {config.teacher} is a consistency model, and the student starts as its copy: at first the trajectory loss has no gradient "
+            "to weigh score matching by, and without score matching nothing would be learnt. Give --dsm_adaptive false and a "
+            "--dsm_weight above 0."
+        )
+
+
+def choose_precision(teacher: Teacher, config: CTMConfig) -> None:
+    """Train in float32 if left to us and the network's rounding would reach the image magnified by the noise level.
+
+    g = x - sigma epsilon: one part in 256 of bfloat16 at sigma = 157 is 0.6, more than an image.
+    """
+    if config.mixed_precision == "auto" and teacher.preconditioning.prediction_type in ("epsilon", "score"):
+        config.mixed_precision = "no"
+
+
 def student_scheduler(teacher: Teacher, config: CTMConfig) -> CTMScheduler:
-    """A CTMScheduler with the teacher's levels and preconditioning."""
-    names = ("sigma_min", "sigma_max", "sigma_data", "rho", "prediction_type", "timestep_scale")
+    """A CTMScheduler with the teacher's whole preconditioning, and its levels unless options say others."""
+    names = {field.name for field in fields(Preconditioning)} | {"sigma_min", "sigma_max", "rho"}
     numbers = {name: teacher.scheduler.config[name] for name in names}
-    return CTMScheduler(num_train_timesteps=config.num_train_timesteps, **numbers)
+    for name in ("sigma_min", "sigma_max"):
+        if getattr(config, name) is not None:
+            numbers[name] = getattr(config, name)
+    if teacher.is_consistency_model and numbers["sigma_min"] != teacher.scheduler.config.sigma_min:
+        raise UserError("--sigma_min cannot differ from that of a consistency model, whose jumps end there.")
+    try:
+        return CTMScheduler(num_train_timesteps=config.num_train_timesteps, **numbers)
+    except ValueError as error:
+        raise UserError(f"--sigma_min or --sigma_max does not fit --teacher {config.teacher}: {error}") from error
 
 
 def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRandom) -> torch.Tensor:
     """Levels of denoising score matching, shape (B,)."""
     noise, ramp = random.normal(), random.uniform()
-    if config.dsm_sigma == "lognormal":
-        return draw_lognormal_sigma(noise)
     numbers = scheduler.config
-    return draw_half_lognormal_sigma(noise, ramp, numbers.sigma_min, numbers.sigma_max, numbers.rho, random.own.start)
+    levels = (numbers.sigma_min, numbers.sigma_max, numbers.rho)
+    if config.dsm_sigma == "lognormal":
+        sigma = draw_lognormal_sigma(noise)
+    else:
+        sigma = draw_half_lognormal_sigma(noise, ramp, *levels, random.own.start)
+    if numbers.prediction_type != "edm":  # its networks alone learnt every level of the log-normal distribution
+        sigma = sigma.clamp(numbers.sigma_min, numbers.sigma_max)
+    return sigma
+
+
+def draw_step_times(config: CTMConfig, teacher: Teacher, random: StepRandom) -> Times:
+    """Times of one step, for this part of its batch."""
+    if teacher.is_consistency_model:
+        return draw_times_to_end(random.total, config.num_train_timesteps, random.host)[random.own]
+    return draw_times(
+        random.total,
+        config.num_train_timesteps,
+        config.matching,
+        config.max_solver_steps,
+        config.solver_steps_distribution,
+        random.host,
+    )[random.own]
+
+
+def teacher_solver(teacher: Teacher, grid: torch.Tensor, labels: torch.Tensor | None) -> Solver:
+    """`solver(x_t, index, k)` for `ctm_loss`: Heun's steps, or the jump to the end of a consistency model."""
+    if teacher.is_consistency_model:
+        return lambda x_t, index, _: teacher.jump_to_end(x_t, grid[index], labels)
+    return functools.partial(heun_solve, functools.partial(teacher.denoise, class_labels=labels), grid)
 
 
 def make_student(network: UNet2DModel | EDMUNet2DModel) -> CTMUNet2DModel | EDMUNet2DModel:
@@ -72,8 +139,11 @@ def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) ->
 def main(config: CTMConfig) -> str:
     """Distil, and save the averaged student as a pipeline; return its folder."""
     dataset = ImageDataset(config)
-    teacher = load_teacher(config.teacher)
+    teacher = teacher_of(config)
     check_fit(teacher, dataset)
+    check_consistency_teacher(teacher, config)
+    choose_precision(teacher, config)
+    scheduler = student_scheduler(teacher, config)
     torch.manual_seed(config.seed)
     try:
         student = make_student(teacher.network)
@@ -81,7 +151,6 @@ def main(config: CTMConfig) -> str:
         raise UserError(f"--teacher {config.teacher} cannot become a CTM: {error}") from error
     if config.dropout is not None:
         set_dropout(student, config.dropout)
-    scheduler = student_scheduler(teacher, config)
     numbers = scheduler.config
 
     def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
@@ -98,22 +167,13 @@ def main(config: CTMConfig) -> str:
     for batch in run.batches():
         with run.accelerator.accumulate(run.network), run.accelerator.autocast():
             random, labels = batch.random, batch.labels
-            solver = functools.partial(heun_solve, functools.partial(teacher.denoise, class_labels=labels), grid)
-            times = draw_times(
-                random.total,
-                config.num_train_timesteps,
-                config.matching,
-                config.max_solver_steps,
-                config.solver_steps_distribution,
-                random.host,
-            )[random.own]
             loss = ctm_loss(
                 student=run.network,
                 student_ema=run.ema.module,
-                solver=solver,
+                solver=teacher_solver(teacher, grid, labels),
                 preconditioning=scheduler.preconditioning,
                 grid=grid,
-                times=times,
+                times=draw_step_times(config, teacher, random),
                 x_0=batch.images,
                 noise=random.normal(*batch.images.shape[1:]),
                 dsm_sigma=draw_dsm_sigma(config, scheduler, random),

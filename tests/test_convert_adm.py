@@ -516,9 +516,9 @@ def test_the_authors_ctm(authors):
         "down_blocks.3.attentions.2": "input_blocks.15",
         "mid_block": "middle_block",
     }.items():
-        network.get_submodule(own).register_forward_hook(lambda *a, name=name: seen.setdefault(name, a[2]))
+        network.get_submodule(own).register_forward_hook(lambda *a, name=name: seen.update({name: a[2]}))
     output = network(array("net_in"), array("rescaled_t"), array("rescaled_s"), array("y")).sample
-    for name, activation in seen.items():
+    for name, activation in dict(seen).items():
         expected = array(f"act_{name}")
         scale = expected.abs().max().clamp(min=1)  # inside the network up to 40
         assert (activation[: len(expected)] - expected).abs().max() < 2e-5 * scale, name

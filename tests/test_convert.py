@@ -8,6 +8,7 @@ import functools
 import hashlib
 import http.server
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -155,6 +156,26 @@ def test_an_edm_teacher_with_classes_in_an_entry_of_a_checkpoint(tmp_path, capsy
     assert "entry ema" in said and "conditional on 3 classes" in said and "Left out: step, model" in said
     run(tmp_path / "edm.ckpt", tmp_path / "out2", "--entry", "model")
     assert not same_weights(network, CTMPipeline.from_pretrained(tmp_path / "out2").unet)
+
+
+def test_a_consistency_model_samples_as_one(tmp_path, capsys):
+    network = network_of(UNet2DModel)
+    torch.save(weights_of(network), tmp_path / "cm.pt")
+    run(tmp_path / "cm.pt", tmp_path / "out", "--consistency_model", "--timestep_scale", 1000)
+    assert "Note: a consistency model" not in capsys.readouterr().out
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    # Song et al. 2023, Appendix C, from level 80
+    c_skip, c_out, c_in = 0.25 / ((80 - 0.002) ** 2 + 0.25), (80 - 0.002) * 0.5 / 6400.25**0.5, 6400.25**-0.5
+    with torch.no_grad():
+        output = network(c_in * 80 * noise, torch.tensor(250 * math.log(80.0))).sample
+    expected = c_skip * 80 * noise + c_out * output
+    torch.testing.assert_close(pipe(latents=noise, output_type="latent").images, expected, rtol=1e-4, atol=1e-4)
+    assert pipe.scheduler.config.gamma == 1.0
+    with pytest.raises(UserError, match="--consistency_model is for"):
+        torch.save(weights_of(network_of()), tmp_path / "ctm.pt")
+        run(tmp_path / "ctm.pt", tmp_path / "other", "--consistency_model")
 
 
 def test_overrides_reach_network_and_scheduler(student, tmp_path):

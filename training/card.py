@@ -45,7 +45,7 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
     dataset = record.get("dataset") or {}
     size = unet.get("sample_size")
     height, width = (size, size) if isinstance(size, int) or size is None else size
-    num_classes = unet.get("num_class_embeds") or unet.get("label_dim") or len(names) or None
+    num_classes = unet.get("num_class_embeds") or len(names) or None
     steps, images = record.get("steps"), record.get("images_per_step")
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     values = {
@@ -53,7 +53,7 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "repo": repo,
         "is_ctm": is_ctm,
         "size": f"{width}x{height} pixels",
-        "channels": unet.get("out_channels", unet.get("img_channels", 3)),
+        "channels": unet.get("out_channels", 3),
         "num_classes": num_classes,
         "class_names": _class_names(names),
         "example_class": "class_labels=0" if num_classes else "",

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from diffusers_ctm import CTMPipeline, CTMScheduler, EDMHeunScheduler
+from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
 from diffusers_ctm.trajectory import c_noise
 
 from .config import Checked, UserError, option, run_program
@@ -82,6 +82,10 @@ class ConvertConfig(Checked):
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     token: str | None = option(
         None, "Access token of the Hub, for private files. Better: HF_TOKEN or `hf auth login`. Written nowhere."
+    )
+    consistency_model: bool = option(
+        False,
+        "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only (gamma = 1).",
     )
     num_head_channels: int | None = option(None, "Channels per attention head. Default: the family's.")
     dropout: float | None = option(None, "Dropout in training. Default: the family's.")
@@ -250,6 +254,13 @@ def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: Mapping
     for name in ("sigma_data", "timestep_scale"):
         given = getattr(config, name)
         numbers[name] = defaults[name] if given is None else given
+    if config.consistency_model:
+        if not isinstance(network, UNet2DModel) or is_ctm(network):
+            raise UserError(
+                f"--consistency_model is for OpenAI's networks with one time; this is a {type(network).__name__}."
+            )
+        network = CTMUNet2DModel.from_unet(network)
+        numbers |= {"prediction_type": "consistency", "gamma": 1.0}
     if is_ctm(network):
         levels = config.num_train_timesteps or (40 if _size(network)[0] >= 64 else 18)
         scheduler = CTMScheduler(num_train_timesteps=levels, **numbers)
@@ -351,8 +362,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     others = left_out(checkpoint, entry)
     if others:
         print(f"Left out: {', '.join(others)}")
-    if not is_ctm(network) and pipe.scheduler.config.timestep_scale == 1000:
-        print("Note: a consistency model has the same tensors as an EDM teacher; this is right for the latter only.")
+    if not is_ctm(pipe.unet) and pipe.scheduler.config.timestep_scale == 1000:
+        print("Note: a consistency model has the same tensors as an EDM teacher; for one, pass --consistency_model.")
     record = {
         "source": public_name(config.source),
         "revision": config.revision,
@@ -367,7 +378,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
             json.dump(record, file, indent=2)
             file.write("\n")
         again = CTMPipeline.from_pretrained(draft)
-        check_same(network, again.unet, pipe.scheduler.config.timestep_scale, "The written folder")
+        check_same(pipe.unet, again.unet, pipe.scheduler.config.timestep_scale, "The written folder")
     print("Checked: loaded again, it gives the same output. The source has no outputs of its own to compare with.")
     if config.license is None:
         print("Licence: not recorded; publishing will ask for it. Record it with --license.")

@@ -205,7 +205,7 @@ def draw_samples(pipe: CTMPipeline, count: int, name: str, device: str) -> tuple
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     is_ctm = hasattr(pipe.scheduler, "target_timesteps")
-    num_classes = pipe.unet.config.get("num_class_embeds") or pipe.unet.config.get("label_dim")
+    num_classes = pipe.unet.config.get("num_class_embeds")
     settings: dict = {"num_inference_steps": 1 if is_ctm else 18, "output_type": "np"}
     if num_classes:
         settings["class_labels"] = [index % num_classes for index in range(max(1, count))]

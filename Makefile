@@ -31,8 +31,8 @@ distill: $(INSTALLED)  ## Distil the embedded teacher, evaluate, save, draw: a C
 		'  pipe(class_labels=[3, 7], num_inference_steps=2, gamma=0.5).images[0].save("three.png")' '' \
 		'Pictures: $(OUT)/evaluation/evaluation.png and gammas.png, $(OUT)/samples'
 
-test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## Run the tests, one process per core
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED)  ## Check style with ruff
 	$(BIN)/ruff check .

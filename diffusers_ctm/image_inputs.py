@@ -38,7 +38,7 @@ def read_images(
         if images.ndim not in (2, 3, 4):
             raise ValueError(f"{name} must have shape (H, W), (H, W, C) or (B, H, W, C), got {images.shape}.")
         images = images[..., None] if images.ndim == 2 else images
-        images = torch.from_numpy(np.ascontiguousarray(images[None] if images.ndim == 3 else images)).movedim(-1, 1)
+        images = torch.from_numpy((images[None] if images.ndim == 3 else images).copy()).movedim(-1, 1)
     elif isinstance(images, torch.Tensor):
         if images.ndim not in (2, 3, 4):
             raise ValueError(f"{name} must have shape (H, W), (C, H, W) or (B, C, H, W), got {tuple(images.shape)}.")

@@ -13,6 +13,7 @@ from .pipeline_ctm_restoration import CTMRestorationPipeline
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
 from .unet_2d_ctm import CTMUNet2DModel
+from .visualization import gamma_seed_grid, trajectory_strip
 
 
 __all__ = [
@@ -29,7 +30,9 @@ __all__ = [
     "GrayscaleOperator",
     "LinearOperator",
     "MaskOperator",
+    "gamma_seed_grid",
     "register",
+    "trajectory_strip",
 ]
 __version__ = "0.1.0"
 

@@ -244,6 +244,7 @@ def test_the_same_mask_in_every_form_is_the_same():
         array.astype(bool),
         array[..., None],
         0.4 + 0.2 * REPAINT,
+        0.5 * REPAINT,
     ]
     forms += [levels, levels.convert("1"), levels.convert("RGB"), [levels], [array.astype(bool)]]
     for form in forms:

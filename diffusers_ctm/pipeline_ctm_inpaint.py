@@ -46,7 +46,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
             mask_image: white (from 0.5 on) where to repaint, black where to keep: a PIL image of mode "1", "L" or "RGB", an array
                 (B, H, W, 1) or tensor (B, 1, H, W), or a list of these, of the size of the image. One image or mask serves a whole batch.
             num_inference_steps: N, and the number of network evaluations. Default 18.
-            gamma: in [0, 1], a number or one per step. 1, the default, is consistency models' Algorithm 4.
+            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models' Algorithm 4.
             timesteps, sigmas: instead of `num_inference_steps`, where steps start; as in `CTMPipeline`.
             batch_size: number of images. Default: as many as `image`, `mask_image`, `class_labels`, `latents` or generators.
             class_labels: class of each image; as in `CTMPipeline`.

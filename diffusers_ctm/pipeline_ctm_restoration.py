@@ -70,7 +70,8 @@ class CTMRestorationPipeline(CTMPipeline):
             operator: A, linear, from images (B, C, H, W) to (B, ...), each image alone: a `LinearOperator` or any function.
             pseudo_inverse: A+, with A A+ A = A. Default: `operator.pseudo_inverse`.
             num_inference_steps: N, and the number of network evaluations. Default 18.
-            gamma: in [0, 1], a number or one per step. 1, the default, is consistency models' Algorithm 4; see the class.
+            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models' Algorithm 4;
+                see the class.
             timesteps, sigmas: instead of `num_inference_steps`, where steps start; as in `CTMPipeline`.
             batch_size: number of images. Default: as many as `measurement`, `class_labels`, `latents` or generators.
             class_labels: class of each image; as in `CTMPipeline`.

@@ -380,6 +380,14 @@ def test_known_pixels_come_back_exactly(make_unet, gamma, channels):
     assert (out[kept] == pixels[kept]).all() and (out[~kept] != pixels[~kept]).any()
 
 
+def test_a_network_in_half_precision_keeps_them_too(make_unet):
+    pipe = pipeline(CTMInpaintPipeline, make_unet().to(torch.bfloat16))
+    repaint = randn(1, 1, 8, 8, seed=9) > 0
+    images = pipe(image(size=8), repaint, num_inference_steps=2, output_type="latent").images
+    kept = ~repaint.expand(-1, 3, -1, -1)
+    assert images.dtype == torch.float32 and torch.equal(images[kept], (2 * image(size=8) - 1)[kept])
+
+
 def test_what_is_under_the_white_has_no_influence(make_unet):
     pipe, other = pipeline(CTMInpaintPipeline, make_unet()), image(size=8)
     repaint = randn(1, 1, 8, 8, seed=9) > 0

@@ -5,22 +5,36 @@
 """
 
 from .hub import register
+from .linear_operators import BlockAverageOperator, GrayscaleOperator, LinearOperator, MaskOperator
 from .pipeline_ctm import CTMPipeline
+from .pipeline_ctm_img2img import CTMImg2ImgPipeline
+from .pipeline_ctm_inpaint import CTMInpaintPipeline
+from .pipeline_ctm_restoration import CTMRestorationPipeline
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
+from .visualization import gamma_seed_grid, trajectory_strip
 
 
 __all__ = [
+    "BlockAverageOperator",
+    "CTMImg2ImgPipeline",
+    "CTMInpaintPipeline",
     "CTMPipeline",
+    "CTMRestorationPipeline",
     "CTMScheduler",
     "CTMSchedulerOutput",
     "CTMUNet2DModel",
     "EDMHeunScheduler",
     "EDMHeunSchedulerOutput",
     "EDMUNet2DModel",
+    "GrayscaleOperator",
+    "LinearOperator",
+    "MaskOperator",
+    "gamma_seed_grid",
     "register",
+    "trajectory_strip",
 ]
 __version__ = "0.1.0"
 

@@ -190,6 +190,14 @@ class CTMPipeline(DiffusionPipeline):
 
     def _class_labels(self, class_labels, batch_size: int | None, generator, device) -> tuple[torch.Tensor | None, int]:
         """Labels of shape (B,) on `device`, None for an unconditional network, and B."""
+        class_labels, batch_size = self._drawn_or_given_labels(class_labels, batch_size, generator, device)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"generator is a list of {len(generator)} for batch_size={batch_size}; pass one or {batch_size}."
+            )
+        return class_labels, batch_size
+
+    def _drawn_or_given_labels(self, class_labels, batch_size, generator, device) -> tuple[torch.Tensor | None, int]:
         num_classes = self.unet.config.num_class_embeds
         if class_labels is None:
             batch_size = batch_size or 1
@@ -223,16 +231,20 @@ class CTMPipeline(DiffusionPipeline):
             )
         return torch.tensor(ids, device=device), len(ids)
 
-    def prepare_latents(self, batch_size: int, device, generator, latents: torch.Tensor | None) -> torch.Tensor:
-        """The first sample x_T, float32: unit noise times the scheduler's `init_noise_sigma`."""
+    def prepare_latents(
+        self, batch_size: int, device, generator, latents: torch.Tensor | None, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """The first sample x_T, float32: unit noise times the scheduler's `init_noise_sigma`.
+
+        `size` is height and width for a network whose config has no `sample_size`.
+        """
         config = self.unet.config
-        size = config.sample_size
+        size = self._image_size() or size
         if size is None:
             if latents is None:
                 raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
             size = tuple(latents.shape[-2:])
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, config.in_channels, height, width)
+        shape = (batch_size, config.in_channels, *size)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif latents.shape != shape:
@@ -250,6 +262,82 @@ class CTMPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Network evaluations of the current or last call."""
         return self._num_timesteps
+
+    # The parts of a call ----------------------------------------------------------------------------------------------
+
+    def _check_call(
+        self, batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
+    ) -> tuple[int | None, list[str]]:
+        """Check what needs no work; return the batch size, None where nothing says it, and the names of the callback's tensors."""
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}.")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}."
+            )
+        if latents is not None:
+            batch_size = batch_size or latents.shape[0]
+        if isinstance(generator, list):
+            if not generator:
+                raise ValueError("generator is an empty list; pass one generator, or one per image.")
+            batch_size = batch_size or len(generator)
+        self._match_scheduler()
+        return batch_size, callback_inputs
+
+    def _image_size(self) -> tuple[int, int] | None:
+        """Height and width of the network's images, None if its config does not say."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else size and tuple(size)
+
+    def _batch_size_with(self, given: torch.Tensor, name: str, batch_size: int | None) -> int | None:
+        """The batch size where `given`, what is to be edited, has its word; one entry serves any number of images."""
+        if len(given) == 1:
+            return batch_size
+        if batch_size not in (None, len(given)):
+            raise ValueError(f"{name} has {len(given)} entries for batch_size={batch_size}; pass one or {batch_size}.")
+        return len(given)
+
+    def _sample(self, latents, class_labels, callback_on_step_end, callback_inputs, **step_options) -> torch.Tensor:
+        """Run all steps that were set, from the first sample to the last; `step_options` go to `scheduler.step`."""
+        scheduler = self.scheduler
+        timestep_factor = self._match_scheduler()
+        targets = getattr(scheduler, "target_timesteps", None)
+        condition = {} if class_labels is None else {"class_labels": class_labels}
+        self._interrupt = False
+        self._num_timesteps = len(scheduler.timesteps)
+
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(scheduler.timesteps):
+                if self._interrupt:
+                    break
+                times = (t * timestep_factor,) if targets is None else (t, targets[i])
+                model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                model_output = self.unet(model_input, *times, **condition, return_dict=False)[0]
+                latents = scheduler.step(model_output.to(latents.dtype), t, latents, return_dict=False, **step_options)[
+                    0
+                ]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+                progress_bar.update()
+        return latents
+
+    def _finish(self, latents, output_type, return_dict, denormalize: bool = True) -> ImagePipelineOutput | tuple:
+        """The last sample, in [-1, 1] (with `denormalize=False` in [0, 1]), as the images that were asked for."""
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def __call__(
@@ -293,62 +381,18 @@ class CTMPipeline(DiffusionPipeline):
             ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
         """
         # 1. Check
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}.")
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
-        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}."
-            )
-        if latents is not None:
-            batch_size = batch_size or latents.shape[0]
-        if isinstance(generator, list):
-            if not generator:
-                raise ValueError("generator is an empty list; pass one generator, or one per image.")
-            batch_size = batch_size or len(generator)
-        timestep_factor = self._match_scheduler()
+        batch_size, callback_inputs = self._check_call(
+            batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
 
         # 2. Prepare
         device = self._execution_device
         class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"generator is a list of {len(generator)} for batch_size={batch_size}; pass one or {batch_size}."
-            )
         self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma)
-        scheduler = self.scheduler
         latents = self.prepare_latents(batch_size, device, generator, latents)
-        targets = getattr(scheduler, "target_timesteps", None)
-        step_options = {"generator": generator, "return_dict": False}
-        condition = {} if class_labels is None else {"class_labels": class_labels}
-        self._interrupt = False
-        self._num_timesteps = len(scheduler.timesteps)
 
         # 3. Sample
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(scheduler.timesteps):
-                if self._interrupt:
-                    break
-                times = (t * timestep_factor,) if targets is None else (t, targets[i])
-                model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-                model_output = self.unet(model_input, *times, **condition, return_dict=False)[0]
-                latents = scheduler.step(model_output.to(latents.dtype), t, latents, **step_options)[0]
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
-                progress_bar.update()
+        latents = self._sample(latents, class_labels, callback_on_step_end, callback_inputs, generator=generator)
 
         # 4. Finish
-        if output_type == "latent":
-            images = latents
-        else:
-            images = self.image_processor.postprocess(latents, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._finish(latents, output_type, return_dict)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """CTM's gamma sampling (Kim et al. 2024, Algorithm 3) as a diffusers scheduler."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,7 @@ class CTMScheduler(KarrasSchedulerMixin):
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        project: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> CTMSchedulerOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Jump from t to s, then add noise up to the next level (CTM, Algorithm 3).
 
@@ -146,6 +147,10 @@ class CTMScheduler(KarrasSchedulerMixin):
             sample: x_t, shape (B, C, H, W). Arithmetic is float32, or float64 for a float64 sample.
             generator: source of the noise, or one per sample. Not used where gamma is 0.
             return_dict: return a `CTMSchedulerOutput` rather than a tuple.
+            project: replaces the image that the jump aims at, for editing. It is given (sigma_min/t) x_t + (1 - sigma_min/t) g and
+                what it returns, p, is the state at sigma_min: x_s = r x_t + (1 - r) p with r = (s - sigma_min) / (t - sigma_min).
+                The identity changes nothing. At gamma = 1 and in the last step, x_s is p, bit for bit. p is returned as
+                `pred_original_sample`.
 
         Raises:
             ValueError: an integer timestep, or more steps than were set.
@@ -158,7 +163,12 @@ class CTMScheduler(KarrasSchedulerMixin):
         g = self._denoised(model_output, x_t, t)
         if self.config.clip_sample:
             g = g.clamp(-1, 1)
-        x_s = jump(x_t, g, t.double(), s.double())
+        t, s = t.double(), s.double()
+        if project is not None:
+            end = torch.tensor(self.config.sigma_min, dtype=torch.float32).double()  # rounded as s is: s - end is 0
+            g = project(jump(x_t, g, t, end))
+            t, s = t - end, s - end  # the image is the state at sigma_min, so levels count from there
+        x_s = jump(x_t, g, t, s)
         x_next = x_s
         noise_std = float(self.noise_std[index])
         if noise_std > 0:

@@ -46,6 +46,34 @@ class GaussianData:
         return self.mean + (x - self.mean) * self.std**2 * (t + s) / (variance_t * (ratio * t + s))
 
 
+class CorrelatedGaussian:
+    """Images whose values, in row-major order, are N(mean, cov): `GaussianData` along each eigenvector of cov."""
+
+    def __init__(self, mean: torch.Tensor, cov: torch.Tensor):
+        self.mean, self.cov = mean.double().flatten(), cov.double()
+        variances, self.axes = torch.linalg.eigh(self.cov)
+        self.along = GaussianData(variances.sqrt())
+
+    def _in_axes(self, function, x, *levels):
+        z = (x.double().flatten(1) - self.mean) @ self.axes
+        z = function(z, *levels) @ self.axes.T + self.mean
+        return z.reshape(x.shape).to(x.dtype)
+
+    def denoiser(self, x, t):
+        return self._in_axes(self.along.denoiser, x, t)
+
+    def jump(self, x, t, s):
+        return self._in_axes(self.along.jump, x, t, s)
+
+    def g(self, x, t, s):
+        return self._in_axes(self.along.g, x, t, s)
+
+    def given(self, a: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and covariance of x given `a` x = `y`, where `a` is a matrix."""
+        gain = self.cov @ a.T @ torch.linalg.inv(a @ self.cov @ a.T)
+        return self.mean + gain @ (y - a @ self.mean), self.cov - gain @ a @ self.cov
+
+
 class PixelMixture:
     """Each value independently from a mixture of normals: not linear, but in 1-D the flow keeps the CDF."""
 

@@ -380,6 +380,7 @@ def test_one_file_needs_only_torch_numpy_and_diffusers(one_file):
 
 
 def test_one_file_defines_every_public_class_and_one_pipeline(one_file):
+    from diffusers import DiffusionPipeline
     from diffusers.utils.dynamic_modules_utils import find_pipeline_class
 
     import diffusers_ctm
@@ -388,10 +389,28 @@ def test_one_file_defines_every_public_class_and_one_pipeline(one_file):
     _, module = one_file
     assert {"CTMPipeline", "CTMScheduler", "CTMUNet2DModel", "EDMHeunScheduler"} <= set(public_classes())
     for name, cls in public_classes().items():
+        if issubclass(cls, DiffusionPipeline) and cls is not diffusers_ctm.CTMPipeline:
+            assert not hasattr(module, name)  # each pipeline has a file of its own
+            continue
         assert getattr(module, name) is not cls
         assert getattr(module, name).__doc__ == cls.__doc__
     assert find_pipeline_class(module) is module.CTMPipeline
     assert module.CTMPipeline is not diffusers_ctm.CTMPipeline
+
+
+@pytest.mark.parametrize("name", ["CTMImg2ImgPipeline", "CTMInpaintPipeline", "CTMRestorationPipeline"])
+def test_every_pipeline_fits_in_one_file(name, tmp_path):
+    from diffusers.utils.dynamic_modules_utils import check_imports, find_pipeline_class
+
+    import diffusers_ctm
+    from diffusers_ctm.hub import bundle
+
+    path = tmp_path / f"{name.lower()}_in_one_file.py"
+    path.write_text(bundle(getattr(diffusers_ctm, name)))
+    module = run_file(path)
+    del sys.modules[path.stem]
+    assert find_pipeline_class(module) is getattr(module, name) is not getattr(diffusers_ctm, name)
+    assert check_imports(path) == []
 
 
 def test_one_file_says_what_it_is(one_file):

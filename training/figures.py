@@ -14,10 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import ImageOps
 
-import diffusers_ctm  # noqa: F401  (lets diffusers load a CTM)
+from diffusers_ctm import BlockAverageOperator, CTMImg2ImgPipeline, CTMInpaintPipeline, CTMRestorationPipeline
 from diffusers_ctm.trajectory import gamma_split, heun_step, karras_sigmas
 
 from .config import Checked, option, run_program
+from .data import digits
 from .files import atomic_file
 from .run import enlarged_grid
 
@@ -133,10 +134,47 @@ def draw_three_gammas(model: str, path: str) -> None:
         enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=10).save(draft)
 
 
+def draw_editing(model: str, path: str) -> None:
+    """One digit of each class, what is kept of it, and what the CTM makes of that; eight rows of ten."""
+    data = digits()
+    first = [data["label"].index(k) for k in range(10)]
+    image = torch.stack([torch.from_numpy(np.array(data["image"][i])) for i in first])[:, None] / 255
+    pipe = DiffusionPipeline.from_pretrained(model)
+    edit, repair, inpaint = (
+        cls.from_pipe(pipe) for cls in (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
+    )
+    for one in (edit, repair, inpaint):
+        one.set_progress_bar_config(disable=True)
+    lower_half = torch.zeros(8, 8)
+    lower_half[4:] = 1
+    means = BlockAverageOperator(2)
+    coarse = means(2 * image - 1)
+
+    def seeded() -> dict:
+        return {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+
+    noisy = image + 0.25 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    rows = [
+        image,
+        torch.where(lower_half == 1, 0.5, image),
+        inpaint(image, lower_half, class_labels=list(range(10)), **seeded()).images,
+        means.pseudo_inverse(coarse) / 2 + 0.5,
+        repair(coarse, means, class_labels=list(range(10)), **seeded()).images,
+        noisy.clamp(0, 1),
+        edit(noisy, sigma=0.5, add_noise=False, class_labels=list(range(10)), **seeded()).images,
+        edit(image, 0.5, num_inference_steps=4, class_labels=[(k + 1) % 10 for k in range(10)], **seeded()).images,
+    ]
+    images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(torch.cat(rows)))
+    with atomic_file(path) as draft:
+        tiles = [ImageOps.expand(one, 1, "white") for one in images]
+        enlarged_grid(tiles, rows=len(rows), columns=10).save(draft)
+
+
 def main(config: FiguresConfig) -> None:
     draw_how_it_works(os.path.join(config.output_dir, "how_it_works.png"))
     draw_three_gammas(config.model, os.path.join(config.output_dir, "three_gammas.png"))
-    print(f"Drew {config.output_dir}/how_it_works.png and three_gammas.png")
+    draw_editing(config.model, os.path.join(config.output_dir, "editing.png"))
+    print(f"Drew {config.output_dir}/how_it_works.png, three_gammas.png and editing.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Inpainting without training, by a consistency trajectory model."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from .image_inputs import read_images, read_masks
+from .linear_operators import MaskOperator
+from .pipeline_ctm_restoration import CTMRestorationPipeline
+
+
+class CTMInpaintPipeline(CTMRestorationPipeline):
+    """Repaints the white part of a mask. `CTMRestorationPipeline` says how, and what to expect of gamma.
+
+    Known pixels come back exactly: as floats bit for bit ("latent", "pt" and "np"), as 8-bit values in PIL images.
+    """
+
+    _given = "image"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image=None,
+        mask_image=None,
+        num_inference_steps: int | None = None,
+        gamma: float | Sequence[float] = 1.0,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        batch_size: int | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Repaint images.
+
+        Args:
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) with values
+                in [0, 1], or a list of these, of the network's size. What lies under the white of the mask has no influence.
+            mask_image: white (from 0.5 on) where to repaint, black where to keep: a PIL image of mode "1", "L" or "RGB", an array
+                (B, H, W, 1) or tensor (B, 1, H, W), or a list of these, of the size of the image. One image or mask serves a whole batch.
+            num_inference_steps: N, and the number of network evaluations. Default 18.
+            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models' Algorithm 4.
+            timesteps, sigmas: instead of `num_inference_steps`, where steps start; as in `CTMPipeline`.
+            batch_size: number of images. Default: as many as `image`, `mask_image`, `class_labels`, `latents` or generators.
+            class_labels: class of each image; as in `CTMPipeline`.
+            generator: source of all noise, or one per image.
+            latents: unit normal noise of shape (B, C, H, W) to start with, times the first level.
+            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: as in `CTMPipeline`.
+
+        Raises:
+            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+        """
+        if image is None or mask_image is None:
+            raise ValueError("image and mask_image must both be given.")
+        image = read_images(image, self.unet.config.in_channels, self._image_size())
+        repaint = read_masks(mask_image, tuple(image.shape[-2:]))
+        if len(image) != len(repaint) and 1 not in (len(image), len(repaint)):
+            raise ValueError(f"image has {len(image)} entries and mask_image {len(repaint)}; pass one or as many.")
+        image, repaint = torch.broadcast_tensors(image, repaint)
+
+        operator = MaskOperator(~repaint[:, :1])
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        levels = (num_inference_steps, timesteps, sigmas, gamma)
+        pixels = operator(2 * image - 1)
+        latents = self._restore(
+            pixels, operator, operator.pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type,
+            callback,
+        )  # fmt: skip
+        if output_type == "latent":
+            return self._finish(latents, output_type, return_dict)
+        # [-1, 1] and back is not exact in floats: the known pixels are put back as they were given
+        images = self.image_processor.postprocess(latents, "pt")
+        images = torch.where(repaint.to(latents.device), images, image.to(latents.device))
+        return self._finish(images, output_type, return_dict, denormalize=False)

@@ -1,0 +1,150 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Restoration without training: images that match a linear measurement, by a consistency trajectory model."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from PIL import Image
+
+from .image_inputs import read_images
+from .linear_operators import check_operator, consistent_image
+from .pipeline_ctm import CTMPipeline
+
+
+class CTMRestorationPipeline(CTMPipeline):
+    """Images x with A x = y for a linear operator A: colourisation, super-resolution, inpainting, any A with a pseudo-inverse.
+
+    Consistency models' Algorithm 4 (Song et al. 2023) with trajectory jumps. It starts from x = A+ y + t_1 z; the step from
+    level t to t_next, with s from gamma's split, is
+
+        x_0    <- the image that the jump G(x_t, t, s) aims at: (m/t) x_t + (1 - m/t) g(x_t, t, s), m = sigma_min
+        x_0    <- A+ y + (I - A+ A) x_0
+        x_s    <- x_0 + (s - m)/(t - m) (x_t - x_0)
+        x_next <- x_s + sqrt(t_next^2 - s^2) z
+
+    one network evaluation each. The image counts as the state at sigma_min, so gamma = 1, where s = m, is Algorithm 4 itself;
+    without a measurement it is `CTMPipeline`'s step. What A sees of x_t is y plus noise of about the level at every step,
+    and A x = y holds in the end.
+
+    The method is approximate. The network is shown the noised measurement, and what A does not see follows from it as in an
+    unconditional sample. With gamma > 0 and ever more steps the renoising of ever smaller levels is Langevin dynamics of the
+    conditional distribution, which it then approaches; gamma = 1 is fastest. gamma = 0 never renoises and stays
+    wrong however many steps are taken: relations between known and unknown pixels come out too weak. The measurement is
+    taken as exact: a noisy one leaves its noise in the images.
+
+    Components, classes, generators and callbacks are those of `CTMPipeline`; the scheduler is `CTMScheduler`.
+    """
+
+    _given = "measurement"  # the argument that y came from
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        measurement=None,
+        operator: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        pseudo_inverse: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        num_inference_steps: int | None = None,
+        gamma: float | Sequence[float] = 1.0,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        batch_size: int | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Restore images.
+
+        Args:
+            measurement: y, shape (B, ...): a tensor with the values that `operator` gives for pixels in [-1, 1]. Or, where it is an
+                image with black = -1 and white = 1, a PIL image, an array of shape (B, H, W, C) in [0, 1], or a list of these. One
+                measurement serves a whole batch.
+            operator: A, linear, from images (B, C, H, W) to (B, ...), each image alone: a `LinearOperator` or any function.
+            pseudo_inverse: A+, with A A+ A = A. Default: `operator.pseudo_inverse`.
+            num_inference_steps: N, and the number of network evaluations. Default 18.
+            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models' Algorithm 4;
+                see the class.
+            timesteps, sigmas: instead of `num_inference_steps`, where steps start; as in `CTMPipeline`.
+            batch_size: number of images. Default: as many as `measurement`, `class_labels`, `latents` or generators.
+            class_labels: class of each image; as in `CTMPipeline`.
+            generator: source of all noise, or one per image.
+            latents: unit normal noise of shape (B, C, H, W) to start with, times the first level.
+            output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: as in `CTMPipeline`.
+
+        Raises:
+            ValueError: for an operator that is not linear, a pseudo-inverse that is not its own, a measurement of another shape, and
+                for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+        """
+        if operator is None or not callable(operator):
+            raise ValueError(f"operator must be a LinearOperator or a function, got {operator!r}.")
+        if pseudo_inverse is None:
+            pseudo_inverse = getattr(operator, "pseudo_inverse", None)
+        if not callable(pseudo_inverse):
+            raise ValueError("pseudo_inverse is missing; pass a function, or an operator that has one of that name.")
+        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+        levels = (num_inference_steps, timesteps, sigmas, gamma)
+        images = self._restore(
+            _read_measurement(measurement), operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents,
+            output_type, callback,
+        )  # fmt: skip
+        return self._finish(images, output_type, return_dict)
+
+    def _restore(
+        self, y, operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type, callback
+    ) -> torch.Tensor:
+        """The last sample, in [-1, 1]; `y` is a checked tensor, `levels` what `set_timesteps` takes."""
+        # 1. Check
+        batch_size, callback_inputs = self._check_call(batch_size, latents, generator, output_type, *callback)
+        if "project" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(
+                f"{type(self).__name__} works with CTMScheduler, not with {type(self.scheduler).__name__}: use "
+                "`CTMScheduler.from_config(pipe.scheduler.config)` and a CTM."
+            )
+        batch_size = self._batch_size_with(y, self._given, batch_size)
+        num_inference_steps, timesteps, sigmas, gamma = levels
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            num_inference_steps = 18
+
+        # 2. Prepare
+        device = self._execution_device
+        class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
+        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma)
+        y = y.to(device).expand(batch_size, *y.shape[1:])
+        size = self._image_size() or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
+        check_operator(operator, pseudo_inverse, (batch_size, self.unet.config.in_channels, *size), y)
+        known = pseudo_inverse(y)
+        start = known + self.prepare_latents(batch_size, device, generator, latents, size)
+        project = partial(consistent_image, operator, pseudo_inverse, known=known)
+
+        # 3. Sample
+        return self._sample(start, class_labels, callback[0], callback_inputs, generator=generator, project=project)
+
+
+def _read_measurement(measurement) -> torch.Tensor:
+    """A measurement as a float32 tensor of shape (B, ...); images in [0, 1] are brought to [-1, 1]."""
+    if measurement is None:
+        raise ValueError("measurement is missing; pass what is known of the image.")
+    first = measurement[0] if isinstance(measurement, (list, tuple)) and measurement else measurement
+    if isinstance(first, (Image.Image, np.ndarray)):
+        channels = (
+            len(first.getbands()) if isinstance(first, Image.Image) else (first.shape[-1] if first.ndim > 2 else 1)
+        )
+        return 2 * read_images(measurement, channels, None, "measurement") - 1
+    if isinstance(measurement, (list, tuple)) and all(isinstance(value, torch.Tensor) for value in measurement):
+        if len({value.shape for value in measurement}) != 1:
+            raise ValueError("measurement must be a list of tensors of one shape, and not empty.")
+        measurement = torch.stack(list(measurement))
+    if not isinstance(measurement, torch.Tensor) or not measurement.is_floating_point() or measurement.ndim == 0:
+        got = f"{measurement.dtype} tensor" if isinstance(measurement, torch.Tensor) else type(measurement).__name__
+        raise ValueError(f"measurement must be a float tensor of shape (B, ...), or an image, got {got}.")
+    if not measurement.isfinite().all():
+        raise ValueError("measurement holds values that are NaN or infinite.")
+    return measurement.to(torch.float32)

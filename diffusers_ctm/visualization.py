@@ -1,0 +1,118 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of how a consistency trajectory model samples: its states on the way, and one latent at many gammas and seeds."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from .pipeline_ctm import CTMPipeline
+
+
+class TrajectoryStrip(NamedTuple):
+    """What `trajectory_strip` returns; entry i of each list belongs to level i, the last one to sigma_min.
+
+    `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump to
+    sigma_min. Images are as `output_type` says, B of them in each entry.
+    """
+
+    levels: list[float]
+    states: list
+    estimates: list
+
+
+def trajectory_strip(
+    pipe: CTMPipeline,
+    num_inference_steps: int | None = None,
+    gamma: float | Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    batch_size: int | None = None,
+    class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    latents: torch.Tensor | None = None,
+    output_type: str = "pil",
+) -> TrajectoryStrip:
+    """Sample, and show every state x_t with its jump to the end, G(x_t, t, sigma_min).
+
+    2N network evaluations for N steps: N of the sampler and one per state that is not the last. The arguments are those of
+    `CTMPipeline`, which must have a `CTMScheduler`; x_t is shown times sigma_data / sqrt(sigma_data^2 + t^2).
+
+    Raises:
+        ValueError: for another scheduler, and as `CTMPipeline` does.
+    """
+    if not hasattr(pipe.scheduler, "target_timesteps"):
+        raise ValueError(f"trajectory_strip works with CTMScheduler, not with {type(pipe.scheduler).__name__}.")
+    batch_size, _ = pipe._check_call(batch_size, latents, generator, output_type, None, None)
+    device = pipe._execution_device
+    class_labels, batch_size = pipe._class_labels(class_labels, batch_size, generator, device)
+    pipe._set_timesteps(num_inference_steps, device, None, sigmas, gamma)
+    first = pipe.prepare_latents(batch_size, device, generator, latents)
+    levels, states = pipe.scheduler.sigmas.tolist(), [first]
+
+    def keep(pipe, step, timestep, tensors):
+        states.append(tensors["latents"])
+        return {}
+
+    def sample(x_t, **options):
+        return CTMPipeline.__call__(
+            pipe, class_labels=class_labels, latents=x_t / options["sigmas"][0], output_type="latent", **options
+        ).images
+
+    sample(first, sigmas=levels[:-1], gamma=gamma, generator=generator, callback_on_step_end=keep)
+    jumps = [sample(x_t, sigmas=[t]) for x_t, t in zip(states[:-1], levels[:-1], strict=True)]
+
+    def show(images, scale=1.0):
+        return images if output_type == "latent" else pipe.image_processor.postprocess(scale * images, output_type)
+
+    sigma_data = pipe.scheduler.config.sigma_data
+    scales = [sigma_data / (sigma_data**2 + t**2) ** 0.5 for t in levels]
+    return TrajectoryStrip(
+        levels,
+        [show(x_t, scale) for x_t, scale in zip(states, scales, strict=True)],
+        [show(x) for x in (*jumps, states[-1])],
+    )
+
+
+def gamma_seed_grid(
+    pipe: CTMPipeline,
+    gammas: Sequence[float | Sequence[float]] = (0.0, 0.5, 1.0),
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    num_inference_steps: int = 4,
+    class_labels: int | str | None = None,
+    generator: torch.Generator | None = None,
+    latents: torch.Tensor | None = None,
+    output_type: str = "pil",
+) -> list:
+    """One latent sampled at every gamma with the noise of every seed: entry i holds the images of `gammas[i]`, one per seed.
+
+    The first noise is the same in all, so that what differs comes from the noise of the steps; at gamma = 0, nothing does. One
+    batch of `len(seeds)` per gamma, `num_inference_steps` network evaluations each.
+
+    Args:
+        latents: the latent, unit normal noise of shape (1, C, H, W); default: drawn from `generator`.
+        class_labels: one class for all; default: drawn from `generator`.
+
+    Raises:
+        ValueError: for no gamma, no seed or more than one latent, and as `CTMPipeline` does.
+    """
+    if not len(gammas) or not len(seeds):
+        raise ValueError("gammas and seeds must each have at least one entry.")
+    device = pipe._execution_device
+    class_labels, _ = pipe._class_labels(class_labels, 1, generator, device)
+    if latents is None:
+        size = pipe._image_size()
+        if size is None:
+            raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
+        shape = (1, pipe.unet.config.in_channels, *size)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if len(latents) != 1:
+        raise ValueError(f"latents must hold one latent, which all images share; got {len(latents)}.")
+    shared = {"latents": latents.expand(len(seeds), -1, -1, -1), "num_inference_steps": num_inference_steps}
+    shared |= {"output_type": output_type, "batch_size": len(seeds), "class_labels": class_labels}
+    return [
+        CTMPipeline.__call__(
+            pipe, gamma=gamma, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **shared
+        ).images
+        for gamma in gammas
+    ]

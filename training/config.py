@@ -285,6 +285,12 @@ class CTMConfig(TeacherOptions, RunOptions):
         "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors') or 'uniform'.",
         ["weighted", "uniform"],
     )
+    solver: str = option(
+        "heun",
+        "The teacher's solver: 'heun' (two evaluations a step; the paper's), or 'dpm': DPM-Solver++(2M), of the same order with one evaluation.",
+        ["heun", "dpm"],
+    )
+    solver_substeps: int = option(1, "Steps of the solver from one level of the grid to the next.")
     inner_target: str = option(
         "ema",
         "Network of the target's jump from u to s: 'ema' (the paper) or 'live' (the authors' code).",
@@ -313,6 +319,7 @@ class CTMConfig(TeacherOptions, RunOptions):
         for name in ("sigma_min", "sigma_max"):
             self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
         self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
+        self.check_positive("solver_substeps")
         self.check_not_negative("dsm_weight")
         most = self.num_train_timesteps - 1
         if self.max_solver_steps is None:

@@ -15,7 +15,7 @@ from .config import CTMConfig, UserError, run_program
 from .data import ImageDataset
 from .losses import DISTANCES, Solver, ctm_loss
 from .run import StepRandom, TrainingRun
-from .solver import heun_solve
+from .solver import SOLVERS
 from .teacher import Teacher, teacher_of
 from .time_sampling import (
     Times,
@@ -54,6 +54,10 @@ def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
         raise UserError(
             f"--teacher {config.teacher} is a consistency model: it knows jumps to sigma_min and no solver's steps. Give --matching global, which "
             "then learns those jumps, or distil the diffusion model that it came from."
+        )
+    if config.solver != "heun" or config.solver_substeps != 1:
+        raise UserError(
+            f"--teacher {config.teacher} is a consistency model: no solver runs. Leave out --solver and --solver_substeps."
         )
     if config.dsm_adaptive or config.dsm_weight == 0:
         raise UserError(
@@ -115,11 +119,18 @@ def draw_step_times(config: CTMConfig, teacher: Teacher, random: StepRandom) -> 
     )[random.own]
 
 
-def teacher_solver(teacher: Teacher, grid: torch.Tensor, labels: torch.Tensor | None) -> Solver:
-    """`solver(x_t, index, k)` for `ctm_loss`: Heun's steps, or the jump to the end of a consistency model."""
+def teacher_solver(config: CTMConfig, teacher: Teacher, fine_grid: torch.Tensor, labels: torch.Tensor | None) -> Solver:
+    """`solver(x_t, index, k)` for `ctm_loss`: `solver_substeps` steps per level, or the jump to the end of a consistency model.
+
+    `fine_grid` holds the levels of the solver's steps; every `solver_substeps`-th is one of the training grid.
+    """
+    substeps = config.solver_substeps
     if teacher.is_consistency_model:
-        return lambda x_t, index, _: teacher.jump_to_end(x_t, grid[index], labels)
-    return functools.partial(heun_solve, functools.partial(teacher.denoise, class_labels=labels), grid)
+        return lambda x_t, index, _: teacher.jump_to_end(x_t, fine_grid[index], labels)
+    solve = functools.partial(
+        SOLVERS[config.solver], functools.partial(teacher.denoise, class_labels=labels), fine_grid
+    )
+    return lambda x_t, index, num_levels: solve(x_t, substeps * index, substeps * num_levels)
 
 
 def make_student(network: UNet2DModel | EDMUNet2DModel) -> CTMUNet2DModel | EDMUNet2DModel:
@@ -160,8 +171,10 @@ def main(config: CTMConfig) -> str:
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
     run = TrainingRun(config, dataset, student, make_pipeline, samples)
     teacher.network.to(run.device, memory_format=torch.channels_last)
-    levels = (config.num_train_timesteps, numbers.sigma_min, numbers.sigma_max, numbers.rho)
-    grid = karras_sigmas(*levels, device=run.device)
+    num_levels = (config.num_train_timesteps - 1) * config.solver_substeps + 1
+    levels = (num_levels, numbers.sigma_min, numbers.sigma_max, numbers.rho)
+    fine_grid = karras_sigmas(*levels, device=run.device)
+    grid = fine_grid[:: config.solver_substeps]
     last_weight = run.bare_network.last_layer.weight
 
     for batch in run.batches():
@@ -170,7 +183,7 @@ def main(config: CTMConfig) -> str:
             loss = ctm_loss(
                 student=run.network,
                 student_ema=run.ema.module,
-                solver=teacher_solver(teacher, grid, labels),
+                solver=teacher_solver(config, teacher, fine_grid, labels),
                 preconditioning=scheduler.preconditioning,
                 grid=grid,
                 times=draw_step_times(config, teacher, random),

@@ -212,6 +212,17 @@ def test_from_pipe_and_back_and_saved(make_unet, tmp_path):
         assert type(other) is CTMInversionPipeline and torch.equal(other(image, "b", 2).latents, expected)
 
 
+def test_loads_from_the_hub_code_in_its_folder(make_unet, tmp_path):
+    """As someone without the package does: with the code that `save_pretrained` put there."""
+    pipe = pipeline(make_unet(), CTMScheduler())
+    pipe.save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    assert type(loaded).__name__ == "CTMInversionPipeline" and type(loaded) is not CTMInversionPipeline
+    image = pixels(size=8)
+    assert torch.equal(loaded(image, num_inference_steps=2).latents, pipe(image, num_inference_steps=2).latents)
+
+
 def test_teacher_and_untrained_student_agree(make_unet):
     unet = make_unet(UNet2DModel)
     image = pixels(size=8)

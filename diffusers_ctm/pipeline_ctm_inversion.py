@@ -9,7 +9,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from .image_inputs import images_to_tensor
+from .encoding_inputs import images_to_tensor
 from .pipeline_ctm import CTMPipeline
 from .scheduling_utils_ctm import is_integer
 from .trajectory import append_dims, heun_step, karras_sigmas

@@ -11,7 +11,7 @@ from exact import ExactDenoiserNetwork, ExactNetwork, GaussianData, GaussianMixt
 from PIL import Image
 
 from diffusers_ctm import CTMInversionPipeline, CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, slerp
-from diffusers_ctm.image_inputs import images_to_tensor
+from diffusers_ctm.encoding_inputs import images_to_tensor
 
 
 DATA = GaussianData(0.3, mean=0.2)

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, log_likelihood
 from diffusers_ctm.likelihood import denoiser_and_trace, dormand_prince, elbo, ode_log_density
 from diffusers_ctm.trajectory import Preconditioning
+from training.config import UserError
+from training.data import ImageDataset
+from training.likelihood import LikelihoodConfig, main
 
 
 LOW, HIGH = 0.002, 80.0
@@ -289,6 +292,38 @@ def test_bound_uses_the_authors_numbers_as_they_do(oracle):
     )
     close(terms.prior, arrays["lp"], 1e-6, 0)
     close(terms.integral - z_total * 3072, arrays["Nu"], 1e-5, 0)
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+
+def test_program_measures_a_teacher_on_the_digits(exact_teacher, tmp_path, capsys):
+    pipeline(exact_teacher(in_channels=1, out_channels=1), 0.75).save_pretrained(tmp_path)
+    config = LikelihoodConfig(teacher=str(tmp_path), num_images=12, num_draws=2, batch_size=8)
+    rows = main(config)
+    order = torch.randperm(1797, generator=seeded()).tolist()[:12]
+    images, _ = ImageDataset(config)[order]
+    bits = -normal_log_density(images.double() / 127.5 - 1, 0.75) / (64 * math.log(2)) + math.log2(127.5)
+    assert [row.method for row in rows] == ["ode", "elbo"] and rows[1].nfe == 4
+    for row in rows:
+        assert abs(row.bits_per_dim - bits.mean()) < 2e-3
+        assert abs(row.standard_error - bits.std() / 12**0.5) < 2e-3
+    shown = capsys.readouterr().out
+    assert "12 images" in shown and f"| teacher | elbo | {rows[1].bits_per_dim:.3f} ±" in shown
+
+
+def test_program_names_what_is_missing(make_unet, tmp_path):
+    for options, message in [
+        ({}, "--model or --teacher"),
+        ({"model": "x", "methods": ["exact"]}, "--methods"),
+        ({"model": "x", "num_images": 0}, "--num_images"),
+        ({"model": "x", "rtol": 0.0}, "--rtol"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            LikelihoodConfig(**options)
+    pipeline(make_unet(UNet2DModel, in_channels=1, out_channels=1, num_class_embeds=10)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--label_column"):
+        main(LikelihoodConfig(teacher=str(tmp_path)))
 
 
 # Images ---------------------------------------------------------------------------------------------------------------

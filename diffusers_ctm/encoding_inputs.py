@@ -33,13 +33,13 @@ def images_to_tensor(
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError("The list of images is empty.")
-        batches = [images_to_tensor_or_unit(image, channels) for image in images]
+        batches = [_float_batch(image, channels) for image in images]
         shapes = sorted({tuple(batch.shape[1:]) for batch in batches})
         if len(shapes) > 1:
             raise ValueError(f"The images have different shapes (C, H, W): {shapes}. Pass one shape at a time.")
         batch = torch.cat(batches)
     else:
-        batch = images_to_tensor_or_unit(images, channels)
+        batch = _float_batch(images, channels)
 
     height_width = (size, size) if isinstance(size, int) else size
     if batch.shape[1] != channels or (height_width is not None and tuple(batch.shape[2:]) != tuple(height_width)):
@@ -58,7 +58,7 @@ def images_to_tensor(
     return batch if batch.min() < 0 else 2 * batch - 1
 
 
-def images_to_tensor_or_unit(image: Image.Image | np.ndarray | torch.Tensor, channels: int) -> torch.Tensor:
+def _float_batch(image: Image.Image | np.ndarray | torch.Tensor, channels: int) -> torch.Tensor:
     """One image or batch as a float tensor (B, C, H, W), in the range it came in, 0..255 in [0, 1]."""
     if isinstance(image, Image.Image):
         modes = {1: "L", 3: "RGB", 4: "RGBA"}

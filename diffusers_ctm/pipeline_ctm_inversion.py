@@ -32,8 +32,11 @@ class CTMInversionPipeline(CTMPipeline):
     Heun's method on the exact score, so that it works for a CTM (asked for g(x, t, t)) and for an EDM teacher alike. Make it from a
     loaded pipeline by `CTMInversionPipeline.from_pipe(pipe)`, or load it by `CTMInversionPipeline.from_pretrained`.
 
-    N steps cost 2N network evaluations. `decode` walks the same levels down; encoding and decoding an image returns it up to an error
-    of order 1 / N^2.
+    N steps cost 2N network evaluations, and the latents are off by an error of order 1 / N^2. `decode` walks the same levels down and
+    returns the image up to such an error or less.
+
+    An image is clean, a state at sigma_min has noise of that size. Where the data hardly vary (a constant background), the
+    latents of images are therefore nearer to 0 than unit normal noise.
     """
 
     @torch.no_grad()

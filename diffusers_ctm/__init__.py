@@ -5,10 +5,12 @@
 """
 
 from .hub import register
+from .likelihood import log_likelihood
 from .linear_operators import BlockAverageOperator, GrayscaleOperator, LinearOperator, MaskOperator
 from .pipeline_ctm import CTMPipeline
 from .pipeline_ctm_img2img import CTMImg2ImgPipeline
 from .pipeline_ctm_inpaint import CTMInpaintPipeline
+from .pipeline_ctm_inversion import CTMInversionPipeline, slerp
 from .pipeline_ctm_restoration import CTMRestorationPipeline
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
@@ -21,6 +23,7 @@ __all__ = [
     "BlockAverageOperator",
     "CTMImg2ImgPipeline",
     "CTMInpaintPipeline",
+    "CTMInversionPipeline",
     "CTMPipeline",
     "CTMRestorationPipeline",
     "CTMScheduler",
@@ -33,7 +36,9 @@ __all__ = [
     "LinearOperator",
     "MaskOperator",
     "gamma_seed_grid",
+    "log_likelihood",
     "register",
+    "slerp",
     "trajectory_strip",
 ]
 __version__ = "0.1.0"

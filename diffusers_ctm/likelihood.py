@@ -1,0 +1,457 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Likelihood of images under the diffusion model that a CTM or its teacher is: by the ODE, and a lower bound.
+
+x is an image in [-1, 1] of n values, D(x, sigma) the denoiser, and the score is (D - x) / sigma^2. All log-densities are in nats,
+of shape (B,). Two estimators:
+
+- `ode_log_density`: the density at sigma_min of what the probability-flow ODE makes of N(0, sigma_max^2), by the change of
+  variables (Song et al. 2021, "Score-based generative modeling", Section D.2).
+- `elbo`: a lower bound of the density at level 0 that the noising process with the same denoiser gives (Song et al. 2021, "Maximum likelihood
+  training", Theorem 3), with the truncation at sigma_min bounded as in Kim et al. 2022, "Soft truncation".
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from .pipeline_ctm import CTMPipeline
+from .pipeline_ctm_inversion import exact_denoiser, pipeline_condition, pipeline_images
+from .scheduling_utils_ctm import is_integer
+from .trajectory import append_dims, check_positive
+
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+HALF_WIDTH = 1 / 255  # of the cell of an 8-bit value in [-1, 1]: values are 2 / 255 = 1 / 127.5 apart
+LEVELS_PER_UNIT = 127.5
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """What `log_likelihood` found. Tensors have shape (B,), float64 on the CPU.
+
+    Args:
+        bits_per_dim: -log2 p(x) / n + log2(127.5): an upper bound of the negative log-likelihood of the 8-bit image per value.
+        standard_error: of `bits_per_dim`, from the spread of the estimates; NaN if there is only one.
+        nats: mean log-density of the (dequantised) image in [-1, 1], log p(x).
+        nfe: network evaluations per image.
+        backward_passes: vector-Jacobian products through the network per image.
+    """
+
+    bits_per_dim: torch.Tensor
+    standard_error: torch.Tensor
+    nats: torch.Tensor
+    nfe: int
+    backward_passes: int
+
+
+def log_likelihood(
+    pipe: CTMPipeline,
+    images,
+    class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+    method: str = "ode",
+    num_draws: int | None = None,
+    num_probes: int = 1,
+    trace: str | None = None,
+    dequantize: bool = True,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> LogLikelihood:
+    """Bits per dimension of images, by the probability-flow ODE or by the variational bound.
+
+    The 8-bit value k is the density's value k / 127.5 - 1, as everywhere in diffusers. Uniform dequantisation spreads it over its
+    cell, of width 1 / 127.5: x = (k + u) / 127.5 - 1 with u in [-1/2, 1/2). By Jensen the discrete image has at most
+    -log2 p(x) / n + log2(127.5) = ... + 6.994 bits per value on average over u, for any density p. (Scaled as (k + u) / 128 - 1, u
+    in [0, 1), the constant is 7, and images are up to 1/256 away from those that the network has seen.)
+
+    Cost per image: "ode" some 50 to 200 evaluations per draw, as the tolerances ask, each with `num_probes` backward passes (n
+    for an exact trace); "elbo" two evaluations per draw, and `num_probes` backward passes with `trace="hutchinson"`.
+
+    The ODE's density is the one at sigma_min, which is where a CTM's steps end: the image is taken as the state there. That is the data
+    blurred by sigma_min; on N(0, c^2) it costs sigma_min^4 / (4 c^4) nats per value. The bound is of the density at 0.
+    At sigma_max both take N(0, sigma_max^2), from which the pipelines draw, and leave out the data's own mean and variance there: less
+    than 1e-4 bits per value in the mean over data, up to 1e-2 for a single image far from the mean.
+
+    Args:
+        pipe: a `CTMPipeline` (a CTM or an EDM teacher) with `CTMScheduler` or `EDMHeunScheduler`; its network in eval mode. For
+            a CTM it is the likelihood of its exact score g(x, t, t), not of its jumps.
+        images: 8-bit images: PIL, uint8, or floats on the 256 levels in [0, 1] (or in [-1, 1], see `images_to_tensor`).
+        class_labels: class of each image, or one for all; numbers or names. Needed by a class-conditional network, whose density given
+            the class this is.
+        method: "ode", or "elbo", a lower bound of the likelihood and so an upper bound of the bits.
+        num_draws: independent estimates, each with its own dequantisation: ODE solutions (default 1), or for the bound pairs of
+            level and noise (default 32).
+        num_probes: Hutchinson probes (random signs) per draw, each kept along the trajectory.
+        trace: "hutchinson" (default of "ode") or "exact" (n backward passes per evaluation, for small images). The bound needs no
+            trace: by default it is the denoising form, of the same mean as the "hutchinson" one and much less spread.
+        dequantize: False takes the images as continuous values that are dequantised already.
+        rtol, atol: tolerances of the ODE solver, relative and absolute; see `dormand_prince`. Steps are shared by the batch.
+        generator: source of dequantisation, probes, levels and noise.
+
+    Returns:
+        `LogLikelihood`. The standard error is over the draws; with one draw of the ODE it is over its probes, the trace's share only.
+
+    Raises:
+        ValueError: images of another size or mode, not 8-bit, or with NaN; labels missing or not expected; a network in training
+            mode; an option that does not exist.
+        RuntimeError: the solver does not reach the tolerances.
+    """
+    # 1. Check
+    if method not in ("ode", "elbo"):
+        raise ValueError(f"method must be 'ode' or 'elbo', got {method!r}.")
+    if trace not in ((None, "hutchinson", "exact") if method == "ode" else (None, "hutchinson")):
+        raise ValueError(f"trace={trace!r} is not known to method={method!r}.")
+    num_draws = {"ode": 1, "elbo": 32}[method] if num_draws is None else num_draws
+    for name, value in {"num_draws": num_draws, "num_probes": num_probes}.items():
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+    check_positive(rtol=rtol, atol=atol)
+    unet = pipe.unet
+    if unet.training:
+        raise ValueError(
+            "The network is in training mode, where dropout changes the likelihood; call `pipe.unet.eval()`."
+        )
+    clean = pipeline_images(pipe, images)
+
+    # 2. Prepare
+    device = pipe._execution_device
+    dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
+    clean = (_on_grid(clean) if dequantize else clean).to(device=device, dtype=dtype)
+    denoiser = exact_denoiser(pipe, **pipeline_condition(pipe, class_labels, len(clean), device))
+    config = pipe.scheduler.config
+    levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
+
+    def normal(*shape):
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+    def uniform(*shape):
+        source = generator.device if generator is not None else device
+        return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(device)
+
+    def signs():
+        return torch.where(uniform(num_probes, *clean.shape) < 0.5, -1.0, 1.0).to(dtype)
+
+    # 3. Estimate
+    estimates, nfe, backward_passes = [], 0, 0  # each (num_probes, B) of the ODE, (1, B) of the bound
+    for _ in range(num_draws):
+        x = clean + HALF_WIDTH * (2 * uniform(*clean.shape) - 1) if dequantize else clean
+        if method == "ode":
+            probes = None if trace == "exact" else signs()
+            solution = ode_log_density(denoiser, x, probes, config.sigma_data, rtol=rtol, atol=atol, **levels)
+            estimates.append(solution.log_density)
+            nfe += solution.nfe
+            backward_passes += solution.nfe * (x[0].numel() if probes is None else num_probes)
+        else:
+            # Each image's level is log-uniform; those of a batch are evenly apart, so that its mean spreads less.
+            ramp = (uniform(1) + torch.arange(len(x), device=device, dtype=dtype) / len(x)) % 1
+            sigma = config.sigma_min * (config.sigma_max / config.sigma_min) ** ramp
+            probes = None if trace is None else signs()
+            draws = (sigma, normal(*x.shape), normal(*x.shape))
+            terms = elbo(denoiser, x, *draws, probes=probes, reference_std=config.sigma_data, **levels)
+            estimates.append(terms.log_density[None])
+            nfe += 2
+            backward_passes += 0 if probes is None else num_probes
+    pipe.maybe_free_model_hooks()
+
+    # 4. Summarise
+    log_density = torch.stack(estimates).cpu().double()  # (draws, probes, B)
+    independent = log_density.mean(1) if num_draws > 1 else log_density[0]
+    per_bit = clean[0].numel() * math.log(2)
+    nats = log_density.mean((0, 1))
+    spread = independent.std(0) if len(independent) > 1 else torch.full_like(nats, math.nan)
+    return LogLikelihood(
+        bits_per_dim=-nats / per_bit + math.log2(LEVELS_PER_UNIT),
+        standard_error=spread / len(independent) ** 0.5 / per_bit,
+        nats=nats,
+        nfe=nfe,
+        backward_passes=backward_passes,
+    )
+
+
+def _on_grid(x: torch.Tensor) -> torch.Tensor:
+    """The nearest 8-bit values of `x` in [-1, 1]. Raises ValueError if they are not near."""
+    level = ((x.double() + 1) * LEVELS_PER_UNIT).round()
+    value = level / LEVELS_PER_UNIT - 1
+    if (value - x.double()).abs().max() > HALF_WIDTH / 20 or level.min() < 0 or level.max() > 255:
+        raise ValueError(
+            "The images are not 8-bit: values k / 255 in [0, 1], k = 0..255, are asked. Round them, pass uint8, or pass dequantize=False "
+            "for continuous values."
+        )
+    return value
+
+
+# The probability-flow ODE -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OdeLogDensity:
+    """Args: log_density, (P, B), one per probe; latents, the state at sigma_max, (B, ...); nfe, evaluations of the denoiser."""
+
+    log_density: torch.Tensor
+    latents: torch.Tensor
+    nfe: int
+
+
+def ode_log_density(
+    denoiser: Denoiser,
+    x: torch.Tensor,
+    probes: torch.Tensor | None = None,
+    sigma_data: float = 0.5,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+) -> OdeLogDensity:
+    """log p(x) at sigma_min of the flow of dx/dsigma = (x - D) / sigma that starts as N(0, sigma_max^2) at sigma_max.
+
+    Solved in y = x / c with c = sqrt(sigma^2 + sigma_data^2), of unit variance at all levels, over the angle phi = arctan(sigma / sigma_data):
+
+        dy/dphi = (cos(phi) y - D / sigma_data) / sin(phi)                 (minus EDM's F, so 0 for data N(0, sigma_data^2))
+        log p(x) = log N(x_T; 0, sigma_max^2) + n ln(c_T / c) + int tr(d(dy/dphi)/dy) dphi
+
+    `sigma_data` chooses coordinates only; the result does not depend on it.
+
+    Args:
+        denoiser: D(x, sigma) with sigma of shape (); differentiable in x.
+        x: (B, ...), taken as the state at sigma_min.
+        probes: (P, B, ...) of unit covariance: P estimates of the trace, each with one probe along the trajectory (Hutchinson). None is
+            the exact trace (P = 1), n backward passes per evaluation.
+        rtol, atol: of `dormand_prince`, on y and on the integral per dimension.
+    """
+    size, count = x[0].numel(), 1 if probes is None else len(probes)
+    start, end = (torch.tensor(math.atan(level / sigma_data), dtype=torch.float64) for level in (sigma_min, sigma_max))
+
+    def field(phi: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        cos, sin = phi.cos().item(), phi.sin().item()
+        y = state[:, :size].reshape(x.shape)
+        sigma = torch.tensor(sigma_data * math.tan(phi.item()), dtype=x.dtype, device=x.device)
+        denoised, trace = denoiser_and_trace(denoiser, y * (sigma_data / cos), sigma, probes)
+        slope = (cos * y - denoised / sigma_data) / sin
+        identity = size if probes is None else _sums_of_squares(probes)
+        divergence = (identity * cos - trace / cos) / sin
+        return torch.cat([slope.flatten(1), divergence.T / size], dim=1)
+
+    c, c_end = math.hypot(sigma_min, sigma_data), math.hypot(sigma_max, sigma_data)
+    state = torch.cat([x.flatten(1) / c, x.new_zeros(len(x), count)], dim=1)
+    state, nfe = dormand_prince(field, state, start, end, rtol, atol, size)
+    latents = state[:, :size].reshape(x.shape) * c_end
+    log_density = normal_log_density(latents, sigma_max) + size * (math.log(c_end / c) + state[:, size:].T)
+    return OdeLogDensity(log_density, latents, nfe)
+
+
+def normal_log_density(x: torch.Tensor, std: float) -> torch.Tensor:
+    """log N(x; 0, std^2 I), (B,)."""
+    return -_sum_of_squares(x) / (2 * std**2) - x[0].numel() / 2 * math.log(2 * math.pi * std**2)
+
+
+def denoiser_and_trace(
+    denoiser: Denoiser, x: torch.Tensor, sigma: torch.Tensor, probes: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D(x, sigma), and e^T (dD/dx) e for each probe e, (P, B); without probes the trace of dD/dx, (1, B).
+
+    One evaluation and P (without probes n) vector-Jacobian products. The network's parameters get no gradient and no graph is kept.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        denoised = denoiser(x, sigma)
+        if probes is None:
+            products = (_diagonal_entry(denoised, x, i) for i in range(x[0].numel()))
+            trace = sum(products)[None]
+        else:
+            trace = torch.stack([(e * _vjp(denoised, x, e)).flatten(1).sum(1) for e in probes])
+    return denoised.detach(), trace.detach()
+
+
+def _vjp(output: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """vector^T (d output / d x) of each sample, shape of `x`."""
+    return torch.autograd.grad(output, x, vector, retain_graph=True)[0]
+
+
+def _diagonal_entry(output: torch.Tensor, x: torch.Tensor, index: int) -> torch.Tensor:
+    """d output_i / d x_i of each sample, (B,), `index` counting the values of a sample."""
+    unit = torch.zeros_like(output).flatten(1)
+    unit[:, index] = 1
+    return _vjp(output, x, unit.reshape(output.shape)).flatten(1)[:, index]
+
+
+# Dormand and Prince's coefficients: nodes, stages, and the difference of the orders 5 and 4. The last stage is the step itself.
+NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+STAGES = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+def dormand_prince(
+    field: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    state: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    rtol: float,
+    atol: float,
+    size: int,
+    max_evaluations: int = 20_000,
+) -> tuple[torch.Tensor, int]:
+    """Solve d state / d time = field(time, state) by the embedded Runge-Kutta pair 5(4) of Dormand and Prince (1980).
+
+    A step is accepted if the estimated error, divided by atol + rtol |state|, is at most 1 for every sample: its root mean square over the
+    first `size` values (the point) and each of the others (the integrals). The step is shared by the batch: an image's
+    result depends on the others within the tolerances.
+
+    Args:
+        field: of a 0-d float64 time and a state (B, size + P).
+        state: at `start`, (B, size + P).
+        start, end: 0-d float64, `start` < `end`.
+
+    Returns:
+        The state at `end` and the number of evaluations.
+
+    Raises:
+        RuntimeError: the field gave NaN or infinite values, or the tolerances cannot be met.
+    """
+    time, step = start, (end - start) / 50
+    slope, evaluations = field(time, state), 1
+    if not slope.isfinite().all():
+        raise RuntimeError("The ODE cannot be solved: the network gives values that are NaN or infinite.")
+    while time < end:
+        step = torch.minimum(step, end - time)
+        slopes = [slope]
+        for node, weights in zip(NODES[1:], STAGES[1:], strict=True):
+            moved = state + step.item() * sum(w * k for w, k in zip(weights, slopes, strict=True) if w)
+            slopes.append(field(time + node * step, moved))
+        evaluations += len(NODES) - 1
+        scale = atol + rtol * torch.maximum(state.abs(), moved.abs())
+        error = step.item() * sum(w * k for w, k in zip(ERROR, slopes, strict=True) if w) / scale
+        error = torch.cat([error[:, :size].square().mean(1, keepdim=True).sqrt(), error[:, size:].abs()], dim=1)
+        worst = error.max().item()
+        worst = worst if math.isfinite(worst) else math.inf
+        if worst <= 1:
+            time = end if step == end - time else time + step
+            state, slope = moved, slopes[-1]
+        step = step * min(5.0, max(0.2, 0.9 * max(worst, 1e-10) ** -0.2))
+        if evaluations > max_evaluations or step < 1e-9 * (end - start):
+            raise RuntimeError(
+                f"The ODE solver does not meet rtol={rtol:g}, atol={atol:g} after {evaluations} evaluations; allow larger errors, "
+                "or check that the network gives finite values."
+            )
+    return state, evaluations
+
+
+# The variational bound ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ElboTerms:
+    """One draw of the bound, in nats, each of shape (B,). `log_density` is their sum.
+
+    Args:
+        prior: log density of x + sigma_max z under N(0, sigma_max^2).
+        integral: of the diffusion between sigma_min and sigma_max.
+        truncation: of decoding x from its state at sigma_min by N(D, sigma_min^2), at most n/2 and about 0 where D is good.
+    """
+
+    prior: torch.Tensor
+    integral: torch.Tensor
+    truncation: torch.Tensor
+
+    @property
+    def log_density(self) -> torch.Tensor:
+        return self.prior + self.integral + self.truncation
+
+
+def elbo(
+    denoiser: Denoiser,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    truncation_noise: torch.Tensor,
+    probes: torch.Tensor | None = None,
+    prior_noise: torch.Tensor | None = None,
+    reference_std: float | None = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+) -> ElboTerms:
+    """One draw of the lower bound of log p(x) of the noising process x + sigma z. Its mean over all draws is the bound.
+
+    With Z = 2 ln(sigma_max / sigma_min), x_s = x + sigma z and sigma log-uniform, which is the density that weighs d(sigma^2) by 1 / sigma^2:
+
+        prior       log N(x + sigma_max z'; 0, sigma_max^2)
+        integral    -Z/2 |sigma s|^2 - Z sigma^2 e^T (ds/dx) e,  s = (D - x_s) / sigma^2     with probes (Hutchinson)
+                    -Z/2 (|D - x|^2 / sigma^2 - n)                                         without: equal in the mean over z
+        truncation  n/2 - |D(x + sigma_min z'', sigma_min) - x|^2 / (2 sigma_min^2)
+
+    Two evaluations. With an exact denoiser the bound is tight but for the decoder and the prior.
+
+    Args:
+        denoiser: D(x, sigma) with sigma of shape (B,).
+        x: (B, ...), at level 0.
+        sigma: (B,), log-uniform in [sigma_min, sigma_max].
+        noise, truncation_noise: z and z'', unit normal, shape of `x`.
+        probes: e, (P, B, ...), of unit covariance; their mean is taken.
+        prior_noise: z'; None takes the expectation, which is known.
+        reference_std: standard deviation of normal data for whose denoiser the last two terms at the same draws are subtracted
+            and their known means added (a control variate; only without probes). It changes the spread, not the mean; for
+            such data the spread is 0.
+    """
+    size = x[0].numel()
+    z_total = 2 * math.log(sigma_max / sigma_min)
+    level = append_dims(sigma, x.ndim)
+    noisy, least_noisy = x + level * noise, x + sigma_min * truncation_noise
+
+    if prior_noise is None:
+        prior = normal_log_density(x, sigma_max) - size / 2
+    else:
+        prior = normal_log_density(x + sigma_max * prior_noise, sigma_max)
+
+    if probes is not None:
+        denoised, trace = denoiser_and_trace(denoiser, noisy, sigma, probes)
+        squared_score = _sum_of_squares((denoised - noisy) / level)
+        integral = -z_total / 2 * squared_score - z_total * (trace - _sums_of_squares(probes)).mean(0)
+    else:
+        with torch.no_grad():
+            denoised = denoiser(noisy, sigma)
+        integral = -z_total / 2 * (_sum_of_squares((denoised - x) / level) - size)
+    with torch.no_grad():
+        decoded = denoiser(least_noisy, torch.full_like(sigma, sigma_min))
+    truncation = size / 2 - _sum_of_squares((decoded - x) / sigma_min) / 2
+
+    if reference_std is not None and probes is None:
+        c_skip = append_dims(reference_std**2 / (sigma**2 + reference_std**2), x.ndim)
+        drawn = -z_total / 2 * (_sum_of_squares((c_skip * noisy - x) / level) - size)
+        integral = integral - drawn + _normal_integral(x, reference_std, sigma_min, sigma_max)
+        c_skip = reference_std**2 / (sigma_min**2 + reference_std**2)
+        drawn = _sum_of_squares((c_skip * least_noisy - x) / sigma_min) / 2
+        mean = ((1 - c_skip) / sigma_min) ** 2 * _sum_of_squares(x) / 2 + c_skip**2 * size / 2
+        truncation = truncation + drawn - mean
+    return ElboTerms(prior, integral, truncation)
+
+
+def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """|x|^2 of each sample of (B, ...), shape (B,)."""
+    return x.flatten(1).square().sum(1)
+
+
+def _sums_of_squares(probes: torch.Tensor) -> torch.Tensor:
+    """e^T e of each probe of (P, B, ...), shape (P, B)."""
+    return probes.flatten(2).square().sum(2)
+
+
+def _normal_integral(x: torch.Tensor, std: float, sigma_min: float, sigma_max: float) -> torch.Tensor:
+    """Mean over sigma and z of the integral in `elbo` for the denoiser c x, c = std^2 / (sigma^2 + std^2), of data N(0, std^2).
+
+    -int (|x|^2 (1 - c)^2 / sigma^2 + n (c^2 - 1)) d ln(sigma), with (1 - c)^2 / sigma^2 = sigma^2 / (sigma^2 + std^2)^2 and
+    1 - c^2 = sigma^2 / (sigma^2 + std^2) + std^2 sigma^2 / (sigma^2 + std^2)^2.
+    """
+    low, high = sigma_min**2 + std**2, sigma_max**2 + std**2
+    moment = (1 / low - 1 / high) / 2
+    return -_sum_of_squares(x) * moment + x[0].numel() * (math.log(high / low) / 2 + std**2 * moment)

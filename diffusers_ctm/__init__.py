@@ -4,6 +4,13 @@
 `import diffusers_ctm` is all that `DiffusionPipeline.from_pretrained` needs to load a CTM.
 """
 
+from .guidance import (
+    ClassifierGuidance,
+    Guidance,
+    LossGuidance,
+    RejectionSamplingOutput,
+    rejection_sample,
+)
 from .hub import register
 from .pipeline_ctm import CTMPipeline
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
@@ -16,9 +23,14 @@ __all__ = [
     "CTMScheduler",
     "CTMSchedulerOutput",
     "CTMUNet2DModel",
+    "ClassifierGuidance",
     "EDMHeunScheduler",
     "EDMHeunSchedulerOutput",
+    "Guidance",
+    "LossGuidance",
+    "RejectionSamplingOutput",
     "register",
+    "rejection_sample",
 ]
 __version__ = "0.1.0"
 

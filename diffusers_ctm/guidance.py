@@ -49,6 +49,9 @@ class Guidance:
         on: what the loss sees.
     """
 
+    scale: float = 1.0  # also of a subclass that has its own `__init__`
+    on: str = "prediction"
+
     def __init__(self, scale: float = 1.0, on: str = "prediction"):
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}.")
@@ -214,7 +217,7 @@ def guided_output(
             seen, estimate = scheduler._denoised(model_output, x, level), s
 
         loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
-        gradient = _gradient(loss, x, t)
+        gradient = _gradient(loss, seen, x, t)
     one = torch.ones((), dtype=torch.float64)
     c_out = float(scheduler._denoised(one, torch.zeros_like(one), level))  # g is affine in F
     weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
@@ -229,27 +232,32 @@ def _levels_of_call(scheduler: Any, timestep: torch.Tensor) -> tuple[float, floa
     return t, s, min(s, scheduler.config.sigma_min)
 
 
-def _gradient(loss: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gradient of each sample's loss; `loss` must depend on `x`, with shape (B,)."""
+def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gradient of each sample's loss with respect to `x`, through `seen`, which the loss was given; `loss` has shape (B,)."""
     if not torch.is_tensor(loss) or loss.shape != (len(x),):
         found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
         raise ValueError(
             f"The guidance loss must return one value per sample, a tensor of shape ({len(x)},), got {found}."
         )
-    gradient = None
+    slope = None
     if loss.requires_grad:
-        (gradient,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
-    if gradient is None:
+        (slope,) = torch.autograd.grad(loss.sum(), seen, allow_unused=True)
+    if slope is None:
         raise ValueError(
             "The guidance loss has no gradient with respect to its image. Compute it from its argument by differentiable operations, without "
             "no_grad, detach, argmax, rounding or numpy."
         )
-    if not (loss.isfinite().all() and gradient.isfinite().all()):
+    if seen is not x:
+        # A mean over all pixels has a gradient too small for fp16 on its way through the network.
+        largest = slope.flatten(1).abs().amax(1).clamp(min=1e-30).reshape(-1, *[1] * (x.ndim - 1))
+        (slope,) = torch.autograd.grad(seen, x, slope / largest)
+        slope = slope * largest
+    if not (loss.isfinite().all() and slope.isfinite().all()):
         raise ValueError(
             f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth where it is singular (such as the "
             "root of 0 or log of 0), or lower the scale."
         )
-    return gradient
+    return slope
 
 
 # Classifier-free guidance ---------------------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ class Teacher:
         network: F, in evaluation mode, without gradient.
         scheduler: an `EDMHeunScheduler` that samples it; its config holds the preconditioning.
         id2label: names of its classes, if it carries them.
+        null_class: its label that means "no class", if it was trained with label dropout.
     """
 
     network: UNet2DModel
     scheduler: EDMHeunScheduler
     id2label: dict[int, str] | None = None
+    null_class: int | None = None
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -66,15 +68,16 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
             "EDMEulerScheduler, EDMDPMSolverMultistepScheduler)."
         )
     network = network.to(device).requires_grad_(False).eval()
-    return Teacher(network, EDMHeunScheduler.from_config(config), _id2label(name))
+    return Teacher(network, EDMHeunScheduler.from_config(config), *_classes(name))
 
 
-def _id2label(name: str) -> dict[int, str] | None:
-    """The class names in model_index.json; a repository without that file has none."""
+def _classes(name: str) -> tuple[dict[int, str] | None, int | None]:
+    """The class names and the null class in model_index.json; a repository without that file has none."""
     from diffusers import DiffusionPipeline
 
     try:
-        labels = DiffusionPipeline.load_config(name).get("id2label")
+        index = DiffusionPipeline.load_config(name)
     except OSError:
-        return None
-    return {int(index): label for index, label in labels.items()} if labels else None
+        return None, None
+    labels = index.get("id2label")
+    return {int(number): label for number, label in labels.items()} if labels else None, index.get("null_class")

@@ -268,8 +268,8 @@ class ClassifierFreeNetwork:
 
     g is affine in F, so that it is g_null + scale (g_y - g_null) at the same t and s. For s = t that is the guided denoiser, exactly. For a
     jump it is not the jump of the guided ODE, whose two parts would part ways: it differs in second order of t - s, and as steps
-    grow at gamma = 0 the samples converge to those of the guided ODE. Scale 1 is conditional and 0 unconditional, both
-    for a single batch.
+    grow at gamma = 0 the samples converge to those of the guided ODE. Scale 0 is unconditional, for a single batch; 1
+    would be the network itself.
 
     Args:
         network: F, with `class_labels`.
@@ -288,8 +288,6 @@ class ClassifierFreeNetwork:
     def __call__(
         self, sample: torch.Tensor, *times: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
     ) -> tuple[torch.Tensor]:
-        if self.scale == 1:
-            return self.network(sample, *times, class_labels=class_labels, return_dict=False)
         labels, null = self.null(class_labels)
         if self.scale == 0:
             return self.network(sample, *times, class_labels=null, return_dict=False)
@@ -341,7 +339,7 @@ def rejection_sample(
     output_type: str = "pil",
     **sampling: Any,
 ) -> RejectionSamplingOutput:
-    """Classifier-rejection sampling (Razavi et al. 2019; Kim et al. 2024, Section 5): draw images, keep those that the classifier believes.
+    """Classifier-rejection sampling (Razavi et al. 2019): draw images and keep those of whose class a classifier is sure.
 
     Args:
         pipe: a `CTMPipeline`.

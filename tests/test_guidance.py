@@ -292,9 +292,9 @@ def test_a_plain_teacher_is_guided(exact_teacher):
     pipe = heun(exact_teacher(in_channels=1, out_channels=1))
     x = latents(2, 1, 8)
     images = pipe(
-        latents=x, num_inference_steps=60, output_type="latent", guidance=LossGuidance(lambda x_0: -x_0.sum((1, 2, 3)))
+        latents=x, num_inference_steps=30, output_type="latent", guidance=LossGuidance(lambda x_0: -x_0.sum((1, 2, 3)))
     ).images
-    close(images, 80 * x * ratio(80.0, 0.0) + V, rtol=0, atol=0.02)
+    close(images, 80 * x * ratio(80.0, 0.0) + V, rtol=0, atol=0.05)
 
 
 def test_inference_mode_and_half_precision(make_unet):

@@ -45,5 +45,8 @@ def test_the_nearest_example_decides():
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(UserError, match=message):
         GuideConfig(**options)
+
+
+def test_a_model_that_is_not_there():
     with pytest.raises(UserError, match="--model or --classifier cannot be loaded"):
         main(GuideConfig(model="no such folder"))

@@ -4,6 +4,13 @@
 `import diffusers_ctm` is all that `DiffusionPipeline.from_pretrained` needs to load a CTM.
 """
 
+from .guidance import (
+    ClassifierGuidance,
+    Guidance,
+    LossGuidance,
+    RejectionSamplingOutput,
+    rejection_sample,
+)
 from .hub import register
 from .likelihood import log_likelihood
 from .linear_operators import BlockAverageOperator, GrayscaleOperator, LinearOperator, MaskOperator
@@ -29,15 +36,20 @@ __all__ = [
     "CTMScheduler",
     "CTMSchedulerOutput",
     "CTMUNet2DModel",
+    "ClassifierGuidance",
     "EDMHeunScheduler",
     "EDMHeunSchedulerOutput",
     "EDMUNet2DModel",
     "GrayscaleOperator",
+    "Guidance",
     "LinearOperator",
+    "LossGuidance",
     "MaskOperator",
+    "RejectionSamplingOutput",
     "gamma_seed_grid",
     "log_likelihood",
     "register",
+    "rejection_sample",
     "slerp",
     "trajectory_strip",
 ]

@@ -2,6 +2,7 @@
 """Images from noise with a consistency trajectory model, or with any denoiser that `trajectory` knows."""
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -12,6 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .guidance import GUIDANCE_INPUTS, ClassifierFreeNetwork, Guidance, guided_output
 from .hub import component_library, write_loading_code
 from .trajectory import Preconditioning
 from .unet_2d_ctm import CTMUNet2DModel
@@ -28,6 +30,9 @@ class CTMPipeline(DiffusionPipeline):
             `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler` sample with its exact score. Build them with
             `from_config(pipe.scheduler.config)`.
         id2label: names of the classes by number, so that `class_labels` may be names. Saved with the pipeline.
+        null_class: number of the label that means "no class" in a network trained with label dropout, for `guidance_scale`. It must be the
+            last, num_class_embeds - 1, and is not counted as a class. None: there is no such label. Saved with the pipeline.
+            A network whose config says label_dropout > 0 (`EDMUNet2DModel`) needs none: its "no class" is a zero vector.
     """
 
     model_cpu_offload_seq = "unet"
@@ -39,12 +44,18 @@ class CTMPipeline(DiffusionPipeline):
         unet: UNet2DModel | CTMUNet2DModel | EDMUNet2DModel,
         scheduler,
         id2label: dict[str, str] | dict[int, str] | None = None,
+        null_class: int | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         if id2label is not None:
             id2label = {int(index): str(name) for index, name in id2label.items()}
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(id2label=id2label, null_class=null_class)
+        if null_class is not None and null_class != (unet.config.num_class_embeds or 0) - 1:
+            raise ValueError(
+                f"null_class={null_class!r} must be the last of the network's labels, num_class_embeds - 1 with num_class_embeds = "
+                f"{unet.config.num_class_embeds}."
+            )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._preconditioning = None
         self._interrupt = False
@@ -167,9 +178,51 @@ class CTMPipeline(DiffusionPipeline):
             options["num_inference_steps"] = num_inference_steps
         self.scheduler.set_timesteps(device=device, **options)
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that can be asked, the null class not counted; None for an unconditional network."""
+        num_labels = self.unet.config.num_class_embeds
+        return num_labels if num_labels is None or self.config.null_class is None else num_labels - 1
+
+    def _with_null_labels(self, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(class_labels, labels that mean "no class") in the form that the network takes."""
+        if self.config.null_class is not None:
+            return class_labels, torch.full_like(class_labels, self.config.null_class)
+        one_hot = torch.nn.functional.one_hot(class_labels.long(), self.unet.config.num_class_embeds).float()
+        return one_hot, torch.zeros_like(one_hot)
+
+    def _guided_network(self, guidance_scale: float, guidance: Guidance | None) -> Callable:
+        """The network with classifier-free guidance, if asked; checks both guidances."""
+        if guidance is not None:
+            if getattr(guidance, "on", None) not in GUIDANCE_INPUTS or not callable(getattr(guidance, "loss", None)):
+                raise ValueError(
+                    f"guidance must be an object of a subclass of Guidance, got {type(guidance).__name__}."
+                )
+            if not hasattr(self.scheduler, "preconditioning"):
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} takes no `guidance`; CTMScheduler and EDMHeunScheduler do."
+                )
+            if guidance.on == "image" and not hasattr(self.unet, "target_time_embedding"):
+                raise ValueError(
+                    f'guidance on the "image" needs a network that jumps, a CTM, and this is a {type(self.unet).__name__}. Use '
+                    'on="prediction".'
+                )
+        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}.")
+        if guidance_scale == 1:
+            return self.unet
+        if self.num_classes is None:
+            raise ValueError("guidance_scale was given, but this network is unconditional.")
+        if self.config.null_class is None and not getattr(self.unet.config, "label_dropout", 0.0):
+            raise ValueError(
+                "guidance_scale needs a network trained with label dropout, and this checkpoint names no `null_class`. Guide it by a classifier: "
+                "`guidance=ClassifierGuidance(...)`."
+            )
+        return ClassifierFreeNetwork(self.unet, guidance_scale, self._with_null_labels)
+
     def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
-        num_classes = self.unet.config.num_class_embeds
+        num_classes = self.num_classes
         id2label = self.config.id2label or {}
         names = {str(name).lower(): int(index) for index, name in id2label.items()}
         ids = []
@@ -198,7 +251,7 @@ class CTMPipeline(DiffusionPipeline):
         return class_labels, batch_size
 
     def _drawn_or_given_labels(self, class_labels, batch_size, generator, device) -> tuple[torch.Tensor | None, int]:
-        num_classes = self.unet.config.num_class_embeds
+        num_classes = self.num_classes
         if class_labels is None:
             batch_size = batch_size or 1
             if num_classes is None:
@@ -302,9 +355,15 @@ class CTMPipeline(DiffusionPipeline):
             raise ValueError(f"{name} has {len(given)} entries for batch_size={batch_size}; pass one or {batch_size}.")
         return len(given)
 
-    def _sample(self, latents, class_labels, callback_on_step_end, callback_inputs, **step_options) -> torch.Tensor:
-        """Run all steps that were set, from the first sample to the last; `step_options` go to `scheduler.step`."""
-        scheduler = self.scheduler
+    def _sample(
+        self, latents, class_labels, callback_on_step_end, callback_inputs, network=None, guidance=None, **step_options
+    ) -> torch.Tensor:
+        """Run all steps that were set, from the first sample to the last; `step_options` go to `scheduler.step`.
+
+        `network` is called in place of `unet`.
+        """
+        scheduler, network = self.scheduler, network or self.unet
+        guided = guidance is not None and guidance.scale != 0
         timestep_factor = self._match_scheduler()
         targets = getattr(scheduler, "target_timesteps", None)
         condition = {} if class_labels is None else {"class_labels": class_labels}
@@ -316,11 +375,15 @@ class CTMPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
                 times = (t * timestep_factor,) if targets is None else (t, targets[i])
-                model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-                model_output = self.unet(model_input, *times, **condition, return_dict=False)[0]
-                latents = scheduler.step(model_output.to(latents.dtype), t, latents, return_dict=False, **step_options)[
-                    0
-                ]
+                if guided:
+                    model_output = guided_output(
+                        guidance, network, scheduler, latents, t, times, class_labels, self.unet.dtype
+                    )
+                else:
+                    model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                    model_output = network(model_input, *times, **condition, return_dict=False)[0]
+                step = scheduler.step(model_output.to(latents.dtype), t, latents, return_dict=False, **step_options)
+                latents = step[0]
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
@@ -354,6 +417,8 @@ class CTMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance: Guidance | None = None,
+        guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -373,6 +438,11 @@ class CTMPipeline(DiffusionPipeline):
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network evaluation; may
                 return a dict with new latents.
             callback_on_step_end_tensor_inputs: which tensors it gets; "latents" is all there is.
+            guidance: a `ClassifierGuidance`, `LossGuidance` or other `Guidance`, which says what its gradient costs. Every step, in
+                `EDMHeunScheduler` every call, is guided. `CTMScheduler` and `EDMHeunScheduler` only.
+            guidance_scale: w of classifier-free guidance, g_null + w (g_y - g_null), for checkpoints trained with label dropout. 1 is
+                conditional, 0 unconditional, each at the usual cost; others double each network call's batch. Exact in the score; in
+                a jump an approximation that gets better with shorter steps (see `ClassifierFreeNetwork`).
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple that holds them.
@@ -384,6 +454,7 @@ class CTMPipeline(DiffusionPipeline):
         batch_size, callback_inputs = self._check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
+        network = self._guided_network(guidance_scale, guidance)
 
         # 2. Prepare
         device = self._execution_device
@@ -392,7 +463,9 @@ class CTMPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size, device, generator, latents)
 
         # 3. Sample
-        latents = self._sample(latents, class_labels, callback_on_step_end, callback_inputs, generator=generator)
+        latents = self._sample(
+            latents, class_labels, callback_on_step_end, callback_inputs, network, guidance, generator=generator
+        )
 
         # 4. Finish
         return self._finish(latents, output_type, return_dict)

@@ -586,6 +586,7 @@ def test_signature_holds_what_users_of_diffusers_expect():
         "class_labels",
     }
     expected |= {"gamma", "sigmas", "timesteps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
+    expected |= {"guidance", "guidance_scale"}
     assert set(parameters) == {"self"} | expected
 
 

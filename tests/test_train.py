@@ -19,6 +19,7 @@ from training import run as run_module
 from training import train_ctm, train_edm
 from training.config import CTMConfig, EDMConfig, UserError
 from training.losses import DISTANCES, ctm_loss
+from training.run import StepRandom
 from training.teacher import Teacher, load_teacher
 from training.time_sampling import draw_times
 
@@ -86,6 +87,48 @@ def test_saved_pipelines_load_and_sample(teacher, tmp_path):
     ]
     assert glob.glob(str(tmp_path / "run" / "logs" / "**" / "events*"), recursive=True)
     assert not glob.glob(str(tmp_path / "run" / ".*"))  # no drafts left
+
+
+def test_label_dropout(teacher, tmp_path):
+    options = {"max_train_steps": 3, "label_dropout": 0.5, **SMALL, **NETWORK}
+    with_null = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), **options))
+    student = distil(with_null, tmp_path / "ctm")
+    for folder in (with_null, student):
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.config.null_class == 10 and pipe.num_classes == 10 and pipe.unet.config.num_class_embeds == 11
+        images = [
+            pipe(class_labels="3", guidance_scale=scale, latents=torch.ones(1, 1, 8, 8), output_type="latent").images
+            for scale in (0.0, 1.0, 3.0)
+        ]
+        assert not torch.equal(images[0], images[1])
+        if folder == student:  # one jump: an image is affine in F
+            torch.testing.assert_close(images[2], images[0] + 3 * (images[1] - images[0]), rtol=1e-4, atol=1e-4)
+    rows = [weights(folder)["class_embedding.weight"][10] for folder in (with_null, student)]
+    assert not torch.equal(*rows)  # the student learns "no class" too
+    with pytest.raises(UserError, match="--label_dropout needs a teacher that was trained with it"):
+        distil(teacher, tmp_path / "no", label_dropout=0.1)
+    with pytest.raises(UserError, match="--label_dropout must be 0 without --label_column"):
+        EDMConfig(label_dropout=0.1)
+    for wrong in (1.0, -0.1):
+        with pytest.raises(UserError, match="--label_dropout must be in"):
+            EDMConfig(label_dropout=wrong, label_column="label")
+
+
+def test_labels_are_dropped_at_the_rate_that_was_asked():
+    labels = torch.arange(10_000) % 10
+
+    def batch():
+        random = StepRandom(0, 0, len(labels), slice(None), torch.device("cpu"))
+        return run_module.Batch(torch.zeros(len(labels), 1), labels, random)
+
+    dropped = batch().dropped_labels(0.2, 10)
+    assert abs((dropped == 10).float().mean() - 0.2) < 0.02 and torch.equal(dropped[dropped < 10], labels[dropped < 10])
+    one = batch()
+    assert one.dropped_labels(0.0, None) is labels
+    assert torch.equal(
+        one.random.uniform(), batch().random.uniform()
+    )  # nothing was drawn: earlier runs stay what they were
 
 
 @pytest.mark.parametrize("program", ["edm", "ctm"])

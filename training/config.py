@@ -221,6 +221,11 @@ class EDMConfig(RunOptions):
         ["default", "scale_shift"],
     )
     dropout: float = option(0.0, "Dropout probability.")
+    label_dropout: float = option(
+        0.0,
+        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 the "
+        "network gets one label more, 'no class'.",
+    )
     sigma_data: float = option(0.5, "Standard deviation of the data in [-1, 1].")
     sigma_min: float = option(0.002, "Lowest noise level when sampling.")
     sigma_max: float = option(80.0, "Highest noise level when sampling.")
@@ -243,6 +248,10 @@ class EDMConfig(RunOptions):
         )
         self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
         self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self.check(0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
+        self.check(
+            self.label_dropout == 0 or self.label_column is not None, "label_dropout", "0 without --label_column"
+        )
         for channels in self.block_out_channels:
             self.check(
                 channels > 0 and channels % self.norm_num_groups == 0,
@@ -311,6 +320,11 @@ class CTMConfig(TeacherOptions, RunOptions):
         ["lognormal", "half_lognormal"],
     )
     dropout: float | None = option(None, "Dropout of the student. Default: the teacher's.")
+    label_dropout: float | None = option(
+        None,
+        "Probability of leaving the class of an image out, for a teacher that was trained so. Default: 0.1 for such a teacher, "
+        "else 0.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -326,6 +340,7 @@ class CTMConfig(TeacherOptions, RunOptions):
             self.max_solver_steps = most
         self.check(1 <= self.max_solver_steps <= most, "max_solver_steps", f"in 1..{most} (num_train_timesteps - 1)")
         self.check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self.check(self.label_dropout is None or 0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:

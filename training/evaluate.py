@@ -171,7 +171,9 @@ def load_pipelines(config: EvaluateConfig, dataset: ImageDataset, device: torch.
                 f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no denoiser. Measure it with "
                 "--model and --gammas 1."
             )
-        pipelines["heun"] = CTMPipeline(teacher.network, teacher.scheduler, id2label=teacher.id2label)
+        pipelines["heun"] = CTMPipeline(
+            teacher.network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class
+        )
     for sampler, pipe in pipelines.items():
         name = "--model" if sampler == "ctm" else "--teacher"
         network = pipe.unet.config
@@ -183,9 +185,9 @@ def load_pipelines(config: EvaluateConfig, dataset: ImageDataset, device: torch.
                 f"--dataset_name {config.dataset_name} gives images of shape {found}, {name} makes {makes}; set --resolution "
                 "and --image_mode, or choose another data set."
             )
-        if network.num_class_embeds is not None and (dataset.num_classes or 0) > network.num_class_embeds:
+        if pipe.num_classes is not None and (dataset.num_classes or 0) > pipe.num_classes:
             raise UserError(
-                f"--label_column {dataset.label_column} has {dataset.num_classes} classes, {name} knows {network.num_class_embeds}."
+                f"--label_column {dataset.label_column} has {dataset.num_classes} classes, {name} knows {pipe.num_classes}."
             )
         pipe.to(device)
         pipe.unet.to(memory_format=torch.channels_last)
@@ -250,8 +252,7 @@ class Sampling:
         self.sizes = [num_samples * (i + 1) // num_batches - num_samples * i // num_batches for i in range(num_batches)]
         self.num_samples = num_samples
         self.labels = {
-            sampler: class_labels(pipe.unet.config.num_class_embeds, real_labels, num_samples)
-            for sampler, pipe in pipelines.items()
+            sampler: class_labels(pipe.num_classes, real_labels, num_samples) for sampler, pipe in pipelines.items()
         }
 
     def features(self, setting: Setting, seed: int, progress: tqdm) -> tuple[torch.Tensor, float]:
@@ -707,7 +708,7 @@ def gammas_picture(config: EvaluateConfig, pipelines: dict[str, CTMPipeline]) ->
 
     def group(setting: Setting) -> Image.Image:
         pipe = pipelines[setting.sampler]
-        labels = class_labels(pipe.unet.config.num_class_embeds, None, count)
+        labels = class_labels(pipe.num_classes, None, count)
         pixels = draw(pipe, setting, count, labels, config.seeds[0], 0).permute(0, 2, 3, 1).cpu().numpy()
         images = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
         return enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], 1, count)

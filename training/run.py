@@ -65,6 +65,12 @@ class Batch:
     labels: torch.Tensor | None
     random: StepRandom
 
+    def dropped_labels(self, probability: float, null_class: int | None) -> torch.Tensor | None:
+        """`labels`, each replaced by `null_class` with `probability` (Ho & Salimans 2022). At 0 nothing is drawn."""
+        if self.labels is None or probability == 0:
+            return self.labels
+        return torch.where(self.random.uniform() < probability, null_class, self.labels)
+
 
 def checkpoints(output_dir: str) -> list[str]:
     """The `checkpoint-N` folders, the oldest first; they appear by rename, so each is whole."""

@@ -53,6 +53,7 @@ class Teacher:
         id2label: names of its classes, if it carries them.
         name: the folder or repository that it came from.
         revision: the commit of that repository; None for a folder.
+        null_class: its label that means "no class", if it was trained with label dropout.
     """
 
     network: UNet2DModel | EDMUNet2DModel
@@ -60,6 +61,7 @@ class Teacher:
     id2label: dict[int, str] | None = None
     name: str | None = None
     revision: str | None = None
+    null_class: int | None = None
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -114,7 +116,7 @@ def load_teacher(
         folder = _choose_network(name, source.networks(), subfolder)
         network = _load_network(name, source, folder)
         raw, label = source.scheduler(folder), f"--teacher {name}"
-        id2label = source.json(_join(os.path.dirname(folder), "model_index.json")).get("id2label")
+        index = source.json(_join(os.path.dirname(folder), "model_index.json"))
     except UserError:
         raise
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
@@ -137,8 +139,8 @@ def load_teacher(
     if network.dtype != torch.float32:
         network = network.to(torch.float32)
     network = network.to(device).requires_grad_(False).eval()
-    id2label = {int(index): label for index, label in id2label.items()} if id2label else None
-    return Teacher(network, scheduler, id2label, name, source.revision)
+    id2label = {int(number): label for number, label in (index.get("id2label") or {}).items()} or None
+    return Teacher(network, scheduler, id2label, name, source.revision, index.get("null_class"))
 
 
 def teacher_of(options: TeacherOptions) -> Teacher:

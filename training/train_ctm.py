@@ -40,10 +40,9 @@ def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
         raise UserError(f"--label_column is needed: the teacher is conditional on {config.num_class_embeds} classes.")
     if config.num_class_embeds is None and dataset.num_classes is not None:
         raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
-    if dataset.num_classes is not None and dataset.num_classes > config.num_class_embeds:
-        raise UserError(
-            f"--label_column has {dataset.num_classes} classes, the teacher knows {config.num_class_embeds}."
-        )
+    known = (config.num_class_embeds or 0) - (teacher.null_class is not None)
+    if dataset.num_classes is not None and dataset.num_classes > known:
+        raise UserError(f"--label_column has {dataset.num_classes} classes, the teacher knows {known}.")
 
 
 def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
@@ -139,6 +138,18 @@ def make_student(network: UNet2DModel | EDMUNet2DModel) -> CTMUNet2DModel | EDMU
     return student_class.from_unet(network)
 
 
+def label_dropout(teacher: Teacher, config: CTMConfig) -> float:
+    """The probability of leaving a class out, checked against the teacher."""
+    if teacher.null_class is None:
+        if config.label_dropout:
+            raise UserError(
+                "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); this one has no label "
+                "for 'no class'."
+            )
+        return 0.0
+    return 0.1 if config.label_dropout is None else config.label_dropout
+
+
 def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) -> None:
     """As if `network` had been built with `dropout=probability`: in its residual blocks, not in attention."""
     network.register_to_config(dropout=probability)
@@ -155,6 +166,7 @@ def main(config: CTMConfig) -> str:
     check_consistency_teacher(teacher, config)
     choose_precision(teacher, config)
     scheduler = student_scheduler(teacher, config)
+    leave_out = label_dropout(teacher, config)
     torch.manual_seed(config.seed)
     try:
         student = make_student(teacher.network)
@@ -166,7 +178,7 @@ def main(config: CTMConfig) -> str:
 
     def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
         id2label = teacher.id2label or dataset.id2label
-        return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=id2label)
+        return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=id2label, null_class=teacher.null_class)
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
     run = TrainingRun(config, dataset, student, make_pipeline, samples)
@@ -179,7 +191,7 @@ def main(config: CTMConfig) -> str:
 
     for batch in run.batches():
         with run.accelerator.accumulate(run.network), run.accelerator.autocast():
-            random, labels = batch.random, batch.labels
+            random, labels = batch.random, batch.dropped_labels(leave_out, teacher.null_class)
             loss = ctm_loss(
                 student=run.network,
                 student_ema=run.ema.module,

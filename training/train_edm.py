@@ -36,7 +36,7 @@ def build_unet(config: EDMConfig, dataset: ImageDataset) -> UNet2DModel:
         norm_num_groups=config.norm_num_groups,
         resnet_time_scale_shift=config.resnet_time_scale_shift,
         dropout=config.dropout,
-        num_class_embeds=dataset.num_classes,
+        num_class_embeds=dataset.num_classes + 1 if config.label_dropout else dataset.num_classes,
     )
 
 
@@ -55,8 +55,10 @@ def main(config: EDMConfig) -> str:
         timestep_scale=config.timestep_scale,
     )
 
+    null_class = dataset.num_classes if config.label_dropout else None
+
     def make_pipeline(unet: UNet2DModel) -> CTMPipeline:
-        return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=dataset.id2label)
+        return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=dataset.id2label, null_class=null_class)
 
     run = TrainingRun(config, dataset, network, make_pipeline, {"heun-18": {"num_inference_steps": 18}})
     preconditioning = scheduler.preconditioning
@@ -66,7 +68,8 @@ def main(config: EDMConfig) -> str:
             sigma = draw_lognormal_sigma(batch.random.normal(), config.p_mean, config.p_std)
             noise = batch.random.normal(*batch.images.shape[1:])
             x_sigma = batch.images + sigma[:, None, None, None] * noise
-            condition = {} if batch.labels is None else {"class_labels": batch.labels}
+            labels = batch.dropped_labels(config.label_dropout, null_class)
+            condition = {} if labels is None else {"class_labels": labels}
             denoised = preconditioning.denoise(run.network, x_sigma, sigma, **condition)
             loss = dsm_loss(denoised, batch.images, sigma, config.sigma_data).mean()
             run.update(loss, {"dsm_loss": loss})

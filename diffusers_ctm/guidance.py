@@ -1,0 +1,468 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Conditional generation through the score: guidance by a classifier or any loss, classifier-free guidance, rejection.
+
+With `log p(y | x_0) = -scale * loss(x_0)`, the guided denoiser is D + t^2 grad_x log p(y | x_t), whose flow leads to the posterior. In a
+jump the same shift stands in g, with a weight for the length of the jump (`guidance_weight`).
+
+diffusers' own `guiders` are another thing: they combine several predictions of a modular pipeline and never see x_t or a gradient.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import BaseOutput, logging
+
+
+GUIDANCE_INPUTS = ("prediction", "image", "noisy")
+
+
+class Guidance:
+    """Base of guidance by a loss: subclass it, write `loss`, and pass an instance as `pipe(..., guidance=...)`.
+
+    What the loss sees, and what a network call of the sampler then costs besides the loss's own forward and backward pass:
+
+    - `on="prediction"`: g(x_t, t, s), which the sampler computes anyway: the denoiser's output D in `EDMHeunScheduler`, in
+      `CTMScheduler` the clean sample that the jump from t to s moves towards. 1 evaluation with backward pass.
+    - `on="image"`: the jump to sigma_min, a sharp image also early on; a CTM only. 2 evaluations, one of them with backward pass;
+      where the sampler jumps to sigma_min itself it is "prediction".
+    - `on="noisy"`: x_t itself, for losses that know noise: exact, if the loss is -log p(y | x_t). 1 evaluation, no backward pass.
+
+    The first two replace the mean of p(y | x_0) over x_0 given x_t by its value at an estimate of x_0 (as Chung et al. 2023 do). For
+    a linear loss and data N(m, sigma_data^2) that is exact, in any number of jumps at any gamma. A loss that is curved is
+    overstated the more the noise; it may allow for that by `sigma`. With the same data and |y - x_0|^2 / (2 r^2), putting
+    r^2 + sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2) for r^2 makes "prediction" exact in `EDMHeunScheduler`, and of first order in
+    the step in `CTMScheduler` at gamma = 0; so is "noisy" with its exact loss. Without it, at r = 0.8 sigma_data, the mean goes too far by 1.1
+    (Heun), 1.2 (18 jumps, gamma = 0) or 0.5 (gamma = 1; 0.1 in 80 jumps: renoising forgets) standard deviations of the
+    posterior, which comes out 0.74, 0.67, 0.80 (0.94) times as wide. "image" keeps a bias at gamma = 0 however short the steps.
+
+    Gradients are per sample and reach x_t alone, never the parameters of a network (`pipe.unet.requires_grad_(False)` saves
+    their memory).
+
+    Args:
+        scale: of the loss; 0 is no guidance, 1 the posterior if the loss is -log p(y | x_0), more sharpens it.
+        on: what the loss sees.
+    """
+
+    scale: float = 1.0  # also of a subclass that has its own `__init__`
+    on: str = "prediction"
+
+    def __init__(self, scale: float = 1.0, on: str = "prediction"):
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale!r}.")
+        if on not in GUIDANCE_INPUTS:
+            raise ValueError(f"on={on!r} is not known; use one of {GUIDANCE_INPUTS}.")
+        self.scale, self.on = scale, on
+
+    def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """How far each sample is from what is wanted, -log p(y | x_0) up to a constant; shape (B,), differentiable.
+
+        Args:
+            x_0: estimate of the clean sample (x_t if `on="noisy"`), float32 of shape (B, C, H, W), images in [-1, 1].
+            sigma: noise level of x_t, shape (B,).
+            class_labels: what the network is conditioned on, shape (B,); None if it is unconditional.
+        """
+        raise NotImplementedError("A subclass of Guidance writes `loss`.")
+
+
+class LossGuidance(Guidance):
+    """Guidance by a function of the clean image.
+
+    Args:
+        fn: called as `fn(x_0)` with images in [-1, 1] of shape (B, C, H, W); returns one differentiable loss each, shape (B,).
+        scale, on: see `Guidance`.
+    """
+
+    def __init__(self, fn: Callable[[torch.Tensor], torch.Tensor], scale: float = 1.0, on: str = "prediction"):
+        super().__init__(scale, on)
+        self.fn = fn
+
+    def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        return self.fn(x_0)
+
+
+class ClassifierGuidance(Guidance):
+    """Guidance towards a class: the loss is the cross entropy of a classifier (Dhariwal & Nichol 2021).
+
+    Args:
+        classifier: in evaluation mode, called as `classifier(x_0)` with images in [-1, 1], or as `classifier(x_t, sigma)`, sigma of
+            shape (B,), if `on="noisy"`: a classifier of noisy images. Returns logits of shape (B, classes), or an object with `logits`.
+        target: class of each image by the classifier's numbers, one for all or one each. None: the pipeline's `class_labels`.
+        scale, on: see `Guidance`.
+    """
+
+    def __init__(
+        self,
+        classifier: Callable[..., torch.Tensor],
+        target: int | Sequence[int] | torch.Tensor | None = None,
+        scale: float = 1.0,
+        on: str = "prediction",
+    ):
+        super().__init__(scale, on)
+        self.classifier = classifier
+        self.target = None if target is None else torch.as_tensor(target)
+
+    def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        logits = classifier_logits(self.classifier, x_0, *([sigma] if self.on == "noisy" else []))
+        target = class_labels if self.target is None else self.target
+        if target is None:
+            raise ValueError(
+                "ClassifierGuidance needs a `target`: the network is unconditional, there are no class_labels."
+            )
+        target = check_classes(target, len(x_0), logits.shape[1]).to(logits.device)
+        return F.cross_entropy(logits, target, reduction="none")
+
+
+def classifier_logits(classifier: Callable[..., Any], x: torch.Tensor, *sigma: torch.Tensor) -> torch.Tensor:
+    """Logits of shape (B, classes), float32 or wider; ValueError if the classifier returns something else."""
+    logits = classifier(x, *sigma)
+    logits = getattr(logits, "logits", logits)
+    if not torch.is_tensor(logits) or logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point():
+        found = f"{logits.dtype} of shape {tuple(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
+        raise ValueError(f"The classifier must return logits, floats of shape ({len(x)}, classes), got {found}.")
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def check_classes(target: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
+    """`target` as int64 of shape (B,); ValueError if it is not one class or one each of those that the classifier knows."""
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"The classes to guide towards must be whole numbers, got {target.dtype}.")
+    if target.ndim > 1 or (target.ndim == 1 and len(target) not in (1, batch_size)):
+        raise ValueError(
+            f"The classes to guide towards have shape {tuple(target.shape)} for {batch_size} images; pass one or {batch_size}."
+        )
+    wrong = target[(target < 0) | (target >= num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"The classifier knows classes 0 to {num_classes - 1}, and {wrong[0].item()} was asked. Pass `target` in the classifier's own "
+            "numbers, or a classifier of the checkpoint's classes."
+        )
+    return target.long().expand(batch_size)
+
+
+# The guided network call ----------------------------------------------------------------------------------------------
+
+
+def guidance_weight(t: float, s: float, estimate: float, sigma_data: float) -> float:
+    """Weight w of the shift in g, g' = g + w grad_x log p(y | x_0), for a jump from t to s.
+
+    The gradient is taken through x_0 = g(x_t, t, estimate): `estimate` is s for the sampler's own g, sigma_min for the image, and t for the
+    denoiser and for x_t itself. With r(b) = sqrt((sigma_data^2 + b^2) / (sigma_data^2 + t^2)),
+
+        w = t (t + s) (r(estimate) t + estimate) / ((1 + r(s)) (t + estimate)).
+
+    It follows from the guided ODE dx/du = (x - D)/u - u grad_x log p(y | x_u): to first order in the guidance its solution differs from
+    the jump by the integral of J(u -> s) u grad_x log p(y | x_u) from s to t, J the Jacobian of the jump. For data N(m, sigma_data^2) and a
+    linear loss that is exact whatever the length of the jump, and gives w. Short jumps have w = t^2, whatever the data, for estimates at
+    s or t: D + t^2 grad_x log p(y | x_t).
+    """
+
+    def ratio(level: float) -> float:
+        return math.sqrt((sigma_data**2 + level**2) / (sigma_data**2 + t**2))
+
+    return t * (t + s) * (ratio(estimate) * t + estimate) / ((1 + ratio(s)) * (t + estimate))
+
+
+def guided_output(
+    guidance: Guidance,
+    network: Callable[..., tuple[torch.Tensor]],
+    scheduler: Any,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    times: tuple[torch.Tensor, ...],
+    class_labels: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """What `scheduler.step` is to be given for the network's output: F moved so that g is moved along the gradient.
+
+    Args:
+        guidance: what is minimised.
+        network: F, called as in `Preconditioning.g`.
+        scheduler: `CTMScheduler` or `EDMHeunScheduler`, in the middle of a run.
+        x_t: samples, shape (B, C, H, W).
+        timestep: the current one of `scheduler.timesteps`.
+        times: what the network is shown: it, and with `CTMScheduler` the target timestep.
+        class_labels: shape (B,) or None.
+        dtype: of the network's input.
+
+    Raises:
+        ValueError: the loss has no gradient, another shape than (B,), or is not finite.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x_t.detach().clone().requires_grad_()  # an ordinary tensor also where the caller is in inference mode
+        times = tuple(torch.as_tensor(time).clone() for time in times)
+        labels = None if class_labels is None else class_labels.clone()
+        condition = {} if labels is None else {"class_labels": labels}
+        t, s, end = _levels_of_call(scheduler, timestep)
+        image_costs_more = guidance.on == "image" and s > end * (1 + 1e-4)  # float32 levels
+
+        with torch.set_grad_enabled(not image_costs_more and guidance.on != "noisy"):
+            model_input = scheduler.scale_model_input(x, timestep).to(dtype)
+            model_output = network(model_input, *times, **condition, return_dict=False)[0].to(x.dtype)
+        level = torch.tensor(t, dtype=torch.float64)
+        if guidance.on == "noisy":
+            seen, estimate = x, t
+        elif image_costs_more:
+            end_time = scheduler.sigma_to_t(torch.tensor(end, dtype=torch.float64)).to(times[0])
+            output = network(
+                scheduler.scale_model_input(x, timestep).to(dtype), times[0], end_time, **condition, return_dict=False
+            )
+            seen, estimate = scheduler._denoised(output[0].to(x.dtype), x, level), end
+        else:
+            seen, estimate = scheduler._denoised(model_output, x, level), s
+
+        loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
+        gradient = _gradient(loss, seen, x, t)
+    one = torch.ones((), dtype=torch.float64)
+    c_out = float(scheduler._denoised(one, torch.zeros_like(one), level))  # g is affine in F
+    weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
+    return model_output.detach() - (weight / c_out) * gradient
+
+
+def _levels_of_call(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float, float]:
+    """(t, s, sigma_min) of the scheduler's current call; s = t without jumps."""
+    t = float(scheduler._sigma_of_call(timestep).double())
+    targets = getattr(scheduler, "target_sigmas", None)
+    s = t if targets is None else float(targets[scheduler.step_index].double())
+    return t, s, min(s, scheduler.config.sigma_min)
+
+
+def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gradient of each sample's loss with respect to `x`, through `seen`, which the loss was given; `loss` has shape (B,)."""
+    if not torch.is_tensor(loss) or loss.shape != (len(x),):
+        found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+        raise ValueError(
+            f"The guidance loss must return one value per sample, a tensor of shape ({len(x)},), got {found}."
+        )
+    slope = None
+    if loss.requires_grad:
+        (slope,) = torch.autograd.grad(loss.sum(), seen, allow_unused=True)
+    if slope is None:
+        raise ValueError(
+            "The guidance loss has no gradient with respect to its image. Compute it from its argument by differentiable operations, without "
+            "no_grad, detach, argmax, rounding or numpy."
+        )
+    if seen is not x:
+        # A mean over all pixels has a gradient too small for fp16 on its way through the network.
+        largest = slope.flatten(1).abs().amax(1).clamp(min=1e-30).reshape(-1, *[1] * (x.ndim - 1))
+        (slope,) = torch.autograd.grad(seen, x, slope / largest)
+        slope = slope * largest
+    if not (loss.isfinite().all() and slope.isfinite().all()):
+        raise ValueError(
+            f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth where it is singular (such as the "
+            "root of 0 or log of 0), or lower the scale."
+        )
+    return slope
+
+
+# Classifier-free guidance ---------------------------------------------------------------------------------------------
+
+
+class ClassifierFreeNetwork:
+    """F of classifier-free guidance (Ho & Salimans 2022): F_null + scale (F_y - F_null), in one call with doubled batch.
+
+    g is affine in F, so that it is g_null + scale (g_y - g_null) at the same t and s. For s = t that is the guided denoiser, exactly. For a
+    jump it is not the jump of the guided ODE, whose two parts would part ways: it differs in second order of t - s, and as steps
+    grow at gamma = 0 the samples converge to those of the guided ODE. Scale 0 is unconditional, for a single batch; 1
+    would be the network itself.
+
+    Args:
+        network: F, with `class_labels`.
+        scale: w, diffusers' `guidance_scale`.
+        null: `null(class_labels)` returns (class_labels, labels of "no class"), alike in shape and dtype.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., tuple[torch.Tensor]],
+        scale: float,
+        null: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    ):
+        self.network, self.scale, self.null = network, scale, null
+
+    def __call__(
+        self, sample: torch.Tensor, *times: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = False
+    ) -> tuple[torch.Tensor]:
+        labels, null = self.null(class_labels)
+        if self.scale == 0:
+            return self.network(sample, *times, class_labels=null, return_dict=False)
+        times = tuple(time.repeat(2) if time.ndim and len(time) > 1 else time for time in times)
+        both = self.network(
+            sample.repeat(2, 1, 1, 1), *times, class_labels=torch.cat([labels, null]), return_dict=False
+        )[0]
+        conditional, unconditional = both.chunk(2)
+        return (unconditional + self.scale * (conditional - unconditional),)
+
+
+# Rejection ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RejectionSamplingOutput(BaseOutput):
+    """Output of `rejection_sample`.
+
+    Args:
+        images: those accepted, at most as many as asked, in the pipeline's `output_type`.
+        class_labels: the class of each, int64 on the CPU; None without classes.
+        scores: the classifier's probability of that class (without classes: of the likeliest one) for each.
+        complete: whether there are as many images as asked.
+        acceptance_rate: accepted / drawn; with `top_fraction` that fraction, by construction.
+        num_drawn: images that were drawn and classified. Each cost the pipeline's network evaluations.
+        num_batches: calls of the pipeline.
+    """
+
+    images: Any
+    class_labels: torch.Tensor | None
+    scores: torch.Tensor
+    complete: bool
+    acceptance_rate: float
+    num_drawn: int
+    num_batches: int
+
+
+@torch.no_grad()
+def rejection_sample(
+    pipe: Any,
+    classifier: Callable[[torch.Tensor], torch.Tensor],
+    num_images: int,
+    class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+    threshold: float | None = None,
+    top_fraction: float | None = None,
+    batch_size: int = 64,
+    max_batches: int = 100,
+    generator: torch.Generator | None = None,
+    output_type: str = "pil",
+    **sampling: Any,
+) -> RejectionSamplingOutput:
+    """Classifier-rejection sampling (Razavi et al. 2019): draw images and keep those of whose class a classifier is sure.
+
+    Args:
+        pipe: a `CTMPipeline`.
+        classifier: called as `classifier(images)`, images in [-1, 1] of shape (B, C, H, W); returns logits of shape (B, classes).
+        num_images: how many are wanted.
+        class_labels: class of each, one for all or one each of `num_images`. A class-conditional network is asked for it, an unconditional one
+            draws until the classifier sees it. Default: drawn at random from `generator`; none for an unconditional network,
+            whose images are judged by the likeliest class.
+        threshold: accept an image if the classifier gives its class at least this probability, in [0, 1].
+        top_fraction: instead, of each class draw n / top_fraction images and accept the n with the highest probability, in (0, 1].
+        batch_size: most images drawn at once.
+        max_batches: most calls of the pipeline. When they are used up, what was accepted by then is returned with `complete=False`.
+        generator: source of all noise.
+        output_type: as in `pipe.__call__`.
+        sampling: further arguments of `pipe.__call__`, such as `num_inference_steps`, `gamma` and `guidance`.
+
+    Raises:
+        ValueError: arguments that contradict each other or the classifier's classes.
+    """
+    if (threshold is None) == (top_fraction is None):
+        raise ValueError("Pass exactly one of `threshold` and `top_fraction`.")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is a probability in [0, 1], got {threshold!r}.")
+    if top_fraction is not None and not 0 < top_fraction <= 1:
+        raise ValueError(f"top_fraction must lie in (0, 1], got {top_fraction!r}.")
+    for name, value in (("num_images", num_images), ("batch_size", batch_size), ("max_batches", max_batches)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+    if isinstance(generator, list):
+        raise ValueError("rejection_sample takes one generator: how many images are drawn is not known before.")
+    taken = {"latents", "return_dict"} & set(sampling)
+    if taken:
+        raise ValueError(f"rejection_sample takes no {', '.join(sorted(taken))}.")
+
+    wanted = _wanted_labels(pipe, class_labels, num_images, generator)
+    conditional = pipe.num_classes is not None
+    if top_fraction is not None and not conditional and class_labels is not None:
+        raise ValueError(
+            "An unconditional network cannot be asked for a class: with class_labels pass `threshold`, not `top_fraction`."
+        )
+
+    kept: dict[int | None, list[tuple[float, torch.Tensor]]] = {label: [] for label in wanted}
+    needed = Counter(wanted)
+    to_draw = Counter({label: math.ceil(count / (top_fraction or 1) - 1e-9) for label, count in needed.items()})
+    drawn: Counter = Counter()
+    accepted = batches = 0
+    while batches < max_batches:
+        missing = Counter({label: count - len(kept[label]) for label, count in needed.items()})
+        if top_fraction is None:  # as many as the rate so far lets expect to be enough
+            count = math.ceil(missing.total() * (drawn.total() + 1) / (accepted + 1))
+            labels = list(islice(cycle(missing.elements()), min(count, batch_size)))
+        else:
+            labels = list((to_draw - drawn).elements())[:batch_size]
+        if not labels:
+            break
+        condition = {"class_labels": labels} if conditional else {"batch_size": len(labels)}
+        x_0 = pipe(**condition, generator=generator, output_type="latent", **sampling).images
+        drawn.update(labels)
+        batches += 1
+        for label, score, image in zip(*_judged(classifier, x_0, labels, conditional), x_0, strict=True):
+            if label in kept and score >= (threshold or 0.0):
+                accepted += 1
+                if top_fraction is not None or len(kept[label]) < needed[label]:
+                    kept[label].append((score, image))
+    if top_fraction is not None:
+        for label, images in kept.items():
+            images.sort(key=lambda pair: pair[0], reverse=True)
+            del images[math.floor(drawn[label] * top_fraction + 1e-9) :]
+        accepted = sum(map(len, kept.values()))
+
+    queues = {label: iter(images) for label, images in kept.items()}
+    chosen = [(label, *pair) for label in wanted if (pair := next(queues[label], None)) is not None]
+    rate, complete = accepted / drawn.total(), len(chosen) == num_images
+    if not complete:
+        logging.get_logger(__name__).warning(
+            f"{len(chosen)} of {num_images} images after {batches} batches ({drawn.total()} images drawn, {rate:.1%} accepted). Raise "
+            "max_batches, accept more, or guide the sampler."
+        )
+    images = torch.stack([image for *_, image in chosen]) if chosen else x_0[:0]
+    return RejectionSamplingOutput(
+        images=_postprocessed(pipe, images, output_type),
+        class_labels=None if None in kept else torch.tensor([label for label, *_ in chosen], dtype=torch.int64),
+        scores=torch.tensor([score for _, score, _ in chosen]),
+        complete=complete,
+        acceptance_rate=rate,
+        num_drawn=drawn.total(),
+        num_batches=batches,
+    )
+
+
+def _wanted_labels(
+    pipe: Any, class_labels: Any, num_images: int, generator: torch.Generator | None
+) -> list[int | None]:
+    """The class of each wanted image; None where there are no classes."""
+    if pipe.num_classes is not None:
+        return pipe._class_labels(class_labels, num_images, generator, "cpu")[0].tolist()
+    if class_labels is None:
+        return [None] * num_images
+    labels = torch.as_tensor(class_labels)
+    return check_classes(labels, num_images, torch.iinfo(torch.int64).max).tolist()
+
+
+def _judged(
+    classifier: Callable[[torch.Tensor], torch.Tensor], x_0: torch.Tensor, labels: list[int | None], conditional: bool
+) -> tuple[list[int | None], list[float]]:
+    """The class and the score of each image: of the class that was asked, or of the likeliest."""
+    probabilities = classifier_logits(classifier, x_0.clamp(-1, 1)).softmax(1)
+    if not probabilities.isfinite().all():
+        raise ValueError("The classifier returned NaN or infinite logits.")
+    if labels[0] is not None:
+        targets = check_classes(torch.tensor(labels), len(x_0), probabilities.shape[1])
+    if not conditional:
+        scores, found = probabilities.max(1)
+        return labels if labels[0] is None else found.tolist(), scores.tolist()
+    return labels, probabilities.gather(1, targets.to(probabilities.device)[:, None])[:, 0].tolist()
+
+
+def _postprocessed(pipe: Any, images: torch.Tensor, output_type: str) -> Any:
+    """`images` as `output_type`, also if there are none."""
+    if output_type == "latent":
+        return images
+    if len(images):
+        return pipe.image_processor.postprocess(images, output_type=output_type)
+    return {"pil": [], "pt": images, "np": images.permute(0, 2, 3, 1).cpu().numpy()}[output_type]

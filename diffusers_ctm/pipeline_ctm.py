@@ -202,7 +202,7 @@ class CTMPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"{type(self.scheduler).__name__} takes no `guidance`; CTMScheduler and EDMHeunScheduler do."
                 )
-            if guidance.on == "image" and not hasattr(self.unet, "target_time_embedding"):
+            if guidance.on == "image" and not getattr(self.unet, "has_target_time", False):
                 raise ValueError(
                     f'guidance on the "image" needs a network that jumps, a CTM, and this is a {type(self.unet).__name__}. Use '
                     'on="prediction".'
@@ -362,7 +362,7 @@ class CTMPipeline(DiffusionPipeline):
 
         `network` is called in place of `unet`.
         """
-        scheduler, network = self.scheduler, network or self.unet
+        scheduler, network = self.scheduler, self.unet if network is None else network
         guided = guidance is not None and guidance.scale != 0
         timestep_factor = self._match_scheduler()
         targets = getattr(scheduler, "target_timesteps", None)

@@ -247,7 +247,6 @@ class ParametrisedCTM(ParametrisedNetwork):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.target_time_embedding = nn.Identity()
         self.has_target_time = True
 
 

@@ -197,7 +197,7 @@ def test_every_setting_starts_from_the_same_noise(gaussian, config, monkeypatch)
 
 
 def test_pixels_are_those_of_the_saved_picture(gaussian):
-    pipe = evaluate.load_model(gaussian["ctm"])
+    pipe = evaluate.load_model(gaussian["ctm"], [0.0])
     drawn = evaluate.draw(pipe, Setting("ctm", 3, 0.5), 5, None, 2, 1)
     generator = torch.Generator().manual_seed(2 * 1_000_003 + 1)
     pictures = pipe(batch_size=5, num_inference_steps=3, gamma=0.5, generator=generator).images
@@ -336,13 +336,13 @@ def test_errors_name_the_option_and_leave_nothing(gaussian, config, monkeypatch,
 
 def test_teacher_of_another_family(gaussian, config, tmp_path):
     folder = Path(save_exact(tmp_path / "ddpm", SIGMA_DATA, ctm=False))
-    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
-    with pytest.raises(UserError, match="--teacher .* DDPMScheduler, which is not of the EDM family"):
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "KarrasVeScheduler"}')
+    with pytest.raises(UserError, match="--teacher .* KarrasVeScheduler, which is not known: not of the EDM family"):
         evaluate.main(config(teacher=str(folder)))
 
 
 def test_broken_weights_are_reported(gaussian, config, tmp_path):
-    pipe = evaluate.load_model(gaussian["ctm"])
+    pipe = evaluate.load_model(gaussian["ctm"], [0.0])
     nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
     pipe.save_pretrained(str(tmp_path / "broken"))
     options = config(model=str(tmp_path / "broken"))

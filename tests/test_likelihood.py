@@ -87,7 +87,7 @@ class UniformData:
 
 
 def pipeline(network, sigma_data=0.5):
-    scheduler = CTMScheduler if hasattr(network, "target_time_embedding") else EDMHeunScheduler
+    scheduler = CTMScheduler if getattr(network, "has_target_time", False) else EDMHeunScheduler
     pipe = CTMPipeline(network.eval(), scheduler(sigma_data=sigma_data))
     pipe.set_progress_bar_config(disable=True)
     return pipe

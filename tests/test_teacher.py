@@ -226,7 +226,7 @@ def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
     loss = ctm_loss(
         student=student,
         student_ema=average,
-        solver=train_ctm.teacher_solver(teacher, grid, labels),
+        solver=train_ctm.teacher_solver(config, teacher, grid, labels),
         preconditioning=preconditioning,
         grid=grid,
         times=times,
@@ -288,7 +288,7 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
 
 def test_a_consistency_model_is_evaluated_as_diffusers_samples_it(layouts):
     name = "openai/diffusers-cd_imagenet64_l2"
-    with pytest.raises(UserError, match="give --gammas 1"):
+    with pytest.raises(UserError, match="takes it with --gammas 1"):
         evaluate.load_model(str(layouts.root / name), [0.0, 1.0])
     pipe = evaluate.load_model(str(layouts.root / name), [1.0])
     pipe.set_progress_bar_config(disable=True)

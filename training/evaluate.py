@@ -130,7 +130,7 @@ def settings_of(config: EvaluateConfig) -> list[Setting]:
     return settings
 
 
-def load_model(name: str, gammas: Sequence[float] = (1.0,)) -> CTMPipeline:
+def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
     """The CTM in the folder or Hub repository `name`, or the consistency model as one if `gammas` is 1 alone.
 
     Raises UserError if it cannot be loaded or is neither.
@@ -146,7 +146,7 @@ def load_model(name: str, gammas: Sequence[float] = (1.0,)) -> CTMPipeline:
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         if list(gammas) != [1.0]:
             raise UserError(
-                f"--model {name} is a consistency model, which samples with gamma = 1 only; give --gammas 1."
+                f"--model {name} is a consistency model, which has no score and samples with gamma = 1 only: `training.evaluate` takes it with --gammas 1."
             )
         return ctm_of_consistency_model(pipe.unet, scheduler.config)
     if not hasattr(scheduler, "target_timesteps"):
@@ -159,11 +159,16 @@ def _kind(pipe: DiffusionPipeline) -> str:
     return type(pipe).__name__ if scheduler is None else f"a {type(pipe).__name__} with {type(scheduler).__name__}"
 
 
-def load_pipelines(config: EvaluateConfig, dataset: ImageDataset, device: torch.device) -> dict[str, CTMPipeline]:
-    """The pipeline of each sampler, on the device, checked against the data."""
+def load_pipelines(
+    config: TeacherOptions, dataset: ImageDataset, device: torch.device, gammas: Sequence[float] = ()
+) -> dict[str, CTMPipeline]:
+    """The pipelines of the options `model` ("ctm") and `teacher` ("heun"), on the device, checked against the data.
+
+    A consistency model is taken for a CTM if `gammas` is 1 alone.
+    """
     pipelines = {}
     if config.model is not None:
-        pipelines["ctm"] = load_model(config.model, config.gammas)
+        pipelines["ctm"] = load_model(config.model, gammas)
     if config.teacher is not None:
         teacher = teacher_of(config)
         if teacher.is_consistency_model:
@@ -448,7 +453,7 @@ def main(config: EvaluateConfig) -> dict:
     network.check_images(dataset.channels, dataset.resolution, dataset.resolution)
     num_samples = config.num_samples or min(len(dataset), MOST_SAMPLES)
     notes = check_counts(num_samples, len(dataset), network.num_features)
-    pipelines = load_pipelines(config, dataset, device)
+    pipelines = load_pipelines(config, dataset, device, config.gammas)
 
     reference, real_labels = reference_features(dataset, network, config, device)
     distances = Distances(reference, config.kid)

@@ -55,10 +55,7 @@ class ClassAverage(nn.Module):
         self.network = network
         self.config = SimpleNamespace(**{**network.config, "num_class_embeds": None})
         self.num_classes, self.dtype, self.device = network.config.num_class_embeds, network.dtype, network.device
-        if hasattr(network, "target_time_embedding"):
-            self.target_time_embedding = (
-                network.target_time_embedding
-            )  # by this a pipeline knows a network with two times
+        self.has_target_time = getattr(network, "has_target_time", False)
 
     def forward(self, sample: torch.Tensor, *times: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
         labels = torch.arange(self.num_classes, device=sample.device).repeat_interleave(len(sample))

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline, log_likelihood
 
-from .config import DataOptions, UserError, option, run_program
+from .config import DataOptions, TeacherOptions, UserError, option, run_program
 from .data import ImageDataset
 from .evaluate import load_pipelines
 
@@ -17,14 +17,14 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class LikelihoodConfig(DataOptions):
+class LikelihoodConfig(TeacherOptions, DataOptions):
     """Measure the likelihood of images by the probability-flow ODE and by the variational bound."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     model: str | None = option(
         None, "The CTM, of which the exact score is measured: a folder or a repository on the Hub."
     )
-    teacher: str | None = option(None, "An EDM denoiser, likewise.")
+    teacher: str | None = option(None, "A diffusion model, likewise.")
     methods: list[str] = option(["ode", "elbo"], "'ode' (the density of the ODE) and 'elbo' (a lower bound).")
     num_images: int | None = option(None, "Images, drawn from the split by --seed. Default: all.")
     num_draws: int | None = option(None, "Estimates per image: default 1 of the ODE, 32 of the bound.")

@@ -169,9 +169,9 @@ def test_learning_rate_over_the_steps(tmp_path, monkeypatch, name, factors):
     """After step i, so that the last is that of a step never taken."""
     logged = []
     monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.append(values))
-    options = {**SMALL, **NETWORK, "logging_steps": 1, "learning_rate": 0.5, "max_train_steps": 6}
+    options = {**SMALL, **NETWORK, "logging_steps": 1, "learning_rate": 1e-3, "max_train_steps": 6}
     train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), lr_scheduler=name, lr_warmup_steps=2, **options))
-    rates = [values["train/learning_rate"] / 0.5 for values in logged]
+    rates = [values["train/learning_rate"] / 1e-3 for values in logged]
     assert rates == pytest.approx(factors, abs=1e-6)
 
 

@@ -54,7 +54,7 @@ def test_from_a_published_teacher_to_an_evaluated_student(tmp_path):
         card = files["README.md"].decode()
         assert "license: cc-by-nc-sa-4.0" in card and "base_model: team/teacher" in card
 
-        evaluation = ["--label_column", "label", "--num_samples", 20, "--seeds", 0, "--kid", "false"]
+        evaluation = ["--label_column", "label", "--num_samples", 80, "--seeds", 0, "--kid", "false"]
         evaluation += ["--steps", 1, "--gammas", 0, "--teacher_steps", 2, "--output_dir", tmp_path / "evaluation"]
         command("training.evaluate", "--model", "team/student", "--teacher", "team/teacher", *evaluation)
     results = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["results"]

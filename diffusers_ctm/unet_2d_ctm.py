@@ -58,17 +58,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         """
         if not isinstance(unet, UNet2DModel) or isinstance(unet, CTMUNet2DModel):
             raise ValueError(f"from_unet starts from a diffusers UNet2DModel, not from {type(unet).__name__}.")
-        student = cls.from_config(unet.config).to(unet.device)
-        if unet.dtype != student.dtype:
-            student = student.to(unet.dtype)
-        weights = dict(unet.state_dict())
-        for name in student.state_dict():
-            if name.startswith("target_time_embedding."):
-                weights[name] = weights[name.removeprefix("target_")]
-            elif name.endswith("time_emb_proj.weight"):
-                weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
-        student.load_state_dict(weights)
-        return student.train(unet.training)
+        return start_as(cls.from_config(unet.config), unet)
 
     def _conditioning(self, timestep, target_timestep, class_labels) -> torch.Tensor:
         """[embedding of time and class, embedding of the target time], shape (B, 2 * embedding width)."""
@@ -153,6 +143,24 @@ def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) 
             f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."
         )
     return timestep.to(sample.device).expand(sample.shape[0])
+
+
+def start_as(student: nn.Module, teacher: nn.Module) -> nn.Module:
+    """Make `student`, the same network with a target time, equal `teacher` at every target; return it on its device, in its dtype and mode.
+
+    The target's embedding becomes a copy of the time's, and the columns that read it zero.
+    """
+    student = student.to(teacher.device)
+    if teacher.dtype != student.dtype:
+        student = student.to(teacher.dtype)
+    weights = dict(teacher.state_dict())
+    for name in student.state_dict():
+        if name.startswith("target_time_embedding."):
+            weights[name] = weights[name.removeprefix("target_")]
+        elif name.endswith("time_emb_proj.weight"):
+            weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
+    student.load_state_dict(weights)
+    return student.train(teacher.training)
 
 
 def _widened(linear: nn.Linear) -> nn.Linear:

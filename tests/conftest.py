@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ctm import CTMUNet2DModel
+from training.time_sampling import Times
 
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracle"
@@ -59,6 +60,14 @@ def exact_teacher(make_unet):
         return unet
 
     return make
+
+
+def grid_times(grid: torch.Tensor, t: list[int], u: list[int], s: list[int]) -> Times:
+    """The times of samples whose t, u, s are these entries of the descending `grid`, each with a path of its own."""
+    t, u, s = (torch.as_tensor(index) for index in (t, u, s))
+    steps = u - t
+    rows = t + torch.minimum(torch.arange(int(steps.max()) + 1)[:, None], steps)
+    return Times(grid[t], grid[u], grid[s], grid[rows], steps, torch.zeros_like(t), steps, grid[-1].item())
 
 
 @pytest.fixture

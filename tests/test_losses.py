@@ -1,31 +1,32 @@
 import copy
+import functools
 
 import pytest
 import torch
+from conftest import grid_times
 from exact import ExactNetwork, GaussianData, randn
 
 from diffusers_ctm import CTMUNet2DModel
-from diffusers_ctm.trajectory import Preconditioning, karras_sigmas
+from diffusers_ctm.trajectory import Preconditioning, heun_step, karras_sigmas
 from training.losses import (
     DISTANCES,
     adaptive_weight,
+    ctm_estimate,
     ctm_loss,
     dsm_loss,
     jump_where_needed,
     l2_distance,
+    make_jumps,
     pseudo_huber_distance,
+    solve_paths,
 )
 from training.solver import heun_solve
-from training.time_sampling import Times, draw_times
+from training.time_sampling import TimeSampler
 
 
 SIGMA_DATA = 0.5
 PRECONDITIONING = Preconditioning(SIGMA_DATA, 1.0)
 GRID = karras_sigmas(18, dtype=torch.float64)
-
-
-def times_of(t, u, s):
-    return Times(torch.tensor(t), torch.tensor(u), torch.tensor(s), u[0] - t[0])
 
 
 def inputs(batch=5, dtype=torch.float64, shape=(3, 8, 8)):
@@ -38,13 +39,14 @@ def inputs(batch=5, dtype=torch.float64, shape=(3, 8, 8)):
     }
 
 
-def exact_solver(x_t, index, num_steps):
-    return GaussianData(SIGMA_DATA).jump(x_t, GRID[index], GRID[index + num_steps])
+def exact_solver(x, levels, steps, labels):
+    return [GaussianData(SIGMA_DATA).jump(x, levels[0], level) for level in levels]
 
 
 @pytest.mark.parametrize("matching", ["soft", "local", "global"])
 @pytest.mark.parametrize("inner_target", ["ema", "live"])
-def test_exact_jump_and_exact_solver_have_no_trajectory_loss(matching, inner_target):
+@pytest.mark.parametrize("mode", [{}, {"continuous": True, "per_sample": True}, {"per_path": 4}])
+def test_exact_jump_and_exact_solver_have_no_trajectory_loss(matching, inner_target, mode):
     network = ExactNetwork(GaussianData(SIGMA_DATA), SIGMA_DATA)
     bias = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
@@ -52,17 +54,17 @@ def test_exact_jump_and_exact_solver_have_no_trajectory_loss(matching, inner_tar
         return (network(*args, **kwargs)[0] + bias + offset,)
 
     for seed in range(3):
-        times = draw_times(16, 18, matching, 17, "weighted", torch.Generator().manual_seed(seed))
+        sampler = TimeSampler(18, matching=matching, max_steps=17, **mode)
+        times = sampler.draw(16, torch.Generator().manual_seed(seed))
         values = inputs(16)
         options = {"inner_target": inner_target, "dsm_weight": 0.0, "last_weight": bias}
-        loss = ctm_loss(student, network, exact_solver, PRECONDITIONING, GRID, times, **values, **options)
+        loss = ctm_loss(student, network, exact_solver, PRECONDITIONING, times, **values, **options)
         assert loss.trajectory.item() < 1e-20
         off = ctm_loss(
             lambda *a, **k: student(*a, offset=0.1, **k),
             network,
             exact_solver,
             PRECONDITIONING,
-            GRID,
             times,
             **values,
             **options,
@@ -81,61 +83,147 @@ def networks(make_unet):
 
 LABELS = torch.tensor([0, 1, 2, 3, 0])
 # Samples 0 and 1 end at sigma_min, samples 1 and 2 have s = u, samples 3 and 4 need every jump.
-TIMES = times_of([3, 14, 2, 0, 5], [6, 17, 5, 3, 8], [17, 17, 5, 9, 12])
+TIMES = grid_times(GRID, [3, 14, 2, 0, 5], [6, 17, 5, 3, 8], [17, 17, 5, 9, 12])
 
 
-def plain_ctm_loss(student, ema, teacher, times, values, distance, inner, adaptive):
+def heun_of(network):
+    """Heun's method along the score of `network`."""
+
+    def denoiser(x, sigma, labels):
+        return PRECONDITIONING.denoise(network, x, sigma, class_labels=labels)
+
+    return functools.partial(heun_solve, denoiser)
+
+
+def by_hand(network, x, levels, class_labels):
+    """The Heun solution at the last of `levels`, shape (k + 1,), of one sample."""
+    for t, t_next in zip(levels[:-1], levels[1:]):
+        x = heun_step(
+            lambda x, t: PRECONDITIONING.denoise(network, x, t.expand(1), class_labels=class_labels), x, t, t_next
+        )
+    return x
+
+
+def plain_ctm_loss(student, ema, teacher, times, values, distance, inner, adaptive, generator=None):
     """The loss as it is written in the paper: every jump computed, every gradient by its own backward pass."""
-    condition = {"class_labels": LABELS}
-    t, u, s = GRID[times.t], GRID[times.u], GRID[times.s]
+    labels = {"class_labels": LABELS}
+    of_path = torch.arange(5) // times.per_path * times.per_path  # the image that a sample's path starts from
+    condition = {"class_labels": LABELS[of_path]}
+    t, u, s = times.t, times.u, times.s
     end = GRID[-1].expand(5)
     jump = PRECONDITIONING.jump
-    x_t = values["x_0"] + t[:, None, None, None] * values["noise"]
-    x_u = heun_solve(
-        lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, **condition), GRID, x_t, times.t, times.solver_steps
-    )
-    x_u = x_u.detach()
+    x_t, x_u = [], []
+    with torch.no_grad():
+        for i in range(5):
+            path, image = times.path[:, i // times.per_path], of_path[i : i + 1]
+            x = values["x_0"][image] + path[0] * values["noise"][image]
+            for states, row in ((x_t, times.first[i]), (x_u, times.last[i])):
+                states.append(by_hand(teacher, x, path[: row + 1], LABELS[image]))
+    x_t, x_u = torch.cat(x_t), torch.cat(x_u)
     target = jump(ema, jump(ema if inner == "ema" else student, x_u, u, s, **condition), s, end, **condition).detach()
     estimate = jump(ema, jump(student, x_t, t, s, **condition), s, end, **condition)
     trajectory = distance(estimate, target).mean()
     sigma = values["dsm_sigma"]
     x_sigma = values["x_0"] + sigma[:, None, None, None] * values["dsm_noise"]
-    denoised = PRECONDITIONING.denoise(student, x_sigma, sigma, **condition)
+    denoised = PRECONDITIONING.denoise(student, x_sigma, sigma, **labels)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
     dsm = (weight * (denoised - values["x_0"]).square().mean((1, 2, 3))).mean()
+    terms = [trajectory, dsm] + ([] if generator is None else [generator(estimate)])
     last = student.conv_out.weight
-    lengths = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (trajectory, dsm)]
-    scale = (lengths[0] / (lengths[1] + 1e-4)).detach() if adaptive else 1.0
-    return trajectory, dsm, scale, trajectory + scale * dsm
+    lengths = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in terms]
+    scales = [(lengths[0] / (length + 1e-4)).detach() if adaptive else 1.0 for length in lengths[1:]]
+    if generator is not None:
+        scales[1] = scales[1].clamp(0.01, 10)
+    total = trajectory + sum(scale * term for scale, term in zip(scales, terms[1:], strict=True))
+    return terms, scales, total
+
+
+def adversary(images):
+    """A term of the estimate with another gradient than the trajectory loss."""
+    return -(3 * images[:, :, 1:, :] * images[:, :, :-1, :]).mean()
+
+
+SHARED = TimeSampler(18, max_steps=6, per_path=5).draw(5, torch.Generator().manual_seed(3))
+OWN_STEPS = grid_times(GRID, [3, 14, 2, 0, 5], [6, 17, 3, 4, 8], [17, 17, 3, 9, 12])
 
 
 @pytest.mark.parametrize(
-    "distance, inner, adaptive", [("l2", "ema", True), ("pseudo_huber", "live", True), ("l2", "live", False)]
+    "times, distance, inner, adaptive, generator",
+    [
+        (TIMES, "l2", "ema", True, None),
+        (TIMES, "pseudo_huber", "live", True, None),
+        (TIMES, "l2", "live", False, None),
+        (OWN_STEPS, "l2", "ema", True, None),
+        (SHARED, "l2", "ema", True, None),
+        (TIMES, "pseudo_huber", "ema", True, adversary),
+        (SHARED, "l2", "live", True, adversary),
+    ],
 )
-def test_equals_the_loss_with_every_jump_computed(networks, distance, inner, adaptive):
+def test_equals_the_loss_with_every_jump_computed(networks, times, distance, inner, adaptive, generator):
     student, ema, teacher = networks
     values = inputs()
-    plain = plain_ctm_loss(student, ema, teacher, TIMES, values, DISTANCES[distance], inner, adaptive)
-    expected = torch.autograd.grad(plain[3], list(student.parameters()))
-
-    def solver(x, index, steps):
-        return heun_solve(
-            lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, class_labels=LABELS), GRID, x, index, steps
-        )
-
+    terms, scales, total = plain_ctm_loss(
+        student, ema, teacher, times, values, DISTANCES[distance], inner, adaptive, generator
+    )
+    expected = torch.autograd.grad(total, list(student.parameters()))
     loss = ctm_loss(
-        student, ema, solver, PRECONDITIONING, GRID, TIMES, **values, last_weight=student.conv_out.weight, class_labels=LABELS,
-        distance=DISTANCES[distance], inner_target=inner, dsm_adaptive=adaptive,
+        student, ema, heun_of(teacher), PRECONDITIONING, times, **values, last_weight=student.conv_out.weight, class_labels=LABELS,
+        distance=DISTANCES[distance], inner_target=inner, dsm_adaptive=adaptive, generator_loss=generator,
+        generator_weight=lambda *gradients: adaptive_weight(*gradients).clamp(0.01, 10),
     )  # fmt: skip
     loss.backward.backward()
-    torch.testing.assert_close(loss.trajectory, plain[0].detach())
-    torch.testing.assert_close(loss.dsm, plain[1].detach())
-    torch.testing.assert_close(loss.dsm_weight, torch.as_tensor(plain[2], dtype=torch.float64))
+    found = [loss.trajectory, loss.dsm] + ([] if generator is None else [loss.generator])
+    for ours, plain in zip(found, terms, strict=True):
+        torch.testing.assert_close(ours, plain.detach())
+    found = [loss.dsm_weight] + ([] if generator is None else [loss.generator_weight])
+    for ours, plain in zip(found, scales, strict=True):
+        torch.testing.assert_close(ours, torch.as_tensor(plain, dtype=torch.float64))
     for (name, parameter), gradient in zip(student.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, msg=lambda text, name=name: f"{name}: {text}")
     assert all(p.grad is None for network in (ema, teacher) for p in network.parameters())
     # The gradient comes through the outer jump: without it, it would be another one.
     assert student.target_time_embedding.linear_1.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("generator", [None, adversary])
+def test_the_average_is_gone_through_backward_once_for_each_loss_on_the_estimate(networks, generator):
+    student, ema, teacher = networks
+    seen = {"ema": 0, "student": 0}
+    ema.conv_in.register_full_backward_hook(lambda *_: seen.__setitem__("ema", seen["ema"] + 1))
+    student.down_blocks[0].register_full_backward_hook(lambda *_: seen.__setitem__("student", seen["student"] + 1))
+    loss = ctm_loss(
+        student, ema, heun_of(teacher), PRECONDITIONING, TIMES, **inputs(), last_weight=student.conv_out.weight, class_labels=LABELS,
+        generator_loss=generator,
+    )  # fmt: skip
+    loss.backward.backward()
+    assert seen == {"ema": 1 if generator is None else 2, "student": 1}
+
+
+def test_estimate_of_the_discriminators_step_is_that_of_the_loss(networks):
+    student, ema, teacher = networks
+    values, seen = inputs(), []
+    ctm_loss(
+        student, ema, heun_of(teacher), PRECONDITIONING, TIMES, **values, last_weight=student.conv_out.weight, class_labels=LABELS,
+        generator_loss=lambda estimate: seen.append(estimate) or estimate.mean(),
+    )  # fmt: skip
+    jumps = make_jumps(student, ema, PRECONDITIONING, TIMES, values["x_0"], LABELS)
+    fake = ctm_estimate(jumps, values["x_0"], values["noise"])
+    torch.testing.assert_close(fake, seen[0].detach())
+    assert not fake.requires_grad
+
+
+def test_own_average_as_solver(networks):
+    """Without a teacher the path is that of the average's own score, at target = time."""
+    _, ema, _ = networks
+    values = inputs()
+
+    def denoiser(x, sigma, labels):
+        return PRECONDITIONING.g(ema, x, sigma, sigma, class_labels=labels)
+
+    x_t, x_u = solve_paths(functools.partial(heun_solve, denoiser), TIMES, values["x_0"], values["noise"], LABELS)
+    torch.testing.assert_close(x_t, values["x_0"] + TIMES.t[:, None, None, None] * values["noise"])
+    expected = [by_hand(ema, x_t[i : i + 1], TIMES.path[:, i], LABELS[i : i + 1]) for i in range(5)]
+    torch.testing.assert_close(x_u, torch.cat(expected).detach())
 
 
 def test_adaptive_weight_is_that_of_the_reduced_gradients(networks):
@@ -146,7 +234,7 @@ def test_adaptive_weight_is_that_of_the_reduced_gradients(networks):
         seen.append(gradient)
         return gradient * (3.0 if len(seen) == 1 else 0.5)
 
-    arguments = (student, ema, lambda x, index, k: x * 0.5, PRECONDITIONING, GRID, TIMES)
+    arguments = (student, ema, lambda x, *_: [x, x * 0.5], PRECONDITIONING, TIMES)
     options = {**inputs(), "last_weight": student.conv_out.weight, "class_labels": LABELS, "dsm_weight": 0.7}
     weight = ctm_loss(*arguments, **options, reduce_gradient=reduce).dsm_weight
     torch.testing.assert_close(weight, 0.7 * adaptive_weight(3.0 * seen[0], 0.5 * seen[1]))
@@ -160,17 +248,11 @@ def test_counts_network_evaluations(networks):
             lambda module, args, output, name=name: rows[name].append((len(args[0]), output[0].requires_grad))
         )
 
-    def solver(x, index, steps):
-        return heun_solve(
-            lambda x, sigma: PRECONDITIONING.denoise(teacher, x, sigma, class_labels=LABELS), GRID, x, index, steps
-        )
-
     ctm_loss(
         student,
         ema,
-        solver,
+        heun_of(teacher),
         PRECONDITIONING,
-        GRID,
         TIMES,
         **inputs(),
         last_weight=student.conv_out.weight,
@@ -185,10 +267,9 @@ def test_counts_network_evaluations(networks):
 def test_no_jump_is_computed_where_all_are_identities(networks):
     student, ema, _ = networks
     ema.register_forward_hook(lambda *_: pytest.fail("the average was called"))
-    times = times_of([3, 14, 2, 0, 5], [17, 17, 17, 17, 17], [17, 17, 17, 17, 17])
-    times.solver_steps = 3
+    times = grid_times(GRID, [3, 14, 2, 0, 5], [17] * 5, [17] * 5)
     loss = ctm_loss(
-        student, ema, lambda x, index, k: x * 0.1, PRECONDITIONING, GRID, times, **inputs(), last_weight=student.conv_out.weight,
+        student, ema, lambda x, *_: [x, x * 0.1], PRECONDITIONING, times, **inputs(), last_weight=student.conv_out.weight,
         class_labels=LABELS,
     )  # fmt: skip
     assert loss.trajectory > 0
@@ -237,27 +318,6 @@ def test_jump_where_needed_touches_only_these():
     )
     torch.testing.assert_close(out, torch.stack([x[0], x[1] * 1, x[2], x[3] * 3]))
     assert jump_where_needed(lambda x: pytest.fail("called"), x, torch.tensor([], dtype=torch.long)) is x
-
-
-def test_heun_solve_goes_from_each_samples_own_level():
-    data = GaussianData(SIGMA_DATA)
-    index = torch.tensor([0, 5, 9])
-    x = randn(3, 1, 4, 4) * GRID[index][:, None, None, None]
-    calls = []
-
-    def denoiser(x, sigma):
-        calls.append(sigma)
-        return data.denoiser(x, sigma)
-
-    exact = data.jump(x, GRID[index], GRID[index + 4])
-    error = (heun_solve(denoiser, GRID, x, index, 4) - exact).abs().amax((1, 2, 3)) / exact.abs().amax((1, 2, 3))
-    assert len(calls) == 8 and (error < 0.05).all()
-    fine = karras_sigmas(18 * 4 - 3, dtype=torch.float64)  # holds the same levels, four times as fine
-    torch.testing.assert_close(fine[index * 4], GRID[index])
-    fine_error = (heun_solve(denoiser, fine, x, index * 4, 16) - exact).abs().amax((1, 2, 3)) / exact.abs().amax(
-        (1, 2, 3)
-    )
-    assert (fine_error < error / 10).all()  # second order: a sixteenth
 
 
 def test_training_jump_is_the_schedulers_step(networks):

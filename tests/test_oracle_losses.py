@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ORACLE
+from conftest import ORACLE, grid_times
 from safetensors.torch import load_file
 
 from diffusers_ctm.trajectory import Preconditioning, karras_sigma
 from training import convert_adm, convert_edm
 from training.losses import ctm_loss, l2_distance
 from training.solver import heun_solve
-from training.time_sampling import Times
 
 
 TOLERANCE = 1e-4  # relative
@@ -153,14 +152,16 @@ def step(request):
         assert close(grid[index], arrays[name], 1e-6)
         grid[index] = arrays[name]
     labels = arrays.get("y")
-    condition = {} if labels is None else {"class_labels": labels}
     seen = {"gradients": []}
 
-    def solver(x_t, index, num_steps):
-        seen["x_u"] = heun_solve(
-            lambda x, sigma: preconditioning.denoise(teacher, x, sigma, **condition), grid, x_t, index, num_steps
-        )
-        return seen["x_u"]
+    def denoiser(x, sigma, *labels):
+        condition = {"class_labels": labels[0]} if labels else {}
+        return preconditioning.denoise(teacher, x, sigma, **condition)
+
+    def solver(x, levels, steps, labels):
+        states = heun_solve(denoiser, x, levels, steps, labels)
+        seen["x_u"] = states[-1]
+        return states
 
     def distance(estimate, target):
         seen["estimate"], seen["target"] = estimate.detach(), target
@@ -176,8 +177,7 @@ def step(request):
         average,
         solver,
         preconditioning,
-        grid,
-        Times(index_t, index_t + k, index_s, k),
+        grid_times(grid, index_t, index_t + k, index_s),
         arrays["x_start"],
         arrays["noise"],
         arrays["dsm_sigmas"],

@@ -34,12 +34,12 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from diffusers_ctm import CTMPipeline, CTMUNet2DModel, EDMHeunScheduler
-from diffusers_ctm.trajectory import Preconditioning, karras_sigmas
+from diffusers_ctm.trajectory import Preconditioning
 from training import evaluate, train_ctm
 from training.config import CTMConfig, UserError
 from training.losses import ctm_loss, l2_distance
 from training.teacher import Teacher, load_teacher
-from training.time_sampling import draw_times
+from training.time_sampling import TimeSampler
 
 
 ROOT = Path(__file__).parents[1]
@@ -215,21 +215,18 @@ def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
             anywhere = preconditioning.g(student, x, t, 0.5 * t, **condition)
             torch.testing.assert_close(anywhere, g, rtol=1e-5, atol=1e-5 * high)
 
-    grid = karras_sigmas(18, low, high)
     config = CTMConfig(teacher="none", num_train_timesteps=18)
-    times = draw_times(4, 18, "soft", 2, "weighted", torch.Generator().manual_seed(0))
-    if teacher.is_consistency_model:
-        times = train_ctm.draw_times_to_end(4, 18, torch.Generator().manual_seed(0))
+    sampler = TimeSampler(18, low, high, max_steps=2)
+    draw = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
     average = CTMUNet2DModel.from_unet(teacher.network)
     with torch.no_grad():
         average.conv_out.weight.mul_(0.9)
     loss = ctm_loss(
         student=student,
         student_ema=average,
-        solver=train_ctm.teacher_solver(config, teacher, grid, labels),
+        solver=train_ctm.make_solver(config, teacher, average),
         preconditioning=preconditioning,
-        grid=grid,
-        times=times,
+        times=draw(4, torch.Generator().manual_seed(0)),
         x_0=0.5 * randn(4, 3, 8, 8, seed=1, dtype=torch.float32),
         noise=randn(4, 3, 8, 8, seed=2, dtype=torch.float32),
         dsm_sigma=torch.tensor([low, 0.5, 1.0, high]),
@@ -282,8 +279,6 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
     with pytest.raises(UserError, match="--sigma_min cannot differ"):
         config.sigma_min = 0.01
         train_ctm.student_scheduler(teacher, config)
-    times = train_ctm.draw_times_to_end(500, 18, torch.Generator().manual_seed(0))
-    assert (times.u == 17).all() and torch.equal(times.s, times.u) and times.t.unique().tolist() == list(range(17))
 
 
 def test_a_consistency_model_is_evaluated_as_diffusers_samples_it(layouts):
@@ -508,16 +503,17 @@ json.dump([results, errors], open(f"{work}/results.json", "w"))
 def test_real_commands_against_the_layouts_on_a_hub(layouts, tmp_path):
     """Loaded, distilled and sampled by repository id, with the real client."""
     small = ["--dataset_name", "digits", "--image_mode", "RGB", "--max_train_steps", "1", "--train_batch_size", "2"]
-    small += ["--report_to", "none", "--sample_every", "0", "--checkpointing_steps", "0", "--max_solver_steps", "2"]
+    small += ["--report_to", "none", "--sample_every", "0", "--checkpointing_steps", "0"]
+    few = ["--max_solver_steps", "2", *small]
     labels = ["--label_column", "label"]
     to_end = ["--matching", "global", "--dsm_adaptive", "false"]
     runs = [
-        ["--teacher", "google/ddpm-cifar10-32", *small],
-        ["--teacher", "user/ddpm-v", "--sigma_max", "100", *labels, *small],
-        ["--teacher", "google/ncsnpp", "--sigma_max", "100", *small],
-        ["--teacher", "dg845/diffusers-cm_edm_imagenet64_ema", *labels, *small],
+        ["--teacher", "google/ddpm-cifar10-32", *few],
+        ["--teacher", "user/ddpm-v", "--sigma_max", "100", *labels, *few],
+        ["--teacher", "google/ncsnpp", "--sigma_max", "100", *few],
+        ["--teacher", "dg845/diffusers-cm_edm_imagenet64_ema", *labels, *few],
         ["--teacher", "openai/diffusers-cd_imagenet64_l2", *labels, *to_end, *small],
-        ["--teacher", "team/two", "--teacher_subfolder", "b", "--teacher_prediction_type", "sample", *labels, *small],
+        ["--teacher", "team/two", "--teacher_subfolder", "b", "--teacher_prediction_type", "sample", *labels, *few],
     ]
     with LoopbackHub() as hub:
         for name in NAMES:

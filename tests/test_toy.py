@@ -1,5 +1,7 @@
 """A CTM of a mixture of normals in the plane, whose flow is known, trained by the real loss and network."""
 
+import functools
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -10,7 +12,7 @@ from diffusers_ctm.trajectory import Preconditioning, heun_step, karras_sigmas
 from training.ema import EMA
 from training.losses import ctm_loss
 from training.solver import heun_solve
-from training.time_sampling import draw_half_lognormal_sigma, draw_times
+from training.time_sampling import TimeSampler, draw_half_lognormal_sigma
 
 
 SIGMA_DATA = 0.6
@@ -46,14 +48,11 @@ def train(data, steps, report):
     ema = EMA(student, 0.99, warmup=True)
     optimizer = torch.optim.RAdam(student.parameters(), lr=2e-3)
     preconditioning = Preconditioning(SIGMA_DATA)
-    grid = karras_sigmas(18)
+    sampler = TimeSampler(18, max_steps=17)
     generator = torch.Generator().manual_seed(0)
 
     def denoise(x, sigma):
         return data.denoiser(x.flatten(1).double(), sigma.double()).reshape(x.shape).float()
-
-    def solver(x, index, num_steps):
-        return heun_solve(denoise, grid, x, index, num_steps)
 
     def draw():
         part = torch.multinomial(data.weights, 256, replacement=True, generator=generator)
@@ -66,14 +65,12 @@ def train(data, steps, report):
         noise, dsm_noise = (torch.randn(x_0.shape, generator=generator) for _ in range(2))
         ramp = torch.rand(256, generator=generator)
         sigma = draw_half_lognormal_sigma(torch.randn(256, generator=generator), ramp, 0.002, 80.0, 7.0)
-        times = draw_times(256, 18, "soft", 17, "weighted", generator)
         loss = ctm_loss(
             student,
             ema.module,
-            solver,
+            functools.partial(heun_solve, denoise),
             preconditioning,
-            grid,
-            times,
+            sampler.draw(256, generator),
             x_0,
             noise,
             sigma,

@@ -1,5 +1,6 @@
 """The programs themselves, at tiny size: what they save, that they resume, that processes share the work, that nothing is lost."""
 
+import dataclasses
 import glob
 import json
 import os
@@ -17,11 +18,11 @@ from safetensors.torch import load_file
 import diffusers_ctm
 from training import run as run_module
 from training import train_ctm, train_edm
-from training.config import CTMConfig, EDMConfig, UserError
+from training.config import CTMConfig, EDMConfig, UserError, parse_config, save_config
 from training.losses import DISTANCES, ctm_loss
 from training.run import StepRandom
 from training.teacher import Teacher, load_teacher
-from training.time_sampling import draw_times
+from training.time_sampling import TimeSampler
 
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ def test_saved_pipelines_load_and_sample(teacher, tmp_path):
 def test_label_dropout(teacher, tmp_path):
     options = {"max_train_steps": 3, "label_dropout": 0.5, **SMALL, **NETWORK}
     with_null = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), **options))
-    student = distil(with_null, tmp_path / "ctm")
+    student = distil(with_null, tmp_path / "ctm", learning_rate=0.01)  # RAdam starts slowly
     for folder in (with_null, student):
         pipe = DiffusionPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
@@ -304,22 +305,85 @@ def test_dropout_of_the_student_is_that_of_a_network_built_with_it(make_unet):
     assert set(probabilities(built)) == {0.0, 0.3}  # attention has its own, which the option leaves alone
 
 
-@pytest.mark.parametrize("matching", ["soft", "local", "global"])
-def test_every_matching_runs_and_moves_the_student(teacher, tmp_path, matching, monkeypatch):
+@pytest.mark.parametrize(
+    "options, sampler",
+    [
+        ({}, {"max_steps": 2, "distribution": "weighted"}),
+        ({"matching": "local", "max_solver_steps": None}, {"max_steps": 1}),
+        (
+            {"matching": "global", "solver_steps_distribution": "uniform", "solver_steps_per": "sample"},
+            {"distribution": "uniform", "per_sample": True},
+        ),
+        ({"continuous_times": True, "triples_per_path": 4}, {"continuous": True, "per_path": 4}),
+    ],
+)
+def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, options, sampler, monkeypatch):
     calls = []
     monkeypatch.setattr(train_ctm, "ctm_loss", lambda **given: calls.append(given) or ctm_loss(**given))
-    monkeypatch.setattr(train_ctm, "draw_times", lambda *given: calls.append(given) or draw_times(*given))
-    options = {
-        "distance": "pseudo_huber",
-        "inner_target": "live",
-        "dsm_sigma": "lognormal",
-        "solver_steps_distribution": "uniform",
-    }
-    student = distil(teacher, tmp_path / matching, max_train_steps=2, matching=matching, **options)
+    monkeypatch.setattr(train_ctm, "TimeSampler", lambda **given: calls.append(given) or TimeSampler(**given))
+    live = {} if options.get("matching") == "global" else {"inner_target": "live"}
+    options = {"distance": "pseudo_huber", "dsm_sigma": "lognormal", **live, **options}
+    student = distil(teacher, tmp_path / "run", max_train_steps=2, **options)
     assert not torch.equal(weights(student)["conv_out.weight"], weights(teacher)["conv_out.weight"])
-    times, loss = calls[:2]
-    assert times[:5] == (8, 18, matching, 2, "uniform")
-    assert (loss["distance"], loss["inner_target"]) == (DISTANCES["pseudo_huber"], "live")
+    given, loss = calls[:2]
+    assert given["num_levels"] == 18 and given["matching"] == options.get("matching", "soft")
+    assert {name: given[name] for name in sampler} == sampler
+    assert loss["times"].per_path == options.get("triples_per_path", 1)
+    assert (loss["distance"], loss["inner_target"]) == (DISTANCES["pseudo_huber"], "live" if live else "ema")
+
+
+def test_without_a_teacher_the_student_follows_its_own_average(tmp_path, monkeypatch):
+    solved = []
+    monkeypatch.setitem(
+        train_ctm.SOLVERS,
+        "heun",
+        lambda denoiser, x, levels, *rest: solved.append(denoiser(x, levels[0], *rest[1:])) or [x, x],
+    )
+    network = {"block_out_channels": [16, 32], "layers_per_block": 1, "attention_head_dim": 8, "sigma_data": 0.75}
+    student = distil(None, tmp_path / "scratch", max_train_steps=2, solver_model="ema", **network)
+    assert len(solved) == 2
+    pipe = DiffusionPipeline.from_pretrained(student)
+    assert list(pipe.unet.config.block_out_channels) == [16, 32] and pipe.scheduler.config.sigma_data == 0.75
+    assert pipe.unet.conv_out.weight.abs().max() > 0
+    record = json.loads((Path(student) / "training.json").read_text())
+    assert record["program"] == "training.train_ctm" and record["teacher"] is None
+    assert record["options"]["solver_model"] == "ema"
+
+
+def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp_path):
+    """With an average that never moves the two are the same run: the student starts as its teacher."""
+    options = {"max_train_steps": 2, "ema_decay": 0.9999999, "dropout": 0.0}
+    by_teacher = distil(teacher, tmp_path / "teacher", **options)
+    by_itself = distil(teacher, tmp_path / "ema", solver_model="ema", **options)
+    assert_same_weights(by_teacher, by_itself, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"teacher": None}, "--teacher is needed.*--solver_model ema"),
+        ({"layers_per_block": 3}, "--layers_per_block is for a run without --teacher"),
+        ({"teacher": None, "solver_model": "ema", "teacher_revision": "main"}, "--teacher_revision needs --teacher"),
+        ({"matching": "local", "max_solver_steps": 3}, "--max_solver_steps does not go with --matching local"),
+        ({"matching": "local", "solver_steps_per": "batch"}, "--solver_steps_per does not go with --matching local"),
+        ({"matching": "local", "triples_per_path": 2}, "--triples_per_path must be 1"),
+        ({"matching": "global", "inner_target": "ema"}, "--inner_target does not go with --matching global"),
+        ({"triples_per_path": 3, "train_batch_size": 8}, "--triples_per_path must be a divisor"),
+        ({"max_solver_steps": 0}, "--max_solver_steps must be in 1..17"),
+        ({"teacher": None, "solver_model": "ema", "label_dropout": 0.1}, "--label_dropout must be 0 without"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        CTMConfig(**{"teacher": "folder", **options})
+
+
+def test_saved_options_can_be_read_again(tmp_path):
+    for number, matching in enumerate(("soft", "local", "global")):
+        config = CTMConfig(teacher="folder", matching=matching)
+        save_config(config, str(tmp_path / f"{number}.yaml"))
+        again = parse_config(CTMConfig, ["--config", str(tmp_path / f"{number}.yaml")])
+        assert dataclasses.replace(again, config=None) == config
 
 
 def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):

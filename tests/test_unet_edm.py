@@ -17,8 +17,9 @@ import diffusers_ctm
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
 from diffusers_ctm.trajectory import Preconditioning, jump
 from training.config import CTMConfig
+from training.networks import make_student, set_dropout
 from training.teacher import load_teacher
-from training.train_ctm import main, make_student, set_dropout
+from training.train_ctm import main
 
 
 TINY = {

@@ -203,12 +203,9 @@ class RunOptions(DataOptions):
 
 
 @dataclass
-class EDMConfig(RunOptions):
-    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`."""
+class NetworkOptions(Checked):
+    """The network of a run that starts from nothing."""
 
-    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
-    optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
-    learning_rate: float = option(1e-3, "Peak learning rate.")
     block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")
     layers_per_block: int = option(2, "Residual blocks per resolution.")
     attention_levels: list[int] = option([1], "Resolutions that have self-attention, by index into block_out_channels.")
@@ -220,38 +217,14 @@ class EDMConfig(RunOptions):
         "How the noise level enters a block: added ('default') or as scale and shift.",
         ["default", "scale_shift"],
     )
-    dropout: float = option(0.0, "Dropout probability.")
-    label_dropout: float = option(
-        0.0,
-        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 the "
-        "network gets one label more, 'no class'.",
-    )
     sigma_data: float = option(0.5, "Standard deviation of the data in [-1, 1].")
-    sigma_min: float = option(0.002, "Lowest noise level when sampling.")
-    sigma_max: float = option(80.0, "Highest noise level when sampling.")
     timestep_scale: float = option(
         1.0, "The network is shown timestep_scale * ln(sigma) / 4; 1 is NVIDIA's EDM, 1000 OpenAI's."
     )
-    p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
-    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive(
-            "sigma_data",
-            "sigma_min",
-            "timestep_scale",
-            "p_std",
-            "layers_per_block",
-            "norm_num_groups",
-            "attention_head_dim",
-        )
-        self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
-        self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self.check(0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
-        self.check(
-            self.label_dropout == 0 or self.label_column is not None, "label_dropout", "0 without --label_column"
-        )
+        self.check_positive("sigma_data", "timestep_scale", "layers_per_block", "norm_num_groups", "attention_head_dim")
         for channels in self.block_out_channels:
             self.check(
                 channels > 0 and channels % self.norm_num_groups == 0,
@@ -263,8 +236,41 @@ class EDMConfig(RunOptions):
 
 
 @dataclass
-class CTMConfig(TeacherOptions, RunOptions):
-    """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024)."""
+class EDMConfig(NetworkOptions, RunOptions):
+    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`."""
+
+    PROGRAM = "training.train_edm"
+
+    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
+    optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    dropout: float = option(0.0, "Dropout probability.")
+    label_dropout: float = option(
+        0.0,
+        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 the "
+        "network gets one label more, 'no class'.",
+    )
+    sigma_min: float = option(0.002, "Lowest noise level when sampling.")
+    sigma_max: float = option(80.0, "Highest noise level when sampling.")
+    p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
+    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("sigma_min", "p_std")
+        self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
+        self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        self.check(0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
+        self.check(
+            self.label_dropout == 0 or self.label_column is not None, "label_dropout", "0 without --label_column"
+        )
+
+
+@dataclass
+class CTMConfig(TeacherOptions, NetworkOptions, RunOptions):
+    """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
+
+    PROGRAM = "training.train_ctm"
 
     output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
     teacher: str | None = option(
@@ -289,10 +295,29 @@ class CTMConfig(TeacherOptions, RunOptions):
         "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' learns no "
         "longer jump. Default: N - 1.",
     )
-    solver_steps_distribution: str = option(
-        "weighted",
-        "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors') or 'uniform'.",
-        ["weighted", "uniform"],
+    solver_steps_distribution: str | None = option(
+        None,
+        "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors' and the default) or 'uniform'.",
+        [None, "weighted", "uniform"],
+    )
+    solver_steps_per: str | None = option(
+        None,
+        "Draw one k for each 'batch' (the authors' and the default) or for each 'sample'.",
+        [None, "batch", "sample"],
+    )
+    continuous_times: bool = option(
+        False, "Draw t and s between the levels of the grid too; the solver's steps stay as long as those of the grid."
+    )
+    triples_per_path: int = option(
+        1,
+        "Triples (t, u, s) that are taken from each path which the solver goes; R divides the solver's evaluations by R. The first has "
+        "the whole path, from the noisy image on, the others have parts of it. 1 is the paper.",
+    )
+    solver_model: str = option(
+        "teacher",
+        "Whose score the solver follows: 'teacher', or 'ema', the student's own average (CTM without a teacher). With 'ema' a --teacher "
+        "is what the student starts from; without one it starts from nothing, with the network that --block_out_channels and the like describe.",
+        ["teacher", "ema"],
     )
     solver: str = option(
         "heun",
@@ -300,10 +325,10 @@ class CTMConfig(TeacherOptions, RunOptions):
         ["heun", "dpm"],
     )
     solver_substeps: int = option(1, "Steps of the solver from one level of the grid to the next.")
-    inner_target: str = option(
-        "ema",
-        "Network of the target's jump from u to s: 'ema' (the paper) or 'live' (the authors' code).",
-        ["ema", "live"],
+    inner_target: str | None = option(
+        None,
+        "Network of the target's jump from u to s: 'ema' (the paper, the default) or 'live' (the authors' code).",
+        [None, "ema", "live"],
     )
     distance: str = option(
         "l2", "Distance of the two estimates at time 0: 'l2' or 'pseudo_huber'.", ["l2", "pseudo_huber"]
@@ -319,28 +344,68 @@ class CTMConfig(TeacherOptions, RunOptions):
         "of the Karras ramp (the authors').",
         ["lognormal", "half_lognormal"],
     )
-    dropout: float | None = option(None, "Dropout of the student. Default: the teacher's.")
+    dropout: float | None = option(None, "Dropout of the student. Default: the teacher's, or none.")
     label_dropout: float | None = option(
         None,
-        "Probability of leaving the class of an image out, for a teacher that was trained so. Default: 0.1 for such a teacher, "
+        "Probability of leaving the class of an image out, without a teacher or for one that was trained so. Default: 0.1 for such a teacher, "
         "else 0.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher is None:
-            raise UserError("--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`.")
+        self._check_teacher()
+        self._check_times()
         for name in ("sigma_min", "sigma_max"):
             self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
-        self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
         self.check_positive("solver_substeps")
         self.check_not_negative("dsm_weight")
-        most = self.num_train_timesteps - 1
-        if self.max_solver_steps is None:
-            self.max_solver_steps = most
-        self.check(1 <= self.max_solver_steps <= most, "max_solver_steps", f"in 1..{most} (num_train_timesteps - 1)")
         self.check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         self.check(self.label_dropout is None or 0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
+
+    def _check_teacher(self) -> None:
+        if self.solver_model == "teacher" and self.teacher is None:
+            raise UserError(
+                "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train without one, give "
+                "--solver_model ema."
+            )
+        of_teacher = [f.name for f in dataclasses.fields(TeacherOptions) if f.name != "teacher"]
+        of_network = [f.name for f in dataclasses.fields(NetworkOptions)]
+        unused, reason = (
+            (of_teacher, "needs --teacher") if self.teacher is None else (of_network, "is for a run without --teacher")
+        )
+        for entry in dataclasses.fields(self):
+            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+            if entry.name in unused and getattr(self, entry.name) != default:
+                raise UserError(f"--{entry.name} {reason}; leave it out.")
+        if self.teacher is None:
+            self.check(
+                not self.label_dropout or self.label_column is not None, "label_dropout", "0 without --label_column"
+            )
+
+    def _check_times(self) -> None:
+        """Refuse what another choice makes meaningless. Nothing is filled in: what is saved must be read again."""
+        self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
+        self.check_positive("triples_per_path")
+        most = self.num_train_timesteps - 1
+        if self.matching == "local":
+            for name in ("max_solver_steps", "solver_steps_distribution", "solver_steps_per"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"--{name} does not go with --matching local, whose solver takes one step; leave it out."
+                    )
+            self.check(
+                self.triples_per_path == 1, "triples_per_path", "1 with --matching local, whose paths have one step"
+            )
+        if self.matching == "global" and self.inner_target is not None:
+            raise UserError("--inner_target does not go with --matching global, which has no inner jump; leave it out.")
+        self.check(
+            self.max_solver_steps is None or 1 <= self.max_solver_steps <= most,
+            "max_solver_steps",
+            f"in 1..{most} (num_train_timesteps - 1)",
+        )
+        self.check(
+            self.train_batch_size % self.triples_per_path == 0, "triples_per_path", "a divisor of --train_batch_size"
+        )
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:

@@ -11,7 +11,7 @@ from diffusers_ctm.trajectory import Preconditioning, append_dims, edm_loss_weig
 from .time_sampling import Times
 
 
-Solver = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+Solver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], list[torch.Tensor]]
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -42,11 +42,13 @@ def adaptive_weight(reference_gradient: torch.Tensor, gradient: torch.Tensor, la
 
 @dataclass
 class CTMLoss:
-    """Named terms of a step. `backward` has the gradient of `trajectory + dsm_weight * dsm`, not its value."""
+    """Named terms of a step. `backward` has the gradient of `trajectory + generator_weight * generator + dsm_weight * dsm`, not its value."""
 
     trajectory: torch.Tensor
     dsm: torch.Tensor
     dsm_weight: torch.Tensor
+    generator: torch.Tensor
+    generator_weight: torch.Tensor
     backward: torch.Tensor
 
 
@@ -66,12 +68,100 @@ def jump_where_needed(
     return x.index_copy(0, rows, jumped)
 
 
+@dataclass
+class Jumps:
+    """The jumps of a step's samples: student and average with their conditions.
+
+    Args:
+        student: the network that learns, maybe wrapped for several processes.
+        student_ema: its moving average, which gets no gradient.
+        preconditioning: of both.
+        times: of the samples.
+        t, u, s: its levels like the samples, shape (B,), on their device.
+        class_labels: shape (B,), or None.
+    """
+
+    student: torch.nn.Module
+    student_ema: torch.nn.Module
+    preconditioning: Preconditioning
+    times: Times
+    t: torch.Tensor
+    u: torch.Tensor
+    s: torch.Tensor
+    class_labels: torch.Tensor | None
+
+    def by(self, network: torch.nn.Module) -> Callable[..., torch.Tensor]:
+        """`jump(x, t, s, class_labels)` by `network`."""
+        return lambda x, t, s, labels: self.preconditioning.jump(network, x, t, s, **condition(labels))
+
+    def to_end(self, x_s: torch.Tensor) -> torch.Tensor:
+        """G_ema(x_s, s, sigma_min), where that is not the identity."""
+        end = torch.full_like(self.s, self.times.end)
+        return jump_where_needed(self.by(self.student_ema), x_s, self.times.outer, self.s, end, self.class_labels)
+
+    def target(self, x_u: torch.Tensor, inner_target: str) -> torch.Tensor:
+        """G_ema(G(x_u, u, s), s, sigma_min) without gradient, G by the average ("ema") or the student ("live")."""
+        network = self.student_ema if inner_target == "ema" else self.student
+        with torch.no_grad():
+            x_s = jump_where_needed(self.by(network), x_u, self.times.inner, self.u, self.s, self.class_labels)
+            return self.to_end(x_s)
+
+
+def condition(labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Keyword arguments of a network."""
+    return {} if labels is None else {"class_labels": labels}
+
+
+def make_jumps(
+    student: torch.nn.Module,
+    student_ema: torch.nn.Module,
+    preconditioning: Preconditioning,
+    times: Times,
+    like: torch.Tensor,
+    class_labels: torch.Tensor | None,
+) -> Jumps:
+    """`Jumps` with levels in dtype and device of `like`, and each sample with the label of the image that its path starts from."""
+    t, u, s = torch.stack([times.t, times.u, times.s]).to(like.dtype).to(like.device, non_blocking=True)
+    if class_labels is not None and times.per_path > 1:
+        class_labels = class_labels[:: times.per_path].repeat_interleave(times.per_path)
+    return Jumps(student, student_ema, preconditioning, times, t, u, s, class_labels)
+
+
+def solve_paths(
+    solver: Solver, times: Times, x_0: torch.Tensor, noise: torch.Tensor, class_labels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_t, x_u): each path starts from the noisy image of its first sample and is solved once for all its samples.
+
+    Without sharing, x_t = x_0 + t noise. No gradient.
+    """
+    shared = times.per_path
+    path = times.path.to(x_0.dtype).to(x_0.device, non_blocking=True)
+    x = x_0[::shared] + append_dims(path[0], x_0.ndim) * noise[::shared]
+    labels = None if class_labels is None else class_labels[::shared]
+    with torch.inference_mode():
+        states = solver(x, path, times.steps, labels)
+        if shared == 1:
+            x_u = states[-1]
+        else:
+            states = torch.stack(states)
+            of_path = torch.arange(len(x_0), device=x_0.device) // shared
+            x, x_u = (states[rows.to(x_0.device, non_blocking=True), of_path] for rows in (times.first, times.last))
+            x = x.clone()
+    return x, x_u.clone()  # ordinary tensors again, which autograd may save
+
+
+def ctm_estimate(jumps: Jumps, x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """G_ema(G_student(x_t, t, s), s, sigma_min) without gradient: what the discriminator's step is shown as fake."""
+    with torch.no_grad():
+        x_t = x_0 + append_dims(jumps.t, x_0.ndim) * noise
+        return jumps.to_end(jumps.by(jumps.student)(x_t, jumps.t, jumps.s, jumps.class_labels))
+
+
 def ctm_loss(
     student: torch.nn.Module,
     student_ema: torch.nn.Module,
     solver: Solver,
     preconditioning: Preconditioning,
-    grid: torch.Tensor,
     times: Times,
     x_0: torch.Tensor,
     noise: torch.Tensor,
@@ -83,57 +173,46 @@ def ctm_loss(
     inner_target: str = "ema",
     dsm_weight: float = 1.0,
     dsm_adaptive: bool = True,
+    generator_loss: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    generator_weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = adaptive_weight,
     reduce_gradient: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
 ) -> CTMLoss:
-    """CTM's trajectory loss and denoising score matching (Kim et al. 2024, Eqs. 9, 10 and 12), with no avoidable network calls.
+    """CTM's loss: trajectory, score matching, adversarial (Kim et al. 2024, Eqs. 9 to 12), with no avoidable network calls.
 
         estimate = G_ema(G_student(x_t, t, s), s, sigma_min)
         target   = G_ema(G_ema(Solver(x_t, t, u), u, s), s, sigma_min)
 
     Outer jumps from s = sigma_min and the inner target's from u = s are the identity and are not computed. The student sees both
-    losses' inputs in one batch. The trajectory loss goes backward through the averaged network once: the gradient at the student's
+    losses' inputs in one batch. Each loss on the estimate goes backward through the averaged network once: its gradient at the student's
     jump serves the adaptive weight and the update.
 
     Args:
         student: the network that learns, maybe wrapped for several processes.
         student_ema: its moving average, which gets no gradient.
-        solver: `solver(x_t, index, k)` takes each sample k levels down the grid from its index along the teacher's trajectory. Called
-            in inference mode.
+        solver: `solver(x, levels, steps, class_labels)` gives the states of the teacher's trajectories, as those of `training.solver`.
+            Called in inference mode.
         preconditioning: of student and average.
-        grid: descending levels, shape (N,), on the device.
-        times: indices into it.
+        times: of each sample.
         x_0: clean samples in [-1, 1], shape (B, C, H, W). noise, dsm_noise: standard normal, likewise.
         dsm_sigma: levels of score matching, shape (B,).
         last_weight: the weight at which gradients are compared.
         distance: of two batches, shape (B,).
         inner_target: "ema" (the paper) or "live" (the authors' code), the network of the jump from u to s.
         dsm_weight: times the adaptive weight if `dsm_adaptive`. 0 leaves score matching out.
+        generator_loss: of the estimate, the adversarial term; None leaves it out.
+        generator_weight: of the gradients of the trajectory loss and of `generator_loss` at `last_weight`.
         reduce_gradient: mean over processes, so that all use one adaptive weight.
     """
     batch = len(x_0)
-    sigma_min_index = len(grid) - 1
-    index = {name: getattr(times, name).to(grid.device, non_blocking=True) for name in "tus"}
-    t, u, s = (grid[index[name]] for name in "tus")
-    end = grid[-1].expand(batch)
-    outer = (times.s < sigma_min_index).nonzero().flatten()
-    inner = (times.u < times.s).nonzero().flatten()
-
-    def condition(labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        return {} if labels is None else {"class_labels": labels}
-
-    def ema_jump(x, t, s, labels):
-        return preconditioning.jump(student_ema, x, t, s, **condition(labels))
-
-    def inner_jump(x, t, s, labels):
-        network = student_ema if inner_target == "ema" else student
-        return preconditioning.jump(network, x, t, s, **condition(labels))
+    jumps = make_jumps(student, student_ema, preconditioning, times, x_0, class_labels)
+    t, s = jumps.t, jumps.s
+    x_t, x_u = solve_paths(solver, times, x_0, noise, class_labels)
 
     # 1. The student, on both losses' inputs at once.
-    x_t = x_0 + append_dims(t, x_0.ndim) * noise
     with_dsm = dsm_weight > 0
     if with_dsm:
         x_sigma = x_0 + append_dims(dsm_sigma, x_0.ndim) * dsm_noise
-        labels = None if class_labels is None else class_labels.repeat(2)
+        labels = None if class_labels is None else torch.cat([jumps.class_labels, class_labels])
         g = preconditioning.g(
             student,
             torch.cat([x_t, x_sigma]),
@@ -143,36 +222,48 @@ def ctm_loss(
         )
         g, denoised = g.split(batch)
     else:
-        g = preconditioning.g(student, x_t, t, s, **condition(class_labels))
+        g = preconditioning.g(student, x_t, t, s, **condition(jumps.class_labels))
     x_s = jump(x_t, g, t, s)
 
-    # 2. The target.
-    with torch.inference_mode():
-        x_u = solver(x_t, index["t"], times.solver_steps)
-    x_u = x_u.clone()  # an ordinary tensor again, which autograd may save
-    with torch.no_grad():
-        target = jump_where_needed(inner_jump, x_u, inner, u, s, class_labels)
-        target = jump_where_needed(ema_jump, target, outer, s, end, class_labels)
-
-    # 3. The trajectory loss, and its gradient at the student's jump.
+    # 2. The losses at time 0, and their gradients at the student's jump.
+    target = jumps.target(x_u, inner_target)
     x_s_leaf = x_s.detach().requires_grad_()
-    estimate = jump_where_needed(ema_jump, x_s_leaf, outer, s, end, class_labels)
-    trajectory = distance(estimate, target).mean()
+    estimate = jumps.to_end(x_s_leaf)
     # Gradients of a mean over all pixels are too small for fp16 on their way through the network.
     magnify = 2.0 ** round(math.log2(x_0.numel()))
-    (gradient,) = torch.autograd.grad(magnify * trajectory, x_s_leaf)
-    gradient = gradient / magnify
-    backward = (x_s * gradient).sum()
-    if not with_dsm:
-        zero = torch.zeros_like(trajectory)
-        return CTMLoss(trajectory.detach(), zero, zero, backward)
 
-    # 4. Score matching, weighted.
-    dsm = (preconditioning.loss_weight(dsm_sigma) * l2_distance(denoised, x_0)).mean()
-    weight = torch.full_like(dsm, dsm_weight)  # made on the device: nothing waits for it
-    if dsm_adaptive:
-        (trajectory_gradient,) = torch.autograd.grad(x_s, last_weight, magnify * gradient, retain_graph=True)
-        (dsm_gradient,) = torch.autograd.grad(magnify * dsm, last_weight, retain_graph=True)
-        gradients = [reduce_gradient(value / magnify) for value in (trajectory_gradient, dsm_gradient)]
-        weight = weight * adaptive_weight(*gradients)
-    return CTMLoss(trajectory.detach(), dsm.detach(), weight, backward + weight * dsm)
+    def at_jump(loss: torch.Tensor, last: bool) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(magnify * loss, estimate)  # frees the graph of the loss
+        (gradient,) = torch.autograd.grad(estimate, x_s_leaf, gradient, retain_graph=not last)
+        return gradient / magnify
+
+    def at_last_layer(output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(output, last_weight, magnify * gradient, retain_graph=True)
+        return reduce_gradient(gradient / magnify)
+
+    trajectory = distance(estimate, target).mean()
+    gradient = at_jump(trajectory, last=generator_loss is None)
+    compares = generator_loss is not None or (with_dsm and dsm_adaptive)
+    trajectory_gradient = at_last_layer(x_s, gradient) if compares else None
+
+    zero = torch.zeros_like(trajectory)
+    generator, weight_of_generator = zero, zero
+    if generator_loss is not None:
+        generator = generator_loss(estimate)
+        of_generator = at_jump(generator, last=True)
+        weight_of_generator = generator_weight(trajectory_gradient, at_last_layer(x_s, of_generator))
+        gradient = gradient + weight_of_generator * of_generator
+    backward = (x_s * gradient).sum()
+
+    # 3. Score matching.
+    dsm, weight_of_dsm = zero, zero
+    if with_dsm:
+        dsm = (preconditioning.loss_weight(dsm_sigma) * l2_distance(denoised, x_0)).mean()
+        weight_of_dsm = torch.full_like(dsm, dsm_weight)  # made on the device: nothing waits for it
+        if dsm_adaptive:
+            weight_of_dsm = weight_of_dsm * adaptive_weight(
+                trajectory_gradient, at_last_layer(dsm, torch.ones_like(dsm))
+            )
+        backward = backward + weight_of_dsm * dsm
+    terms = (trajectory, dsm, weight_of_dsm, generator, weight_of_generator)
+    return CTMLoss(*(term.detach() for term in terms), backward)

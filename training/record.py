@@ -136,7 +136,7 @@ def training_record(options: RunOptions, num_processes: int) -> dict[str, Any]:
     teacher = getattr(options, "teacher", None)
     dataset = options.dataset_name
     record: dict[str, Any] = {
-        "program": "training.train_edm" if teacher is None else "training.train_ctm",
+        "program": options.PROGRAM,
         "teacher": None if teacher is None else teacher_record(teacher, getattr(options, "teacher_revision", None)),
         "dataset": {
             "name": public_name(dataset),

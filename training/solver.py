@@ -7,49 +7,76 @@ import torch
 from diffusers_ctm.trajectory import append_dims, heun_step, jump
 
 
+Denoiser = Callable[..., torch.Tensor]
+
+
 def heun_solve(
-    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    grid: torch.Tensor,
-    x_t: torch.Tensor,
-    index: torch.Tensor,
-    num_steps: int,
-) -> torch.Tensor:
-    """`num_steps` Heun steps down the grid, each sample from its own level; 2 * num_steps evaluations.
+    denoiser: Denoiser,
+    x: torch.Tensor,
+    levels: torch.Tensor,
+    steps: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Heun's method down `levels`, two evaluations a step (Karras et al. 2022, Algorithm 1).
 
     Args:
-        denoiser: D(x, sigma) with sigma of shape (B,).
-        grid: descending levels, shape (N,), none of them 0.
-        x_t: states at levels grid[index], shape (B, ...).
-        index: where each sample starts, shape (B,), with index + num_steps < N.
+        denoiser: D(x, sigma) or, with labels, D(x, sigma, class_labels), sigma of shape (B,).
+        x: states at levels[0], shape (B, ...).
+        levels: shape (K + 1, B), descending along the first dimension, none of them 0; on the device of `x`.
+        steps: number of steps of each sample, shape (B,), int64 on the CPU, from 1 to K. Samples that are done cost nothing.
+        class_labels: shape (B,).
+
+    Returns the states at each row of `levels`, K + 1 tensors like `x`; a sample stays at its last.
     """
-    for step in range(num_steps):
-        x_t = heun_step(denoiser, x_t, grid[index + step], grid[index + step + 1])
-    return x_t
+
+    def step(state, x, t, t_next, labels):
+        return None, heun_step(lambda x, sigma: denoiser(x, sigma, *labels), x, t, t_next)
+
+    return _solve(step, x, levels, steps, class_labels)
 
 
 def dpm_solve(
-    denoiser: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    grid: torch.Tensor,
-    x_t: torch.Tensor,
-    index: torch.Tensor,
-    num_steps: int,
-) -> torch.Tensor:
-    """`num_steps` steps of DPM-Solver++(2M) down the grid, one evaluation each (Lu et al. 2022, Algorithm 2).
+    denoiser: Denoiser,
+    x: torch.Tensor,
+    levels: torch.Tensor,
+    steps: torch.Tensor,
+    class_labels: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """DPM-Solver++(2M) down `levels`, one evaluation a step (Lu et al. 2022, Algorithm 2).
 
     Order 2 from the second step on: D along a step is extrapolated from the last two evaluations, linearly in ln(level). The first step
-    is the jump with D. Arguments as `heun_solve`.
+    is the jump with D. Arguments and result as of `heun_solve`.
     """
-    denoised, log_step = None, None
-    for step in range(num_steps):
-        t, t_next = grid[index + step], grid[index + step + 1]
-        before, log_step_before = denoised, log_step
-        denoised, log_step = denoiser(x_t, t), (t / t_next).log()
+
+    def step(state, x, t, t_next, labels):
+        denoised, log_step = denoiser(x, t, *labels), (t / t_next).log()
         estimate = denoised
-        if before is not None:
-            ratio = append_dims(log_step / (2 * log_step_before), x_t.ndim)
+        if state is not None:
+            before, log_step_before = (value[: len(x)] for value in state)
+            ratio = append_dims(log_step / (2 * log_step_before), x.ndim)
             estimate = denoised + ratio * (denoised - before)
-        x_t = jump(x_t, estimate, t, t_next)
-    return x_t
+        return (denoised, log_step), jump(x, estimate, t, t_next)
+
+    return _solve(step, x, levels, steps, class_labels)
+
+
+def _solve(step, x, levels, steps, class_labels):
+    """Take each sample its number of steps; those with the most come first, so that the ones still going are a leading part."""
+    order = None
+    if (steps != steps[0]).any():
+        order = steps.argsort(descending=True, stable=True)
+        back = order.argsort().to(x.device, non_blocking=True)
+        steps, order = steps[order], order.to(x.device, non_blocking=True)
+        x, levels = x[order], levels[:, order]
+        class_labels = None if class_labels is None else class_labels[order]
+    labels = () if class_labels is None else (class_labels,)
+    states, state = [x], None
+    for row in range(int(steps[0])):
+        going = int((steps > row).sum())
+        x, t, t_next = states[-1][:going], levels[row, :going], levels[row + 1, :going]
+        state, x = step(state, x, t, t_next, tuple(value[:going] for value in labels))
+        states.append(torch.cat([x, states[-1][going:]]) if going < len(steps) else x)
+    return states if order is None else [x[back] for x in states]
 
 
 SOLVERS = {"heun": heun_solve, "dpm": dpm_solve}

@@ -5,25 +5,18 @@ import functools
 from dataclasses import fields
 
 import torch
-from diffusers import UNet2DModel
-from diffusers.models.resnet import ResnetBlock2D
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
-from diffusers_ctm.trajectory import Preconditioning, karras_sigmas
+from diffusers_ctm.trajectory import Preconditioning
 
 from .config import CTMConfig, UserError, run_program
 from .data import ImageDataset
 from .losses import DISTANCES, Solver, ctm_loss
+from .networks import build_scheduler, build_unet, make_student, set_dropout
 from .run import StepRandom, TrainingRun
 from .solver import SOLVERS
 from .teacher import Teacher, teacher_of
-from .time_sampling import (
-    Times,
-    draw_half_lognormal_sigma,
-    draw_lognormal_sigma,
-    draw_times,
-    draw_times_to_end,
-)
+from .time_sampling import TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
 
 
 def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
@@ -54,9 +47,19 @@ def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
             f"--teacher {config.teacher} is a consistency model: it knows jumps to sigma_min and no solver's steps. Give --matching global, which "
             "then learns those jumps, or distil the diffusion model that it came from."
         )
-    if config.solver != "heun" or config.solver_substeps != 1:
+    solver_options = {
+        "solver": "heun",
+        "solver_substeps": 1,
+        "solver_model": "teacher",
+        "triples_per_path": 1,
+        "max_solver_steps": None,
+        "solver_steps_distribution": None,
+        "solver_steps_per": None,
+    }
+    given = [f"--{name}" for name, default in solver_options.items() if getattr(config, name) != default]
+    if given:
         raise UserError(
-            f"--teacher {config.teacher} is a consistency model: no solver runs. Leave out --solver and --solver_substeps."
+            f"--teacher {config.teacher} is a consistency model: no solver runs. Leave out {', '.join(given)}."
         )
     if config.dsm_adaptive or config.dsm_weight == 0:
         raise UserError(
@@ -104,38 +107,51 @@ def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRando
     return sigma
 
 
-def draw_step_times(config: CTMConfig, teacher: Teacher, random: StepRandom) -> Times:
-    """Times of one step, for this part of its batch."""
-    if teacher.is_consistency_model:
-        return draw_times_to_end(random.total, config.num_train_timesteps, random.host)[random.own]
-    return draw_times(
-        random.total,
-        config.num_train_timesteps,
-        config.matching,
-        config.max_solver_steps,
-        config.solver_steps_distribution,
-        random.host,
-    )[random.own]
-
-
-def teacher_solver(config: CTMConfig, teacher: Teacher, fine_grid: torch.Tensor, labels: torch.Tensor | None) -> Solver:
-    """`solver(x_t, index, k)` for `ctm_loss`: `solver_substeps` steps per level, or the jump to the end of a consistency model.
-
-    `fine_grid` holds the levels of the solver's steps; every `solver_substeps`-th is one of the training grid.
-    """
-    substeps = config.solver_substeps
-    if teacher.is_consistency_model:
-        return lambda x_t, index, _: teacher.jump_to_end(x_t, fine_grid[index], labels)
-    solve = functools.partial(
-        SOLVERS[config.solver], functools.partial(teacher.denoise, class_labels=labels), fine_grid
+def time_sampler(config: CTMConfig, scheduler: CTMScheduler) -> TimeSampler:
+    """What draws (t, u, s) as the options say."""
+    return TimeSampler(
+        num_levels=config.num_train_timesteps,
+        sigma_min=scheduler.config.sigma_min,
+        sigma_max=scheduler.config.sigma_max,
+        rho=scheduler.config.rho,
+        matching=config.matching,
+        max_steps=config.max_solver_steps or (1 if config.matching == "local" else config.num_train_timesteps - 1),
+        distribution=config.solver_steps_distribution or "weighted",
+        per_sample=config.solver_steps_per == "sample",
+        continuous=config.continuous_times,
+        per_path=config.triples_per_path,
+        substeps=config.solver_substeps,
     )
-    return lambda x_t, index, num_levels: solve(x_t, substeps * index, substeps * num_levels)
 
 
-def make_student(network: UNet2DModel | EDMUNet2DModel) -> CTMUNet2DModel | EDMUNet2DModel:
-    """The network with target time that equals the teacher `network` at every target. Raises ValueError if it cannot become one."""
-    student_class = EDMUNet2DModel if isinstance(network, EDMUNet2DModel) else CTMUNet2DModel
-    return student_class.from_unet(network)
+def make_solver(config: CTMConfig, teacher: Teacher, student_ema: torch.nn.Module) -> Solver:
+    """The solver of `ctm_loss`: by the score of teacher or average, or the jump to the end of a consistency model."""
+    if teacher.is_consistency_model:
+        return lambda x, path, steps, labels: [x, teacher.jump_to_end(x, path[0], labels)]
+
+    def score_of_student(x, sigma, *labels):
+        condition = {"class_labels": labels[0]} if labels else {}
+        return teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition)
+
+    denoiser = score_of_student if config.solver_model == "ema" else teacher.denoise
+    return functools.partial(SOLVERS[config.solver], denoiser)
+
+
+def untrained(config: CTMConfig, dataset: ImageDataset) -> Teacher:
+    """What the student starts from without a teacher: the network that the options describe."""
+    leave_out = config.label_dropout or 0.0
+    torch.manual_seed(config.seed)
+    network = build_unet(config, dataset, config.dropout or 0.0, leave_out)
+    try:
+        scheduler = build_scheduler(config, config.sigma_min or 0.002, config.sigma_max or 80.0)
+    except ValueError as error:
+        raise UserError(f"--sigma_min or --sigma_max: {error}") from error
+    return Teacher(
+        network.requires_grad_(False).eval(),
+        scheduler,
+        dataset.id2label,
+        null_class=dataset.num_classes if leave_out else None,
+    )
 
 
 def label_dropout(teacher: Teacher, config: CTMConfig) -> float:
@@ -150,18 +166,10 @@ def label_dropout(teacher: Teacher, config: CTMConfig) -> float:
     return 0.1 if config.label_dropout is None else config.label_dropout
 
 
-def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) -> None:
-    """As if `network` had been built with `dropout=probability`: in its residual blocks, not in attention."""
-    network.register_to_config(dropout=probability)
-    for module in network.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.dropout.p = probability
-
-
 def main(config: CTMConfig) -> str:
     """Distil, and save the averaged student as a pipeline; return its folder."""
     dataset = ImageDataset(config)
-    teacher = teacher_of(config)
+    teacher = untrained(config, dataset) if config.teacher is None else teacher_of(config)
     check_fit(teacher, dataset)
     check_consistency_teacher(teacher, config)
     choose_precision(teacher, config)
@@ -174,7 +182,6 @@ def main(config: CTMConfig) -> str:
         raise UserError(f"--teacher {config.teacher} cannot become a CTM: {error}") from error
     if config.dropout is not None:
         set_dropout(student, config.dropout)
-    numbers = scheduler.config
 
     def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
         id2label = teacher.id2label or dataset.id2label
@@ -182,11 +189,11 @@ def main(config: CTMConfig) -> str:
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
     run = TrainingRun(config, dataset, student, make_pipeline, samples)
-    teacher.network.to(run.device, memory_format=torch.channels_last)
-    num_levels = (config.num_train_timesteps - 1) * config.solver_substeps + 1
-    levels = (num_levels, numbers.sigma_min, numbers.sigma_max, numbers.rho)
-    fine_grid = karras_sigmas(*levels, device=run.device)
-    grid = fine_grid[:: config.solver_substeps]
+    if config.solver_model == "teacher":
+        teacher.network.to(run.device, memory_format=torch.channels_last)
+    sampler = time_sampler(config, scheduler)
+    draw_times = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
+    solver = make_solver(config, teacher, run.ema.module)
     last_weight = run.bare_network.last_layer.weight
 
     for batch in run.batches():
@@ -195,10 +202,9 @@ def main(config: CTMConfig) -> str:
             loss = ctm_loss(
                 student=run.network,
                 student_ema=run.ema.module,
-                solver=teacher_solver(config, teacher, fine_grid, labels),
+                solver=solver,
                 preconditioning=scheduler.preconditioning,
-                grid=grid,
-                times=draw_step_times(config, teacher, random),
+                times=draw_times(random.total, random.host)[random.own],
                 x_0=batch.images,
                 noise=random.normal(*batch.images.shape[1:]),
                 dsm_sigma=draw_dsm_sigma(config, scheduler, random),
@@ -206,7 +212,7 @@ def main(config: CTMConfig) -> str:
                 last_weight=last_weight,
                 class_labels=labels,
                 distance=DISTANCES[config.distance],
-                inner_target=config.inner_target,
+                inner_target=config.inner_target or "ema",
                 dsm_weight=config.dsm_weight,
                 dsm_adaptive=config.dsm_adaptive,
                 reduce_gradient=lambda gradient: run.accelerator.reduce(gradient, "mean"),

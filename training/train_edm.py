@@ -5,56 +5,22 @@ import copy
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ctm import CTMPipeline, EDMHeunScheduler
+from diffusers_ctm import CTMPipeline
 
-from .config import EDMConfig, UserError, run_program
+from .config import EDMConfig, run_program
 from .data import ImageDataset
 from .losses import dsm_loss
+from .networks import build_scheduler, build_unet
 from .run import TrainingRun
 from .time_sampling import draw_lognormal_sigma
-
-
-def build_unet(config: EDMConfig, dataset: ImageDataset) -> UNet2DModel:
-    """The UNet2DModel that the options describe."""
-    levels = range(len(config.block_out_channels))
-    halvings = 2 ** (len(levels) - 1)
-    if dataset.resolution % halvings:
-        raise UserError(
-            f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got {dataset.resolution}."
-        )
-    kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
-    return UNet2DModel(
-        sample_size=dataset.resolution,
-        in_channels=dataset.channels,
-        out_channels=dataset.channels,
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-        add_attention=config.mid_attention,
-        attention_head_dim=config.attention_head_dim,
-        norm_num_groups=config.norm_num_groups,
-        resnet_time_scale_shift=config.resnet_time_scale_shift,
-        dropout=config.dropout,
-        num_class_embeds=dataset.num_classes + 1 if config.label_dropout else dataset.num_classes,
-    )
 
 
 def main(config: EDMConfig) -> str:
     """Train, and save the averaged network as a pipeline; return its folder."""
     dataset = ImageDataset(config)
     torch.manual_seed(config.seed)
-    network = build_unet(config, dataset)
-    # As EDM does it: the untrained network predicts nothing, so that D starts as the best linear denoiser.
-    torch.nn.init.zeros_(network.conv_out.weight)
-    torch.nn.init.zeros_(network.conv_out.bias)
-    scheduler = EDMHeunScheduler(
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        sigma_data=config.sigma_data,
-        timestep_scale=config.timestep_scale,
-    )
-
+    network = build_unet(config, dataset, config.dropout, config.label_dropout)
+    scheduler = build_scheduler(config, config.sigma_min, config.sigma_max)
     null_class = dataset.num_classes if config.label_dropout else None
 
     def make_pipeline(unet: UNet2DModel) -> CTMPipeline:

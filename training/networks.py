@@ -1,0 +1,60 @@
+"""Networks that a run starts from."""
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
+
+from diffusers_ctm import CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
+
+from .config import NetworkOptions, UserError
+from .data import ImageDataset
+
+
+def build_unet(config: NetworkOptions, dataset: ImageDataset, dropout: float, label_dropout: float) -> UNet2DModel:
+    """The UNet2DModel that the options describe; untrained it predicts nothing, so that D is the best linear denoiser, as in EDM."""
+    levels = range(len(config.block_out_channels))
+    halvings = 2 ** (len(levels) - 1)
+    if dataset.resolution % halvings:
+        raise UserError(
+            f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got {dataset.resolution}."
+        )
+    kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
+    network = UNet2DModel(
+        sample_size=dataset.resolution,
+        in_channels=dataset.channels,
+        out_channels=dataset.channels,
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        add_attention=config.mid_attention,
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        dropout=dropout,
+        num_class_embeds=dataset.num_classes + 1 if label_dropout else dataset.num_classes,
+    )
+    torch.nn.init.zeros_(network.conv_out.weight)
+    torch.nn.init.zeros_(network.conv_out.bias)
+    return network
+
+
+def build_scheduler(config: NetworkOptions, sigma_min: float, sigma_max: float) -> EDMHeunScheduler:
+    """The preconditioning and levels of such a network."""
+    return EDMHeunScheduler(
+        sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=config.sigma_data, timestep_scale=config.timestep_scale
+    )
+
+
+def make_student(network: UNet2DModel | EDMUNet2DModel) -> CTMUNet2DModel | EDMUNet2DModel:
+    """The network with target time that equals the teacher `network` at every target. Raises ValueError if it cannot become one."""
+    student_class = EDMUNet2DModel if isinstance(network, EDMUNet2DModel) else CTMUNet2DModel
+    return student_class.from_unet(network)
+
+
+def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) -> None:
+    """As if `network` had been built with `dropout=probability`: in its residual blocks, not in attention."""
+    network.register_to_config(dropout=probability)
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            module.dropout.p = probability

@@ -58,7 +58,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         """
         if not isinstance(unet, UNet2DModel) or isinstance(unet, CTMUNet2DModel):
             raise ValueError(f"from_unet starts from a diffusers UNet2DModel, not from {type(unet).__name__}.")
-        return start_as(cls.from_config(unet.config), unet)
+        return start_as(cls.from_config(config_of(unet)), unet)
 
     def _conditioning(self, timestep, target_timestep, class_labels) -> torch.Tensor:
         """[embedding of time and class, embedding of the target time], shape (B, 2 * embedding width)."""
@@ -143,6 +143,11 @@ def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) 
             f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."
         )
     return timestep.to(sample.device).expand(sample.shape[0])
+
+
+def config_of(network: nn.Module) -> dict:
+    """The config that a network made from `network` starts with: without the place that it was loaded from."""
+    return {name: value for name, value in network.config.items() if name != "_name_or_path"}
 
 
 def start_as(student: nn.Module, teacher: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
-from .unet_2d_ctm import float_time, start_as
+from .unet_2d_ctm import config_of, float_time, start_as
 
 
 class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -197,7 +197,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             raise ValueError(f"from_unet starts from an EDMUNet2DModel, not from {type(unet).__name__}.")
         if unet.has_target_time:
             raise ValueError("from_unet starts from a network without target time; this one has it already.")
-        return start_as(cls.from_config(unet.config, target_time=True), unet)
+        return start_as(cls.from_config(config_of(unet), target_time=True), unet)
 
     def _class_vector(self, class_labels: torch.Tensor | None, timestep: torch.Tensor) -> torch.Tensor:
         """What the class embedding reads, shape (B, num_class_embeds): sqrt(num_class_embeds) * one-hot, zero for no class."""

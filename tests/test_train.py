@@ -88,6 +88,8 @@ def test_saved_pipelines_load_and_sample(teacher, tmp_path):
     ]
     assert glob.glob(str(tmp_path / "run" / "logs" / "**" / "events*"), recursive=True)
     assert not glob.glob(str(tmp_path / "run" / ".*"))  # no drafts left
+    config = json.loads((Path(student) / "unet" / "config.json").read_text())
+    assert "_name_or_path" not in config  # whoever gets the student does not learn where the teacher lay
 
 
 def test_label_dropout(teacher, tmp_path):

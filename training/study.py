@@ -1,0 +1,321 @@
+"""Which choices train a CTM faster: `python -m training.study --config training/configs/study_digits.yaml`."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+from diffusers_ctm import CTMScheduler
+
+from . import train_ctm
+from .config import Checked, CTMConfig, UserError, option, run_program
+from .data import ImageDataset
+from .evaluate import (
+    Distances,
+    EvaluateConfig,
+    Sampling,
+    Setting,
+    cell,
+    choose_device,
+    hardware,
+    load_pipelines,
+    reference_features,
+    summary,
+)
+from .features import load_feature_network
+from .files import atomic_file
+from .run import StepRandom, newest_checkpoint
+
+
+@dataclass
+class StudyConfig(Checked):
+    """Train variants of one run and compare them at equal iterations, equal time and equal teacher evaluations.
+
+    Writes a folder per run, and study.json, study.md and study.png of all that are finished. Runs that are there are not repeated, one that
+    was cut off goes on; several processes may share the work by --seeds or --only and the same --output_dir.
+    """
+
+    config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
+    variants: str = option(
+        "training/configs/study_digits_variants.yaml",
+        "YAML file: `base`, a file of options of training.train_ctm; `common`, options of all runs; `variants`, the options of each by its name. "
+        "The first variant is the one that others are compared with.",
+    )
+    output_dir: str = option("runs/study", "Folder of the study.")
+    seeds: list[int] = option([0, 1, 2], "Seeds of the runs of each variant.")
+    only: list[str] = option(
+        [], "Names of the variants to run; default all. Tables and plot show all that are finished."
+    )
+    max_train_steps: int = option(600, "Iterations of each run.")
+    eval_every: int = option(100, "Measure after every so many iterations.")
+    eval_steps: list[int] = option([1, 2, 4], "Sampling steps that are measured, at gamma = 0.")
+    num_samples: int = option(1000, "Images per measurement.")
+    features: str = option("digits", "Features of the Frechet distance, as in training.evaluate.")
+    threads: int = option(1, "CPU threads of a run. With 1 its CPU time is its time on an idle core.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("max_train_steps", "eval_every", "num_samples", "threads")
+        self.check(self.max_train_steps % self.eval_every == 0, "eval_every", "a divisor of --max_train_steps")
+        self.check(len(self.seeds) > 0, "seeds", "one or more")
+        self.check(len(self.eval_steps) > 0 and min(self.eval_steps) > 0, "eval_steps", "one or more, each 1 or more")
+
+
+def read_variants(path: str) -> dict[str, dict[str, Any]]:
+    """The options of `training.train_ctm` for each variant, by name. Raises UserError for a file that is not as StudyConfig says."""
+    try:
+        with open(path) as file:
+            study = yaml.safe_load(file)
+        with open(study["base"]) as file:
+            base = yaml.safe_load(file)
+        shared = {**base, **(study.get("common") or {})}
+        variants = {str(name): {**shared, **(options or {})} for name, options in study["variants"].items()}
+        for name, options in variants.items():
+            try:
+                CTMConfig(**options)
+            except (UserError, TypeError) as error:
+                raise UserError(f"--variants {path}, {name}: {error}") from error
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--variants {path} must be a YAML file with `base` (a file), `common` and `variants`: {error!r}"
+        ) from error
+    if not variants:
+        raise UserError(f"--variants {path} holds no variants.")
+    return variants
+
+
+def teacher_evaluations(config: CTMConfig, scheduler: CTMScheduler, first: int, last: int) -> int:
+    """Images that the solver's network sees from iteration `first` to `last` - 1: its times drawn once more."""
+    sampler = train_ctm.time_sampler(config, scheduler)
+    batch, per_step = config.train_batch_size, {"heun": 2, "dpm": 1}[config.solver]
+    total = 0
+    for step in range(first, last):
+        random = StepRandom(config.seed, step, batch, slice(0, batch), torch.device("cpu"))
+        total += per_step * int(sampler.draw(batch, random.host).steps.sum())
+    return total
+
+
+class Measure:
+    """Frechet distances of a pipeline's samples, at each number of steps, from the same noise every time."""
+
+    def __init__(self, config: StudyConfig, options: dict[str, Any]):
+        data = {f.name: options[f.name] for f in dataclasses.fields(EvaluateConfig) if f.name in options}
+        data = {name: value for name, value in data.items() if name not in ("config", "output_dir", "seed")}
+        self.config = EvaluateConfig(
+            **{**data, "teacher": None, "model": "-", "steps": config.eval_steps, "gammas": [0.0], "seeds": [0]},
+            features=config.features,
+        )
+        self.num_samples = config.num_samples
+        self.device = choose_device("auto")
+        self.network = load_feature_network(config.features, self.device)
+        self.dataset = ImageDataset(self.config)
+        self.network.check_images(self.dataset.channels, self.dataset.resolution, self.dataset.resolution)
+        reference, self.labels = reference_features(self.dataset, self.network, self.config, self.device)
+        self.distances = Distances(reference)
+
+    def __call__(self, pipeline: str) -> dict[str, float]:
+        self.config.model = pipeline
+        pipelines = load_pipelines(self.config, self.dataset, self.device)
+        sampling = Sampling(pipelines, self.network, self.labels, self.num_samples, self.config.batch_size)
+        found = {}
+        for steps in self.config.steps:
+            setting = Setting("ctm", steps, None if steps == 1 else 0.0)
+            features, _ = sampling.features(setting, 0, tqdm(disable=True))
+            found[str(steps)] = self.distances(features)["frechet"]
+        return found
+
+
+def run_variant(config: StudyConfig, options: dict[str, Any], folder: str, measure: Measure, progress: tqdm) -> None:
+    """Train one variant in stretches of `eval_every` iterations, measuring after each; append to folder/curve.json."""
+    path = os.path.join(folder, "curve.json")
+    curve = json.loads(open(path).read()) if os.path.exists(path) else {"options": options, "points": []}
+    if curve["options"] != options:
+        raise UserError(f"{folder} holds a run with other options; choose another --output_dir.")
+    points = curve["points"]
+    trained = os.path.join(folder, "run")
+
+    def train(until: int) -> tuple[str, float]:
+        began = time.process_time()
+        place = {"output_dir": trained, "max_train_steps": until, "resume_from_checkpoint": "latest"}
+        pipeline = train_ctm.main(CTMConfig(**{**options, **place}))
+        return pipeline, time.process_time() - began
+
+    for until in range(config.eval_every, config.max_train_steps + 1, config.eval_every):
+        if points and until <= points[-1]["iteration"]:
+            progress.update(config.eval_every)
+            continue
+        done = newest_checkpoint(trained)
+        if done is not None and done.endswith(f"-{until}"):  # cut off while it was measured: its time is not known
+            raise UserError(f"{folder} was cut off between training and measuring; remove it to repeat that run.")
+        pipeline, seconds = train(until)
+        if "overhead" not in curve:
+            curve["overhead"] = train(until)[1]  # a call that has nothing left to do: loading and saving
+        before = points[-1] if points else {"seconds": 0.0, "teacher_evaluations": 0, "iteration": 0}
+        asked, scheduler = CTMConfig(**options), CTMScheduler.from_pretrained(pipeline, subfolder="scheduler")
+        points.append(
+            {
+                "iteration": until,
+                "seconds": before["seconds"] + max(0.0, seconds - curve["overhead"]),
+                "teacher_evaluations": before["teacher_evaluations"]
+                + teacher_evaluations(asked, scheduler, before["iteration"], until),
+                "frechet": measure(pipeline),
+            }
+        )
+        with atomic_file(path) as draft, open(draft, "w") as file:
+            json.dump(curve, file, indent=1)
+        progress.update(config.eval_every)
+
+
+def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
+    """Distance where `axis` reaches `value`, between measurements by a line in its logarithm; None where the run does not go."""
+    if not points or value > points[-1][axis] * (1 + 1e-9) or value < points[0][axis]:
+        return None
+    for before, after in zip([points[0], *points], points):
+        if after[axis] >= value * (1 - 1e-9):
+            low, high = math.log(before["frechet"][steps]), math.log(after["frechet"][steps])
+            share = 1.0 if after is before else (value - before[axis]) / (after[axis] - before[axis])
+            return math.exp(low + min(share, 1.0) * (high - low))
+    return None
+
+
+def tabulate(curves: dict[str, list[dict]], config: StudyConfig) -> dict[str, Any]:
+    """For each variant: seconds per iteration, and its distances at the iterations, seconds and teacher evaluations that all reach."""
+    points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
+    every = [run for runs in points.values() for run in runs]
+    common = {
+        axis: min(run[-1][axis] for run in every) for axis in ("iteration", "seconds", "teacher_evaluations") if every
+    }
+    rows = {}
+    for name, runs in points.items():
+        row = {
+            "runs": len(runs),
+            "milliseconds_per_iteration": summary([1000 * run[-1]["seconds"] / run[-1]["iteration"] for run in runs]),
+            "teacher_evaluations_per_image": summary(
+                [
+                    run[-1]["teacher_evaluations"] / run[-1]["iteration"] / curve["options"]["train_batch_size"]
+                    for run, curve in zip(runs, curves[name])
+                ]
+            ),
+        }
+        for axis, value in common.items():
+            row[axis] = {}
+            for steps in map(str, config.eval_steps):
+                found = [at(run, axis, value, steps) for run in runs]
+                row[axis][steps] = None if None in found else summary(found)
+        rows[name] = row
+    return {"common": common, "rows": rows}
+
+
+AXES = {"iteration": "iterations", "seconds": "CPU seconds", "teacher_evaluations": "images through the teacher"}
+
+
+def markdown(table: dict[str, Any], config: StudyConfig, report: dict) -> str:
+    common = table["common"]
+    lines = [
+        f"Frechet distance (lower is better; features `{config.features}`, {config.num_samples:,} samples at gamma = 0), mean ± standard deviation "
+        f"over the seeds of training; in columns the number of sampling steps.",
+        "",
+    ]
+    steps = list(map(str, config.eval_steps))
+    for axis, words in AXES.items():
+        lines += [f"At equal {words}, {common[axis]:,.0f}:", ""]
+        head = [
+            "",
+            "runs",
+            "ms per iteration",
+            "teacher evaluations per image",
+            *(f"{n} step{'s' if n != '1' else ''}" for n in steps),
+        ]
+        lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+        for name, row in table["rows"].items():
+            cells = [name, str(row["runs"])]
+            cells += [cell(row[column]) for column in ("milliseconds_per_iteration", "teacher_evaluations_per_image")]
+            cells += [cell(row[axis][n]) if row[axis][n] else "-" for n in steps]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        f"- {config.max_train_steps:,} iterations per run, measured every {config.eval_every}; between measurements along a line in the logarithm.",
+        f"- CPU seconds are those of the training loop on {report['hardware']['device']}, {config.threads} thread(s).",
+        "- '-': the variant's runs end, or are first measured, beyond that point.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(curves: dict[str, list[dict]], config: StudyConfig) -> bytes:
+    """study.png: distance in the fewest steps against each axis, a line per variant, bands from the best to the worst seed."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5.2), dpi=110, layout="constrained")
+    steps = str(config.eval_steps[0])
+    axes = figure.subplots(1, 3, sharey=True)
+    for place, (axis, words) in zip(axes, AXES.items()):
+        for number, (name, runs) in enumerate(curves.items()):
+            colour, style = colormaps["tab10"](number % 10), ("-", "--", ":")[number // 10 % 3]
+            rows = list(zip(*(run["points"] for run in runs)))
+            across = [sum(point[axis] for point in row) / len(row) for row in rows]
+            values = [[point["frechet"][steps] for point in row] for row in rows]
+            mean = [math.exp(sum(map(math.log, row)) / len(row)) for row in values]
+            place.fill_between(across, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.08)
+            place.plot(across, mean, style, color=colour, marker="o", markersize=3, linewidth=1.4, label=name)
+        place.set_xlabel(words)
+        place.set_yscale("log")
+        place.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel(f"Frechet distance, {steps} step{'s' if steps != '1' else ''}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9, frameon=False)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    return picture.getvalue()
+
+
+def main(config: StudyConfig) -> dict:
+    """Run what is missing, then compare all finished runs; return what study.json holds."""
+    torch.set_num_threads(config.threads)
+    variants = read_variants(config.variants)
+    unknown = [name for name in config.only if name not in variants]
+    if unknown:
+        raise UserError(f"--only {unknown[0]} is no variant of {config.variants}; it has {', '.join(variants)}.")
+    measure = None
+    wanted = [(name, seed) for seed in config.seeds for name in variants if not config.only or name in config.only]
+    with tqdm(total=len(wanted) * config.max_train_steps, unit="iteration") as progress:
+        for name, seed in wanted:
+            progress.set_description(f"{name}, seed {seed}")
+            options = {**variants[name], "seed": seed}
+            measure = measure or Measure(config, options)
+            run_variant(config, options, os.path.join(config.output_dir, f"{name}-seed{seed}"), measure, progress)
+
+    curves: dict[str, list[dict]] = {}
+    for name in variants:
+        for folder in sorted(os.listdir(config.output_dir)):
+            path = os.path.join(config.output_dir, folder, "curve.json")
+            if folder.rpartition("-seed")[0] == name and os.path.exists(path):
+                curve = json.loads(open(path).read())
+                if curve["points"] and curve["points"][-1]["iteration"] >= config.max_train_steps:
+                    curve["points"] = [p for p in curve["points"] if p["iteration"] <= config.max_train_steps]
+                    curves.setdefault(name, []).append(curve)
+    report = {"options": dataclasses.asdict(config), "hardware": hardware(torch.device("cpu")), "curves": curves}
+    report["table"] = tabulate(curves, config)
+    text = markdown(report["table"], config, report)
+    files = {
+        "study.json": (json.dumps(report, indent=1) + "\n").encode(),
+        "study.md": text.encode(),
+        "study.png": plot(curves, config),
+    }
+    for name, content in files.items():
+        with atomic_file(os.path.join(config.output_dir, name)) as draft, open(draft, "wb") as file:
+            file.write(content)
+    print(f"\n{text}")
+    return report
+
+
+if __name__ == "__main__":
+    run_program(main, StudyConfig)

@@ -8,7 +8,7 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from exact import GaussianData, PixelMixture, randn
 
 from diffusers_ctm.trajectory import karras_sigmas
-from training.solver import SOLVERS, dpm_solve
+from training.solver import SOLVERS, dpm_solve, evaluations, unipc_solve
 
 
 DATA = PixelMixture()
@@ -40,15 +40,47 @@ def error(solve, num_steps, sigma_max=10.0, sigma_min=0.1):
     return (end - exact).square().mean().sqrt().item(), len(denoiser.levels)
 
 
-@pytest.mark.parametrize("name, evaluations", [("heun", 2), ("dpm", 1)])
-def test_order_two(name, evaluations):
+@pytest.mark.parametrize("name, order", [("heun", 2), ("dpm", 2), ("unipc", 3)])
+def test_order_and_number_of_evaluations(name, order):
     errors = []
     for num_steps in (64, 128, 256):
         found, calls = error(SOLVERS[name], num_steps)
-        assert calls == evaluations * num_steps
+        assert (
+            calls
+            == evaluations(name, torch.tensor(num_steps))
+            == {"heun": 2, "dpm": 1, "unipc": 1}[name] * num_steps + (name == "unipc")
+        )
         errors.append(found)
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
-    assert slopes == pytest.approx([2, 2], abs=0.25)
+    assert slopes == pytest.approx([order, order], abs=0.3)
+
+
+def test_unipc_integrates_a_denoiser_that_is_a_parabola_in_ln_level_exactly():
+    """x / t changes by the integral of D d(1/t). From the second step on three evaluations determine the parabola."""
+
+    def parabola(x, sigma, *_):
+        v = sigma.log().reshape(-1, 1, 1, 1)
+        return (1 + 2 * v - 0.5 * v**2).expand_as(x)
+
+    grid = torch.tensor([9.0, 5.0, 2.0, 0.7], dtype=torch.float64)
+    x = 9 * randn(1, 1, 2, 2)
+    states = unipc_solve(parabola, x, *down(grid, 0, steps=3))
+    for row in (1, 2):
+        t, s = grid[row], grid[row + 1]
+        nodes = torch.linspace((1 / t).item(), (1 / s).item(), 20001, dtype=torch.float64)
+        integral = torch.trapezoid(parabola(nodes[:, None, None, None], 1 / nodes).flatten(), nodes)
+        torch.testing.assert_close(states[row + 1], s * (states[row] / t + integral), rtol=1e-8, atol=1e-8)
+
+
+def test_one_unipc_step_is_of_order_two():
+    """The error of one step falls with the cube of its length."""
+    errors = []
+    for end in (1.6, 1.8, 1.9):
+        grid = torch.tensor([2.0, end], dtype=torch.float64)
+        x = 2 * randn(40, 1, 2, 2)
+        exact = DATA.jump(x, grid[0], grid[1])
+        errors.append((unipc_solve(DATA.denoiser, x, *down(grid, *[0] * 40, steps=1))[-1] - exact).norm().item())
+    assert [math.log2(a / b) for a, b in zip(errors, errors[1:])] == pytest.approx([3, 3], abs=0.4)
 
 
 def test_dpm_is_that_of_diffusers():
@@ -94,7 +126,7 @@ def test_each_sample_goes_its_own_way(name, steps):
     x = grid[torch.tensor(index)].reshape(-1, 1, 1, 1) * randn(4, 1, 2, 2)
     levels, steps = down(grid, *index, steps=steps)
     together = SOLVERS[name](denoiser, x, levels, steps, labels)
-    assert sum(rows) == int(steps.sum()) * (2 if name == "heun" else 1)
+    assert sum(rows) == int(evaluations(name, steps).sum())
     assert torch.equal(together[0], x) and len(together) == 21
     for i in range(4):
         own = slice(i, i + 1)

@@ -321,8 +321,9 @@ class CTMConfig(TeacherOptions, NetworkOptions, RunOptions):
     )
     solver: str = option(
         "heun",
-        "The teacher's solver: 'heun' (two evaluations a step; the paper's), or 'dpm': DPM-Solver++(2M), of the same order with one evaluation.",
-        ["heun", "dpm"],
+        "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3, k + 1 evaluations) or 'dpm' "
+        "(DPM-Solver++(2M), order 2 but for its first step, k evaluations).",
+        ["heun", "unipc", "dpm"],
     )
     solver_substeps: int = option(1, "Steps of the solver from one level of the grid to the next.")
     inner_target: str | None = option(

@@ -33,6 +33,7 @@ from .evaluate import (
 from .features import load_feature_network
 from .files import atomic_file
 from .run import StepRandom, newest_checkpoint
+from .solver import evaluations
 
 
 @dataclass
@@ -95,11 +96,10 @@ def read_variants(path: str) -> dict[str, dict[str, Any]]:
 def teacher_evaluations(config: CTMConfig, scheduler: CTMScheduler, first: int, last: int) -> int:
     """Images that the solver's network sees from iteration `first` to `last` - 1: its times drawn once more."""
     sampler = train_ctm.time_sampler(config, scheduler)
-    batch, per_step = config.train_batch_size, {"heun": 2, "dpm": 1}[config.solver]
-    total = 0
+    batch, total = config.train_batch_size, 0
     for step in range(first, last):
         random = StepRandom(config.seed, step, batch, slice(0, batch), torch.device("cpu"))
-        total += per_step * int(sampler.draw(batch, random.host).steps.sum())
+        total += int(evaluations(config.solver, sampler.draw(batch, random.host).steps).sum())
     return total
 
 

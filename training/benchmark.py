@@ -223,7 +223,7 @@ class Counter:
         self.without_graph = self.with_graph = self.backward = 0
         self.handles = [
             network.register_forward_hook(self._forward),
-            network.conv_in.register_full_backward_hook(self._backward),
+            network.conv_in.register_forward_hook(self._watch),
         ]
 
     def _forward(self, module, args, output):
@@ -232,8 +232,12 @@ class Counter:
         else:
             self.without_graph += len(args[0])
 
-    def _backward(self, module, grad_input, grad_output):
-        self.backward += len(grad_output[0])
+    def _watch(self, module, args, output):
+        if output.requires_grad:  # a pass that only asks for the last layer's gradient does not come here
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient):
+        self.backward += len(gradient)
 
     def close(self) -> dict[str, int]:
         for handle in self.handles:
@@ -360,8 +364,9 @@ def training_variants() -> dict[str, Callable]:
     return {
         "plain": plain,
         "exact": ours("heun", 1),
+        "--solver unipc": ours("unipc", 1),
         "--solver dpm": ours("dpm", 1),
-        "--solver dpm --triples_per_path 4": ours("dpm", 4),
+        "--solver unipc --triples_per_path 4": ours("unipc", 4),
     }
 
 
@@ -513,7 +518,7 @@ def measure_scaling(config: BenchmarkConfig, device: torch.device) -> dict:
 
 
 def processes_images_per_second(count: int, steps: int = 12) -> float:
-    """Images per second of `training.benchmark_worker` in `count` processes of one thread that share batches of 32 digits."""
+    """Images per second of `worker` in `count` processes of one thread that share batches of 32 digits."""
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", __name__, "--worker"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", *command, str(steps)], env=environment, capture_output=True, text=True)

@@ -1,0 +1,70 @@
+"""The benchmark's two training steps do the same mathematics, and it counts what they do."""
+
+import json
+
+import pytest
+import torch
+
+from training import benchmark
+from training.benchmark import BenchmarkConfig, Problem
+from training.config import UserError
+
+
+TINY = {"resolution": 8, "batch_size": 4, "num_train_timesteps": 5, "strata": 2, "rounds": 1, "device": "cpu"}
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_exact_step_is_the_plain_one_and_less_work(tmp_path, threads):
+    config = BenchmarkConfig(parts=["training"], output_dir=str(tmp_path), **TINY)
+    report = benchmark.main(config)["training"]
+    assert report["difference"]["losses"] < 1e-5 and report["difference"]["gradients"] < 1e-5
+    # P(k) ~ k on k = 1..4: the middles of two halves of the probability
+    assert report["solver_steps"] == [2, 4]
+    images = {name: row["images"] for name, row in report["variants"].items()}
+    teacher = {name: counts["teacher"]["without_graph"] for name, counts in images.items()}
+    assert teacher == {"plain": 6, "exact": 6, "--solver unipc": 4, "--solver dpm": 3, "--solver unipc --triples_per_path 4": 1}  # fmt: skip
+    plain, exact = images["plain"], images["exact"]
+    assert plain["student"] == {"without_graph": 0, "with_graph": 2, "backward": 2} == exact["student"]
+    assert plain["average"] == {"without_graph": 2, "with_graph": 1, "backward": 2}
+    assert exact["average"]["backward"] == exact["average"]["with_graph"] < 1
+    assert exact["average"]["without_graph"] < 2
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["training"]["variants"]["plain"]["ratio"]["mean"] == 1
+    assert "| exact |" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_a_step_leaves_the_networks_as_they_were():
+    problem = Problem(BenchmarkConfig(**TINY), torch.device("cpu"))
+    before = {name: value.clone() for name, value in problem.student.state_dict().items()}
+    with benchmark.restored(problem):
+        benchmark.training_variants()["exact"](problem, 2, 0, problem.inputs(0))
+        assert any(not torch.equal(value, before[name]) for name, value in problem.student.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in problem.student.state_dict().items())
+
+
+def test_sampling_ratios(tmp_path, threads):
+    config = BenchmarkConfig(parts=["sampling"], output_dir=str(tmp_path), sampling_batch_size=2, **TINY)
+    ratios = benchmark.main(config)["sampling"]["ratios"]
+    assert len(ratios) == 4 and all(values["mean"] > 0 for values in ratios.values())
+    heun = next(values["mean"] for name, values in ratios.items() if name.startswith("18 Heun"))
+    assert heun > 5  # 35 evaluations against one
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"parts": ["speed"]}, "--parts must be some of"),
+        ({"batch_size": 6}, "--batch_size must be a multiple of 4"),
+        ({"channels": 24}, "--channels must be a multiple of 16"),
+        ({"num_train_timesteps": 6}, "--num_train_timesteps must be above --strata"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(UserError, match=message):
+        BenchmarkConfig(**options)

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install distill test lint format clean
+.PHONY: help install distill test bench study lint format clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,12 @@ distill: $(INSTALLED)  ## Distil the embedded teacher, evaluate, save, draw: a C
 
 test: $(INSTALLED)  ## Run the tests, one process per core
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+bench: $(INSTALLED)  ## Measure the cost of training and sampling as ratios; about 10 minutes
+	$(BIN)/python -m training.benchmark --output_dir runs/benchmark
+
+study: $(INSTALLED)  ## Compare choices of training on the digits, three seeds each; about 2 hours of one core
+	OMP_NUM_THREADS=1 $(BIN)/python -m training.study --output_dir runs/study
 
 lint: $(INSTALLED)  ## Check style with ruff
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The study trains, measures, goes on where it was cut off, and reads off its curves what they say."""
 
+import json
 import math
 
 import pytest
@@ -25,7 +26,14 @@ def variants(tmp_path):
 
 def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeypatch):
     options = {"variants": variants, "output_dir": str(tmp_path / "study"), "seeds": [0], "num_samples": 80}
-    options |= {"max_train_steps": 4, "eval_every": 2, "eval_steps": [1, 2], "threads": torch.get_num_threads()}
+    options |= {
+        "max_train_steps": 4,
+        "eval_every": 2,
+        "eval_steps": [1, 2],
+        "threads": torch.get_num_threads(),
+        "timing_steps": 2,
+        "timing_rounds": 1,
+    }
     report = study.main(StudyConfig(only=["soft"], **options))
     assert list(report["curves"]) == ["soft"]
     report = study.main(StudyConfig(**options))
@@ -34,6 +42,8 @@ def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeyp
     assert soft[-1]["teacher_evaluations"] == 2 * fast[-1]["teacher_evaluations"] > 0  # the same times
     row = report["table"]["rows"]["fast"]
     assert row["iteration"]["1"]["mean"] == fast[-1]["frechet"]["1"]
+    timing = json.loads((tmp_path / "study" / "timing.json").read_text())["seconds"]
+    assert fast[-1]["seconds"] == 4 * timing["fast"][0] > 0
     for name in ("study.json", "study.md", "study.png"):
         assert (tmp_path / "study" / name).stat().st_size > 100
     monkeypatch.setattr(study, "run_program", None)

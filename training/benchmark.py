@@ -9,7 +9,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -20,7 +22,8 @@ from tqdm.auto import tqdm
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
 from diffusers_ctm.trajectory import Preconditioning, append_dims
 
-from .config import Checked, option, run_program
+from . import run, train_ctm
+from .config import Checked, CTMConfig, option, run_program
 from .ema import EMA
 from .evaluate import choose_device, hardware
 from .files import atomic_file
@@ -528,36 +531,26 @@ def processes_images_per_second(count: int, steps: int = 12) -> float:
     return float(line.rpartition(" ")[2])
 
 
-def worker(steps: int) -> None:
-    """One of the processes: the program's own loop on the embedded teacher, `steps` steps after as many to warm up."""
-    import tempfile
-
-    from . import run, train_ctm
-    from .config import CTMConfig
-
+def step_times(options: dict, steps: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """When each of `steps` iterations of `training.train_ctm` with `options` ended, by `clock`. Writes to a folder that is removed."""
     marks = []
-    after_step = run.TrainingRun._after_step
 
-    def noting(self, *args):
-        marks.append(time.perf_counter())
-        after_step(self, *args)
+    class Noting(run.TrainingRun):
+        def _after_step(self, *args):
+            marks.append(clock())
+            super()._after_step(*args)
 
-    run.TrainingRun._after_step = noting
-    size = 32 // int(os.environ.get("WORLD_SIZE", 1))
-    with tempfile.TemporaryDirectory() as folder:
-        train_ctm.main(
-            CTMConfig(
-                teacher="assets/digits-edm",
-                label_column="label",
-                train_batch_size=size,
-                max_train_steps=2 * steps,
-                num_train_timesteps=9,
-                sample_every=0,
-                checkpointing_steps=0,
-                report_to="none",
-                output_dir=os.path.join(folder, "run"),
-            )  # fmt: skip
-        )
+    quiet = {"sample_every": 0, "checkpointing_steps": 0, "report_to": "none", "resume_from_checkpoint": None}
+    with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.object(train_ctm, "TrainingRun", Noting):
+        place = {"output_dir": os.path.join(folder, "run"), "max_train_steps": steps}
+        train_ctm.main(CTMConfig(**{**options, **quiet, **place}))
+    return marks
+
+
+def worker(steps: int) -> None:
+    """One of the processes: the program itself on the embedded teacher, `steps` steps after as many to warm up."""
+    options = {"teacher": "assets/digits-edm", "label_column": "label", "num_train_timesteps": 9}
+    marks = step_times({**options, "train_batch_size": 32 // int(os.environ.get("WORLD_SIZE", 1))}, 2 * steps)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"images per second: {32 * steps / (marks[-1] - marks[steps - 1])}")
 

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-import time
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from diffusers_ctm import CTMScheduler
 
 from . import train_ctm
+from .benchmark import step_times
 from .config import Checked, CTMConfig, UserError, option, run_program
 from .data import ImageDataset
 from .evaluate import (
@@ -32,7 +33,7 @@ from .evaluate import (
 )
 from .features import load_feature_network
 from .files import atomic_file
-from .run import StepRandom, newest_checkpoint
+from .run import StepRandom
 from .solver import evaluations
 
 
@@ -60,11 +61,16 @@ class StudyConfig(Checked):
     eval_steps: list[int] = option([1, 2, 4], "Sampling steps that are measured, at gamma = 0.")
     num_samples: int = option(1000, "Images per measurement.")
     features: str = option("digits", "Features of the Frechet distance, as in training.evaluate.")
-    threads: int = option(1, "CPU threads of a run. With 1 its CPU time is its time on an idle core.")
+    threads: int = option(1, "CPU threads of a run.")
+    timing_steps: int = option(12, "Iterations of each timing, after as many to warm up.")
+    timing_rounds: int = option(
+        3,
+        "Timings of each variant, in turn with the others, after all runs. Let the machine do nothing else meanwhile.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("max_train_steps", "eval_every", "num_samples", "threads")
+        self.check_positive("max_train_steps", "eval_every", "num_samples", "threads", "timing_steps", "timing_rounds")
         self.check(self.max_train_steps % self.eval_every == 0, "eval_every", "a divisor of --max_train_steps")
         self.check(len(self.seeds) > 0, "seeds", "one or more")
         self.check(len(self.eval_steps) > 0 and min(self.eval_steps) > 0, "eval_steps", "one or more, each 1 or more")
@@ -142,28 +148,17 @@ def run_variant(config: StudyConfig, options: dict[str, Any], folder: str, measu
     points = curve["points"]
     trained = os.path.join(folder, "run")
 
-    def train(until: int) -> tuple[str, float]:
-        began = time.process_time()
-        place = {"output_dir": trained, "max_train_steps": until, "resume_from_checkpoint": "latest"}
-        pipeline = train_ctm.main(CTMConfig(**{**options, **place}))
-        return pipeline, time.process_time() - began
-
     for until in range(config.eval_every, config.max_train_steps + 1, config.eval_every):
         if points and until <= points[-1]["iteration"]:
             progress.update(config.eval_every)
             continue
-        done = newest_checkpoint(trained)
-        if done is not None and done.endswith(f"-{until}"):  # cut off while it was measured: its time is not known
-            raise UserError(f"{folder} was cut off between training and measuring; remove it to repeat that run.")
-        pipeline, seconds = train(until)
-        if "overhead" not in curve:
-            curve["overhead"] = train(until)[1]  # a call that has nothing left to do: loading and saving
-        before = points[-1] if points else {"seconds": 0.0, "teacher_evaluations": 0, "iteration": 0}
+        place = {"output_dir": trained, "max_train_steps": until, "resume_from_checkpoint": "latest"}
+        pipeline = train_ctm.main(CTMConfig(**{**options, **place}))
+        before = points[-1] if points else {"teacher_evaluations": 0, "iteration": 0}
         asked, scheduler = CTMConfig(**options), CTMScheduler.from_pretrained(pipeline, subfolder="scheduler")
         points.append(
             {
                 "iteration": until,
-                "seconds": before["seconds"] + max(0.0, seconds - curve["overhead"]),
                 "teacher_evaluations": before["teacher_evaluations"]
                 + teacher_evaluations(asked, scheduler, before["iteration"], until),
                 "frechet": measure(pipeline),
@@ -172,6 +167,24 @@ def run_variant(config: StudyConfig, options: dict[str, Any], folder: str, measu
         with atomic_file(path) as draft, open(draft, "w") as file:
             json.dump(curve, file, indent=1)
         progress.update(config.eval_every)
+
+
+def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds per iteration of each variant, a value a round; kept in output_dir/timing.json, so that only new variants bring a new timing."""
+    path = os.path.join(config.output_dir, "timing.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            kept = json.load(file)
+        if kept["options"] == variants and len(next(iter(kept["seconds"].values()))) >= config.timing_rounds:
+            return kept["seconds"]
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in tqdm(range(config.timing_rounds), "Timing", unit="round"):
+        for name, options in variants.items():
+            marks = step_times(options, 2 * config.timing_steps)
+            seconds[name].append((marks[-1] - marks[config.timing_steps - 1]) / config.timing_steps)
+    with atomic_file(path) as draft, open(draft, "w") as file:
+        json.dump({"options": variants, "seconds": seconds}, file, indent=1)
+    return seconds
 
 
 def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
@@ -186,7 +199,7 @@ def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
     return None
 
 
-def tabulate(curves: dict[str, list[dict]], config: StudyConfig) -> dict[str, Any]:
+def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], config: StudyConfig) -> dict[str, Any]:
     """For each variant: seconds per iteration, and its distances at the iterations, seconds and teacher evaluations that all reach."""
     points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
     every = [run for runs in points.values() for run in runs]
@@ -197,7 +210,7 @@ def tabulate(curves: dict[str, list[dict]], config: StudyConfig) -> dict[str, An
     for name, runs in points.items():
         row = {
             "runs": len(runs),
-            "milliseconds_per_iteration": summary([1000 * run[-1]["seconds"] / run[-1]["iteration"] for run in runs]),
+            "milliseconds_per_iteration": summary([1000 * value for value in seconds[name]]),
             "teacher_evaluations_per_image": summary(
                 [
                     run[-1]["teacher_evaluations"] / run[-1]["iteration"] / curve["options"]["train_batch_size"]
@@ -214,7 +227,11 @@ def tabulate(curves: dict[str, list[dict]], config: StudyConfig) -> dict[str, An
     return {"common": common, "rows": rows}
 
 
-AXES = {"iteration": "iterations", "seconds": "CPU seconds", "teacher_evaluations": "images through the teacher"}
+AXES = {
+    "iteration": "iterations",
+    "seconds": "seconds of training",
+    "teacher_evaluations": "images through the teacher",
+}
 
 
 def markdown(table: dict[str, Any], config: StudyConfig, report: dict) -> str:
@@ -243,7 +260,8 @@ def markdown(table: dict[str, Any], config: StudyConfig, report: dict) -> str:
         lines.append("")
     lines += [
         f"- {config.max_train_steps:,} iterations per run, measured every {config.eval_every}; between measurements along a line in the logarithm.",
-        f"- CPU seconds are those of the training loop on {report['hardware']['device']}, {config.threads} thread(s).",
+        f"- Seconds: iterations times the median of {config.timing_rounds} timings of {config.timing_steps} iterations, all variants in turn, on "
+        f"{report['hardware']['device']}, {config.threads} thread(s).",
         "- '-': the variant's runs end, or are first measured, beyond that point.",
     ]
     return "\n".join(lines) + "\n"
@@ -302,8 +320,13 @@ def main(config: StudyConfig) -> dict:
                 if curve["points"] and curve["points"][-1]["iteration"] >= config.max_train_steps:
                     curve["points"] = [p for p in curve["points"] if p["iteration"] <= config.max_train_steps]
                     curves.setdefault(name, []).append(curve)
+    seconds = time_variants(config, {name: options for name, options in variants.items() if name in curves})
+    for name, runs in curves.items():
+        for curve in runs:
+            for point in curve["points"]:
+                point["seconds"] = point["iteration"] * statistics.median(seconds[name])
     report = {"options": dataclasses.asdict(config), "hardware": hardware(torch.device("cpu")), "curves": curves}
-    report["table"] = tabulate(curves, config)
+    report["table"] = tabulate(curves, seconds, config)
     text = markdown(report["table"], config, report)
     files = {
         "study.json": (json.dumps(report, indent=1) + "\n").encode(),

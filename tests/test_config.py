@@ -1,4 +1,7 @@
 import dataclasses
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -79,10 +82,32 @@ def test_channels_must_divide():
         EDMConfig(block_out_channels=[30, 64])
 
 
-def test_every_option_has_a_sentence():
-    for config in (CTMConfig, EDMConfig):
-        for field in dataclasses.fields(config):
-            assert field.metadata["help"].endswith((".", "'.")) and len(field.metadata["help"]) > 10, field.name
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {  # module: the name of its options' class
+    path.stem: found[1]
+    for path in sorted((ROOT / "training").glob("*.py"))
+    if (found := re.search(r"run_program\(main, (\w+)\)", path.read_text()))
+}
+
+
+@pytest.mark.parametrize("module, name", PROGRAMS.items())
+def test_help_says_a_sentence_about_every_option(module, name, capsys):
+    config = getattr(importlib.import_module(f"training.{module}"), name)
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(config, ["--help"])
+    assert {"train_edm", "train_ctm", "evaluate", "convert", "publish", "features"} <= set(PROGRAMS)
+    shown = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    assert stopped.value.code == 0 and " ".join(config.__doc__.split()) in shown
+    for field in dataclasses.fields(config):
+        sentence = field.metadata["help"].replace("%%", "%")
+        assert sentence.endswith((".", "'.")) and len(sentence) > 10, field.name
+        assert f"--{field.name}" in shown and sentence.replace(" ", "") in shown.replace(" ", ""), field.name
+
+
+def test_a_wrong_value_is_not_buried_in_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(CTMConfig, ["--matching", "hard"])
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_configs_hold_known_options_only():

@@ -25,6 +25,7 @@ class UserError(Exception):
 
 def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
     """A dataclass field with a sentence of help and, maybe, the values it may take."""
+    help = help.replace("%", "%%")  # argparse formats it
     metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -417,8 +418,10 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(config_class, description=config_class.__doc__)
-    for name in getattr(config_class, "POSITIONAL", ()):
+    positional = getattr(config_class, "POSITIONAL", ())
+    usage = " ".join(["%(prog)s", *(name.upper() for name in positional), "[--option VALUE ...]"])
+    parser = HfArgumentParser(config_class, description=config_class.__doc__, usage=usage)
+    for name in positional:
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
     known, _ = parser.parse_known_intermixed_args(argv)
     try:

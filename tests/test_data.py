@@ -76,12 +76,14 @@ def test_images_are_scaled_and_cropped_to_the_centre(parquet):
         ({"label_column": "species"}, "--label_column species is not a column.*kind"),
         ({"label_column": "note"}, "--label_column note must hold"),
         ({"dataset_split": "test"}, "--dataset_name"),
+        ({"dataset_name": "digits", "dataset_split": "train[:9]"}, "digits has the split 'train' only"),
+        ({"dataset_name": "digits", "dataset_config_name": "small"}, "no configurations"),
     ],
 )
 def test_wrong_columns_are_named(parquet, options, message):
     path = parquet([picture((4, 4))], [1], note=["x"])
     options = {"dataset_name": path, **options}
-    if "dataset_split" in options:
+    if options.get("dataset_split") == "test":
         options["dataset_name"] = "nowhere/at-all"
     with pytest.raises(UserError, match=message):
         ImageDataset(DataOptions(**options))

@@ -319,9 +319,11 @@ def test_mirrored_reference(config):
         ({"features": "no/such/folder"}, "--features no/such/folder cannot be loaded"),
         ({"features": "{teacher}"}, "--features .* cannot be loaded"),
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used"),
+        ({"device": "meta"}, "--device meta cannot be used"),
         ({"resolution": 16}, "--features is a network for 8x8 images, these are 16x16"),
         ({"image_mode": "RGB"}, r"gives images of shape \(3, 8, 8\), --model makes \(1, 8, 8\)"),
         ({"output_dir": "{data}"}, "--output_dir must be a folder"),
+        ({"output_dir": "{data}/results"}, "results cannot be written"),
     ],
 )
 def test_errors_name_the_option_and_leave_nothing(gaussian, config, monkeypatch, changes, words):
@@ -421,6 +423,9 @@ def test_training_features_is_reproducible_and_replaces_only_its_own(tmp_path, g
     with pytest.raises(UserError, match="--output_dir .* holds something else"):
         features.main(FeatureConfig(dataset_name=gaussian["data"], output_dir=str(tmp_path / "other"), num_epochs=1))
     assert (tmp_path / "other" / "thesis.txt").exists()
+    for wrong in ("", str(tmp_path / "other" / "thesis.txt")):
+        with pytest.raises(UserError, match="--output_dir must be a folder"):
+            FeatureConfig(output_dir=wrong)
 
 
 def test_shift_moves_images_by_whole_pixels():

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from training.config import UserError
-from training.files import atomic_file, atomic_folder
+from training.files import atomic_file, atomic_folder, check_writable
 
 
 def write(folder, text):
@@ -65,6 +65,22 @@ def test_a_rename_that_fails_puts_the_former_folder_back(result, tmp_path, monke
     with pytest.raises(UserError, match="refused.*unchanged"), atomic_folder(result) as draft:
         write(draft, "new")
     assert read(result) == "old" and os.listdir(tmp_path) == ["result"]
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="notes.txt is a file, and stays"), atomic_folder(str(path)) as draft:
+        write(draft, "new")
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    check_writable(str(tmp_path / "a" / "b"))
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written.*Choose another folder"):
+        check_writable(str(tmp_path / "file" / "a"))
 
 
 def test_a_file_is_whole_or_the_former_one(tmp_path):

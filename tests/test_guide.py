@@ -47,6 +47,14 @@ def test_options_that_do_not_fit(options, message):
         GuideConfig(**options)
 
 
-def test_a_model_that_is_not_there():
-    with pytest.raises(UserError, match="--model or --classifier cannot be loaded"):
-        main(GuideConfig(model="no such folder"))
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "no such folder"}, "--model no such folder cannot be loaded"),
+        ({"model": "assets/digits-edm"}, "is no CTM but a CTMPipeline with EDMHeunScheduler"),
+        ({"classifier": "no such folder"}, "--classifier cannot be loaded"),
+    ],
+)
+def test_a_model_that_is_not_there(options, message):
+    with pytest.raises(UserError, match=message):
+        main(GuideConfig(**options))

@@ -53,6 +53,11 @@ class Checked:
         for name in names:
             self.check(getattr(self, name) >= 0, name, "0 or more")
 
+    def check_folder(self, name: str) -> None:
+        """Of a folder that is to be written."""
+        folder = getattr(self, name)
+        self.check(folder != "" and not os.path.isfile(folder), name, "a folder")
+
 
 @dataclass
 class DataOptions(Checked):
@@ -197,7 +202,7 @@ class RunOptions(DataOptions):
         )
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        self.check(self.output_dir != "", "output_dir", "a folder")
+        self.check_folder("output_dir")
         if self.push_to_hub or self.hub_model_id is not None:
             well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
             self.check(well_formed, "hub_model_id", "a repository on the Hub as user/name")

@@ -26,6 +26,8 @@ def digits() -> Dataset:
 def _load(options: DataOptions) -> Dataset:
     name = options.dataset_name
     if name == "digits" and not os.path.exists(name):
+        if options.dataset_split != "train" or options.dataset_config_name is not None:
+            raise UserError("--dataset_name digits has the split 'train' only, and no configurations.")
         return digits()
     try:
         if name.endswith(".parquet"):

@@ -30,7 +30,7 @@ from diffusers_ctm import CTMPipeline
 from .config import DataOptions, TeacherOptions, UserError, option, run_program
 from .data import ImageDataset
 from .features import FEATURES_HELP, load_feature_network
-from .files import atomic_file
+from .files import atomic_file, check_writable
 from .run import enlarged_grid
 from .teacher import ctm_of_consistency_model, teacher_of
 
@@ -80,7 +80,7 @@ class EvaluateConfig(TeacherOptions, DataOptions):
         self.check(self.seeds[0] >= 0, "seeds", "0 or more")
         self.check(self.num_samples is None or self.num_samples > 1, "num_samples", "2 or more")
         self.check_positive("batch_size")
-        self.check(not os.path.isfile(self.output_dir) and self.output_dir != "", "output_dir", "a folder")
+        self.check_folder("output_dir")
 
 
 # What is sampled ----------------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except Exception as error:  # RuntimeError or AssertionError, by device and torch version
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
     return device
@@ -454,6 +454,7 @@ def main(config: EvaluateConfig) -> dict:
     num_samples = config.num_samples or min(len(dataset), MOST_SAMPLES)
     notes = check_counts(num_samples, len(dataset), network.num_features)
     pipelines = load_pipelines(config, dataset, device, config.gammas)
+    check_writable(config.output_dir)
 
     reference, real_labels = reference_features(dataset, network, config, device)
     distances = Distances(reference, config.kid)

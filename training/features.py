@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .config import DataOptions, UserError, option, run_program
 from .data import ImageDataset, to_sample
-from .files import atomic_folder
+from .files import atomic_folder, check_writable
 
 
 FEATURES_HELP = (
@@ -271,6 +271,7 @@ class FeatureConfig(DataOptions):
         self.check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         self.check(0 < self.held_out < 1, "held_out", "in (0, 1)")
         self.check(self.label_column is not None, "label_column", "a column of classes")
+        self.check_folder("output_dir")
 
 
 def split(length: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
@@ -333,6 +334,7 @@ def main(config: FeatureConfig) -> str:
     train, test = split(len(dataset), config.held_out, config.seed)
     if not train:
         raise UserError(f"--dataset_name {config.dataset_name} has {len(dataset)} images, too few to keep some apart.")
+    check_writable(config.output_dir)
     images, labels = dataset[train]
 
     threads = torch.get_num_threads()

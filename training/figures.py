@@ -11,14 +11,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import ImageOps
 
-from diffusers_ctm import BlockAverageOperator, CTMImg2ImgPipeline, CTMInpaintPipeline, CTMRestorationPipeline
+from diffusers_ctm import (
+    BlockAverageOperator,
+    CTMImg2ImgPipeline,
+    CTMInpaintPipeline,
+    CTMPipeline,
+    CTMRestorationPipeline,
+)
 from diffusers_ctm.trajectory import gamma_split, heun_step, karras_sigmas
 
-from .config import Checked, option, run_program
+from .config import Checked, UserError, option, run_program
 from .data import digits
+from .evaluate import load_model
 from .files import atomic_file
 from .run import enlarged_grid
 
@@ -30,9 +36,15 @@ TEACHER, STUDENT, TARGET, NOISE = "0.55", "tab:blue", "tab:orange", "tab:red"
 class FiguresConfig(Checked):
     """Draw the README's pictures."""
 
-    model: str = option("assets/digits-ctm", "CTM pipeline whose samples are drawn.")
+    model: str = option(
+        "assets/digits-ctm", "The CTM of the digits whose samples are drawn: a folder or a repository on the Hub."
+    )
     output_dir: str = option("assets/figures", "Folder for the pictures.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_folder("output_dir")
 
 
 def two_modes_denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -122,10 +134,18 @@ def draw_how_it_works(path: str) -> None:
     plt.close(figure)
 
 
-def draw_three_gammas(model: str, path: str) -> None:
-    """The README's ten lines: the ten digits in four steps at three gammas, from the same noise."""
-    pipe = DiffusionPipeline.from_pretrained(model)
+def load_digits_model(name: str) -> CTMPipeline:
+    """The CTM in the folder or repository `name`; UserError if it does not draw the ten digits."""
+    pipe = load_model(name, ())
+    config = pipe.unet.config
+    if (config.in_channels, config.sample_size, pipe.num_classes) != (1, 8, 10):
+        raise UserError(f"--model {name} must be a CTM of the ten 8x8 digits: the pictures show them.")
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_three_gammas(pipe: CTMPipeline, path: str) -> None:
+    """The README's ten lines: the ten digits in four steps at three gammas, from the same noise."""
     images = []
     for gamma in (0.0, 0.5, 1.0):
         generator = torch.Generator().manual_seed(0)
@@ -134,12 +154,11 @@ def draw_three_gammas(model: str, path: str) -> None:
         enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=10).save(draft)
 
 
-def draw_editing(model: str, path: str) -> None:
+def draw_editing(pipe: CTMPipeline, path: str) -> None:
     """One digit of each class, what is kept of it, and what the CTM makes of that; eight rows of ten."""
     data = digits()
     first = [data["label"].index(k) for k in range(10)]
     image = torch.stack([torch.from_numpy(np.array(data["image"][i])) for i in first])[:, None] / 255
-    pipe = DiffusionPipeline.from_pretrained(model)
     edit, repair, inpaint = (
         cls.from_pipe(pipe) for cls in (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
     )
@@ -171,9 +190,10 @@ def draw_editing(model: str, path: str) -> None:
 
 
 def main(config: FiguresConfig) -> None:
+    pipe = load_digits_model(config.model)
     draw_how_it_works(os.path.join(config.output_dir, "how_it_works.png"))
-    draw_three_gammas(config.model, os.path.join(config.output_dir, "three_gammas.png"))
-    draw_editing(config.model, os.path.join(config.output_dir, "editing.png"))
+    draw_three_gammas(pipe, os.path.join(config.output_dir, "three_gammas.png"))
+    draw_editing(pipe, os.path.join(config.output_dir, "editing.png"))
     print(f"Drew {config.output_dir}/how_it_works.png, three_gammas.png and editing.png")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 from safetensors import SafetensorError
@@ -21,6 +22,8 @@ def atomic_folder(path: str) -> Iterator[str]:
     If the block fails, nothing stays behind and the former folder is untouched. A disk that refuses the write is a UserError.
     """
     path = os.path.normpath(path)
+    if os.path.isfile(path):
+        raise UserError(f"{path} is a file, and stays; choose another folder.")
     parent, name = os.path.split(path)
     draft = os.path.join(parent, f".{name}.draft")
     former = os.path.join(parent, f".{name}.former")
@@ -49,6 +52,17 @@ def replace_folder(draft: str, path: str, former: str) -> None:
             os.rename(former, path)
         raise
     shutil.rmtree(former, ignore_errors=True)
+
+
+def check_writable(folder: str) -> None:
+    """Raise UserError if `folder` cannot be written, before long work and not after it. Leaves nothing behind."""
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Choose another folder.") from error
 
 
 @contextlib.contextmanager

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
-import diffusers_ctm  # noqa: F401  (lets diffusers load a CTM)
 from diffusers_ctm import ClassifierGuidance, CTMPipeline
 
 from .config import DataOptions, UserError, option, run_program
 from .data import ImageDataset, to_sample
+from .evaluate import load_model
 from .features import EMBEDDED, load_saved
 
 
@@ -74,11 +73,11 @@ def main(config: GuideConfig) -> dict[tuple[str, float], tuple[float, float]]:
     dataset = ImageDataset(config)
     examples, labels = dataset[list(range(len(dataset)))]
     examples = to_sample(examples)
+    pipe = load_model(config.model, ())
     try:
-        pipe = DiffusionPipeline.from_pretrained(config.model)
         features = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
-    except Exception as error:  # diffusers, huggingface_hub and safetensors each raise their own
-        raise UserError(f"--model or --classifier cannot be loaded: {type(error).__name__}: {error}") from error
+    except Exception as error:  # json, torch and safetensors each raise their own
+        raise UserError(f"--classifier cannot be loaded: {type(error).__name__}: {error}") from error
 
     options = {"num_inference_steps": config.num_inference_steps, "gamma": config.gamma, "output_type": "latent"}
     pipe.unet.requires_grad_(False)

@@ -100,8 +100,6 @@ def decisive_options(options: RunOptions, num_processes: int) -> dict[str, str]:
 def start_output_dir(options: RunOptions) -> str | None:
     """Check the output folder before work starts; return the checkpoint to resume from, or None."""
     folder, resume = options.output_dir, options.resume_from_checkpoint
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UserError(f"--output_dir {folder} is a file.")
     if resume is not None and resume != "latest":
         if is_hub_id(resume):
             from .hub import download_checkpoint

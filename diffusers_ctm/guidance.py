@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput, logging
 
+from .trajectory import check_count
+
 
 GUIDANCE_INPUTS = ("prediction", "image", "noisy")
 
@@ -365,9 +367,7 @@ def rejection_sample(
         raise ValueError(f"threshold is a probability in [0, 1], got {threshold!r}.")
     if top_fraction is not None and not 0 < top_fraction <= 1:
         raise ValueError(f"top_fraction must lie in (0, 1], got {top_fraction!r}.")
-    for name, value in (("num_images", num_images), ("batch_size", batch_size), ("max_batches", max_batches)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+    check_count(num_images=num_images, batch_size=batch_size, max_batches=max_batches)
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
     if isinstance(generator, list):

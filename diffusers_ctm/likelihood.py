@@ -19,8 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .pipeline_ctm import CTMPipeline
 from .pipeline_ctm_inversion import exact_denoiser, pipeline_condition, pipeline_images
-from .scheduling_utils_ctm import is_integer
-from .trajectory import append_dims, check_positive
+from .trajectory import append_dims, check_count, check_positive
 
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -106,9 +105,7 @@ def log_likelihood(
     if trace not in ((None, "hutchinson", "exact") if method == "ode" else (None, "hutchinson")):
         raise ValueError(f"trace={trace!r} is not known to method={method!r}.")
     num_draws = {"ode": 1, "elbo": 32}[method] if num_draws is None else num_draws
-    for name, value in {"num_draws": num_draws, "num_probes": num_probes}.items():
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+    check_count(num_draws=num_draws, num_probes=num_probes)
     check_positive(rtol=rtol, atol=atol)
     unet = pipe.unet
     if unet.training:

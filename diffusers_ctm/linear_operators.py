@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
+from .trajectory import check_count
+
 
 class LinearOperator:
     """A linear map A of a batch of images, each alone, with its pseudo-inverse A+. Subclass it for one of your own.
@@ -82,9 +84,8 @@ class BlockAverageOperator(LinearOperator):
     """
 
     def __init__(self, factor: int):
-        if not isinstance(factor, int) or factor < 1:
-            raise ValueError(f"factor must be a whole number >= 1, got {factor!r}.")
-        self.factor = factor
+        check_count(factor=factor)
+        self.factor = int(factor)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:

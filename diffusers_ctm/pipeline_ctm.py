@@ -5,8 +5,9 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Number, Real
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -15,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance import GUIDANCE_INPUTS, ClassifierFreeNetwork, Guidance, guided_output
 from .hub import component_library, write_loading_code
-from .trajectory import Preconditioning
+from .trajectory import Preconditioning, check_count
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 
@@ -75,8 +76,8 @@ class CTMPipeline(DiffusionPipeline):
         `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`.
         """
         save_directory = os.fspath(save_directory)  # push_to_hub=True splits it as a string
-        if os.path.isfile(save_directory):
-            raise ValueError(f"save_directory={save_directory!r} is a file; pass a folder.")
+        if not save_directory or os.path.isfile(save_directory):
+            raise ValueError(f"save_directory={save_directory!r} is no folder; pass one.")
         self._match_scheduler()  # a scheduler put in place since is told what it must carry along
         write_loading_code(save_directory, self)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -173,8 +174,7 @@ class CTMPipeline(DiffusionPipeline):
         if num_inference_steps is None and timesteps is None and sigmas is None:
             num_inference_steps = 1 if "gamma" in accepted else 18
         if num_inference_steps is not None:
-            if num_inference_steps < 1:  # diffusers' schedulers would return the noise
-                raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_inference_steps!r}.")
+            check_count(num_inference_steps=num_inference_steps)  # with 0 diffusers' schedulers would return the noise
             options["num_inference_steps"] = num_inference_steps
         self.scheduler.set_timesteps(device=device, **options)
 
@@ -207,7 +207,7 @@ class CTMPipeline(DiffusionPipeline):
                     f'guidance on the "image" needs a network that jumps, a CTM, and this is a {type(self.unet).__name__}. Use '
                     'on="prediction".'
                 )
-        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+        if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}.")
         if guidance_scale == 1:
             return self.unet
@@ -223,10 +223,16 @@ class CTMPipeline(DiffusionPipeline):
     def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
         num_classes = self.num_classes
+        if num_classes is None:
+            raise ValueError("class_labels were given, but this network is unconditional.")
+        labels = labels.tolist() if isinstance(labels, (torch.Tensor, np.ndarray)) else labels
+        labels = [labels] if isinstance(labels, (Number, str)) else labels
+        if not isinstance(labels, Sequence):
+            raise ValueError(f"class_labels must be a number, a name or a list of these, got {labels!r}.")
         id2label = self.config.id2label or {}
         names = {str(name).lower(): int(index) for index, name in id2label.items()}
         ids = []
-        for label in [labels] if isinstance(labels, (Integral, str)) else list(labels):
+        for label in labels:
             if isinstance(label, str):
                 if label.lower() not in names:
                     known = (
@@ -234,7 +240,7 @@ class CTMPipeline(DiffusionPipeline):
                     )
                     raise ValueError(f"class_labels={label!r} is not the name of a class. Known names: {known}.")
                 label = names[label.lower()]
-            if not isinstance(label, Integral):
+            if not isinstance(label, Integral) or isinstance(label, bool):
                 raise ValueError(f"class_labels must be whole numbers or names, got {label!r}.")
             if not 0 <= int(label) < num_classes:
                 raise ValueError(f"class_labels={label} is not a class; this network knows 0 to {num_classes - 1}.")
@@ -266,17 +272,10 @@ class CTMPipeline(DiffusionPipeline):
                 for g in (generator if isinstance(generator, list) else [generator])
             ]
             return torch.cat(drawn).to(device), batch_size
-        if num_classes is None:
-            raise ValueError("class_labels were given, but this network is unconditional.")
-        if isinstance(class_labels, torch.Tensor):
-            if class_labels.is_floating_point():
-                raise ValueError("class_labels must be whole numbers, got a float tensor.")
-            class_labels = class_labels.tolist()
-        single = isinstance(class_labels, (Integral, str))
         ids = self.get_label_ids(class_labels)
         if not ids:
             raise ValueError("class_labels is empty; pass None for random classes.")
-        if single or len(ids) == 1:
+        if len(ids) == 1:
             ids = ids * (batch_size or 1)
         if batch_size is not None and len(ids) != batch_size:
             raise ValueError(
@@ -324,8 +323,9 @@ class CTMPipeline(DiffusionPipeline):
         """Check what needs no work; return the batch size, None where nothing says it, and the names of the callback's tensors."""
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}.")
+        if batch_size is not None:
+            check_count(batch_size=batch_size)
+            batch_size = int(batch_size)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
@@ -334,7 +334,15 @@ class CTMPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}."
             )
         if latents is not None:
+            if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
+                got = f"shape {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else type(latents).__name__
+                raise ValueError(f"latents must be a tensor of shape (B, C, H, W), got {got}.")
             batch_size = batch_size or latents.shape[0]
+        generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(
+                f"generator must be a torch.Generator, such as `torch.Generator().manual_seed(0)`, or a list of them, got {generator!r}."
+            )
         if isinstance(generator, list):
             if not generator:
                 raise ValueError("generator is an empty list; pass one generator, or one per image.")

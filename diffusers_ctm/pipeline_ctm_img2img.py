@@ -2,7 +2,6 @@
 """Image to image: noise an image to a level and come down with a consistency trajectory model."""
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -10,7 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
-from .trajectory import check_positive, karras_sigma
+from .trajectory import check_count, check_positive, karras_sigma
 
 
 class CTMImg2ImgPipeline(CTMPipeline):
@@ -105,8 +104,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             return sigmas
         if num_inference_steps is None:
             num_inference_steps = 1 if hasattr(self.scheduler, "target_timesteps") else 18
-        if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_inference_steps!r}.")
+        check_count(num_inference_steps=num_inference_steps)
 
         config = self.scheduler.config
         schedule = (config.sigma_min, config.sigma_max, config.rho)

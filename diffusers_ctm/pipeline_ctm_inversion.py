@@ -11,8 +11,7 @@ from diffusers.utils import BaseOutput
 
 from .encoding_inputs import images_to_tensor
 from .pipeline_ctm import CTMPipeline
-from .scheduling_utils_ctm import is_integer
-from .trajectory import append_dims, heun_step, karras_sigmas
+from .trajectory import append_dims, check_count, heun_step, karras_sigmas
 
 
 @dataclass
@@ -149,8 +148,7 @@ class CTMInversionPipeline(CTMPipeline):
     def _ode_levels(self, num_steps: int) -> torch.Tensor:
         """The scheduler's N + 1 Karras levels from sigma_max to sigma_min, float64."""
         self._match_scheduler()
-        if not is_integer(num_steps) or num_steps < 1:
-            raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_steps!r}.")
+        check_count(num_inference_steps=num_steps)
         config = self.scheduler.config
         return karras_sigmas(num_steps + 1, config.sigma_min, config.sigma_max, config.rho, dtype=torch.float64)
 

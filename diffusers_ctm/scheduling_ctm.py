@@ -112,13 +112,14 @@ class CTMScheduler(KarrasSchedulerMixin):
             levels = torch.cat([levels, levels.new_tensor([config.sigma_min])])
         t, t_next = levels[:-1], levels[1:]
 
-        gammas = as_float64(config.gamma if gamma is None else gamma)
+        gamma = config.gamma if gamma is None else gamma
+        gammas = as_float64(gamma, "gamma")
         if gammas.ndim > 0 and gammas.shape != t.shape:
             raise ValueError(f"gamma must be a number or a list with one value per step ({len(t)}), got {gamma!r}.")
         gammas = gammas.expand_as(t)
         if not ((gammas >= 0) & (gammas <= 1)).all():
             raise ValueError(
-                f"gamma must lie in [0, 1] (0: deterministic, 1: consistency-model multistep), got {gammas.tolist()}."
+                f"gamma must lie in [0, 1] (0: deterministic, 1: consistency-model multistep), got {gamma!r}."
             )
         s, noise_std = gamma_split(t_next, gammas, config.sigma_min)
 

@@ -78,9 +78,10 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
     ):
-        for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
+        churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": 0.0 if s_tmax is None else s_tmax, "s_noise": s_noise}
+        for name, value in churn.items():
+            if not (isinstance(value, (int, float)) and value >= 0):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
         self._init_state()
 
     def set_timesteps(

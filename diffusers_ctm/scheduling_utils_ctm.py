@@ -13,9 +13,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .trajectory import (
     Preconditioning,
     append_dims,
+    check_count,
     check_positive,
     discrete_levels,
-    input_shift,
     karras_sigmas,
 )
 
@@ -31,11 +31,14 @@ def is_integer(value: object) -> bool:
     return isinstance(value, (int, np.integer))
 
 
-def as_float64(values: torch.Tensor | float | Sequence[float]) -> torch.Tensor:
-    """`values` as a float64 tensor on the CPU."""
+def as_float64(values: torch.Tensor | float | Sequence[float], name: str) -> torch.Tensor:
+    """`values` as a float64 tensor on the CPU. Raises ValueError with the argument's `name` if they are no numbers."""
     if isinstance(values, torch.Tensor):
         values = values.cpu()  # first: not every device has float64
-    return torch.as_tensor(values, dtype=torch.float64)
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a number or a list of numbers, got {values!r}.") from error
 
 
 def own_config(config: Mapping) -> dict:
@@ -127,6 +130,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def _init_state(self) -> None:
         """Check the registered numbers and make the scheduler usable before `set_timesteps`, as diffusers' are."""
         config = self.config
+        check_count(num_train_timesteps=config.num_train_timesteps)
         check_positive(**{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")})
         check_positive(timestep_scale=config.timestep_scale)
         if config.sigma_min >= config.sigma_max:
@@ -183,8 +187,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         if sum(given) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
         if num_inference_steps is not None:
-            if not is_integer(num_inference_steps) or num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps must be a whole number >= 1, got {num_inference_steps!r}.")
+            check_count(num_inference_steps=num_inference_steps)
             return None
 
         name = "timesteps" if timesteps is not None else "sigmas"
@@ -193,7 +196,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
                 "timesteps are c_noise values (floats, e.g. `scheduler.sigma_to_t(sigma)`), not indices. To choose noise "
                 "levels pass `sigmas=[80.0, ...]`; to choose how many, `num_inference_steps`."
             )
-        levels = as_float64(timesteps if timesteps is not None else sigmas)
+        levels = as_float64(timesteps if timesteps is not None else sigmas, name)
         if levels.ndim != 1 or len(levels) == 0:
             raise ValueError(f"{name} must be a list with one value per step, got shape {tuple(levels.shape)}.")
         if timesteps is not None:
@@ -227,7 +230,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def index_for_timestep(self, timestep: torch.Tensor | float, schedule_timesteps: torch.Tensor | None = None) -> int:
         """Index of the call whose timestep is nearest; the last one where several are equal."""
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        distance = (as_float64(schedule) - as_float64(timestep)).abs()
+        distance = (as_float64(schedule, "schedule_timesteps") - as_float64(timestep, "timestep")).abs()
         return int((distance == distance.min()).nonzero()[-1])
 
     def _init_step_index(self, timestep) -> None:
@@ -250,13 +253,11 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         """c_in(t) * sample (for "score" plus 1/2), the input of the network. Same shape and dtype as `sample`."""
         sigma = self._sigma_of_call(timestep)
         self.is_scale_input_called = True
-        _, _, c_in = self.preconditioning.scalings(sigma.double())
-        return sample * float(c_in) + input_shift(self.config.prediction_type)
+        return self.preconditioning.network_input(sample, sigma.double())
 
     def _denoised(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """g (for s = t the denoiser's output) from the network's, in the dtype of `sample`."""
-        c_skip, c_out, _ = self.preconditioning.scalings(sigma.double())
-        return float(c_skip) * sample + float(c_out) * model_output.to(sample.dtype)
+        return self.preconditioning.g_of_output(model_output, sample, sigma.double())
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float | Sequence[float]
@@ -268,7 +269,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         if is_integer(timesteps):
             raise ValueError("Integer timesteps are not supported: pass `scheduler.sigma_to_t(sigma)`, shape (B,).")
         dtype = accumulation_dtype(original_samples)
-        sigma = self.t_to_sigma(as_float64(timesteps))
+        sigma = self.t_to_sigma(as_float64(timesteps, "timesteps"))
         sigma = append_dims(sigma.to(device=original_samples.device, dtype=dtype), original_samples.ndim)
         return (original_samples.to(dtype) + sigma * noise.to(dtype)).to(original_samples.dtype)
 

@@ -9,6 +9,7 @@ of the added noise, in units of the data), `x_t` is a sample at level `t`. What 
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
@@ -364,6 +365,17 @@ class Preconditioning:
     def jump(self, network: Callable, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, **condition) -> torch.Tensor:
         """G(x_t, t, s), one evaluation of `network`."""
         return jump(x_t, self.g(network, x_t, t, s, **condition), t, s)
+
+
+def check_count(**values: int) -> None:
+    """Raise ValueError naming the first argument that is not a whole number >= 1, of Python, numpy or torch."""
+    for name, value in values.items():
+        try:
+            is_count = operator.index(value) >= 1
+        except TypeError:
+            is_count = False
+        if not is_count:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
 
 
 def check_positive(**values: float) -> None:

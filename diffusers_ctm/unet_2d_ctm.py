@@ -133,11 +133,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
 
 def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
     """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError, with `name`, if it is an integer."""
-    if not torch.is_tensor(timestep):
-        if isinstance(timestep, int):
-            timestep = torch.tensor(timestep)
-        else:
-            timestep = torch.tensor(timestep, dtype=torch.float32)
+    timestep = torch.as_tensor(timestep)
     if not timestep.is_floating_point():
         raise ValueError(
             f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."

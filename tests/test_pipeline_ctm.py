@@ -280,11 +280,21 @@ def test_wrong_labels():
     for wrong in (4, -1, [0, 7]):
         with pytest.raises(ValueError, match="is not a class; this network knows 0 to 3"):
             pipe(class_labels=wrong)
-    for wrong in ([1.5], 1.0, [None]):
-        with pytest.raises((ValueError, TypeError), match="whole numbers or names|not iterable"):
+    for wrong in (
+        [1.5],
+        1.0,
+        [None],
+        torch.tensor([1.0]),
+        np.array([0.0]),
+        True,
+        torch.tensor([True, False]),
+        [[1, 2]],
+    ):
+        with pytest.raises(ValueError, match="class_labels must be whole numbers or names"):
             pipe(class_labels=wrong)
-    with pytest.raises(ValueError, match="whole numbers, got a float tensor"):
-        pipe(class_labels=torch.tensor([1.0]))
+    for wrong in ({1, 2}, {"bee": 1}, (k for k in range(2))):
+        with pytest.raises(ValueError, match="class_labels must be a number, a name or a list"):
+            pipe(class_labels=wrong)
     with pytest.raises(ValueError, match="class_labels is empty"):
         pipe(class_labels=[])
     with pytest.raises(ValueError, match="class_labels has 3 entries for batch_size=2; pass one or 2"):
@@ -544,6 +554,14 @@ def test_options_that_a_scheduler_does_not_take(scheduler_class):
         ({"output_type": "tensor"}, "output_type must be 'pil', 'np', 'pt' or 'latent', got 'tensor'"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"batch_size": 2.0}, "batch_size must be a whole number >= 1"),
+        ({"num_inference_steps": "2"}, "num_inference_steps must be a whole number >= 1, got '2'"),
+        ({"latents": np.zeros((2, 3, 4, 4))}, r"latents must be a tensor of shape \(B, C, H, W\), got ndarray"),
+        ({"latents": torch.zeros(3, 4, 4)}, r"latents must be a tensor .* got shape \(3, 4, 4\)"),
+        ({"generator": 0}, "generator must be a torch.Generator, .*, or a list of them, got 0"),
+        ({"generator": [0, 1]}, r"or a list of them, got \[0, 1\]"),
+        ({"generator": (torch.Generator(), torch.Generator())}, "or a list of them"),
+        ({"gamma": "0.5"}, "gamma must be a number or a list of numbers, got '0.5'"),
+        ({"sigmas": [80.0, None]}, "sigmas must be a number or a list of numbers"),
         ({"latents": torch.zeros(2, 3, 4, 5)}, r"latents must have shape \(2, 3, 4, 4\), got \(2, 3, 4, 5\)"),
         ({"latents": torch.zeros(2, 3, 4, 4), "batch_size": 3}, r"latents must have shape \(3, 3, 4, 4\)"),
         ({"generator": [torch.Generator()] * 3, "batch_size": 2}, "generator is a list of 3 for batch_size=2"),
@@ -561,6 +579,17 @@ def test_arguments_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
     assert not pipe.unet.calls  # before any work
+
+
+def test_numbers_of_numpy_and_torch():
+    pipe, options = of_classes(), {"class_labels": 1, "gamma": 0.5, "output_type": "latent"}
+    expected = pipe(batch_size=2, num_inference_steps=3, generator=seeded(), **options).images
+    for two, three in ((np.int64(2), np.int32(3)), (torch.tensor(2), torch.tensor(3))):
+        images = pipe(batch_size=two, num_inference_steps=three, generator=seeded(), **options).images
+        assert torch.equal(images, expected)
+    for gamma in (np.float32(0.5), torch.tensor(0.5), np.full(3, 0.5)):
+        given = {**options, "gamma": gamma, "num_inference_steps": 3, "generator": seeded()}
+        assert torch.equal(pipe(batch_size=2, **given).images, expected)
 
 
 def test_network_without_a_size():
@@ -650,5 +679,6 @@ def test_saved_with_another_scheduler_in_place(make_unet, scale, tmp_path):
 
 def test_save_to_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file; pass a folder"):
-        pipeline().save_pretrained(tmp_path / "file")
+    for wrong in (tmp_path / "file", ""):
+        with pytest.raises(ValueError, match="is no folder; pass one"):
+            pipeline().save_pretrained(wrong)

@@ -2,8 +2,10 @@
 """CTMScheduler on exact solutions, against diffusers and the authors' numbers; and what diffusers expects of any
 scheduler, for both schedulers of the package."""
 
+import copy
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -651,6 +653,30 @@ def test_levels_are_a_list(cls, levels):
         cls().set_timesteps(sigmas=levels)
 
 
+@pytest.mark.parametrize("wrong", ["0.5", ["0.5"], [None, 0.5], {"a": 1.0}, 1j])
+def test_levels_and_gamma_are_numbers(wrong):
+    for name in ("sigmas", "timesteps"):
+        with pytest.raises(ValueError, match=f"{name} must be a number or a list of numbers"):
+            EDMHeunScheduler().set_timesteps(**{name: wrong})
+    with pytest.raises(ValueError, match="gamma must be a number or a list of numbers"):
+        CTMScheduler().set_timesteps(2, gamma=wrong)
+    with pytest.raises(ValueError, match="gamma must lie in .*, got 1.5"):
+        CTMScheduler(gamma=1.5)
+
+
+@BOTH
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_a_copy_in_the_middle_of_a_run_goes_on_alike(cls, copied):
+    scheduler, x = set_to(cls(), 4), 80 * randn(2, 3)
+    for t in scheduler.timesteps[:3]:
+        x = scheduler.step(0.1 * x, t, x).prev_sample
+    twin = copied(scheduler)
+    for one in (scheduler, twin):  # neither moves the other
+        assert one.step_index == 3
+    steps = [one.step(0.2 * x, one.timesteps[3], x).prev_sample for one in (scheduler, twin)]
+    assert torch.equal(*steps) and scheduler.step_index == twin.step_index == 4
+
+
 INTEGERS = [3, np.int64(3), torch.tensor(3), torch.tensor([3, 3])]
 
 
@@ -685,7 +711,7 @@ def test_bad_config_values(cls):
         cls(sigma_min=3.0, sigma_max=2.0)
     with pytest.raises(ValueError, match="prediction_type='F' is not known"):
         cls(prediction_type="F")
-    with pytest.raises(ValueError, match="whole number >= 1"):
+    with pytest.raises(ValueError, match="num_train_timesteps must be a whole number >= 1"):
         cls(num_train_timesteps=0)
 
 

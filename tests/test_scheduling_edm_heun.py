@@ -233,7 +233,8 @@ def test_an_aborted_run_leaves_nothing_behind():
     assert torch.equal(sampling_loop(scheduler, untimed, x), expected)
 
 
-@pytest.mark.parametrize("name", ["s_churn", "s_tmin", "s_noise"])
-def test_negative_churn(name):
-    with pytest.raises(ValueError, match=f"{name} must not be negative"):
-        EDMHeunScheduler(**{name: -0.1})
+@pytest.mark.parametrize("name", ["s_churn", "s_tmin", "s_tmax", "s_noise"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "1"])
+def test_churn_that_is_no_number_or_negative(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a number >= 0"):
+        EDMHeunScheduler(**{name: value})

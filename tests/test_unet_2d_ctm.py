@@ -5,6 +5,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel, UNet2DConditionModel, UNet2DModel
@@ -230,12 +231,19 @@ def test_forms_of_a_time(make_unet):
     unet = make_unet()
     sample, _, _, _ = inputs(unet)
     expected = unet(sample, torch.full((3,), 0.7), torch.full((3,), -1.5)).sample
-    for form in (float, torch.tensor, lambda v: torch.tensor([v]), lambda v: torch.tensor(v, dtype=torch.float64)):
+    for form in (
+        float,
+        np.float32,
+        torch.tensor,
+        lambda v: [v] * 3,
+        lambda v: torch.tensor([v]),
+        lambda v: torch.tensor(v, dtype=torch.float64),
+    ):
         close(unet(sample, form(0.7), form(-1.5)).sample, expected)
     assert torch.equal(unet(sample, 0.7, -1.5, return_dict=False)[0], unet(sample, 0.7, -1.5).sample)
 
 
-@pytest.mark.parametrize("time", [3, torch.tensor(3), torch.tensor([3, 3, 3])])
+@pytest.mark.parametrize("time", [3, np.int64(3), [3, 3, 3], torch.tensor(3), torch.tensor([3, 3, 3])])
 def test_integer_times(make_unet, time):
     unet = make_unet(num_class_embeds=7)
     sample, t, _, condition = inputs(unet)

@@ -10,13 +10,13 @@ import resource
 import struct
 import sys
 import time
-import types
 import zipfile
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from nvidia import EasyDict, Persistent, nvidia_pickle
 from torch import nn
 
 from training.config import UserError
@@ -27,9 +27,11 @@ from training.unpickle import (
     MAX_MODULES,
     MAX_OPCODES,
     Record,
-    find_state_dict,
+    find_weights,
+    module_numbers,
     module_state_dict,
     read_checkpoint,
+    weights_of,
 )
 
 
@@ -188,25 +190,6 @@ def test_a_large_file_is_mapped_not_copied(tmp_path):
 # NVIDIA's files -------------------------------------------------------------------------------------------------------
 
 
-class EasyDict(dict):
-    """As NVIDIA's `dnnlib.util.EasyDict` is."""
-
-
-def _reconstruct_persistent_obj(meta):
-    raise AssertionError("the file was run")
-
-
-class Persistent:
-    """As NVIDIA's `persistent_class`: pickled as source text and attributes."""
-
-    source = "open('ran', 'w').close()"
-
-    def __reduce__(self):
-        meta = EasyDict(type="class", version=6, module_src=self.source, class_name=type(self).__name__)
-        meta["state"] = dict(self.__dict__)
-        return _reconstruct_persistent_obj, (meta,), None, None, None
-
-
 class Layer(Persistent, nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -233,34 +216,20 @@ class Loss(Persistent):
         self.P_mean, self.wavelet = -1.2, np.ones((2, 2))
 
 
-@pytest.fixture
-def nvidia(monkeypatch):
-    """Pickle an object under NVIDIA's module names, which are gone afterwards."""
-
-    def dump(value, protocol=4) -> bytes:
-        with monkeypatch.context() as patch:
-            for name, member in (("torch_utils.persistence", _reconstruct_persistent_obj), ("dnnlib.util", EasyDict)):
-                module = types.ModuleType(name)
-                setattr(module, member.__name__, member)
-                patch.setattr(member, "__module__", name)
-                patch.setitem(sys.modules, name.partition(".")[0], types.ModuleType(name.partition(".")[0]))
-                patch.setitem(sys.modules, name, module)
-            return pickle.dumps(value, protocol)
-
-    return dump
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_nvidias_pickles_give_the_networks_state_dict(nvidia, protocol, tmp_path, monkeypatch):
+def test_nvidias_pickles_give_the_networks_state_dict(protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = Net()
     snapshot = {"ema": net, "loss_fn": Loss(), "augment_pipe": None, "dataset_kwargs": EasyDict(path="x.zip")}
-    result = read(tmp_path, nvidia(snapshot, protocol))
-    name, state = find_state_dict(result)
+    result = read(tmp_path, nvidia_pickle(snapshot, protocol))
+    name, part = find_weights(result)
+    state = weights_of(part)
     assert name == "ema" and same(state, dict(net.state_dict()))
     assert "enc.32x32_conv.transient" not in state and "share.weight" in state
     record = result["ema"]
     assert isinstance(record, Record) and record.class_name == "Net" and record.state["sigma_max"] == float("inf")
+    assert module_numbers(part, "sigma_data") == {0.5} and module_numbers(part, "scale") == {np.sqrt(0.5)}
+    assert module_numbers(part, "sigma_max") == module_numbers(part, "training") == set()  # infinite, no number
     assert result["loss_fn"].state["P_mean"] == -1.2 and result["dataset_kwargs"] == {"path": "x.zip"}
     assert result["ema"].state["_modules"]["enc"].state["_modules"]["32x32_conv"].state["scale"] == np.sqrt(0.5)
     assert os.listdir(tmp_path) == ["file"]
@@ -280,6 +249,7 @@ def test_modules_within_each_other_endlessly_are_refused():
     with pytest.raises(UserError, match="more parts"):
         module_state_dict(doubled)
     wide = module(**{f"m{i}": module() for i in range(MAX_MODULES // 2)})
+    wide.state["_non_persistent_buffers_set"] = 3
     assert module_state_dict(wide) == {}
 
 
@@ -297,18 +267,18 @@ def test_averaged_weights_are_found_before_others():
         return {"layer.weight": torch.full((1,), float(value))}
 
     checkpoint = {"step": torch.tensor(1), "model": weights(1), "ema": weights(2), "optimizer": {"state": {0: {}}}}
-    assert find_state_dict(checkpoint)[0] == "ema"
-    assert find_state_dict(checkpoint, "model") == ("model", checkpoint["model"])
-    assert find_state_dict({"x": {"state_dict": weights(3)}})[0] == "x.state_dict"
-    assert find_state_dict(weights(4))[0] == ""
-    assert find_state_dict({"unusual": weights(5)})[0] == "unusual"
+    assert find_weights(checkpoint)[0] == "ema"
+    assert find_weights(checkpoint, "model") == ("model", checkpoint["model"])
+    assert find_weights({"x": {"state_dict": weights(3)}})[0] == "x.state_dict"
+    assert find_weights(weights(4))[0] == ""
+    assert find_weights({"unusual": weights(5)})[0] == "unusual"
     with pytest.raises(UserError, match="--entry other has no tensors.*model"):
-        find_state_dict(checkpoint, "other")
+        find_weights(checkpoint, "other")
     with pytest.raises(UserError, match="--entry"):
-        find_state_dict({"one": weights(1), "two": weights(2)})
+        find_weights({"one": weights(1), "two": weights(2)})
     for nothing in ({}, [], 3, None, {"a": {"b": 1}}):
         with pytest.raises(UserError, match="none"):
-            find_state_dict(nothing)
+            find_weights(nothing)
 
 
 # Attacks --------------------------------------------------------------------------------------------------------------
@@ -404,12 +374,12 @@ def test_a_billion_laughs_cost_nothing(tmp_path):
         result = read(tmp_path, _laughs(300, close))
         assert len(result) == 301 and result[-1][0] is result[-1][9] is result[-2]
         with pytest.raises(UserError):
-            find_state_dict(result)
+            find_weights(result)
     key = _laughs(300, b"t")[:-2] + b"}j" + struct.pack("<I", 300) + b"K\x01sl."  # its hash takes 10^300 steps
     refuse(tmp_path, key, "key is of type tuple")
     refuse(tmp_path, key.replace(b"K\x01sl.", b"\x91l."), "key is of type")  # so it does in a frozenset
     with pytest.raises(UserError):
-        find_state_dict(read(tmp_path, b"\x80\x04" + _dag(300) + b"."))
+        find_weights(read(tmp_path, b"\x80\x04" + _dag(300) + b"."))
 
 
 def _dag(levels: int) -> bytes:
@@ -446,6 +416,13 @@ def test_claimed_lengths_and_endless_files(name, tmp_path):
     refuse(tmp_path, LENGTHS[name])
 
 
+def test_lines_cost_what_they_are_long(tmp_path):
+    """40,000 lines of 300 bytes: with a megabyte for each it would be 40 GB."""
+    start = time.monotonic()
+    assert read(tmp_path, b"(" + (b"S'" + b"x" * 300 + b"'\n0") * 40_000 + b"l.") == []
+    assert time.monotonic() - start < 4
+
+
 @pytest.mark.parametrize("opening, closing", [(b"(", b"l"), (b"(", b"t"), (b"]", b"a"), (b"(K\x01", b"d")])
 def test_containers_100_000_deep(opening, closing, tmp_path):
     result = read(
@@ -453,7 +430,7 @@ def test_containers_100_000_deep(opening, closing, tmp_path):
         b"\x80\x02" + opening * 100_000 + b"N" * (closing == b"d") + closing * (100_000 - (closing == b"a")) + b".",
     )
     with pytest.raises(UserError):
-        find_state_dict(result)
+        find_weights(result)
     del result  # and taking it apart does not overflow either
 
 

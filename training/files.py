@@ -1,6 +1,7 @@
 """Folders and files that are either whole or not there."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -81,3 +82,12 @@ def atomic_file(path: str) -> Iterator[str]:
     finally:
         if os.path.exists(draft):
             os.remove(draft)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,7 +1,6 @@
 """The Hub as the programs use it: access, licences, one commit at a time, checkpoints. Tokens stay with huggingface_hub."""
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalToke
 from huggingface_hub.utils._http import default_client_factory
 
 from .config import UserError
+from .files import sha256
 from .record import Licence, licence_of
 
 
@@ -197,24 +197,10 @@ def refuse_secrets(files: dict[str, str]) -> None:
 def write_manifest(folder: str) -> None:
     """Write down sizes and SHA-256 of the files of a checkpoint, so that a download can be checked."""
     files = {
-        path: [os.path.getsize(local), _sha256(local)]
-        for path, local in files_below(folder).items()
-        if path != MANIFEST
+        path: [os.path.getsize(local), sha256(local)] for path, local in files_below(folder).items() if path != MANIFEST
     }
     with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
         json.dump(files, file, indent=1)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_of(file)
-
-
-def _sha256_of(file) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def download_checkpoint(repo: str) -> str:
@@ -244,7 +230,7 @@ def download_checkpoint(repo: str) -> str:
     broken = [
         path
         for path, (size, digest) in wanted.items()
-        if path not in found or os.path.getsize(found[path]) != size or _sha256(found[path]) != digest
+        if path not in found or os.path.getsize(found[path]) != size or sha256(found[path]) != digest
     ]
     broken += sorted(set(found) - set(wanted) - {MANIFEST})
     if broken or "run_state.pt" not in wanted:

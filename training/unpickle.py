@@ -14,7 +14,7 @@ import os
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ class _Reader:
         return part if len(part) >= BLOB else bytes(part)
 
     def readline(self) -> bytes:
-        for length in (256, MAX_LINE):
+        for length in (2**8, 2**12, 2**16, MAX_LINE):  # reading costs at most 16 times the line
             line, newline, _ = bytes(self.view[self.position : self.position + length]).partition(b"\n")
             if newline:
                 break
@@ -795,6 +795,24 @@ def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
     Raises UserError if it is no module, or modules lie within each other endlessly.
     """
     result: dict[str, torch.Tensor] = {}
+    for prefix, state in _modules(module):
+        transient = state.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, set | list | tuple) else ()
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in _children(state, kind):
+                if isinstance(tensor, torch.Tensor) and not (kind == "_buffers" and name in transient):
+                    result[f"{prefix}{name}"] = tensor
+    return result
+
+
+def module_numbers(module: Record, name: str) -> set[float]:
+    """The finite numbers that a pickled module and its parts hold under the attribute `name`, such as "dropout"."""
+    values = (state.get(name) for _, state in _modules(module))
+    return {float(value) for value in values if type(value) in (int, float) and abs(value) < 1e30}
+
+
+def _modules(module: Record) -> Iterator[tuple[str, dict]]:
+    """(prefix of its names, attributes) of a pickled module and all its parts, in their order."""
     waiting, seen = [("", module)], 0
     while waiting:
         prefix, part = waiting.pop()
@@ -804,14 +822,9 @@ def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
         state = part.state if isinstance(part, Record) else None
         if type(state) is not dict or type(state.get("_parameters")) is not dict:
             raise UserError(f"{_short(prefix) or 'The object'} is no torch.nn.Module.")
-        transient = state.get("_non_persistent_buffers_set") or ()
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in _children(state, kind):
-                if isinstance(tensor, torch.Tensor) and not (kind == "_buffers" and name in transient):
-                    result[f"{prefix}{name}"] = tensor
+        yield prefix, state
         children = [(f"{prefix}{name}.", child) for name, child in _children(state, "_modules") if child is not None]
         waiting += reversed(children)
-    return result
 
 
 def _children(state: Mapping, kind: str) -> list[tuple[str, Any]]:
@@ -821,8 +834,8 @@ def _children(state: Mapping, kind: str) -> list[tuple[str, Any]]:
     return list(children.items())
 
 
-def _tensors(value: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict or of a module, or nothing."""
+def weights_of(value: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict or of a pickled module, by name; nothing of anything else."""
     if isinstance(value, Record):
         is_module = type(value.state) is dict and "_parameters" in value.state
         return module_state_dict(value) if is_module else {}
@@ -831,8 +844,8 @@ def _tensors(value: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in value.items() if type(name) is str and isinstance(tensor, torch.Tensor)}
 
 
-def find_state_dict(checkpoint: Any, entry: str | None = None) -> tuple[str, dict[str, torch.Tensor]]:
-    """(name of the entry, state dict): the weights in what `read_checkpoint` returned.
+def find_weights(checkpoint: Any, entry: str | None = None) -> tuple[str, dict | Record]:
+    """(name of the entry, state dict or pickled module) that holds the weights in what `read_checkpoint` returned.
 
     Args:
         checkpoint: a state dict, a module, or a dict that holds one of them, maybe one dict further down.
@@ -842,7 +855,7 @@ def find_state_dict(checkpoint: Any, entry: str | None = None) -> tuple[str, dic
     Raises:
         UserError: there are none; the message lists what there is.
     """
-    found = {"": _tensors(checkpoint)}
+    found = {"": checkpoint}
     levels, seen = [("", checkpoint)], {id(checkpoint)}
     for _ in range(2):
         inner = []
@@ -852,9 +865,10 @@ def find_state_dict(checkpoint: Any, entry: str | None = None) -> tuple[str, dic
                     seen.add(id(part))  # what is shared is looked at once
                     inner.append((f"{prefix}{name}.", part))
         levels = inner
-        found |= {name.removesuffix("."): _tensors(part) for name, part in levels}
-    found = {name: tensors for name, tensors in found.items() if tensors}
-    listed = ", ".join(f"{_short(name) or 'the file itself'} ({len(found[name])})" for name in list(found)[:8])
+        found |= {name.removesuffix("."): part for name, part in levels}
+    counts = {name: len(weights_of(part)) for name, part in found.items()}
+    found = {name: part for name, part in found.items() if counts[name]}
+    listed = ", ".join(f"{_short(name) or 'the file itself'} ({counts[name]})" for name in list(found)[:8])
     if entry is not None:
         if entry not in found:
             raise UserError(f"--entry {entry} has no tensors. Entries with tensors: {listed or 'none'}.")

@@ -11,9 +11,10 @@ import json
 import math
 import os
 import pickle
-import subprocess
+import runpy
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ import torch
 from conftest import ORACLE
 from diffusers import UNet2DModel
 from loopback_hub import LoopbackHub, Repo
+from nvidia import Persistent, nvidia_pickle
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
 from training import convert
@@ -33,7 +35,6 @@ from training.convert import ConvertConfig, main
 from training.unpickle import read_checkpoint
 
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 SIZE |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 
@@ -178,6 +179,35 @@ def test_a_consistency_model_samples_as_one(tmp_path, capsys):
         run(tmp_path / "ctm.pt", tmp_path / "other", "--consistency_model")
 
 
+def pickled(weights, name="EDMPrecond", **attributes) -> bytes:
+    """A file of NVIDIA's with one module in two."""
+    inner, outer = (type(kind, (Persistent, torch.nn.Module), {})() for kind in ("UNetBlock", name))
+    for key, tensor in weights.items():
+        inner.register_parameter(key, torch.nn.Parameter(tensor))
+    inner.dropout, outer.model = 0.07, inner
+    for key, value in attributes.items():
+        setattr(outer, key, value)
+    return nvidia_pickle({"ema": outer})
+
+
+def test_a_pickle_says_what_its_weights_do_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "WRAPPERS", ("model.",))
+    (tmp_path / "net.pkl").write_bytes(pickled(weights_of(network_of(UNet2DModel)), sigma_data=0.7, img_resolution=8))
+    run(tmp_path / "net.pkl", tmp_path / "out")
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    assert (pipe.scheduler.config.sigma_data, pipe.unet.config.dropout) == (0.7, 0.07)
+    assert "The file itself says: sigma_data 0.7, dropout 0.07" in capsys.readouterr().out
+    run(tmp_path / "net.pkl", tmp_path / "other", "--sigma_data", 0.6, "--dropout", 0.2)
+    pipe = CTMPipeline.from_pretrained(tmp_path / "other")
+    assert (pipe.scheduler.config.sigma_data, pipe.unet.config.dropout) == (0.6, 0.2)
+
+
+@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
+def test_nvidias_other_preconditionings_are_not_taken_for_edm(name, tmp_path, capsys):
+    (tmp_path / "net.pkl").write_bytes(pickled(weights_of(network_of(UNet2DModel)), name))
+    assert f"holds a {name}, not an EDMPrecond" in fails(capsys, tmp_path / "net.pkl", tmp_path / "out")
+
+
 def test_overrides_reach_network_and_scheduler(student, tmp_path):
     _, source = student
     options = ["--num_head_channels", 4, "--dropout", 0, "--sigma_data", 0.6, "--timestep_scale", 1]
@@ -211,16 +241,17 @@ def test_official_files_are_checked(tmp_path, monkeypatch):
     run(tmp_path / "pipe", tmp_path / "x.pt", "--to", "official", "--num_head_channels", 4)
 
 
-def test_a_folder_that_does_not_give_the_same_output_is_not_written(student, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage, message", [(1e-5, "other weights"), (10.0, "another output")])
+def test_a_folder_that_is_not_the_same_network_is_not_written(damage, message, student, tmp_path, monkeypatch):
     loaded = CTMPipeline.from_pretrained
 
     def damaged(*args, **kwargs):
         pipe = loaded(*args, **kwargs)
-        pipe.unet.target_time_embedding.linear_2.bias.data[3] += 0.1
+        pipe.unet.conv_out.bias.data[1] += damage
         return pipe
 
     monkeypatch.setattr(convert.CTMPipeline, "from_pretrained", damaged)
-    with pytest.raises(UserError, match="another output"):
+    with pytest.raises(UserError, match=message):
         run(student[1], tmp_path / "out")
     assert os.listdir(tmp_path) == ["ctm.pt"]
 
@@ -353,6 +384,11 @@ def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
         (["a", "b", "--sigma_max", "0.001"], "sigma_max"),
         (["a", "b", "--to", "onnx"], "--to"),
         (["a", "b", "--to", "official"], ".safetensors"),
+        (["a", "b.pt", "--to", "official", "--qkv_order", "three_head_dim"], "qkv_order"),
+        (["a", "b", "--qkv_order", "dim"], "qkv_order"),
+        (["a", "b", "--prediction_type", "epsilon"], "--beta_schedule"),
+        (["a", "b", "--beta_schedule", "linear"], "--prediction_type epsilon"),
+        (["a", "b", "--prediction_type", "epsilon", "--beta_schedule", "linear", "--sigma_data", "1"], "--sigma_data"),
     ],
 )
 def test_impossible_options_name_themselves(arguments, word, capsys):
@@ -372,12 +408,15 @@ def test_source_and_out_may_be_anywhere_and_in_yaml(tmp_path):
     assert (config.source, config.out, config.dropout) == ("a", "b", 0.5)
 
 
-def test_the_command_refuses_a_pickle_that_would_run_something(tmp_path):
+def test_the_command_refuses_a_pickle_that_would_run_something(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    command = [sys.executable, "-m", "training.convert", "evil.pkl", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1 and "os.system" in result.stderr and "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["training.convert", "evil.pkl", "out"])
+    monkeypatch.delitem(sys.modules, "training.convert")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("training.convert", run_name="__main__")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "os.system" in said and "Traceback" not in said
     assert os.listdir(tmp_path) == ["evil.pkl"]
 
 
@@ -436,10 +475,28 @@ def test_downloads_are_whole_or_refused(website, student, tmp_path, capsys, monk
     assert os.listdir(scratch) == [] and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1.example.com/x", "ftp://127.0.0.1/x", "file:///etc/passwd"])
-def test_other_addresses_are_never_opened(address):
+@pytest.mark.parametrize(
+    "address, word",
+    [
+        ("http://127.0.0.1.example.com/x", "no https"),
+        ("ftp://127.0.0.1/x", "is not there"),
+        ("file:///etc/passwd", "is not there"),
+        ("http://example.com:none/x", "no https"),
+        ("https://someone:secret@example.com/x", "a user or a password"),
+        ("https://example.com:none/x", "cannot be downloaded"),
+    ],
+)
+def test_other_addresses_are_never_opened(address, word, tmp_path, capsys):
+    message = fails(capsys, address, tmp_path / "out")
+    assert word in message and "secret" not in message
+
+
+def test_a_website_does_not_reach_what_is_served_on_this_machine():
+    redirect = convert._OnlySecure().redirect_request
+    local = "http://127.0.0.1:8000/shutdown"
     with pytest.raises(UserError, match="no https"):
-        convert.check_address(address)
+        redirect(urllib.request.Request("https://example.com/x.pt"), None, 302, "Found", {}, local)
+    assert redirect(urllib.request.Request("http://127.0.0.1/x"), None, 302, "Found", {}, local).full_url == local
 
 
 # The Hub --------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ORACLE
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from diffusers_ctm import CTMUNet2DModel
 from diffusers_ctm.trajectory import Preconditioning
 from training import convert_adm
-from training.config import UserError
+from training.config import UserError, parse_config
+from training.convert import ConvertConfig, main
+from training.teacher import load_teacher
 
 
 HEAD = 16
@@ -42,9 +44,9 @@ class Official:
     in the second level and the middle.
     """
 
-    def __init__(self, weights, layers=1):
+    def __init__(self, weights, layers=1, heads_first=False):
         self.w = {name: tensor.double() for name, tensor in weights.items()}
-        self.layers = layers
+        self.layers, self.heads_first = layers, heads_first
 
     def linear(self, name, x):
         bias = self.w.get(f"{name}.bias")
@@ -97,6 +99,8 @@ class OpenAI(Official):
 
     def attend(self, name, x):
         def split(qkv):
+            if self.heads_first:
+                return qkv.unflatten(1, (-1, 3, HEAD)).unbind(2)  # head, three, dim
             return qkv.unflatten(1, (3, -1, HEAD)).unbind(1)  # three, head, dim
 
         return self.attention([f"{name}.{part}" for part in ("norm", "qkv", "proj_out")], x, split)
@@ -162,7 +166,7 @@ class Nvidia(Official):
 # Random official weights --------------------------------------------------------------------------------------------
 
 
-def shapes_of(flavour, widths=(32, 64), classes=5, layers=1):
+def shapes_of(flavour, widths=(32, 64), classes=5, layers=1, channels_out=3):
     """Names and shapes of an official network of two levels, written as its authors' constructor makes them."""
     emb, (a, b) = 4 * widths[0], widths
     shapes = {}
@@ -244,7 +248,7 @@ def shapes_of(flavour, widths=(32, 64), classes=5, layers=1):
         if i == layers:
             block(f"output_blocks.{i}.2", b, b)
     layer("out.0", a)
-    layer("out.2", 3, a, 3, 3)
+    layer("out.2", channels_out, a, 3, 3)
     return shapes
 
 
@@ -312,6 +316,47 @@ def test_every_other_order_of_qkv_is_another_function(flavour, inputs):
     assert torch.equal(outputs[right], convert(flavour, weights)(x.float(), t, y).sample)
     for order in set(outputs) - {right}:
         assert (outputs[order] - outputs[right]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order, schedule", [("head_three_dim", "linear"), ("three_head_dim", "squaredcos_cap_v2")])
+def test_guided_diffusion(order, schedule, inputs, tmp_path, capsys):
+    """Its qkv are one-dimensional convolutions in either order, its outputs epsilon and a variance: a teacher by the real command."""
+    weights = random_weights("openai", channels_out=6, **SIZES["openai"])
+    flat = {name: w[..., 0] if name.endswith(("qkv.weight", "proj_out.weight")) else w for name, w in weights.items()}
+    torch.save(flat, tmp_path / "64x64_diffusion.pt")
+
+    def run(*options):
+        arguments = [tmp_path / "64x64_diffusion.pt", tmp_path / "out", "--num_head_channels", HEAD, *options]
+        return main(parse_config(ConvertConfig, [str(argument) for argument in arguments]))
+
+    with pytest.raises(UserError, match="--qkv_order head_three_dim"):
+        run()
+    with pytest.raises(UserError, match="6 channels for 3.*--prediction_type epsilon"):
+        run("--qkv_order", order)
+    epsilon = ["--prediction_type", "epsilon", "--beta_schedule", schedule]
+    with pytest.raises(UserError, match="--sigma_max does not fit"):
+        run("--qkv_order", order, *epsilon, "--sigma_max", 1e9)
+    run("--qkv_order", order, *epsilon)
+    assert "teacher, conditional on 5 classes" in capsys.readouterr().out
+
+    teacher = load_teacher(str(tmp_path / "out"))
+    x, _, _, y = inputs
+    # data 0, noise n at timestep 700: x / sigma of the variance-exploding process, sqrt(1 - abar) n of the discrete one
+    abar = DDPMScheduler(beta_schedule=schedule).alphas_cumprod[700].double()
+    sigma = ((1 - abar) / abar).sqrt()
+    official = OpenAI(weights, 2, heads_first=order == "head_three_dim")
+    epsilon = official(abar.sqrt() * x, torch.full((2,), 700.0, dtype=torch.float64), y)[:, :3]
+    found = teacher.denoise(x.float(), sigma.float().expand(2), y)
+    assert (found - (x - sigma * epsilon)).abs().max() < 1e-3 * sigma
+    assert teacher.scheduler.config.sigma_max > 100
+
+
+def test_without_variances_leaves_others_alone():
+    weights = random_weights("openai")
+    assert all(without is weights[name] for name, without in convert_adm.without_variances(weights).items())
+    with pytest.raises(UserError, match="guided-diffusion"):
+        convert_adm.without_variances(random_weights("nvidia", **SIZES["nvidia"]))
 
 
 def test_split_qkv_takes_rows_by_name():

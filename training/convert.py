@@ -1,6 +1,5 @@
 """Convert checkpoints of EDM and CTM: `python -m training.convert edm-cifar10-32x32-uncond-vp.pkl teachers/cifar10`."""
 
-import hashlib
 import http.client
 import importlib
 import json
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
@@ -24,8 +23,10 @@ from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunSche
 from diffusers_ctm.trajectory import c_noise
 
 from .config import Checked, UserError, option, run_program
-from .files import atomic_file, atomic_folder
-from .unpickle import find_state_dict, read_checkpoint
+from .convert_adm import QKV_ORDERS
+from .files import atomic_file, atomic_folder, sha256
+from .hub import error_text
+from .unpickle import Record, find_weights, module_numbers, read_checkpoint, weights_of
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,25 @@ class Family:
             (the authors' key names), and `defaults(shapes) -> dict` or `DEFAULTS`: what shapes do not tell.
         classes: names of the network classes that it makes.
         head: its override for the channels per attention head.
+        orders: whether its networks differ in the order of attention's channels (`qkv_order`).
     """
 
     module: str
     classes: tuple[str, ...]
     head: str = "num_head_channels"
+    orders: bool = False
 
 
 FAMILIES = {
     "edm": Family("convert_edm", ("EDMUNet2DModel",), head="attention_head_dim"),
-    "adm": Family("convert_adm", ("UNet2DModel", "CTMUNet2DModel")),
+    "adm": Family("convert_adm", ("UNet2DModel", "CTMUNet2DModel"), orders=True),
 }
 
 WRAPPERS = ("", "module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 FORMATS = (".pt", ".pth", ".safetensors")
 MAX_DOWNLOAD = 2**35  # bytes
 CHUNK = 2**20
-TOLERANCE = 1e-5
+TOLERANCE = 1e-3  # of the output: equal weights at other addresses in memory may be summed in another order
 
 
 @dataclass
@@ -87,14 +90,36 @@ class ConvertConfig(Checked):
         False,
         "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only (gamma = 1).",
     )
+    prediction_type: str = option(
+        "edm",
+        "What the network predicts: 'edm', or 'epsilon' (guided-diffusion), with the --beta_schedule of its 1,000 timesteps.",
+        ["edm", "epsilon"],
+    )
+    beta_schedule: str | None = option(
+        None,
+        "With --prediction_type epsilon: 'linear', or 'squaredcos_cap_v2', which guided-diffusion calls cosine.",
+        [None, "linear", "squaredcos_cap_v2"],
+    )
+    qkv_order: str | None = option(
+        None,
+        "Order of the channels of attention's qkv in an ADM network, slowest first, where the file does not tell: 'head_three_dim' is "
+        "guided-diffusion's default, 'three_head_dim' its use_new_attention_order. Default: the family's.",
+        [None, *QKV_ORDERS],
+    )
     num_head_channels: int | None = option(None, "Channels per attention head. Default: the family's.")
-    dropout: float | None = option(None, "Dropout in training. Default: the family's.")
-    sigma_data: float | None = option(None, "Standard deviation of the data. Default: the family's.")
+    dropout: float | None = option(None, "Dropout in training. Default: what the file says, else the family's.")
+    sigma_data: float | None = option(
+        None, "Standard deviation of the data. Default: what the file says, else the family's."
+    )
     timestep_scale: float | None = option(
         None, "The network is shown timestep_scale * ln(sigma) / 4: 1 or 1000. Default: the family's."
     )
-    sigma_min: float = option(0.002, "Lowest noise level when sampling.")
-    sigma_max: float = option(80.0, "Highest noise level when sampling.")
+    sigma_min: float | None = option(
+        None, "Lowest noise level when sampling. Default: 0.002; with epsilon that of the first timestep."
+    )
+    sigma_max: float | None = option(
+        None, "Highest noise level when sampling. Default: 80; with epsilon that of the last timestep."
+    )
     num_train_timesteps: int | None = option(
         None, "Noise levels N of a CTM's training grid. Default: 18 below 64x64 pixels, 40 from there on."
     )
@@ -110,18 +135,37 @@ class ConvertConfig(Checked):
         super().__post_init__()
         if not self.source or not self.out:
             raise UserError("SOURCE and OUT are needed: python -m training.convert SOURCE OUT. See --help.")
-        for name in ("num_head_channels", "sigma_data", "timestep_scale", "num_train_timesteps"):
+        for name in (
+            "num_head_channels",
+            "sigma_data",
+            "timestep_scale",
+            "num_train_timesteps",
+            "sigma_min",
+            "sigma_max",
+        ):
             value = getattr(self, name)
             self.check(value is None or value > 0, name, "positive")
-        self.check_positive("sigma_min")
-        self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
+        if self.prediction_type == "edm":
+            self.sigma_min, self.sigma_max = self.sigma_min or 0.002, self.sigma_max or 80.0
+            self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
         self.check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
+        if (self.prediction_type == "epsilon") != (self.beta_schedule is not None):
+            raise UserError("--prediction_type epsilon and --beta_schedule are given together or not at all.")
+        if self.prediction_type == "epsilon" and (self.consistency_model or self.timestep_scale or self.sigma_data):
+            raise UserError(
+                "--prediction_type epsilon has neither --sigma_data nor --timestep_scale, and is no --consistency_model."
+            )
         if self.to == "official":
             self.check(self.out.endswith(FORMATS), "out", f"a file that ends in one of {', '.join(FORMATS)}")
+            self.check(
+                self.qkv_order is None, "qkv_order", "left out with --to official, which writes the family's order"
+            )
 
     def network_overrides(self, family: str) -> dict[str, Any]:
         """What the user said about the network, in the family's words."""
-        values = {FAMILIES[family].head: self.num_head_channels, "dropout": self.dropout}
+        values = {FAMILIES[family].head: self.num_head_channels, "dropout": self.dropout, "qkv_order": self.qkv_order}
+        if self.qkv_order is not None and not FAMILIES[family].orders:
+            raise UserError(f"--qkv_order is for ADM networks; this one is of the family {family}.")
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -136,7 +180,7 @@ def public_name(source: str) -> str:
     """`source` as it may be shown and recorded: an address without user, password and query, a local file without its folders."""
     if is_address(source):
         parts = urllib.parse.urlsplit(source)
-        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
 
 
@@ -161,23 +205,26 @@ def fetch(config: ConvertConfig, folder: str) -> str:
         return hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=config.revision, token=config.token)
     except Exception as error:  # huggingface_hub raises many kinds
         raise UserError(
-            f"SOURCE {source} is neither a file here nor one that can be had from the Hub: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+            f"SOURCE {source} is neither a file here nor one that can be had from the Hub: {error_text(error)}"
         ) from error
 
 
-def check_address(address: str) -> None:
-    """Raise UserError unless `address` is https, or http on this machine."""
+def check_address(address: str, local: bool = True) -> None:
+    """Raise UserError unless `address` is https without a password, or (if `local`) http on this machine."""
     parts = urllib.parse.urlsplit(address)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname == "127.0.0.1"):
+    if parts.scheme != "https" and not (local and parts.scheme == "http" and parts.hostname == "127.0.0.1"):
         raise UserError(f"SOURCE {public_name(address)} is no https address; others are not downloaded.")
+    if "@" in parts.netloc:
+        raise UserError(
+            f"SOURCE {public_name(address)} has a user or a password in its address, which is not supported."
+        )
 
 
 class _OnlySecure(urllib.request.HTTPRedirectHandler):
-    """Follows a redirection to https only."""
+    """Follows a redirection to https only, or on this machine if it comes from there: no website reaches what is served here."""
 
     def redirect_request(self, request, file, code, message, headers, address):
-        check_address(address)
+        check_address(address, local=request.type == "http")
         return super().redirect_request(request, file, code, message, headers, address)
 
 
@@ -241,6 +288,41 @@ def family_defaults(family: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return module.defaults(shapes) if hasattr(module, "defaults") else dict(module.DEFAULTS)
 
 
+def said_by(part: Any) -> dict[str, float]:
+    """What a pickled network says of itself beside its weights: `sigma_data` and `dropout`. Nothing of a state dict.
+
+    Raises UserError if it is one of NVIDIA's other preconditionings, whose tensors are named alike.
+    """
+    if not isinstance(part, Record):
+        return {}
+    name = part.class_name.rpartition(".")[2]
+    if name.endswith("Precond") and name != "EDMPrecond":
+        raise UserError(
+            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something else and are shown other "
+            "times. Only those with EDM's preconditioning are converted."
+        )
+    found = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
+    said = {key: values.pop() for key, values in found.items() if len(values) == 1}
+    return {key: value for key, value in said.items() if value > 0 and (key != "dropout" or value < 1)}
+
+
+def network_of(family: str, state_dict: dict[str, torch.Tensor], config: ConvertConfig, said: dict) -> UNet2DModel:
+    """The network of the weights, by the options, what the file says and the family's defaults, in this order."""
+    module = family_module(family)
+    if config.prediction_type == "epsilon":
+        if not hasattr(module, "without_variances"):
+            raise UserError(f"--prediction_type epsilon is for OpenAI's networks; this one is of the family {family}.")
+        state_dict = module.without_variances(state_dict)
+    overrides = {name: said[name] for name in ("dropout",) if name in said} | config.network_overrides(family)
+    network = module.to_diffusers(state_dict, **overrides).eval()
+    if network.config.out_channels == 2 * network.config.in_channels:
+        raise UserError(
+            f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts variances too, as "
+            "guided-diffusion's do, which predict epsilon. Give --prediction_type epsilon and --beta_schedule."
+        )
+    return network
+
+
 def is_ctm(network: UNet2DModel) -> bool:
     return getattr(network, "has_target_time", False)
 
@@ -250,10 +332,10 @@ def is_ctm(network: UNet2DModel) -> bool:
 
 def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: Mapping[str, Any]) -> CTMPipeline:
     """The network with the scheduler of its kind and the names of its classes."""
-    numbers = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
-    for name in ("sigma_data", "timestep_scale"):
-        given = getattr(config, name)
-        numbers[name] = defaults[name] if given is None else given
+    names = ("sigma_min", "sigma_max", "sigma_data", "timestep_scale")
+    numbers = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.prediction_type == "edm":
+        numbers = {name: defaults[name] for name in ("sigma_data", "timestep_scale")} | numbers
     if config.consistency_model:
         if not isinstance(network, UNet2DModel) or is_ctm(network):
             raise UserError(
@@ -264,6 +346,12 @@ def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: Mapping
     if is_ctm(network):
         levels = config.num_train_timesteps or (40 if _size(network)[0] >= 64 else 18)
         scheduler = CTMScheduler(num_train_timesteps=levels, **numbers)
+    elif config.prediction_type == "epsilon":
+        process = DDPMScheduler(beta_schedule=config.beta_schedule, prediction_type="epsilon")
+        try:
+            scheduler = EDMHeunScheduler.from_config(process.config, **numbers)
+        except ValueError as error:
+            raise UserError(f"--sigma_min or --sigma_max does not fit: {error}") from error
     else:
         scheduler = EDMHeunScheduler(**numbers)
     return CTMPipeline(network, scheduler, id2label=read_labels(config.id2label, network.config.num_class_embeds))
@@ -306,12 +394,18 @@ def probe(network: UNet2DModel, timestep_scale: float) -> torch.Tensor:
 
 
 def check_same(network: UNet2DModel, other: UNet2DModel, timestep_scale: float, what: str) -> None:
-    """Raise UserError unless both give the same output, a finite one."""
+    """Raise UserError unless both have the same weights to the bit and give the same output, a finite one."""
     expected, found = probe(network, timestep_scale), probe(other, timestep_scale)
     difference = (expected - found).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # also if it is nan
         raise UserError(
             f"{what} gives another output than the network that was converted: they differ by {difference}. Nothing was written."
+        )
+    weights = other.state_dict()
+    changed = [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, weights[name])]
+    if changed:
+        raise UserError(
+            f"{what} has other weights than the network that was converted: {changed[0]}. Nothing was written."
         )
 
 
@@ -319,14 +413,15 @@ def describe(pipe: CTMPipeline, family: str) -> str:
     """One line on what a pipeline is."""
     network, numbers = pipe.unet, pipe.scheduler.config
     classes = network.config.num_class_embeds
-    kind = f"CTM with N = {numbers.num_train_timesteps}" if is_ctm(network) else "EDM teacher"
+    edm = numbers.prediction_type != "epsilon"
+    kind = f"CTM with N = {numbers.num_train_timesteps}" if is_ctm(network) else "EDM teacher" if edm else "teacher"
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
     count = sum(parameter.numel() for parameter in network.parameters())
     height, width = _size(network)
     return (
         f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {count:,} parameters, "
-        f"family {family}, class {type(network).__name__}, sigma_data {numbers.sigma_data:g}, "
-        f"timestep_scale {numbers.timestep_scale:g}"
+        f"family {family}, class {type(network).__name__}, "
+        + (f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}" if edm else "epsilon")
     )
 
 
@@ -337,32 +432,26 @@ def left_out(checkpoint: Any, entry: str) -> list[str]:
     return [str(name)[:40] for name in checkpoint if str(name) != entry.partition(".")[0]][:20]
 
 
-def sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def to_diffusers(config: ConvertConfig, path: str) -> str:
     """Convert the checkpoint at `path` to the folder OUT, check it, and say what was found."""
     checkpoint = read_checkpoint(path)
-    entry, state_dict = find_state_dict(checkpoint, config.entry)
-    family, state_dict = find_family(state_dict)
-    defaults = family_defaults(family, shapes_of(state_dict))
-    network = family_module(family).to_diffusers(state_dict, **config.network_overrides(family)).eval()
-    pipe = make_pipeline(network, config, defaults)
+    entry, part = find_weights(checkpoint, config.entry)
+    said = said_by(part)
+    family, state_dict = find_family(weights_of(part))
+    network = network_of(family, state_dict, config, said)
+    pipe = make_pipeline(network, config, family_defaults(family, shapes_of(state_dict)) | said)
     print(
         f"Read {public_name(config.source)}: {os.path.getsize(path) / 1e6:.1f} MB, "
         f"{f'entry {entry}' if entry else 'a state dict'} with {len(state_dict)} tensors",
         describe(pipe, family),
         sep="\n",
     )
+    if said:
+        print(f"The file itself says: {', '.join(f'{name} {value:g}' for name, value in said.items())}")
     others = left_out(checkpoint, entry)
     if others:
         print(f"Left out: {', '.join(others)}")
-    if not is_ctm(pipe.unet) and pipe.scheduler.config.timestep_scale == 1000:
+    if config.prediction_type == "edm" and not is_ctm(pipe.unet) and pipe.scheduler.config.timestep_scale == 1000:
         print("Note: a consistency model has the same tensors as an EDM teacher; for one, pass --consistency_model.")
     record = {
         "source": public_name(config.source),
@@ -381,7 +470,10 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
         check_same(pipe.unet, again.unet, pipe.scheduler.config.timestep_scale, "The written folder")
     print("Checked: loaded again, it gives the same output. The source has no outputs of its own to compare with.")
     if config.license is None:
-        print("Licence: not recorded; publishing will ask for it. Record it with --license.")
+        print(
+            "Licence: not recorded; publishing will ask for it. Record it with --license: NVIDIA's EDM weights are cc-by-nc-sa-4.0, OpenAI's and "
+            "the CTM authors' mit."
+        )
     print(f"Wrote {config.out}")
     return config.out
 
@@ -395,7 +487,7 @@ def load_pipeline(config: ConvertConfig) -> DiffusionPipeline:
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
         raise UserError(
             f"SOURCE {config.source} cannot be loaded; --to official takes a pipeline's folder or its repository on the Hub.\n"
-            f"{type(error).__name__}: {str(error).strip()}"
+            f"{error_text(error)}"
         ) from error
     if not hasattr(pipe, "unet"):
         raise UserError(f"SOURCE {config.source} is a {type(pipe).__name__}, which has no network named `unet`.")

@@ -112,6 +112,20 @@ def to_diffusers(
     return network.eval()
 
 
+def without_variances(state_dict: Mapping[str, torch.Tensor]) -> Tensors:
+    """The weights of OpenAI's network without the outputs of a learnt variance, if it has them (Nichol & Dhariwal 2021).
+
+    They are the second half of its channels; sampling by the ODE and distillation need the first. Raises UserError for other networks.
+    """
+    if flavour_of(state_dict) != "openai":
+        raise UserError(
+            "Networks that predict epsilon are OpenAI's guided-diffusion ones; these weights have other names."
+        )
+    in_channels, last = state_dict["input_blocks.0.0.weight"].shape[1], ("out.2.weight", "out.2.bias")
+    halves = len(state_dict["out.2.weight"]) == 2 * in_channels
+    return {name: tensor[:in_channels] if halves and name in last else tensor for name, tensor in state_dict.items()}
+
+
 def to_official(network: UNet2DModel | CTMUNet2DModel, flavour: str | None = None) -> Tensors:
     """The state dict of `network` under official names, copies of its weights.
 
@@ -422,8 +436,9 @@ def _qkv_order(shapes: Shapes, flavour: str, order: str | None) -> str:
         for name, shape in shapes.items():
             if name.endswith(".qkv.weight") and _is_one_dimensional(name, shape):
                 raise UserError(
-                    f"{name} is a one-dimensional convolution, whose order of channels the checkpoint does not tell; pass "
-                    "qkv_order='head_three_dim' (guided-diffusion's default) or 'three_head_dim' (use_new_attention_order)."
+                    f"{name} is a one-dimensional convolution, as in guided-diffusion, whose order of channels the checkpoint does not tell. "
+                    "Give --qkv_order head_three_dim (guided-diffusion's default), or three_head_dim if it was trained with "
+                    "use_new_attention_order."
                 )
         return "head_dim_three" if flavour == "nvidia" else "three_head_dim"
     if order not in QKV_ORDERS:

@@ -11,6 +11,7 @@ from exact import randn
 from safetensors.torch import load_file
 from test_unet_edm import KINDS, inputs, make, times
 from torch import nn
+from torch.nn.functional import silu
 
 from diffusers_ctm import EDMUNet2DModel
 from diffusers_ctm.trajectory import Preconditioning, append_dims
@@ -199,6 +200,134 @@ def test_another_family_does_not_match():
     other = {key: tuple(shape) for key, shape, _ in full_size("edm_imagenet64_adm_cond")["state_dict"]}
     assert not convert_edm.matches(other)
     assert not convert_edm.matches({"conv_in.weight": (8, 3, 3, 3)}) and not convert_edm.matches({})
+
+
+# The official network, written out ------------------------------------------------------------------------------------
+
+
+class Song:
+    """The U-Net of Karras et al. 2022 (Appendix F.1; after Song et al. 2021) as a function of its official state dict.
+
+    In float64, of elementary operations, by the official names. Resampling is a matrix: D halves an axis with the filter's taps, and
+    its transpose, twice as strong, doubles it.
+    """
+
+    def __init__(self, weights, network):
+        self.w = {name.removeprefix("model."): tensor.double() for name, tensor in weights.items()}
+        config = network.config
+        self.encoder, self.decoder, self.head_dim = config.encoder_type, config.decoder_type, config.attention_head_dim
+        self.sizes = [config.sample_size >> level for level in range(len(config.block_out_channels))]
+        self.layers = config.layers_per_block
+        self.taps = torch.tensor(config.resample_filter).double() / sum(config.resample_filter)
+
+    def halving(self, size, pad):
+        """The matrix that halves an axis of `size`, which is filled up with `pad` zeros at both ends."""
+        rows = torch.zeros((size + 2 * pad - len(self.taps)) // 2 + 1, size + 2 * pad, dtype=torch.float64)
+        for i, row in enumerate(rows):
+            row[2 * i : 2 * i + len(self.taps)] = self.taps
+        return rows[:, pad : pad + size]
+
+    def half(self, x):
+        matrix = self.halving(x.shape[-1], len(self.taps) // 2 - 1)
+        return matrix @ x @ matrix.T
+
+    def double(self, x):
+        matrix = 2 * self.halving(2 * x.shape[-1], len(self.taps) // 2 - 1).T
+        return matrix @ x @ matrix.T
+
+    def linear(self, name, x):
+        return x @ self.w[f"{name}.weight"].T + self.w.get(f"{name}.bias", 0)
+
+    def conv(self, name, x, pad=0):
+        weight = self.w[f"{name}.weight"]
+        return nn.functional.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2 + pad)
+
+    def norm(self, name, x):
+        groups = x.reshape(len(x), min(32, x.shape[1] // 4), -1)
+        groups = groups - groups.mean(-1, keepdim=True)
+        x = (groups / (groups.square().mean(-1, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
+        return x * self.w[f"{name}.weight"][:, None, None] + self.w[f"{name}.bias"][:, None, None]
+
+    def block(self, name, x, embs, resample=lambda x: x):
+        h = self.conv(f"{name}.conv0", resample(silu(self.norm(f"{name}.norm0", x))))
+        for emb, end in zip(embs, ("affine", "affine_s")):
+            h = h + self.linear(f"{name}.{end}", emb)[:, :, None, None]
+        h = self.conv(f"{name}.conv1", silu(self.norm(f"{name}.norm1", h)))
+        x = resample(x)
+        x = (h + (self.conv(f"{name}.skip", x) if f"{name}.skip.weight" in self.w else x)) / math.sqrt(2)
+        return (x + self.attention(name, x)) / math.sqrt(2) if f"{name}.qkv.weight" in self.w else x
+
+    def attention(self, name, x):
+        dim = self.head_dim or x.shape[1]
+        rows = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", x)).reshape(len(x), -1, dim, 3, x[0, 0].numel())
+        q, k, v = rows.unbind(3)
+        weights = torch.einsum("bhdi,bhdj->bhij", q, k).div(math.sqrt(dim)).softmax(-1)
+        return self.conv(f"{name}.proj", torch.einsum("bhij,bhdj->bhdi", weights, v).reshape(x.shape))
+
+    def embedding(self, time, condition, end):
+        if "map_noise.freqs" in self.w:
+            angles = 2 * math.pi * time[:, None] * self.w["map_noise.freqs"]
+        else:
+            half = self.w["map_layer0.weight"].shape[1] // 2
+            angles = time[:, None] * 1e-4 ** (torch.arange(half, dtype=torch.float64) / (half - 1))
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)
+        if "map_label.weight" in self.w:
+            count = self.w["map_label.weight"].shape[1]
+            emb = emb + self.linear(
+                "map_label", math.sqrt(count) * torch.eye(count).double()[condition["class_labels"]]
+            )
+        if "map_augment.weight" in self.w:
+            emb = emb + self.linear("map_augment", condition["augment_labels"].double())
+        return silu(self.linear(f"map_layer1{end}", silu(self.linear(f"map_layer0{end}", emb))))
+
+    def __call__(self, x, *times, **condition):
+        embs = [self.embedding(time.double(), condition, end) for time, end in zip(times, ("", "_s"))]
+        image = x = x.double()
+        skips = []
+        for level, size in enumerate(self.sizes):
+            name = f"enc.{size}x{size}"
+            if level == 0:
+                x = self.conv(f"{name}_conv", x)
+            else:
+                x = self.block(f"{name}_down", x, embs, self.half)
+                if self.encoder == "skip":  # the input itself, smaller, is added at every level
+                    image = self.half(image)
+                    x = x + self.conv(f"{name}_aux_skip", image)
+                elif self.encoder == "residual":  # a way of convolutions beside the blocks; both go on as their sum
+                    pad = len(self.taps) // 2 - 1
+                    matrix = self.halving(image.shape[-1] + 2 * pad, 0)
+                    image = matrix @ self.conv(f"{name}_aux_residual", image, pad) @ matrix.T
+                    x = image = (x + image) / math.sqrt(2)
+            skips.append(x)
+            for i in range(self.layers):
+                x = self.block(f"{name}_block{i}", x, embs)
+                skips.append(x)
+
+        output = 0
+        for level, size in reversed(list(enumerate(self.sizes))):
+            name = f"dec.{size}x{size}"
+            if size == self.sizes[-1]:
+                x = self.block(f"{name}_in1", self.block(f"{name}_in0", x, embs), embs)
+            else:
+                x = self.block(f"{name}_up", x, embs, self.double)
+            for i in range(self.layers + 1):
+                x = self.block(f"{name}_block{i}", torch.cat([x, skips.pop()], dim=1), embs)
+            if self.decoder == "skip" or level == 0:  # "skip": every level gives an image, added to the larger ones
+                part = self.conv(f"{name}_aux_conv", silu(self.norm(f"{name}_aux_norm", x)))
+                output = part if isinstance(output, int) else part + self.double(output)
+        assert not skips
+        return output
+
+
+@every_kind
+@both_times
+@torch.no_grad()
+def test_equals_the_official_arithmetic(changes, target_time):
+    network = make(target_time=target_time, **changes)
+    sample, t, s, condition = inputs(network)
+    official = Song(convert_edm.to_official(network), network)(sample, *times(network, t, s), **condition)
+    assert official.std() > 0.1
+    close(network(sample, *times(network, t, s), **condition).sample.double(), official)
 
 
 # Without the authors' files -------------------------------------------------------------------------------------------

@@ -102,25 +102,38 @@ def load_feature_network(name: str, device: torch.device | str = "cpu") -> nn.Mo
 
     Raises UserError if it is not there or is no network for images.
     """
-    folder = EMBEDDED.get(name, Path(name)) if not os.path.exists(name) else Path(name)
-    if name in EMBEDDED and not folder.is_dir():
-        raise UserError(f"--features {name}: {folder.name} is missing; make it with `python -m training.features`.")
     try:
-        if _config_of(folder).get("_class_name") == FeatureNetwork.__name__:
+        kind, folder = kind_of(name)
+        if kind == "classifier":
             network = load_saved(folder)
-        elif folder.is_file() or folder.suffix in (".pt", ".pth", ".ts"):
+        elif kind == "file":
             network = TorchScriptFeatures(str(folder), device)
         else:
             network = TransformersFeatures(name)
         network = network.to(device).requires_grad_(False).eval()
         network.about = {"name": name, "num_features": network.num_features, **network.about}
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"--features {name}: {error}") from error
     except Exception as error:  # torch, safetensors, transformers and huggingface_hub each raise their own
         raise UserError(
             f"--features {name} cannot be loaded. {FEATURES_HELP}\n{type(error).__name__}: {str(error).strip()}"
         ) from error
     return network
+
+
+def kind_of(name: str) -> tuple[str, Path]:
+    """What network `name` says, and its path: "classifier" (a folder of this program), "file" or "transformers" (folder or Hub id).
+
+    Raises UserError if it is the embedded one and that is missing.
+    """
+    folder = EMBEDDED.get(name, Path(name)) if not os.path.exists(name) else Path(name)
+    if name in EMBEDDED and not folder.is_dir():
+        raise UserError(f"{folder.name} is missing; make it with `python -m training.features`.")
+    if _config_of(folder).get("_class_name") == FeatureNetwork.__name__:
+        return "classifier", folder
+    if folder.is_file() or folder.suffix in (".pt", ".pth", ".ts"):
+        return "file", folder
+    return "transformers", folder
 
 
 def _config_of(folder: Path) -> dict:
@@ -197,22 +210,17 @@ class TransformersFeatures(ResizedFeatures):
     """An image model of transformers: its pooled output, else the mean of its last hidden state.
 
     Whole images are resized, bicubic and antialiased, to the size that its image processor crops to, and get that processor's
-    mean and standard deviation. The processor's file is read, the processor itself is not built: that may need torchvision.
+    mean and standard deviation.
     """
 
     def __init__(self, name: str):
         from transformers import AutoModel
-        from transformers.image_processing_base import ImageProcessingMixin
 
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        crop = processor.get("do_center_crop", False) and processor.get("crop_size")
-        super().__init__(_height_width(crop or processor["size"]), "bicubic")
-        self.network = AutoModel.from_pretrained(name, dtype=torch.float32)
-        normalised = processor.get("do_normalize", True)
-        for key, neutral in (("image_mean", 0.0), ("image_std", 1.0)):
-            values = torch.tensor(processor.get(key, neutral) if normalised else neutral, dtype=torch.float32)
-            self.register_buffer(key, values.expand(3).reshape(1, 3, 1, 1).clone(), persistent=False)
-        self.factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+        processing = image_processing(name)
+        super().__init__(processing.side, "bicubic")
+        self.network = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        self.register_buffer("mean", processing.mean.reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", processing.std.reshape(1, 3, 1, 1), persistent=False)
         self.about = {
             "kind": f"transformers {type(self.network).__name__}",
             "resizing": f"bicubic to {self.side[0]}x{self.side[1]}, antialiased",
@@ -222,7 +230,7 @@ class TransformersFeatures(ResizedFeatures):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features of uint8 images, float32 of shape (B, num_features)."""
-        x = (self.resized(images) * self.factor - self.image_mean) / self.image_std
+        x = (self.resized(images) - self.mean) / self.std
         # Models of images and texts, CLIP and its kin, have a method for the image half.
         encode = getattr(self.network, "get_image_features", self.network)
         output = encode(pixel_values=x)
@@ -233,6 +241,37 @@ class TransformersFeatures(ResizedFeatures):
             hidden = output.last_hidden_state
             pooled = hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
         return pooled.flatten(1).float()
+
+
+@dataclass
+class ImageProcessing:
+    """What an image processor of transformers does.
+
+    Args:
+        side: height and width in pixels of what the network sees.
+        mean, std: of the pixels, in 0..255, shape (3,), that it subtracts and divides by.
+    """
+
+    side: tuple[int, int]
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def image_processing(name: str) -> ImageProcessing:
+    """Of the folder or Hub id `name`. Raises OSError if it has no image processor.
+
+    Its file is read, the processor itself is not built: that may need torchvision.
+    """
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    crop = processor.get("do_center_crop", False) and processor.get("crop_size")
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    values = {"image_mean": 0.0, "image_std": 1.0}
+    if processor.get("do_normalize", True):
+        values = {key: processor.get(key, neutral) for key, neutral in values.items()}
+    mean, std = (torch.tensor(value, dtype=torch.float32).expand(3) / factor for value in values.values())
+    return ImageProcessing(_height_width(crop or processor["size"]), mean, std)
 
 
 def _height_width(size: int | dict) -> tuple[int, int]:

@@ -18,7 +18,9 @@ def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path):
 
 
 def test_saved_options_are_read_again(tmp_path):
-    config = EDMConfig(block_out_channels=[16, 32], learning_rate=3e-4, random_flip=True, label_column="label")
+    config = EDMConfig(
+        block_out_channels=[16, 32], attention_levels=[], learning_rate=3e-4, random_flip=True, label_column="label"
+    )
     save_config(config, str(tmp_path / "config.yaml"))
     again = parse_config(EDMConfig, ["--config", str(tmp_path / "config.yaml")])
     assert dataclasses.replace(again, config=None) == config

@@ -157,6 +157,17 @@ class RunOptions(DataOptions):
         0.999, "Decay per step of the exponential moving average of the weights, which is what is saved."
     )
     ema_warmup: bool = option(False, "Let the decay rise as (1 + step) / (10 + step) up to ema_decay. For short runs.")
+    extra_ema_decays: list[float] = option(
+        [], "Decays of further averages, each saved as output_dir/pipeline-ema-DECAY beside `pipeline`, for comparison."
+    )
+    posthoc_ema: list[float] = option(
+        [],
+        "Relative widths (sigma_rel) of power-function averages whose snapshots are kept, from which `python -m training.ema` makes the average "
+        "of any width after the training (Karras et al. 2024); '0.05 0.1' is enough. Each costs as much memory as the network.",
+    )
+    posthoc_ema_every: int = option(
+        500, "Keep a snapshot of each every so many steps, and at the end; for --posthoc_ema."
+    )
 
     checkpointing_steps: int = option(500, "Save a checkpoint every so many steps, and at the end; 0 is never.")
     checkpoints_total_limit: int = option(2, "Keep at most this many checkpoints, the newest; 0 keeps all.")
@@ -189,6 +200,7 @@ class RunOptions(DataOptions):
             "gradient_accumulation_steps",
             "learning_rate",
             "logging_steps",
+            "posthoc_ema_every",
             "adam_epsilon",
         )
         self.check_not_negative(
@@ -202,6 +214,10 @@ class RunOptions(DataOptions):
         )
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        self.check(all(0 <= decay < 1 for decay in self.extra_ema_decays), "extra_ema_decays", "in [0, 1)")
+        widths = self.posthoc_ema
+        self.check(all(0 < width < 12**-0.5 for width in widths), "posthoc_ema", "in (0, 0.288]")
+        self.check(not widths or len(set(widths)) > 1, "posthoc_ema", "two different widths or more")
         self.check_folder("output_dir")
         if self.push_to_hub or self.hub_model_id is not None:
             well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
@@ -428,6 +444,9 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     parser = HfArgumentParser(config_class, description=config_class.__doc__, usage=usage)
     for name in positional:
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # an empty list is a value too
     known, _ = parser.parse_known_intermixed_args(argv)
     try:
         arguments = _yaml_arguments(known.config, {f.name for f in dataclasses.fields(config_class)}) + argv

@@ -1,34 +1,229 @@
-"""The moving average of a network's weights, as a network that can be called."""
+"""Moving averages of a network's weights, as networks that can be called, and averages of any width after the training:
+
+python -m training.ema runs/student --sigma_rel 0.08
+"""
 
 import copy
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from diffusers.training_utils import EMAModel
+from diffusers import DiffusionPipeline
+from ema_pytorch.post_hoc_ema import p_dot_p, sigma_rel_to_gamma, solve_weights
+
+import diffusers_ctm  # noqa: F401  (lets diffusers load what this project saves)
+
+from .config import Checked, UserError, option, run_program
+from .files import atomic_folder
+from .record import RECORD, read_json, write_json
+
+
+Decay = Callable[[int], float]
+
+SNAPSHOTS = "ema-snapshots"
+SNAPSHOT = re.compile(r"sigma_rel-[0-9.e-]+-step-(\d+)")
+WIDEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
+
+
+def exponential_decay(decay: float, warmup: bool = False) -> Decay:
+    """The decay of update n = 1, 2, ...: `decay`, or with `warmup` n / (9 + n) up to it. The first update copies."""
+
+    def at(update: int) -> float:
+        if update == 1:
+            return 0.0
+        return min(update / (9 + update), decay) if warmup else decay
+
+    return at
+
+
+def power_decay(sigma_rel: float) -> Decay:
+    """(1 - 1/n)^(gamma + 1): the average then weighs update m by about m^gamma (Karras et al. 2024, Eqs. 125 to 127).
+
+    `sigma_rel` in (0, 1/sqrt(12)) is the standard deviation of these weights over the training so far, 0.1 a tenth of it.
+    """
+    exponent = sigma_rel_to_gamma(sigma_rel) + 1
+    return lambda update: (1 - 1 / update) ** exponent
 
 
 class EMA:
-    """diffusers' `EMAModel` whose averages are the parameters of `module`, a frozen copy of `network` in evaluation mode.
+    """The average as the parameters of `module`, a frozen copy of `network` in evaluation mode.
 
-    The average that the losses call and the one that is saved are thus the same storage.
+    What the losses call and what is saved are thus the same storage.
 
     Args:
         network: what is averaged.
-        decay: per step, in [0, 1).
-        warmup: let the decay rise as (1 + step) / (10 + step) up to `decay`; else it is constant.
+        decay: per update, in [0, 1), or a function of the number of the update, from 1.
+        warmup: of a number: let it rise as n / (9 + n) up to `decay`.
     """
 
-    def __init__(self, network: torch.nn.Module, decay: float, warmup: bool = False):
+    def __init__(self, network: torch.nn.Module, decay: float | Decay, warmup: bool = False):
         self.module = copy.deepcopy(network).requires_grad_(False).eval()
-        self.average = EMAModel([], decay=decay, min_decay=0.0 if warmup else decay, foreach=True)
-        self.average.shadow_params = [parameter.data for parameter in self.module.parameters()]
+        self.decay = decay if callable(decay) else exponential_decay(decay, warmup)
+        self.updates = 0
 
-    def step(self, network: torch.nn.Module) -> None:
-        """Move towards the weights of `network`."""
-        self.average.step(network.parameters())
+    @torch.no_grad()
+    def step(self, network: torch.nn.Module, applied: torch.Tensor | None = None) -> None:
+        """Move towards the weights of `network`.
+
+        `applied`, 1 or 0 on the device, says whether the optimiser has moved them; at 0 the average stays too. The host need not know
+        it. (diffusers' `EMAModel` has no such switch.)
+        """
+        self.updates += 1
+        weight = 1 - self.decay(self.updates)
+        averages = [parameter.data for parameter in self.module.parameters()]
+        current = [parameter.data for parameter in network.parameters()]
+        if applied is None:
+            torch._foreach_lerp_(averages, current, weight)
+        else:
+            difference = torch._foreach_sub(current, averages)
+            torch._foreach_mul_(difference, weight * applied)
+            torch._foreach_add_(averages, difference)
 
     def state_dict(self) -> dict:
-        return {"optimization_step": self.average.optimization_step, "weights": self.module.state_dict()}
+        return {"updates": self.updates, "weights": self.module.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.average.optimization_step = state["optimization_step"]
+        self.updates = state["updates"]
         self.module.load_state_dict(state["weights"])  # copies in place
+
+
+def snapshot_folder(output_dir: str, sigma_rel: float, step: int) -> str:
+    """Where the power-function average of width `sigma_rel` is kept as it was after `step`: a pipeline's folder."""
+    return os.path.join(output_dir, SNAPSHOTS, f"sigma_rel-{sigma_rel:g}-step-{step:06d}")
+
+
+# Averages of any width (Karras et al. 2024, Section 3 and Appendix C) -------------------------------------------------
+#
+# The sums are ema-pytorch's. Its `PostHocEMA` would also keep and write the averages, but as half-precision pickles, counters
+# included, under their final names from the start, and it reads snapshots that are later than what is asked for.
+
+
+@dataclass
+class PostHocConfig(Checked):
+    """Make a pipeline of the power-function average of any width, from the snapshots of a run with --posthoc_ema."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: str | None = option(None, "The run's output_dir.")
+    config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
+    sigma_rel: float | None = option(
+        None, "Width of the average relative to the length of the training, in (0, 0.288]; 0.05 to 0.15 is usual."
+    )
+    step: int | None = option(
+        None, "The step that ends the average; it must have a snapshot. Default: the last that has."
+    )
+    output_dir: str | None = option(
+        None, "Folder of the pipeline, replaced if it is there. Default: pipeline-ema-sigma_rel-... in the run's."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run is None:
+            raise UserError("--run is needed: the output_dir of a run with --posthoc_ema.")
+        if self.sigma_rel is None:
+            raise UserError("--sigma_rel is needed: the width of the average, for instance 0.1.")
+        self.check(0 < self.sigma_rel < WIDEST, "sigma_rel", f"in (0, {WIDEST:.3f})")
+
+
+@dataclass
+class Snapshot:
+    """A power-function average after `updates` updates, at `step` of its run, in `folder`."""
+
+    folder: str
+    sigma_rel: float
+    step: int
+    updates: int
+
+
+def find_snapshots(output_dir: str) -> list[Snapshot]:
+    """All snapshots of a run, the earliest first. Raises UserError if there are none."""
+    parent = os.path.join(output_dir, SNAPSHOTS)
+    found = []
+    for name in sorted(os.listdir(parent)) if os.path.isdir(parent) else []:
+        if SNAPSHOT.fullmatch(name):
+            folder = os.path.join(parent, name)
+            record = read_json(folder, RECORD)
+            average = record.get("average", {})
+            if not {"sigma_rel", "updates"} <= average.keys() or "steps" not in record:
+                raise UserError(f"{folder} has no {RECORD} that says what it is. Remove it, or take it from a backup.")
+            found.append(Snapshot(folder, average["sigma_rel"], record["steps"], average["updates"]))
+    if not found:
+        raise UserError(f"--run {output_dir} has no {SNAPSHOTS}: a run with --posthoc_ema 0.05 0.1 keeps them.")
+    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
+
+
+def reconstruction(
+    sigma_rels: list[float], updates: list[int], sigma_rel: float, update: int
+) -> tuple[torch.Tensor, float]:
+    """Weights of averages that make the average of another width, and the error of that (Karras et al. 2024, Algorithm 3).
+
+    The average of width `sigma_rel` after `update` updates is a sum of the network's weights over time; the result is the
+    closest to it among the sums of the given averages, by least squares.
+
+    Returns:
+        float64 of shape (number of averages,), and the distance between both weightings of time, relative to the one wanted.
+    """
+    t = torch.tensor(updates, dtype=torch.float64)
+    gamma = torch.tensor([sigma_rel_to_gamma(value) for value in sigma_rels], dtype=torch.float64)
+    t_r = torch.tensor([update], dtype=torch.float64)
+    gamma_r = torch.tensor([sigma_rel_to_gamma(sigma_rel)], dtype=torch.float64)
+    weights = solve_weights(t, gamma, t_r, gamma_r)[:, 0]
+    square = p_dot_p(t_r, gamma_r, t_r, gamma_r)
+    captured = weights @ p_dot_p(t, gamma, t_r, gamma_r)
+    return weights, (1 - captured / square).clamp(min=0).sqrt().item()
+
+
+def _load(folder: str) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(folder)
+    except Exception as error:  # safetensors and diffusers each raise their own
+        raise UserError(f"The snapshot {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+@torch.no_grad()
+def main(config: PostHocConfig) -> str:
+    """Reconstruct, save as a pipeline, and return its folder."""
+    snapshots = find_snapshots(config.run)
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    step = steps[-1] if config.step is None else config.step
+    if step not in steps:
+        raise UserError(f"--step {step} has no snapshot; there are some of the steps {', '.join(map(str, steps))}.")
+    snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
+    last = snapshots[-1]
+    sigma_rels, updates = [entry.sigma_rel for entry in snapshots], [entry.updates for entry in snapshots]
+    weights, error = reconstruction(sigma_rels, updates, config.sigma_rel, last.updates)
+
+    pipe = _load(last.folder)
+    sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in pipe.unet.named_parameters()}
+    for snapshot, weight in zip(snapshots, weights.tolist(), strict=True):
+        parameters = dict(_load(snapshot.folder).unet.named_parameters())
+        if parameters.keys() != sums.keys():
+            raise UserError(f"The snapshot {snapshot.folder} is of another network than {last.folder}.")
+        for name, total in sums.items():
+            total.add_(parameters[name], alpha=weight)
+    for name, parameter in pipe.unet.named_parameters():
+        parameter.copy_(sums[name])
+
+    name = f"pipeline-ema-sigma_rel-{config.sigma_rel:g}" + ("" if config.step is None else f"-step-{step:06d}")
+    path = config.output_dir or os.path.join(config.run, name)
+    record = read_json(last.folder, RECORD)
+    record["average"] = {"sigma_rel": config.sigma_rel, "updates": last.updates, "error": error}
+    with atomic_folder(path) as draft:
+        pipe.save_pretrained(draft)
+        write_json(record, RECORD, draft)
+    print(
+        f"Saved {path}: the average of width {config.sigma_rel:g} after step {step}, from {len(snapshots)} snapshots."
+    )
+    print(f"Its weighting of the training's steps is {error:.1%} off that of an average kept during the training.")
+    if error > 0.05:
+        print(
+            "That is much: take a width nearer to those of the snapshots, or save them more often (--posthoc_ema_every)."
+        )
+    return path
+
+
+if __name__ == "__main__":
+    run_program(main, PostHocConfig)

@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Options that say where, how and what is shown, not what the weights are. None of them is recorded.
 LOCAL_OPTIONS = {
     "config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
-    "sample_every", "logging_steps", "report_to", "teacher", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
+    "sample_every", "logging_steps", "report_to", "teacher", "posthoc_ema_every", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
 }  # fmt: skip
 
 
@@ -157,8 +157,13 @@ def training_record(options: RunOptions, num_processes: int) -> dict[str, Any]:
     return {**record, **licence_fields(own or licence_of(record["teacher"] or {}))}
 
 
+def write_json(value: dict[str, Any], name: str, folder: str) -> None:
+    """Write a JSON file to `folder`."""
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
 def write_record(record: dict[str, Any], steps: int, folder: str) -> None:
     """Write `training.json`."""
-    with open(os.path.join(folder, RECORD), "w", encoding="utf-8") as file:
-        json.dump({**record, "steps": steps}, file, indent=2)
-        file.write("\n")
+    write_json({**record, "steps": steps}, RECORD, folder)

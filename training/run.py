@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from diffusers_ctm import CTMPipeline
 
 from .config import RunOptions, UserError, save_config
 from .data import ImageDataset, StepSampler, to_sample
-from .ema import EMA
+from .ema import EMA, power_decay, snapshot_folder
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
 from .record import LOCAL_OPTIONS, is_hub_id, training_record, write_record
 
@@ -136,7 +137,8 @@ class TrainingRun:
         sample_settings: name and `CTMPipeline.__call__` options of each grid drawn during training.
 
     Attributes:
-        network: the wrapped network. `bare_network` is the same without wrapping, `ema` its average.
+        network: the wrapped network. `bare_network` is the same without wrapping.
+        averages: moving averages of it, by name. `ema`, one of them, is what the losses call, what is sampled and what is saved.
     """
 
     def __init__(
@@ -163,7 +165,13 @@ class TrainingRun:
             network.enable_gradient_checkpointing()
         network = network.to(self.accelerator.device, memory_format=torch.channels_last).train()
         self.bare_network = network
-        self.ema = EMA(network, options.ema_decay, options.ema_warmup)
+        self.averages = {
+            str(decay): EMA(network, decay, options.ema_warmup)
+            for decay in dict.fromkeys([options.ema_decay, *options.extra_ema_decays])
+        }
+        self.ema = self.averages[str(options.ema_decay)]
+        for width in options.posthoc_ema:
+            self.averages[f"sigma_rel-{width:g}"] = EMA(network, power_decay(width))
         optimizer = make_optimizer(options, network)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.lr_scheduler = get_scheduler(
@@ -257,7 +265,8 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.sync_gradients:
             self.lr_scheduler.step()
-            self.ema.step(self.bare_network)
+            for average in self.averages.values():
+                average.step(self.bare_network)
 
     def _after_step(self, progress: tqdm) -> None:
         options, step = self.options, self.step
@@ -268,6 +277,8 @@ class TrainingRun:
             self._log(progress)  # first: a broken run saves nothing
         if options.sample_every and (step % options.sample_every == 0 or last):
             self.save_samples()
+        if options.posthoc_ema and (step % options.posthoc_ema_every == 0 or last):
+            self.save_snapshots()
         if saves:
             self.save_checkpoint()
 
@@ -313,7 +324,8 @@ class TrainingRun:
 
     def _check_weights(self) -> None:
         """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
-        norms = [p.detach().norm() for p in (*self.bare_network.parameters(), *self.ema.module.parameters())]
+        networks = [self.bare_network, *(average.module for average in self.averages.values())]
+        norms = [parameter.detach().norm() for network in networks for parameter in network.parameters()]
         if not torch.stack(norms).isfinite().all():
             raise self._broken("The weights")
 
@@ -332,7 +344,7 @@ class TrainingRun:
             if accelerator.is_main_process:
                 state = {
                     "step": self.step,
-                    "ema": self.ema.state_dict(),
+                    "averages": {name: average.state_dict() for name, average in self.averages.items()},
                     "options": decisive_options(options, accelerator.num_processes),
                 }
                 torch.save(state, os.path.join(draft, "run_state.pt"))
@@ -349,10 +361,18 @@ class TrainingRun:
         if self.pusher is not None:
             self.pusher.push(self.save_pipeline, self.step, path)
 
-    def save_pipeline(self, folder: str) -> None:
-        """Save the averaged network as a diffusers folder, with the record of this run."""
-        self.make_pipeline(self.ema.module).save_pretrained(folder)
-        write_record(self.record, self.step, folder)
+    def save_pipeline(self, folder: str, ema: EMA | None = None, about: dict[str, Any] | None = None) -> None:
+        """Save an averaged network, by default `ema`, as a diffusers folder, with the record of this run and what it is."""
+        self.make_pipeline((ema or self.ema).module).save_pretrained(folder)
+        write_record(self.record if about is None else {**self.record, "average": about}, self.step, folder)
+
+    def save_snapshots(self) -> None:
+        """Keep the power-function averages as they are now, for `training.ema`."""
+        if self.accelerator.is_main_process:
+            for width in self.options.posthoc_ema:
+                average = self.averages[f"sigma_rel-{width:g}"]
+                with atomic_folder(snapshot_folder(self.options.output_dir, width, self.step)) as draft:
+                    self.save_pipeline(draft, average, {"sigma_rel": width, "updates": average.updates})
 
     def _load_checkpoint(self, path: str) -> None:
         try:
@@ -369,7 +389,8 @@ class TrainingRun:
             for name in glob.glob(os.path.join(glob.escape(path), "custom_checkpoint_*.pkl")):
                 torch.load(name, map_location="cpu", weights_only=True)  # which accelerate would run code of
             self.accelerator.load_state(path)
-            self.ema.load_state_dict(state["ema"])
+            for name, average in self.averages.items():
+                average.load_state_dict(state["averages"][name])
         except UserError:
             raise
         except Exception as error:  # torch, safetensors and accelerate each raise their own
@@ -383,13 +404,20 @@ class TrainingRun:
         self.accelerator.print(f"Resumed from {path} at step {self.step}.")
 
     def finish(self) -> str:
-        """Save the averaged network as output_dir/pipeline, a diffusers folder, and publish it if asked to; return its path."""
+        """Save the averaged network as output_dir/pipeline, a diffusers folder, and publish it if asked to; return its path.
+
+        Further averages become folders beside it, `pipeline-ema-DECAY`.
+        """
         self._check_weights()
         path = os.path.join(self.options.output_dir, "pipeline")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with atomic_folder(path) as draft:
                 self.save_pipeline(draft)
+            for decay in self.options.extra_ema_decays:
+                if decay != self.options.ema_decay:
+                    with atomic_folder(f"{path}-ema-{decay}") as draft:
+                        self.save_pipeline(draft, self.averages[str(decay)], {"decay": decay})
         self.accelerator.end_training()
         if self.pusher is not None:
             self.pusher.finish(path)

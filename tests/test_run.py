@@ -1,6 +1,10 @@
 """What every run does around its loss: several averages, second networks, skipped steps, signals, trackers; interrupted at any step."""
 
+import functools
+import math
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +12,15 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from diffusers_ctm import CTMPipeline
+from training import run as run_module
 from training import train_edm
-from training.config import EDMConfig
+from training.config import EDMConfig, UserError
+from training.data import ImageDataset
 from training.ema import EMA
+from training.networks import build_scheduler, build_unet
+from training.run import TrainingRun
+from training.trained import TrainedNetwork
 
 
 TINY = {
@@ -88,3 +98,299 @@ def test_all_averages_resume_bit_for_bit(tmp_path):
     assert snapshots == [f"sigma_rel-{width}-step-{step:06d}" for width in (0.05, 0.1) for step in (2, 4, 5)]
     for name in [*(f"ema-snapshots/{name}" for name in snapshots[1:3] + snapshots[4:]), "pipeline", "pipeline-ema-0.5"]:
         assert_same(tmp_path / "whole" / name, tmp_path / "part" / name)
+
+
+# A second network -------------------------------------------------------------------------------------------------------
+
+
+class Judge(torch.nn.Module):
+    """A discriminator in small: parameters, buffers that training changes, dropout."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)]
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def start(folder, judges=torch.optim.SGD, **options):
+    """A run with a network and its judge, before its first step."""
+    config = EDMConfig(output_dir=str(folder), **{**TINY, "dropout": 0.0, **options})
+    dataset = ImageDataset(config)
+    torch.manual_seed(config.seed)
+    network = build_unet(config, dataset, config.dropout, 0.0)
+    scheduler = build_scheduler(config, 0.002, 80.0)
+    run = TrainingRun(config, dataset, network, lambda unet: CTMPipeline(unet, scheduler), {})
+    judge = run.place(Judge())
+    run.add_network("judge", judge, judges(judge.parameters(), lr=0.1))
+    return run
+
+
+def learn(run, until=None, broken=lambda step: False):
+    """Train both networks; where `broken(step)`, the loss of the first is infinite. Stop before step `until` (0 is the first)."""
+    for batch in run.batches():
+        if run.step == until:
+            break
+        with run.accumulate():
+            noise = batch.random.normal(*batch.images.shape[1:])
+            labels = {"class_labels": batch.labels}
+            levels = torch.zeros(len(noise))
+            output = run.network(batch.images + noise, levels, **labels).sample
+            loss = (output - batch.images).square().mean() * (float("inf") if broken(run.step) else 1)
+            run.update(loss, {"loss": loss})
+            judge = run.networks["judge"].network
+            loss = (judge(batch.images) - judge(noise)).square().mean()
+            run.update(loss, {"judge_loss": loss}, network="judge")
+    return run
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], value) for name, value in b.items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_networks_resume_bit_for_bit(tmp_path, accumulation):
+    options = {"max_train_steps": 5, "lr_scheduler": "cosine", "gradient_accumulation_steps": accumulation}
+    adam = functools.partial(torch.optim.Adam, fused=True)
+    whole = learn(start(tmp_path / "whole", adam, checkpointing_steps=3, **options))
+    interrupt(tmp_path / "whole", tmp_path / "part", 3)
+    part = start(tmp_path / "part", adam, resume_from_checkpoint="latest", **options)
+    assert part.step == 0 and not same(state(part.networks["judge"].bare), state(whole.networks["judge"].bare))
+    learn(part)
+    for name in ("main", "judge"):
+        assert same(state(part.networks[name].bare), state(whole.networks[name].bare))
+        ours, theirs = (run.networks[name].optimizer.state_dict()["state"] for run in (part, whole))
+        assert all(same(values, theirs[index]) for index, values in ours.items()) and ours
+    assert same(state(part.ema.module), state(whole.ema.module))
+    assert part.networks["judge"].bare.body[2].num_batches_tracked == 2 * 5 * accumulation  # buffers too
+
+
+def test_a_step_of_one_network_leaves_the_other(tmp_path):
+    run = start(tmp_path / "run", max_train_steps=3, lr_scheduler="linear", learning_rate=1.0)
+    main, judge = run.networks["main"], run.networks["judge"]
+    rates = []
+    for batch in run.batches():
+        with run.accumulate():
+            before = state(main.bare), state(run.ema.module)
+            score = judge.network(run.network(batch.images, torch.zeros(4), class_labels=batch.labels).sample).mean()
+            run.update(score, {"score": score}, network="judge")  # its gradient passes through the first network too
+            assert same(state(main.bare), before[0]) and same(state(run.ema.module), before[1])
+            assert all(parameter.grad is None for parameter in main.bare.parameters())
+            rates.append(main.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.0, 2 / 3, 1 / 3])  # steps of the run count, whichever network learns
+    assert run.ema.updates == 0 and judge.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_accumulation_and_clipping_of_the_second_network(tmp_path):
+    """One step of plain gradient descent, by hand."""
+    run = start(tmp_path / "run", max_train_steps=1, gradient_accumulation_steps=2, max_grad_norm=0.5)
+    judge = run.networks["judge"].bare.eval()
+    before, gradients = state(judge), []
+    for batch in run.batches():
+        with run.accumulate():
+            loss = 100 * judge(batch.images).square().mean()
+            gradients.append(torch.autograd.grad(loss, list(judge.parameters()), retain_graph=True))
+            run.update(loss, {"loss": loss}, network="judge")
+    gradient = [(a + b) / 2 for a, b in zip(*gradients, strict=True)]
+    norm = torch.cat([value.flatten() for value in gradient]).norm()
+    assert norm > 0.5
+    for (name, parameter), value in zip(judge.named_parameters(), gradient, strict=True):
+        torch.testing.assert_close(parameter, before[name] - 0.1 * value * 0.5 / norm, rtol=1e-4, atol=1e-6)
+
+
+def test_networks_of_a_checkpoint_must_be_those_of_the_run(tmp_path):
+    learn(start(tmp_path / "run", checkpointing_steps=4))
+    with pytest.raises(UserError, match="holds the networks main, judge, this run has main.*--init_from"):
+        train(tmp_path / "run", dropout=0.0, resume_from_checkpoint="latest", max_train_steps=5)
+    run = start(tmp_path / "other")
+    with pytest.raises(ValueError, match="'judge' already"):
+        run.add_network("judge", Judge(), torch.optim.SGD(Judge().parameters()))
+
+
+# A first stage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """A finished run with a checkpoint, its network, and its averages."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = start(tmp_path_factory.mktemp("first") / "run", checkpointing_steps=4, extra_ema_decays=[0.5])
+    learn(run).finish()
+    return run
+
+
+def started(folder, **options):
+    """A run as it stands before its first step."""
+    return learn(start(folder, **options), until=0)
+
+
+@pytest.mark.parametrize("source", [".", "checkpoint-4", "pipeline"])
+def test_a_run_starts_from_a_first_stage(tmp_path, first_stage, source):
+    path = os.path.join(first_stage.options.output_dir, source)
+    run = started(tmp_path / "run", init_from=path, extra_ema_decays=[0.5, 0.25])
+    average = state(first_stage.ema.module)
+    assert same(state(run.bare_network), average if source == "pipeline" else state(first_stage.bare_network))
+    assert same(state(run.ema.module), average) and same(state(run.averages["0.25"].module), average)
+    half = average if source == "pipeline" else state(first_stage.averages["0.5"].module)
+    assert same(state(run.averages["0.5"].module), half) and not same(half, state(first_stage.bare_network))
+    assert run.step == 0 and not run.networks["main"].optimizer.state  # these start anew
+    before = state(run.ema.module)
+    run.ema.step(run.bare_network)  # and the average goes on: it copies no more
+    for name, value in run.bare_network.named_parameters():
+        expected = 0.999 * before[name] + 0.001 * value
+        torch.testing.assert_close(run.ema.module.state_dict()[name], expected)
+
+
+def test_resuming_wins_over_a_first_stage(tmp_path, first_stage):
+    path = first_stage.options.output_dir
+    options = {"max_train_steps": 3, "init_from": path}
+    whole = learn(start(tmp_path / "whole", checkpointing_steps=2, **options))
+    interrupt(tmp_path / "whole", tmp_path / "part", 2)
+    options["init_from"] = "gone"  # nobody looks
+    part = learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options))
+    assert same(state(part.bare_network), state(whole.bare_network))
+    assert same(state(part.ema.module), state(whole.ema.module))
+    assert part.record["options"]["init_from"] == "run"  # what it came from in truth
+
+
+@pytest.mark.parametrize(
+    "source, options, message",
+    [
+        ("nowhere", {}, "--init_from nowhere is no checkpoint folder, no pipeline"),
+        (None, {"block_out_channels": [16, 16]}, "is not of the network that this run trains: .*58 of another shape"),
+        (None, {"layers_per_block": 2}, "is not of the network that this run trains: [0-9]+ missing, such as"),
+    ],
+)
+def test_a_first_stage_that_does_not_fit(tmp_path, first_stage, source, options, message):
+    with pytest.raises(UserError, match=message):
+        started(tmp_path / "run", init_from=source or first_stage.options.output_dir, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_first_stage(tmp_path, first_stage):
+    shutil.copytree(os.path.join(first_stage.options.output_dir, "checkpoint-4"), tmp_path / "checkpoint-4")
+    with open(tmp_path / "checkpoint-4" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="checkpoint-4 cannot be loaded: "):
+        started(tmp_path / "run", init_from=str(tmp_path / "checkpoint-4"))
+
+
+# Steps that are left out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_a_broken_step_changes_nothing_of_that_network(tmp_path, optimizer):
+    run = start(tmp_path / "run", max_train_steps=4, optimizer=optimizer, gradient_accumulation_steps=2)
+    main, judge = run.networks["main"], run.networks["judge"]
+
+    def snapshot():
+        return state(main.bare), state(run.ema.module), main.optimizer.state_dict()["state"][0]
+
+    learn(run, until=2)
+    before, judged = (
+        [{name: torch.clone(value) for name, value in part.items()} for part in snapshot()],
+        state(judge.bare),
+    )
+    learn(run, until=3, broken=lambda step: step == 2)
+    assert all(same(a, b) for a, b in zip(snapshot(), before, strict=True))
+    assert not same(state(judge.bare), judged)
+    assert (main.skipped, main.skipped_in_a_row, judge.skipped) == (1, 1, 0)
+    learn(run)
+    assert not any(same(a, b) for a, b in zip(snapshot(), before, strict=True))
+    assert (main.skipped, main.skipped_in_a_row) == (1, 0)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_found_too(tmp_path):
+    run = start(tmp_path / "run", max_train_steps=2)
+    for batch in run.batches():
+        with run.accumulate():
+            before = state(run.bare_network)
+            output = run.network(batch.images, torch.zeros(4), class_labels=batch.labels).sample
+            if run.step == 1:
+                output.register_hook(lambda gradient: gradient * float("inf"))
+            run.update(output.mean(), {})
+    assert same(state(run.bare_network), before) and run.networks["main"].skipped == 1
+
+
+def test_skipped_steps_are_shown_and_counted_on_when_resumed(tmp_path, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.update({step: values}))
+    broken = {1, 2, 4}.__contains__
+    learn(start(tmp_path / "whole", checkpointing_steps=4, max_train_steps=6), broken=broken)
+    skipped = [logged[step]["train/skipped_steps"] for step in (2, 4, 6)]
+    losses = [logged[step]["train/loss"] for step in (2, 4, 6)]
+    assert skipped == [1, 2, 3] and all(map(math.isfinite, losses))
+    interrupt(tmp_path / "whole", tmp_path / "part", 4)
+    logged.clear()
+    learn(start(tmp_path / "part", resume_from_checkpoint="latest", max_train_steps=6), broken=broken)
+    assert logged[6]["train/skipped_steps"] == 3 and logged[6]["train/loss"] == losses[2]
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
+    """Neither is a checkpoint saved while they go on, nor an old one lost."""
+    options = {"checkpointing_steps": 2, "checkpoints_total_limit": 1, "max_train_steps": 9, "max_skipped_steps": 3}
+    run = start(tmp_path / "run", **options)
+    with pytest.raises(
+        UserError, match="last 3 steps were left out, up to step 6: loss became .*checkpoint-2 is intact"
+    ):
+        learn(run, broken=lambda step: step >= 3)
+    assert "checkpoint-2" in os.listdir(tmp_path / "run") and "checkpoint-4" not in os.listdir(tmp_path / "run")
+    with pytest.raises(UserError, match="no checkpoint had been saved"):  # at the end of a short run
+        learn(start(tmp_path / "short"), broken=lambda step: step >= 2)
+
+
+def test_a_checkpoint_waits_for_the_first_good_step(tmp_path):
+    learn(start(tmp_path / "run", checkpointing_steps=2, max_train_steps=6), broken={1, 2}.__contains__)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-4", "checkpoint-6", "config.yaml"]
+
+
+def test_half_precision_scales_its_loss_and_each_network_has_its_own_scale(tmp_path):
+    """The scaler of fp16, on the CPU: the step is that without it, and an overflow halves the scale."""
+    accelerator = SimpleNamespace(
+        prepare=lambda *given: (given[0], SimpleNamespace(optimizer=given[1])), device=torch.device("cpu"),
+        gradient_accumulation_steps=1, scaler=None,
+    )  # fmt: skip
+
+    def trained(scaler):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+        return TrainedNetwork(accelerator, layer, torch.optim.Adam(layer.parameters(), fused=True), scaler)
+
+    plain, scaled = trained(None), trained(torch.amp.GradScaler("cpu", init_scale=1024.0))
+    x = torch.randn(4, 3)
+    for network in (plain, scaled):
+        network.backward(network.bare(x).square().mean())
+        norm, _ = network.step(0.0)
+        assert 0 < norm < 100
+    torch.testing.assert_close(scaled.bare.weight, plain.bare.weight)
+    before = scaled.bare.weight.clone()
+    scaled.backward(scaled.bare(x).square().mean() * 1e36)  # finite itself
+    scaled.step(0.0)
+    assert torch.equal(scaled.bare.weight, before) and scaled.skipped == 1
+    assert scaled.scaler.get_scale() == 512
+    again = trained(torch.amp.GradScaler("cpu"))
+    again.load_state_dict(scaled.state_dict())
+    assert again.scaler.get_scale() == 512 and again.skipped_in_a_row == 1
+
+
+# Checkpoints of older code ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_lacks_a_new_option_resumes_if_that_has_its_default(tmp_path):
+    whole = train(tmp_path / "whole", checkpointing_steps=2)
+    interrupt(tmp_path / "whole", tmp_path / "part", 2)
+    path = tmp_path / "part" / "checkpoint-2" / "run_state.pt"
+    saved = torch.load(path, weights_only=True)
+    for name in ("p_mean", "extra_ema_decays", "timestep_scale"):
+        del saved["options"][name]
+    torch.save({name: saved[name] for name in ("step", "averages", "options")}, path)  # all that there was once
+    with pytest.raises(UserError, match="--p_mean was -1.2, is -1.0"):
+        train(tmp_path / "part", resume_from_checkpoint="latest", p_mean=-1.0)
+    part = train(tmp_path / "part", resume_from_checkpoint="latest")
+    assert_same(whole, part)

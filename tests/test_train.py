@@ -447,21 +447,6 @@ def test_infinite_losses_stop_the_run(teacher, tmp_path):
     assert os.listdir(tmp_path / "run") == ["config.yaml"]  # no checkpoint of a broken network
 
 
-@pytest.mark.parametrize("checkpointing_steps", [0, 2])
-def test_infinite_gradients_of_a_finite_loss_are_not_saved(teacher, tmp_path, monkeypatch, checkpointing_steps):
-    update = run_module.TrainingRun.update
-
-    def broken_update(self, loss, terms):
-        if self.step == 1:  # the last
-            loss.register_hook(lambda gradient: gradient * float("inf"))
-        update(self, loss, terms)
-
-    monkeypatch.setattr(run_module.TrainingRun, "update", broken_update)
-    with pytest.raises(UserError, match="The weights became infinite or NaN by step 2"):
-        distil(teacher, tmp_path / "run", max_train_steps=2, logging_steps=100, checkpointing_steps=checkpointing_steps)
-    assert os.listdir(tmp_path / "run") == ["config.yaml"]
-
-
 def test_a_ctm_is_no_teacher(teacher, tmp_path):
     student = distil(teacher, tmp_path / "run", max_train_steps=1)
     with pytest.raises(UserError, match="cannot become a CTM"):

@@ -129,6 +129,11 @@ class RunOptions(DataOptions):
         "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none, or user/name: the newest that a run "
         "with --hub_strategy checkpoint uploaded there.",
     )
+    init_from: str | None = option(
+        None,
+        "Start from the weights of a first stage, averages included: a checkpoint folder, a pipeline's folder or Hub repository, or a run with "
+        "either. Optimiser and steps start anew. Ignored if there is something to resume.",
+    )
     seed: int = option(0, "Seed of weights, data order and noise.")
     max_train_steps: int = option(1000, "Optimiser steps in all.")
     train_batch_size: int = option(
@@ -152,7 +157,11 @@ class RunOptions(DataOptions):
         ["constant_with_warmup", "linear", "cosine"],
     )
     lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
-    max_grad_norm: float = option(0.0, "Clip the gradient's norm to this; 0 is no clipping.")
+    max_grad_norm: float = option(0.0, "Clip the norm of each network's gradient to this; 0 is no clipping.")
+    max_skipped_steps: int = option(
+        20,
+        "A step whose loss or gradient is infinite or NaN changes nothing. Stop after so many in a row; in fp16 a few at the start are usual.",
+    )
     ema_decay: float = option(
         0.999, "Decay per step of the exponential moving average of the weights, which is what is saved."
     )
@@ -201,6 +210,7 @@ class RunOptions(DataOptions):
             "learning_rate",
             "logging_steps",
             "posthoc_ema_every",
+            "max_skipped_steps",
             "adam_epsilon",
         )
         self.check_not_negative(

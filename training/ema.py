@@ -25,6 +25,7 @@ Decay = Callable[[int], float]
 
 SNAPSHOTS = "ema-snapshots"
 SNAPSHOT = re.compile(r"sigma_rel-[0-9.e-]+-step-(\d+)")
+WARM = 10**9  # updates after which every warm-up is over
 WIDEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
 
 
@@ -81,6 +82,11 @@ class EMA:
             difference = torch._foreach_sub(current, averages)
             torch._foreach_mul_(difference, weight * applied)
             torch._foreach_add_(averages, difference)
+
+    def start_from(self, weights: dict[str, torch.Tensor]) -> None:
+        """Go on from an average of another run, at the full decay: neither copying at first nor warming up."""
+        self.module.load_state_dict(weights)
+        self.updates = WARM
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "weights": self.module.state_dict()}

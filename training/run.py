@@ -1,9 +1,11 @@
 """What every training run does around its loss: devices, data, averages, checkpoints, logs, samples."""
 
+import contextlib
+import copy
 import glob
 import os
-import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,14 +21,24 @@ from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline
 
+from .checkpoint import (
+    STATE,
+    checkpoints,
+    decisive_options,
+    default_options,
+    find_first_stage,
+    load_first_stage,
+    load_run_state,
+    load_weights,
+    newest_checkpoint,
+    start_output_dir,
+)
 from .config import RunOptions, UserError, save_config
 from .data import ImageDataset, StepSampler, to_sample
 from .ema import EMA, power_decay, snapshot_folder
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
-from .record import LOCAL_OPTIONS, is_hub_id, training_record, write_record
-
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from .record import training_record, write_record
+from .trained import Means, TrainedNetwork
 
 
 class StepRandom:
@@ -73,61 +85,10 @@ class Batch:
         return torch.where(self.random.uniform() < probability, null_class, self.labels)
 
 
-def checkpoints(output_dir: str) -> list[str]:
-    """The `checkpoint-N` folders, the oldest first; they appear by rename, so each is whole."""
-    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    steps = sorted(int(match[1]) for match in map(CHECKPOINT.fullmatch, names) if match)
-    return [os.path.join(output_dir, f"checkpoint-{step}") for step in steps]
-
-
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The `checkpoint-N` with the largest N, or None."""
-    return next(reversed(checkpoints(output_dir)), None)
-
-
-# Options that may differ when a run is resumed: how long, how fast and what is written.
-FREE_OPTIONS = LOCAL_OPTIONS | {
-    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "gradient_checkpointing", "teacher_subfolder"
-}  # fmt: skip
-
-
-def decisive_options(options: RunOptions, num_processes: int) -> dict[str, str]:
-    """The options that a checkpoint's run must share with the run that resumes it, as text; of the batch, its global size."""
-    decisive = {name: str(value) for name, value in asdict(options).items() if name not in FREE_OPTIONS}
-    total = options.train_batch_size * options.gradient_accumulation_steps * num_processes
-    return {**decisive, "train_batch_size x accumulation x processes": str(total)}
-
-
-def start_output_dir(options: RunOptions) -> str | None:
-    """Check the output folder before work starts; return the checkpoint to resume from, or None."""
-    folder, resume = options.output_dir, options.resume_from_checkpoint
-    if resume is not None and resume != "latest":
-        if is_hub_id(resume):
-            from .hub import download_checkpoint
-
-            resume = download_checkpoint(resume)
-        if not os.path.isfile(os.path.join(resume, "run_state.pt")):
-            raise UserError(
-                f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name on the Hub."
-            )
-        newest = newest_checkpoint(folder)
-        if newest is not None and not os.path.samefile(resume, newest):
-            raise UserError(
-                f"--output_dir {folder} holds {newest}, which this run would overwrite or rotate away. Choose another folder, or remove "
-                f"the checkpoints that are not {resume}."
-            )
-        return resume
-    if resume == "latest":
-        return newest_checkpoint(folder)
-    if os.path.isdir(folder) and any(not name.startswith(".") for name in os.listdir(folder)):
-        raise UserError(
-            f"--output_dir {folder} is not empty. Continue that run with --resume_from_checkpoint latest, or choose another folder."
-        )
-    return None
-
-
 class TrainingRun:
     """One run of a training program.
+
+    It resumes, or takes the weights of --init_from, when its first batch is asked for.
 
     Args:
         options: of the run.
@@ -139,6 +100,8 @@ class TrainingRun:
     Attributes:
         network: the wrapped network. `bare_network` is the same without wrapping.
         averages: moving averages of it, by name. `ema`, one of them, is what the losses call, what is sampled and what is saved.
+        networks: all that learn, by name; `network` is "main".
+        step: number of steps done.
     """
 
     def __init__(
@@ -151,7 +114,10 @@ class TrainingRun:
     ):
         self.options, self.dataset = options, dataset
         self.make_pipeline, self.sample_settings = make_pipeline, sample_settings
-        checkpoint = start_output_dir(options)
+        self._checkpoint = start_output_dir(options)
+        self._first_stage = None
+        if self._checkpoint is None and options.init_from is not None:
+            self._first_stage = find_first_stage(options.init_from)
         self.accelerator = make_accelerator(options)
         self.record, self.pusher = {}, None
         if self.accelerator.is_main_process:
@@ -163,8 +129,7 @@ class TrainingRun:
 
         if options.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        network = network.to(self.accelerator.device, memory_format=torch.channels_last).train()
-        self.bare_network = network
+        network = self.place(network).train()
         self.averages = {
             str(decay): EMA(network, decay, options.ema_warmup)
             for decay in dict.fromkeys([options.ema_decay, *options.extra_ema_decays])
@@ -172,28 +137,52 @@ class TrainingRun:
         self.ema = self.averages[str(options.ema_decay)]
         for width in options.posthoc_ema:
             self.averages[f"sigma_rel-{width:g}"] = EMA(network, power_decay(width))
-        optimizer = make_optimizer(options, network)
-        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.networks: dict[str, TrainedNetwork] = {}
+        self.add_network("main", network, make_optimizer(options, network))
+        main = self.networks["main"]
+        self.network, self.bare_network = main.network, main.bare
         self.lr_scheduler = get_scheduler(
             options.lr_scheduler,
-            self.optimizer,
+            main.optimizer,
             num_warmup_steps=options.lr_warmup_steps,
             num_training_steps=options.max_train_steps,
         )
-        self.step = 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
-        if checkpoint is not None:
-            self._load_checkpoint(checkpoint)
-        self._open_output_dir()
+        self.step = 0
+        self._means = Means()
+        self._save_due = False
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def _open_output_dir(self) -> None:
-        """Record the options and start the tracker; nothing is written before all else is known to work."""
+    def place(self, network: torch.nn.Module) -> torch.nn.Module:
+        """Move a network that does not learn, or not yet, to the run's device."""
+        return network.to(self.device, memory_format=torch.channels_last)
+
+    def add_network(self, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainedNetwork:
+        """Train a further network, such as a discriminator, by `update(..., network=name)`. Before the first batch.
+
+        Weights, buffers, the optimiser's state and, in fp16, the scale of its loss are saved in checkpoints and resumed. The learning rate and
+        the averages are those of the first network alone. Call its `network` (wrapped for several processes) where it is to
+        learn, and `bare` where it only judges: the gradient of another network's loss passes through it and is not kept.
+
+        Args:
+            module: on the device (`place`).
+            optimizer: over its parameters; fused Adam and AdamW need not wait for the device (`TrainedNetwork.step`).
+        """
+        if name in self.networks:
+            raise ValueError(f"There is a network {name!r} already.")
+        scaler = copy.deepcopy(self.accelerator.scaler) if self.networks else self.accelerator.scaler
+        self.networks[name] = TrainedNetwork(self.accelerator, module, optimizer, scaler)
+        return self.networks[name]
+
+    def _start(self) -> None:
+        """Resume, or start from a first stage, or as it is. Nothing is written before all else is known to work."""
+        if self._checkpoint is not None:
+            self._load_checkpoint(self._checkpoint)
+        elif self._first_stage is not None:
+            self._load_first_stage(self._first_stage)
         if self.accelerator.is_main_process:
             with atomic_file(os.path.join(self.options.output_dir, "config.yaml")) as draft:
                 save_config(self.options, draft)
@@ -208,6 +197,7 @@ class TrainingRun:
 
     def batches(self) -> Iterator[Batch]:
         """The forward passes of all remaining steps of this process. Between steps it logs, samples and saves."""
+        self._start()
         options, accelerator = self.options, self.accelerator
         accumulation, processes = options.gradient_accumulation_steps, accelerator.num_processes
         num_parts = accumulation * processes
@@ -251,51 +241,84 @@ class TrainingRun:
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return Batch(images, labels, random)
 
-    def update(self, loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        """Backward pass of `loss`; after the last one of a step also the optimiser and the average. `terms` are logged."""
-        with torch.no_grad():
-            for name, value in terms.items():
-                self._sums[name] = self._sums.get(name, 0) + value.detach().float()
-        self._count += 1
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            if self.options.max_grad_norm > 0:
-                self.accelerator.clip_grad_norm_(self.network.parameters(), self.options.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.accelerator.sync_gradients:
-            self.lr_scheduler.step()
+    def accumulate(self) -> contextlib.AbstractContextManager:
+        """Around each pass of a step: gradients are exchanged between processes in the last one only."""
+        return self.accelerator.accumulate(*(trained.network for trained in self.networks.values()))
+
+    def update(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], network: str = "main") -> None:
+        """Backward pass of `loss` for one network; after the last one of a step also its optimiser and, of "main", the averages.
+
+        If `loss`, one of the `terms` or the gradient is infinite or NaN in any pass of the step and any process, the step changes
+        nothing of that network and is counted.
+
+        Args:
+            loss: has the gradient.
+            terms: named numbers, 0-d, to be logged.
+            network: a name of `networks`.
+        """
+        trained = self.networks[network]
+        finite = loss.detach().isfinite()
+        if terms:
+            finite = finite & self._means.add(terms)
+        # A NaN spreads to the gradients of all processes by their mean, so that all of them leave the step out.
+        trained.backward(loss * torch.where(finite, 1.0, float("nan")))
+        if not self.accelerator.sync_gradients:
+            return
+        norm, applied = trained.step(self.options.max_grad_norm)
+        self._means.add({"grad_norm" if network == "main" else f"{network}_grad_norm": norm})
+        if network == "main" and applied is not False:
             for average in self.averages.values():
-                average.step(self.bare_network)
+                average.step(self.bare_network, None if applied is True else applied)
 
     def _after_step(self, progress: tqdm) -> None:
         options, step = self.options, self.step
         last = step == options.max_train_steps
         progress.update()
-        saves = options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last)
-        if step % options.logging_steps == 0 or saves or last:
-            self._log(progress)  # first: a broken run saves nothing
+        with warnings.catch_warnings():  # about a first step that was left out
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.lr_scheduler.step()
+        logs = step % options.logging_steps == 0 or last
+        if logs or self.device.type == "cpu":  # elsewhere looking costs a wait
+            self._check_skipped(last)
+        if logs:
+            self._log(progress)
         if options.sample_every and (step % options.sample_every == 0 or last):
             self.save_samples()
         if options.posthoc_ema and (step % options.posthoc_ema_every == 0 or last):
             self.save_snapshots()
-        if saves:
+        if options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last):
+            self._save_due = True
+        if self._save_due and (last or not self._skipping()):  # a network that may be broken replaces no good one
             self.save_checkpoint()
+            self._save_due = False
+
+    def _skipping(self) -> int:
+        """How many steps in a row have been left out by now. Waits for the device."""
+        return max(int(trained.skipped_in_a_row) for trained in self.networks.values())
+
+    def _check_skipped(self, last: bool) -> None:
+        """Raise UserError if too many steps in a row have been left out: at the end of a short run, half of it."""
+        options = self.options
+        limit = options.max_skipped_steps
+        if self._skipping() < (min(limit, max(2, options.max_train_steps // 2)) if last else limit):
+            return
+        _, broken = self._means.read(self.accelerator)
+        names = ", ".join(name for name in broken if not name.endswith("grad_norm")) or "the gradient"
+        newest = newest_checkpoint(options.output_dir)
+        intact = f"{newest} is intact" if newest else "no checkpoint had been saved"
+        raise UserError(
+            f"The last {self._skipping()} steps were left out, up to step {self.step}: {names} became infinite or NaN. Lower --learning_rate, "
+            f"set --max_grad_norm 1, or use --mixed_precision no or bf16; {intact}. (--max_skipped_steps {limit})"
+        )
 
     def _log(self, progress: tqdm) -> None:
         """Means since the last call. The only place that waits for the device."""
-        names = list(self._sums)
-        sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]) / self._count, "mean")
-        means = dict(zip(names, sums.tolist(), strict=True))
-        self._sums, self._count = {}, 0
-        broken = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
-        if broken:
-            raise self._broken(", ".join(broken))
-        progress.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
-        self.accelerator.log(
-            {**{f"train/{k}": v for k, v in means.items()}, "train/learning_rate": learning_rate}, step=self.step
-        )
+        means, _ = self._means.read(self.accelerator)
+        skipped = sum(int(trained.skipped) for trained in self.networks.values())
+        shown = {name: f"{value:.3g}" for name, value in means.items()}
+        progress.set_postfix({**shown, "skipped": skipped} if skipped else shown)
+        values = {**means, "learning_rate": self.lr_scheduler.get_last_lr()[0], "skipped_steps": skipped}
+        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.step)
 
     def _broken(self, what: str) -> UserError:
         return UserError(
@@ -338,6 +361,7 @@ class TrainingRun:
         if accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
         accelerator.wait_for_everyone()
+        means = self._means.state_dict(accelerator)
         try:
             accelerator.save_state(draft)
             accelerator.wait_for_everyone()  # each process writes its own random state
@@ -345,9 +369,12 @@ class TrainingRun:
                 state = {
                     "step": self.step,
                     "averages": {name: average.state_dict() for name, average in self.averages.items()},
+                    "networks": {name: trained.state_dict() for name, trained in self.networks.items()},
+                    "means": means,
+                    "init_from": self.record["options"].get("init_from"),
                     "options": decisive_options(options, accelerator.num_processes),
                 }
-                torch.save(state, os.path.join(draft, "run_state.pt"))
+                torch.save(state, os.path.join(draft, STATE))
                 os.replace(draft, path)
         except WRITE_ERRORS as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -375,22 +402,35 @@ class TrainingRun:
                     self.save_pipeline(draft, average, {"sigma_rel": width, "updates": average.updates})
 
     def _load_checkpoint(self, path: str) -> None:
+        accelerator = self.accelerator
         try:
-            state = torch.load(os.path.join(path, "run_state.pt"), map_location="cpu", weights_only=True)
-            before, now = state["options"], decisive_options(self.options, self.accelerator.num_processes)
-            changed = [
-                f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]
-            ]
+            state = load_run_state(path)
+            before, now = state["options"], decisive_options(self.options, accelerator.num_processes)
+            before = {**now, **default_options(self.options), **before}  # what older code did not know had its default
+            changed = [f"--{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
             if changed:
                 raise UserError(
                     f"The checkpoint {path} belongs to a run with other options: {'; '.join(changed)}. Give the same, or start a new "
                     "run in another --output_dir."
                 )
+            saved = state.get("networks", {"main": {}})  # older code had but one
+            if list(saved) != list(self.networks):
+                raise UserError(
+                    f"The checkpoint {path} holds the networks {', '.join(saved)}, this run has {', '.join(self.networks)}. Start a new run from "
+                    f"its weights: another --output_dir, and --init_from {path}."
+                )
             for name in glob.glob(os.path.join(glob.escape(path), "custom_checkpoint_*.pkl")):
                 torch.load(name, map_location="cpu", weights_only=True)  # which accelerate would run code of
-            self.accelerator.load_state(path)
+            scaler = accelerator.scaler
+            if not os.path.isfile(os.path.join(path, "scaler.pt")):
+                accelerator.scaler = None  # of a run in another precision
+            accelerator.load_state(path)
+            accelerator.scaler = scaler
             for name, average in self.averages.items():
                 average.load_state_dict(state["averages"][name])
+            for name, trained in self.networks.items():
+                trained.load_state_dict(saved[name])
+            self._means.load_state_dict(state.get("means", []), self.device, accelerator.is_main_process)
         except UserError:
             raise
         except Exception as error:  # torch, safetensors and accelerate each raise their own
@@ -401,7 +441,20 @@ class TrainingRun:
         self.step = state["step"]
         if self.step > self.options.max_train_steps:
             raise UserError(f"--max_train_steps {self.options.max_train_steps} is below step {self.step} of {path}.")
-        self.accelerator.print(f"Resumed from {path} at step {self.step}.")
+        if accelerator.is_main_process:
+            self.record["options"].pop("init_from", None)
+            if state.get("init_from") is not None:
+                self.record["options"]["init_from"] = state["init_from"]
+        accelerator.print(f"Resumed from {path} at step {self.step}.")
+
+    def _load_first_stage(self, source: str) -> None:
+        """Start from saved weights. The averages go on from the saved ones, at their full decay; power-function averages start anew."""
+        stage = load_first_stage(source)
+        load_weights(self.bare_network, stage.network, source)
+        for name, average in self.averages.items():
+            if not name.startswith("sigma_rel"):
+                average.start_from(stage.averages.get(name, stage.averages[None]))
+        self.accelerator.print(f"Started from the weights of {source}.")
 
     def finish(self) -> str:
         """Save the averaged network as output_dir/pipeline, a diffusers folder, and publish it if asked to; return its path.
@@ -449,14 +502,16 @@ def make_accelerator(options: RunOptions) -> Accelerator:
 
 
 def make_optimizer(options: RunOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """RAdam, Adam or AdamW over the parameters that learn."""
+    """RAdam, Adam or AdamW over the parameters that learn, all of them at once where torch can."""
     classes = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    at_once = {"foreach": True} if options.optimizer == "radam" else {"fused": True}
     return classes[options.optimizer](
         [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
+        **at_once,
     )
 
 

@@ -197,7 +197,7 @@ def main(config: CTMConfig) -> str:
     last_weight = run.bare_network.last_layer.weight
 
     for batch in run.batches():
-        with run.accelerator.accumulate(run.network), run.accelerator.autocast():
+        with run.accumulate(), run.accelerator.autocast():
             random, labels = batch.random, batch.dropped_labels(leave_out, teacher.null_class)
             loss = ctm_loss(
                 student=run.network,

@@ -299,6 +299,57 @@ class EDMConfig(NetworkOptions, RunOptions):
 
 
 @dataclass
+class DiscriminatorOptions(Checked):
+    """CTM's second stage: a discriminator on frozen features, which takes turns with the student."""
+
+    discriminator_weight: float = option(
+        0.0,
+        "Weight of the adversarial loss, which is besides scaled to pull at the last layer as the trajectory loss does; 0 is no adversarial "
+        "stage, 1 the authors'.",
+    )
+    discriminator_start: int = option(0, "Step at which the adversarial stage begins.")
+    discriminator_period: int = option(
+        2, "In the adversarial stage the last of every so many steps trains the discriminator, the others the student."
+    )
+    discriminator_backbones: list[str] = option(
+        ["efficientnet_lite0"],
+        "Frozen networks whose features the discriminator sees, each 'efficientnet_lite0' or an image model of transformers, by its "
+        "folder or Hub id. The authors' are efficientnet_lite0 and facebook/deit-base-distilled-patch16-224.",
+    )
+    discriminator_resolution: int | None = option(
+        None, "Height and width at which these networks are shown images. Default: each network's own."
+    )
+    discriminator_channels: int = option(
+        64, "Channels of the finest feature map that the discriminator sees; its widest layer has 8 times as many."
+    )
+    discriminator_augment: bool = option(
+        True, "Show the discriminator images after DiffAugment: other colours, shifted, with a box cut out."
+    )
+    discriminator_learning_rate: float = option(2e-3, "The discriminator's learning rate, with RAdam.")
+    discriminator_beta1: float = option(0.5, "Decay of its optimiser's first moment.")
+    discriminator_beta2: float = option(0.9, "Decay of its optimiser's second moment.")
+    discriminator_weight_min: float = option(0.01, "The scale of the adversarial loss is not below this.")
+    discriminator_weight_max: float = option(10.0, "The scale of the adversarial loss is not above this.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_not_negative("discriminator_weight", "discriminator_start", "discriminator_weight_min")
+        self.check_positive("discriminator_channels", "discriminator_learning_rate")
+        self.check(self.discriminator_period >= 2, "discriminator_period", "2 or more")
+        names = self.discriminator_backbones
+        self.check(0 < len(set(names)) == len(names), "discriminator_backbones", "one or more different names")
+        size = self.discriminator_resolution
+        self.check(size is None or size > 0, "discriminator_resolution", "positive")
+        for name in ("discriminator_beta1", "discriminator_beta2"):
+            self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        self.check(
+            self.discriminator_weight_max >= self.discriminator_weight_min,
+            "discriminator_weight_max",
+            "discriminator_weight_min or more",
+        )
+
+
+@dataclass
 class CTMConfig(TeacherOptions, NetworkOptions, RunOptions):
     """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
 

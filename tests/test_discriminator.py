@@ -25,6 +25,7 @@ from training.discriminator import (
     discriminator_optimizer,
     draw_diff_augment,
     generator_hinge_loss,
+    generator_loss,
     generator_weight,
     is_discriminator_step,
     make_discriminator,
@@ -208,8 +209,8 @@ def test_diff_augment_reads_no_value_on_the_host():
 
 def test_projection_mixes_all_channels_and_from_coarse_to_fine():
     torch.manual_seed(0)
-    projection = RandomProjection([3, 5, 4, 6], channels=2)
     sizes = [(17, 9), (8, 5), (5, 3), (1, 2)]
+    projection = RandomProjection([3, 5, 4, 6], sizes, channels=2)
     features = [torch.randn(1, n, *size, requires_grad=True) for n, size in zip([3, 5, 4, 6], sizes)]
     mixed = projection(features)
     assert [x.shape[1] for x in mixed] == projection.channels == [2, 2, 4, 8]
@@ -226,10 +227,30 @@ def test_projection_mixes_all_channels_and_from_coarse_to_fine():
     assert not any(parameter.requires_grad for parameter in projection.parameters())
 
 
-def test_full_size_is_that_of_the_authors():
+def test_maps_of_one_size_become_a_pyramid():
+    torch.manual_seed(0)
+    projection = RandomProjection([5] * 4, [(3, 2)] * 4, channels=2)
+    features = [torch.randn(1, 5, 3, 2) for _ in range(4)]
+    assert [tuple(x.shape[2:]) for x in projection(features)] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+    # One patch of the first map becomes 4x4 pixels.
+    first = projection.across_channels[0]
+    features[0].requires_grad_()
+    (seen,) = torch.autograd.grad(first(features[0])[0, :, 4:8, :4].abs().sum(), features[0])
+    assert (seen[0, :, 1, 0] != 0).all() and seen.count_nonzero() == 5
+    # Of one map there is no pyramid.
+    assert RandomProjection([5], [(3, 2)], channels=2)(features[:1])[0].shape == (1, 2, 6, 4)
+
+
+# Maps of networks shown 224x224 pixels, as EfficientNet-Lite0's and a vision transformer's.
+@pytest.mark.parametrize(
+    "maps", [[(24, 56), (40, 28), (112, 14), (320, 7)], [(768, 14)] * 4], ids=["pyramid", "transformer"]
+)
+def test_full_size_is_that_of_the_authors(maps):
     with torch.device("meta"):
+        projection = RandomProjection([n for n, _ in maps], [(size, size) for _, size in maps])
+        maps = projection([torch.empty(2, n, size, size) for n, size in maps])
+        assert ([x.shape[1] for x in maps], [x.shape[2] for x in maps]) == FULL_SIZE
         network = MultiScaleDiscriminator(*FULL_SIZE)
-        maps = [torch.empty(2, n, size, size) for n, size in zip(*FULL_SIZE)]
     assert sum(parameter.numel() for parameter in network.parameters()) == 10_331_328
     assert network(maps).shape == (2, 64)
 
@@ -354,6 +375,9 @@ def test_other_features_than_at_saving_are_an_error():
         wrapped.load_state_dict({f"module.{name}": value for name, value in saved.items()})
     with pytest.raises(RuntimeError, match="fingerprints"):
         make(names="a").load_state_dict(saved)
+    larger = ProjectedDiscriminator({"a": TinyBackbone(resolution=34), "b": TinyBackbone(seed=1)}, 0, channels=4)
+    with pytest.raises(UserError, match="The feature network a .*--discriminator_resolution"):
+        larger.load_state_dict(saved)
 
 
 def test_features_are_frozen_in_eval_mode_and_follow_the_device():
@@ -389,20 +413,19 @@ def test_logits_are_of_augmented_images_and_each_part_has_its_own_statistics():
 def test_the_generators_step_changes_nothing_and_has_the_gradient_of_the_images():
     discriminator, x = make(), images().requires_grad_()
     before = state(discriminator)
-    with discriminator.frozen():
-        logits = discriminator(x)
-        generator_hinge_loss(logits).backward()
+    loss = generator_loss(discriminator, x)
+    loss.backward()
     assert equal(before, state(discriminator))
     assert all(parameter.grad is None for parameter in discriminator.parameters())
     gradient = x.grad.clone()
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
     # It is the same function as in the discriminator's step.
-    assert all(torch.equal(a, b) for a, b in zip(logits, discriminator(x)))
+    assert torch.equal(loss, generator_hinge_loss(discriminator(x)))
     assert not equal(before, state(discriminator))  # there the running averages move
     # The gradient is right: a step along it moves the loss as it says.
     direction = gradient / gradient.norm()
-    with torch.no_grad(), discriminator.frozen():
-        up, down = (generator_hinge_loss(discriminator(x + sign * 2e-3 * direction)) for sign in (1, -1))
+    with torch.no_grad():
+        up, down = (generator_loss(discriminator, x + sign * 2e-3 * direction) for sign in (1, -1))
     assert ((up - down) / 4e-3).item() == pytest.approx(gradient.norm().item(), rel=0.05)
     with pytest.raises(RuntimeError, match="inside"), discriminator.frozen():
         raise RuntimeError("inside")

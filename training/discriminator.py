@@ -300,7 +300,9 @@ class ProjectedDiscriminator(nn.Module):
                 )
                 with torch.no_grad():
                     features = backbone(probe)
-                    projection = RandomProjection([x.shape[1] for x in features], [x.shape[2:] for x in features], channels)
+                    projection = RandomProjection(
+                        [x.shape[1] for x in features], [x.shape[2:] for x in features], channels
+                    )
                     sizes = [min(x.shape[2:]) for x in projection.to(parameter.device)(features)]
                 self.projections.append(projection)
                 self.discriminators.append(MultiScaleDiscriminator(projection.channels, sizes, channels))

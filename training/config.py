@@ -350,7 +350,7 @@ class DiscriminatorOptions(Checked):
 
 
 @dataclass
-class CTMConfig(TeacherOptions, NetworkOptions, RunOptions):
+class CTMConfig(TeacherOptions, DiscriminatorOptions, NetworkOptions, RunOptions):
     """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
 
     PROGRAM = "training.train_ctm"
@@ -439,6 +439,8 @@ class CTMConfig(TeacherOptions, NetworkOptions, RunOptions):
         super().__post_init__()
         self._check_teacher()
         self._check_times()
+        if self.discriminator_weight == 0:
+            self._refuse([f.name for f in dataclasses.fields(DiscriminatorOptions)], "needs a --discriminator_weight")
         for name in ("sigma_min", "sigma_max"):
             self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
         self.check_positive("solver_substeps")
@@ -457,14 +459,18 @@ class CTMConfig(TeacherOptions, NetworkOptions, RunOptions):
         unused, reason = (
             (of_teacher, "needs --teacher") if self.teacher is None else (of_network, "is for a run without --teacher")
         )
-        for entry in dataclasses.fields(self):
-            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
-            if entry.name in unused and getattr(self, entry.name) != default:
-                raise UserError(f"--{entry.name} {reason}; leave it out.")
+        self._refuse(unused, reason)
         if self.teacher is None:
             self.check(
                 not self.label_dropout or self.label_column is not None, "label_dropout", "0 without --label_column"
             )
+
+    def _refuse(self, names: list[str], reason: str) -> None:
+        """Raise UserError if one of these options is not as by default."""
+        for entry in dataclasses.fields(self):
+            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+            if entry.name in names and getattr(self, entry.name) != default:
+                raise UserError(f"--{entry.name} {reason}; leave it out.")
 
     def _check_times(self) -> None:
         """Refuse what another choice makes meaningless. Nothing is filled in: what is saved must be read again."""

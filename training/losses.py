@@ -151,7 +151,13 @@ def solve_paths(
 
 
 def ctm_estimate(jumps: Jumps, x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """G_ema(G_student(x_t, t, s), s, sigma_min) without gradient: what the discriminator's step is shown as fake."""
+    """G_ema(G_student(x_t, t, s), s, sigma_min) without gradient: what the discriminator's step is shown as fake.
+
+    x_t = x_0 + t noise; the samples of one path have image and noise of its first, as in `solve_paths`, but no solver is asked.
+    """
+    shared = jumps.times.per_path
+    if shared > 1:
+        x_0, noise = (value[::shared].repeat_interleave(shared, dim=0) for value in (x_0, noise))
     with torch.no_grad():
         x_t = x_0 + append_dims(jumps.t, x_0.ndim) * noise
         return jumps.to_end(jumps.by(jumps.student)(x_t, jumps.t, jumps.s, jumps.class_labels))

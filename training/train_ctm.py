@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -11,7 +12,16 @@ from diffusers_ctm.trajectory import Preconditioning
 
 from .config import CTMConfig, UserError, run_program
 from .data import ImageDataset
-from .losses import DISTANCES, Solver, ctm_loss
+from .discriminator import (
+    ProjectedDiscriminator,
+    discriminator_loss,
+    discriminator_optimizer,
+    generator_loss,
+    generator_weight,
+    is_discriminator_step,
+    make_discriminator,
+)
+from .losses import DISTANCES, Solver, ctm_estimate, ctm_loss, make_jumps
 from .networks import build_scheduler, build_unet, make_student, set_dropout
 from .run import StepRandom, TrainingRun
 from .solver import SOLVERS
@@ -166,6 +176,21 @@ def label_dropout(teacher: Teacher, config: CTMConfig) -> float:
     return 0.1 if config.label_dropout is None else config.label_dropout
 
 
+def adversarial_terms(
+    config: CTMConfig, judge: ProjectedDiscriminator, random: StepRandom, size: tuple[int, int]
+) -> dict[str, Callable]:
+    """Arguments of `ctm_loss` for a step of the adversarial stage that trains the student."""
+    augment = judge.draw_augment(random.uniform, *size)
+
+    def weight(trajectory_gradient: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        scale = generator_weight(
+            trajectory_gradient, gradient, config.discriminator_weight_min, config.discriminator_weight_max
+        )
+        return config.discriminator_weight * scale
+
+    return {"generator_loss": lambda estimate: generator_loss(judge, estimate, augment), "generator_weight": weight}
+
+
 def main(config: CTMConfig) -> str:
     """Distil, and save the averaged student as a pipeline; return its folder."""
     dataset = ImageDataset(config)
@@ -195,18 +220,36 @@ def main(config: CTMConfig) -> str:
     draw_times = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
     solver = make_solver(config, teacher, run.ema.module)
     last_weight = run.bare_network.last_layer.weight
+    discriminator = None
+    if config.discriminator_weight > 0:
+        judge = run.place(make_discriminator(config, dataset.channels, config.seed, run.device))
+        discriminator = run.add_network("discriminator", judge, discriminator_optimizer(config, judge))
+    size = (dataset.resolution, dataset.resolution)
 
     for batch in run.batches():
         with run.accumulate(), run.accelerator.autocast():
             random, labels = batch.random, batch.dropped_labels(leave_out, teacher.null_class)
+            times, noise = draw_times(random.total, random.host)[random.own], random.normal(*batch.images.shape[1:])
+            if is_discriminator_step(config, run.step):
+                jumps = make_jumps(
+                    run.bare_network, run.ema.module, scheduler.preconditioning, times, batch.images, labels
+                )
+                fake = ctm_estimate(jumps, batch.images, noise)
+                augment = discriminator.bare.draw_augment(random.uniform, *size, parts=2)
+                loss = discriminator_loss(discriminator.network, batch.images, fake, augment)
+                run.update(loss, {"discriminator_loss": loss}, network="discriminator")
+                continue
+            adversarial = {}
+            if discriminator is not None and run.step >= config.discriminator_start:
+                adversarial = adversarial_terms(config, discriminator.bare, random, size)
             loss = ctm_loss(
                 student=run.network,
                 student_ema=run.ema.module,
                 solver=solver,
                 preconditioning=scheduler.preconditioning,
-                times=draw_times(random.total, random.host)[random.own],
+                times=times,
                 x_0=batch.images,
-                noise=random.normal(*batch.images.shape[1:]),
+                noise=noise,
                 dsm_sigma=draw_dsm_sigma(config, scheduler, random),
                 dsm_noise=random.normal(*batch.images.shape[1:]),
                 last_weight=last_weight,
@@ -216,8 +259,11 @@ def main(config: CTMConfig) -> str:
                 dsm_weight=config.dsm_weight,
                 dsm_adaptive=config.dsm_adaptive,
                 reduce_gradient=lambda gradient: run.accelerator.reduce(gradient, "mean"),
+                **adversarial,
             )
             terms = {"trajectory_loss": loss.trajectory, "dsm_loss": loss.dsm, "dsm_weight": loss.dsm_weight}
+            if adversarial:
+                terms |= {"generator_loss": loss.generator, "generator_weight": loss.generator_weight}
             run.update(loss.backward, terms)
     path = run.finish()
     run.accelerator.print(f"Saved {path}")

@@ -66,6 +66,7 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "dataset": _dataset_text(dataset),
         "trained": bool(record),
         "training": f"{record.get('program')}, {steps:,} steps of {images:,} images; {versions}" if record else "",
+        "distance": _distance_text(record.get("distance") or {}),
         "options": sorted((record.get("options") or {}).items()),
         "evaluation_table": _table(evaluation),
         "features": (evaluation.get("features") or {}).get("name"),
@@ -184,6 +185,12 @@ def _dataset_text(dataset: dict) -> str:
         return "scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0)"
     text = f"[{name}](https://huggingface.co/datasets/{name})" if dataset.get("on_hub") else f"`{name}`"
     return text + (f", split `{dataset['split']}`" if dataset.get("split") else "")
+
+
+def _distance_text(distance: dict) -> str:
+    """`name` and what else the record of a distance says."""
+    details = ", ".join(f"{name} {value}" for name, value in distance.items() if name != "name")
+    return f"`{distance['name']}`{f' ({details})' if details else ''}" if distance.get("name") else ""
 
 
 def _parameters(folder: str) -> str:

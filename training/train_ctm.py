@@ -21,7 +21,8 @@ from .discriminator import (
     is_discriminator_step,
     make_discriminator,
 )
-from .losses import DISTANCES, Solver, ctm_estimate, ctm_loss, make_jumps
+from .distances import make_distance
+from .losses import Solver, ctm_estimate, ctm_loss, make_jumps
 from .networks import build_scheduler, build_unet, make_student, set_dropout
 from .run import StepRandom, TrainingRun
 from .solver import SOLVERS
@@ -200,6 +201,7 @@ def main(config: CTMConfig) -> str:
     choose_precision(teacher, config)
     scheduler = student_scheduler(teacher, config)
     leave_out = label_dropout(teacher, config)
+    distance = make_distance(config)  # before the run, which writes to its folder
     torch.manual_seed(config.seed)
     try:
         student = make_student(teacher.network)
@@ -214,6 +216,7 @@ def main(config: CTMConfig) -> str:
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
     run = TrainingRun(config, dataset, student, make_pipeline, samples)
+    run.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
         teacher.network.to(run.device, memory_format=torch.channels_last)
     sampler = time_sampler(config, scheduler)
@@ -254,7 +257,7 @@ def main(config: CTMConfig) -> str:
                 dsm_noise=random.normal(*batch.images.shape[1:]),
                 last_weight=last_weight,
                 class_labels=labels,
-                distance=DISTANCES[config.distance],
+                distance=distance,
                 inner_target=config.inner_target or "ema",
                 dsm_weight=config.dsm_weight,
                 dsm_adaptive=config.dsm_adaptive,

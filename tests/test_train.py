@@ -388,6 +388,64 @@ def test_saved_options_can_be_read_again(tmp_path):
         assert dataclasses.replace(again, config=None) == config
 
 
+ADVERSARIAL = {
+    "discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_channels": 8, "discriminator_start": 2, "dropout": 0.0,
+}  # fmt: skip
+
+
+def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path):
+    options = {**ADVERSARIAL, "checkpointing_steps": 1, "checkpoints_total_limit": 0, "max_train_steps": 6}
+    whole = distil(teacher, tmp_path / "whole", **options)
+
+    def saved(step):
+        folder = tmp_path / "whole" / f"checkpoint-{step}"
+        files = sorted(folder.glob("model*.safetensors"))
+        assert len(files) == 2, sorted(os.listdir(folder))
+        return [load_file(file) for file in files]
+
+    def moved(before, after, network):
+        names = saved(before)[network]
+        return any(not torch.equal(value, saved(after)[network][name]) for name, value in names.items())
+
+    # Steps 1 and 2 are the student's; from then on it and the discriminator take turns.
+    turns = [(moved(step, step + 1, 0), moved(step, step + 1, 1)) for step in range(1, 6)]
+    assert turns == [(True, False), (True, False), (False, True), (True, False), (False, True)]
+    frozen = [name for name in saved(1)[1] if "projections" in name or "fingerprints" in name]
+    assert frozen and all(torch.equal(saved(1)[1][name], saved(6)[1][name]) for name in frozen)
+
+    for stop in (3, 4):  # before a turn of each
+        folder = tmp_path / f"cut-{stop}"
+        distil(teacher, folder, **{**options, "max_train_steps": stop})
+        resumed = distil(teacher, folder, resume_from_checkpoint="latest", **options)
+        assert_same_weights(whole, resumed, rtol=0, atol=0)
+        for file in sorted((folder / "checkpoint-6").glob("model*.safetensors")):
+            ours, theirs = load_file(file), load_file(tmp_path / "whole" / "checkpoint-6" / file.name)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_adversarial_term_moves_the_student_and_its_weight_counts(teacher, tmp_path):
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 1}
+    without = distil(teacher, tmp_path / "without", max_train_steps=1, dropout=0.0)
+    students = [
+        distil(teacher, tmp_path / f"weight-{weight}", **{**options, "discriminator_weight": weight})
+        for weight in (1e-12, 1.0)
+    ]
+    assert_same_weights(without, students[0], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(weights(without)["conv_out.weight"], weights(students[1])["conv_out.weight"], atol=1e-7)
+
+
+def test_adversarial_options_need_their_stage():
+    with pytest.raises(UserError, match="--discriminator_start needs a --discriminator_weight"):
+        CTMConfig(teacher="folder", discriminator_start=5)
+
+
+def test_a_second_stage_starts_from_the_first(teacher, tmp_path):
+    first = distil(teacher, tmp_path / "first", checkpointing_steps=4)
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2, "ema_decay": 0.9999999}
+    second = distil(teacher, tmp_path / "second", init_from=str(tmp_path / "first"), **options)
+    assert_same_weights(first, second, rtol=1e-4, atol=1e-6)  # an average that hardly moves is where it started
+
+
 def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
     options = {"max_train_steps": 2, "dropout": 0.0, "ema_decay": 0.0}
     plain = distil(teacher, tmp_path / "plain", **options)

@@ -216,7 +216,7 @@ class LPIPSConfig(Checked):
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     network: str = option("vgg", "'vgg' or 'alex'.", list(PLANS))
     weights: str | None = option(None, WEIGHTS_HELP)
-    output_file: str = option("weights/lpips-vgg.safetensors", "The file.")
+    output_file: str = option("weights/lpips-vgg.safetensors", "The safetensors file to write.")
 
 
 def main(config: LPIPSConfig) -> str:

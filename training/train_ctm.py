@@ -242,6 +242,7 @@ def main(config: CTMConfig) -> str:
                 loss = discriminator_loss(discriminator.network, batch.images, fake, augment)
                 run.update(loss, {"discriminator_loss": loss}, network="discriminator")
                 continue
+            dsm_sigma, dsm_noise = draw_dsm_sigma(config, scheduler, random), random.normal(*batch.images.shape[1:])
             adversarial = {}
             if discriminator is not None and run.step >= config.discriminator_start:
                 adversarial = adversarial_terms(config, discriminator.bare, random, size)
@@ -253,8 +254,8 @@ def main(config: CTMConfig) -> str:
                 times=times,
                 x_0=batch.images,
                 noise=noise,
-                dsm_sigma=draw_dsm_sigma(config, scheduler, random),
-                dsm_noise=random.normal(*batch.images.shape[1:]),
+                dsm_sigma=dsm_sigma,
+                dsm_noise=dsm_noise,
                 last_weight=last_weight,
                 class_labels=labels,
                 distance=distance,

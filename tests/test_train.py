@@ -14,10 +14,12 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import diffusers_ctm
 from training import run as run_module
 from training import train_ctm, train_edm
+from training.compiling import compile_network
 from training.config import CTMConfig, EDMConfig, UserError, parse_config, save_config
 from training.losses import ctm_loss
 from training.run import StepRandom
@@ -260,7 +262,7 @@ def test_random_flip_mirrors_half_of_the_images():
     images = torch.tensor([0, 255], dtype=torch.uint8).expand(200, 1, 1, 2)
     options = EDMConfig(random_flip=True)
     random = run_module.StepRandom(0, 0, 200, slice(0, 200), torch.device("cpu"))
-    run = SimpleNamespace(options=options, device=torch.device("cpu"))
+    run = SimpleNamespace(options=options, device=torch.device("cpu"), _memory_format=torch.contiguous_format)
     mirrored = (run_module.TrainingRun._batch(run, images, None, random).images.diff(dim=-1) < 0).float().mean()
     assert 0.4 < mirrored < 0.6
 
@@ -453,6 +455,30 @@ def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
     assert_same_weights(plain, saving, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_training_is_the_same_and_is_not_compiled_again(teacher, tmp_path, monkeypatch):
+    """The sub-batches of soft matching vary from step to step. (Dynamo alone: a compiler of code takes minutes.)"""
+    compiled = []
+    monkeypatch.setattr(
+        run_module, "compile_network", lambda network: compiled.append(network) or compile_network(network, "eager")
+    )
+    graphs = []
+    update = run_module.TrainingRun.update
+    monkeypatch.setattr(
+        run_module.TrainingRun,
+        "update",
+        lambda *given: update(*given) or graphs.append(counters["stats"]["unique_graphs"]),
+    )
+    options = {"dropout": 0.0, "ema_decay": 0.0, "max_train_steps": 12, "train_batch_size": 12, "seed": 3}
+    plain = distil(teacher, tmp_path / "plain", **options)
+    graphs.clear()
+    student = distil(teacher, tmp_path / "compiled", compile=True, **options)
+    assert len(compiled) == 3 and 3 <= graphs[5] <= 8  # student, average, teacher; with a gradient and without
+    assert len(set(graphs[5:])) == 1
+    assert_same_weights(plain, student, rtol=1e-4, atol=1e-6)
+    assert DiffusionPipeline.from_pretrained(student).unet.config.sample_size == 8
+
+
 def test_bf16_runs(teacher, tmp_path):
     student = distil(teacher, tmp_path / "bf16", mixed_precision="bf16", max_train_steps=2)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(student).values())
@@ -479,6 +505,12 @@ def test_teacher_of_another_family(teacher, tmp_path):
     (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "KarrasVeScheduler"}))
     with pytest.raises(UserError, match="KarrasVeScheduler, which is not known: not of the EDM family"):
         load_teacher(str(other))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_fp16_without_a_gpu(teacher, tmp_path):
+    with pytest.raises(UserError, match="--mixed_precision fp16 needs a GPU"):
+        distil(teacher, tmp_path / "run", mixed_precision="fp16")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def newest_checkpoint(output_dir: str) -> str | None:
 # Options that may differ when a run is resumed: how long, how fast and what is written.
 FREE_OPTIONS = LOCAL_OPTIONS | {
     "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "gradient_checkpointing", "teacher_subfolder",
-    "init_from", "max_skipped_steps",
+    "init_from", "max_skipped_steps", "compile", "channels_last",
 }  # fmt: skip
 
 

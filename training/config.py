@@ -200,6 +200,13 @@ class RunOptions(DataOptions):
         "auto", "'no', 'fp16', 'bf16', or 'auto': bf16 on a GPU that has it, else no.", ["auto", "no", "fp16", "bf16"]
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    compile: bool = option(
+        False,
+        "Compile the networks with torch.compile: faster steps after some minutes at the start; needs a C++ compiler.",
+    )
+    channels_last: bool = option(
+        True, "Keep images and convolutions with channels last in memory, usually the faster order."
+    )
 
     optimizer: str = option("radam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
     learning_rate: float = option(4e-4, "Peak learning rate.")

@@ -33,6 +33,7 @@ from .checkpoint import (
     newest_checkpoint,
     start_output_dir,
 )
+from .compiling import compile_network
 from .config import RunOptions, UserError, save_config
 from .data import ImageDataset, StepSampler, to_sample
 from .ema import EMA, power_decay, snapshot_folder
@@ -137,6 +138,8 @@ class TrainingRun:
         self.ema = self.averages[str(options.ema_decay)]
         for width in options.posthoc_ema:
             self.averages[f"sigma_rel-{width:g}"] = EMA(network, power_decay(width))
+        for each in (network, *(average.module for average in self.averages.values())):
+            self.speed_up(each)
         self.networks: dict[str, TrainedNetwork] = {}
         self.add_network("main", network, make_optimizer(options, network))
         main = self.networks["main"]
@@ -157,8 +160,18 @@ class TrainingRun:
         return self.accelerator.device
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
-        """Move a network that does not learn, or not yet, to the run's device."""
-        return network.to(self.device, memory_format=torch.channels_last)
+        """Move a network to the run's device."""
+        return network.to(self.device, memory_format=self._memory_format)
+
+    def speed_up(self, network: torch.nn.Module) -> torch.nn.Module:
+        """Compile a network that is on the device, if --compile says so."""
+        if self.options.compile:
+            compile_network(network)
+        return network
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.options.channels_last else torch.contiguous_format
 
     def add_network(self, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainedNetwork:
         """Train a further network, such as a discriminator, by `update(..., network=name)`. Before the first batch.
@@ -237,7 +250,7 @@ class TrainingRun:
         if self.options.random_flip:
             flip = random.uniform()[:, None, None, None] < 0.5
             images = torch.where(flip, images.flip(-1), images)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=self._memory_format)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return Batch(images, labels, random)
 
@@ -491,6 +504,8 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     tracker = options.report_to
     if tracker != "none" and tracker not in map(str, get_available_trackers()):
         raise UserError(f"--report_to {tracker} needs the package {tracker}: pip install {tracker}, or choose 'none'.")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no.")
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,

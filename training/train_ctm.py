@@ -218,7 +218,7 @@ def main(config: CTMConfig) -> str:
     run = TrainingRun(config, dataset, student, make_pipeline, samples)
     run.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
-        teacher.network.to(run.device, memory_format=torch.channels_last)
+        run.speed_up(run.place(teacher.network))
     sampler = time_sampler(config, scheduler)
     draw_times = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
     solver = make_solver(config, teacher, run.ema.module)

@@ -1,5 +1,6 @@
 """The benchmark's two training steps do the same mathematics, and it counts what they do."""
 
+import functools
 import json
 
 import pytest
@@ -54,6 +55,19 @@ def test_sampling_ratios(tmp_path, threads):
     assert len(ratios) == 4 and all(values["mean"] > 0 for values in ratios.values())
     heun = next(values["mean"] for name, values in ratios.items() if name.startswith("18 Heun"))
     assert heun > 5  # 35 evaluations against one
+
+
+@pytest.mark.slow
+def test_scaling_and_a_process_of_the_real_program(tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(
+        benchmark, "processes_images_per_second", functools.partial(benchmark.processes_images_per_second, steps=1)
+    )
+    config = BenchmarkConfig(parts=["scaling"], output_dir=str(tmp_path), **TINY)
+    report = benchmark.main(config)["scaling"]
+    assert list(report["processes"]) == ["1"] and report["processes"]["1"] > 0
+    assert all(value > 0 for value in report["images_per_second"].values())
+    assert "digits, batch 32, 1 process over 1 | 1.00 |" in (tmp_path / "benchmark.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunSche
 from diffusers_ctm.trajectory import Preconditioning, append_dims
 
 from . import run, train_ctm
-from .config import Checked, CTMConfig, option, run_program
+from .config import Checked, CTMConfig, UserError, option, run_program
 from .ema import EMA
 from .evaluate import choose_device, hardware
 from .files import atomic_file
@@ -522,12 +522,20 @@ def measure_scaling(config: BenchmarkConfig, device: torch.device) -> dict:
 
 def processes_images_per_second(count: int, steps: int = 12) -> float:
     """Images per second of `worker` in `count` processes of one thread that share batches of 32 digits."""
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", __name__, "--worker"]
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(count),
+        "-m",
+        "training.benchmark",
+        "--worker",
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", *command, str(steps)], env=environment, capture_output=True, text=True)
     line = next((line for line in done.stdout.splitlines() if line.startswith("images per second: ")), None)
     if done.returncode or line is None:
-        raise RuntimeError(f"The measurement in {count} processes failed:\n{done.stderr}")
+        raise UserError(f"--parts scaling: the measurement in {count} process(es) failed:\n{done.stderr}")
     return float(line.rpartition(" ")[2])
 
 
@@ -621,12 +629,13 @@ def main(config: BenchmarkConfig) -> dict:
     report = {"options": asdict(config), "hardware": hardware(device)}
     measures = {"training": measure_training, "sampling": measure_sampling, "scaling": measure_scaling}
     for part, measure in measures.items():
-        if part in config.parts:
-            report[part] = measure(config, device)
-    text = markdown(report)
-    for name, content in (("benchmark.json", json.dumps(report, indent=1) + "\n"), ("benchmark.md", text)):
-        with atomic_file(os.path.join(config.output_dir, name)) as draft, open(draft, "w") as file:
-            file.write(content)
+        if part not in config.parts:
+            continue
+        report[part] = measure(config, device)
+        text = markdown(report)  # after each part: what is measured is kept
+        for name, content in (("benchmark.json", json.dumps(report, indent=1) + "\n"), ("benchmark.md", text)):
+            with atomic_file(os.path.join(config.output_dir, name)) as draft, open(draft, "w") as file:
+                file.write(content)
     print(f"\n{text}")
     return report
 

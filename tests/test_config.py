@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from training.config import CTMConfig, EDMConfig, UserError, parse_config, save_config
+from training.evaluate import EvaluateConfig
 
 
 def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path):
@@ -115,3 +116,32 @@ def test_a_wrong_value_is_not_buried_in_the_usage(capsys):
 def test_configs_hold_known_options_only():
     with open("training/configs/digits.yaml") as file:
         assert set(yaml.safe_load(file)) <= {field.name for field in dataclasses.fields(CTMConfig)}
+
+
+SHIPPED = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_options_of_their_program(path):
+    if path.stem.endswith("_variants"):  # of training.study, which tests it
+        return
+    kind = EDMConfig if path.stem.endswith("_edm") else EvaluateConfig if path.stem.endswith("_evaluate") else CTMConfig
+    config = parse_config(kind, ["--config", str(path)])
+    assert config.dataset_name and (kind is not CTMConfig or config.teacher)
+
+
+def test_shipped_stages_fit_together():
+    """A second stage has teacher, data and grid of the first, starts from it and adds the discriminator."""
+    for path in SHIPPED:
+        if not path.stem.endswith("_adversarial"):
+            continue
+        second = parse_config(CTMConfig, ["--config", str(path)])
+        first = parse_config(CTMConfig, ["--config", str(path).replace("_adversarial", "")])
+        for name in ("teacher", "dataset_name", "label_column", "num_train_timesteps", "distance", "inner_target"):
+            assert getattr(first, name) == getattr(second, name), (path.stem, name)
+        assert second.discriminator_weight == 1 and first.discriminator_weight == 0
+        assert path.stem.startswith("digits") or second.init_from == first.output_dir
+    sizes = {"cifar10_cond": 256, "cifar10_uncond_adversarial": 528, "imagenet64": 1440, "imagenet64_adversarial": 2112}
+    for stem, images in sizes.items():
+        config = parse_config(CTMConfig, ["--config", str(SHIPPED[0].parent / f"{stem}.yaml")])
+        assert config.train_batch_size * config.gradient_accumulation_steps == images

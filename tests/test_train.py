@@ -390,6 +390,18 @@ def test_saved_options_can_be_read_again(tmp_path):
         assert dataclasses.replace(again, config=None) == config
 
 
+def test_edms_own_network_is_trained_and_distilled(tmp_path):
+    options = {"architecture": "ddpmpp", "block_out_channels": [16, 16], "layers_per_block": 1, "attention_head_dim": 8}
+    edm = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), max_train_steps=2, **SMALL, **options))
+    student = distil(edm, tmp_path / "ctm", max_train_steps=2)
+    for folder, target_time in ((edm, False), (student, True)):
+        unet = DiffusionPipeline.from_pretrained(folder).unet
+        assert type(unet).__name__ == "EDMUNet2DModel" and unet.has_target_time == target_time
+        assert unet.config.model_channels == 8 and list(unet.config.block_out_channels) == [16, 16]
+    with pytest.raises(UserError, match="--norm_num_groups must be left out for --architecture ddpmpp"):
+        EDMConfig(norm_num_groups=4, **options)
+
+
 ADVERSARIAL = {
     "discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_channels": 8, "discriminator_start": 2, "dropout": 0.0,
 }  # fmt: skip

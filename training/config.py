@@ -301,6 +301,12 @@ class RunOptions(DataOptions):
 class NetworkOptions(Checked):
     """The network of a run that starts from nothing."""
 
+    architecture: str = option(
+        "unet_2d",
+        "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose first convolution has half the first of "
+        "--block_out_channels.",
+        ["unet_2d", "ddpmpp"],
+    )
     block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")
     layers_per_block: int = option(2, "Residual blocks per resolution.")
     attention_levels: list[int] = option([1], "Resolutions that have self-attention, by index into block_out_channels.")
@@ -325,6 +331,15 @@ class NetworkOptions(Checked):
                 channels > 0 and channels % self.norm_num_groups == 0,
                 "block_out_channels",
                 "multiples of norm_num_groups",
+            )
+        if self.architecture == "ddpmpp":
+            defaults = {f.name: f.default for f in dataclasses.fields(NetworkOptions)}
+            for name in ("mid_attention", "norm_num_groups", "resnet_time_scale_shift"):
+                self.check(
+                    getattr(self, name) == defaults[name], name, "left out for --architecture ddpmpp, which has its own"
+                )
+            self.check(
+                all(channels % 2 == 0 for channels in self.block_out_channels), "block_out_channels", "even numbers"
             )
         levels = range(len(self.block_out_channels))
         self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")

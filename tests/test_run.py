@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,10 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusers_ctm import CTMPipeline
+from training import interruption, train_edm
 from training import run as run_module
-from training import train_edm
 from training.config import EDMConfig, UserError
-from training.data import ImageDataset
+from training.data import ImageDataset, StepSampler
 from training.ema import EMA
 from training.networks import build_scheduler, build_unet
 from training.run import TrainingRun
@@ -377,6 +378,94 @@ def test_half_precision_scales_its_loss_and_each_network_has_its_own_scale(tmp_p
     again = trained(torch.amp.GradScaler("cpu"))
     again.load_state_dict(scaled.state_dict())
     assert again.scaler.get_scale() == 512 and again.skipped_in_a_row == 1
+
+
+# What happens to a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(tmp_path, signum, capsys):
+    """In the middle of an accumulated step, with no checkpoint due."""
+    options = {"max_train_steps": 5, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "optimizer": "adam"}
+    whole = learn(start(tmp_path / "whole", **options))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run = start(tmp_path / "part", **options)
+    with pytest.raises(SystemExit) as stopped:
+        learn(run, broken=lambda step: step == 2 and os.kill(os.getpid(), signum))
+    assert stopped.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    said = capsys.readouterr().err
+    assert f"Stopped by {signum.name} after step 3 of 5" in said and "--resume_from_checkpoint latest" in said
+    assert sorted(os.listdir(tmp_path / "part")) == ["checkpoint-3", "config.yaml"]
+    part = learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options))
+    for name in ("main", "judge"):
+        assert same(state(part.networks[name].bare), state(whole.networks[name].bare))
+    assert same(state(part.ema.module), state(whole.ema.module))
+
+
+def test_an_impatient_user_is_heard(tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "IMPATIENCE", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        learn(start(tmp_path / "run"), broken=lambda step: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert os.listdir(tmp_path / "run") == ["config.yaml"]
+
+
+def break_data(monkeypatch, what):
+    """Let reading the batch of the third step fail, in whatever process that happens."""
+    read = ImageDataset.__getitem__
+
+    def broken(self, indices):
+        if indices == list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0]:
+            what(self)
+        return read(self, indices)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", broken)
+    monkeypatch.setattr(ImageDataset, "__getitems__", broken)
+
+
+def test_a_reading_process_that_dies(tmp_path, monkeypatch):
+    whole = learn(start(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        break_data(patch, lambda data: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(UserError, match="died .*Lower --dataloader_num_workers 1.*checkpoint-[12] is saved"):
+            learn(start(tmp_path / "part", dataloader_num_workers=1))
+    part = learn(start(tmp_path / "part", resume_from_checkpoint="latest"))
+    assert same(state(part.bare_network), state(whole.bare_network))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
+    """In this process, or in another."""
+    bad = list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0][1]
+
+    class Source(list):
+        def __getitem__(self, index):
+            if bad in (index if isinstance(index, list) else [index]):
+                raise OSError("cannot identify image file")
+            return self.rows[index]
+
+    run = start(tmp_path / "run", dataloader_num_workers=workers)
+    source = Source()
+    source.rows = run.dataset.source
+    run.dataset.source = source
+    run.dataset.__class__ = type("Data", (ImageDataset,), {"__len__": lambda self: len(self.source.rows)})
+    with pytest.raises(
+        UserError, match=f"^Image {bad} of the data set cannot be read: OSError: cannot.*checkpoint-2 is saved"
+    ):
+        learn(run)
+
+
+def test_samples_and_logs_that_cannot_be_written_end_nothing(tmp_path, capsys, monkeypatch):
+    def full(self, values, step):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module.Accelerator, "log", full)
+    monkeypatch.setattr(run_module, "enlarged_grid", lambda *given: full(None, None, None))
+    path = train(tmp_path / "run", sample_every=2, logging_steps=1, report_to="tensorboard")
+    said = capsys.readouterr().err
+    for what in ("the samples", "the logs"):
+        assert said.count(f"Warning: {what}: ") == 1
+    assert weights(path) and not os.listdir(tmp_path / "run" / "samples")
 
 
 # Checkpoints of older code ----------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """Images through `datasets`, in an order that depends on the seed and the step alone."""
 
+import contextlib
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from .config import DataOptions, UserError
+from .interruption import leave_signals_to_the_main_process
 
 
 def digits() -> Dataset:
@@ -109,11 +113,22 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = self.source[indices]
+        try:
+            rows = self.source[indices]
+        except Exception as error:  # PIL and datasets raise many kinds for a broken file
+            raise UserError(f"{self._unreadable(indices)} cannot be read: {type(error).__name__}: {error}") from error
         images = np.stack([np.asarray(self._fit(image)) for image in rows[self.image_column]])
         images = torch.from_numpy(images.reshape(len(images), self.resolution, self.resolution, self.channels))
         labels = torch.tensor(rows[self.label_column]) if self.label_column else None
         return images.permute(0, 3, 1, 2).contiguous(), labels
+
+    def _unreadable(self, indices: list[int]) -> str:
+        for index in indices:
+            try:
+                self.source[index]
+            except Exception:
+                return f"Image {index} of the data set"
+        return f"One of the images {', '.join(map(str, indices))} of the data set"
 
     __getitems__ = __getitem__  # torch's DataLoader then asks for a whole batch at once
 
@@ -182,3 +197,47 @@ class StepSampler:
                         orders[epoch] = torch.randperm(self.length, generator=generator)
                     batch.append(int(orders[epoch][index]))
                 yield batch
+
+
+def load_batches(
+    dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int, pin_memory: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The batches that `sampler` names, decoded by `num_workers` processes ahead of time, or by this one if that is 0.
+
+    Raises UserError if one of the processes dies or an image cannot be read.
+    """
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_identity,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else starting it would draw from the generator that dropout uses
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
+    with contextlib.ExitStack() as stack:
+        loaded = iter(loader)
+        if num_workers:  # without this a traceback that refers to them would keep the processes running
+            stack.callback(loaded._shutdown_workers)
+        if num_workers and threading.current_thread() is threading.main_thread():
+            # Torch would raise the death of a process in whatever line runs at the moment. Without that it is found below.
+            stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except UserError as error:  # with the other process's traceback before it
+                raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"A process that reads images died ({str(error).splitlines()[0]}), mostly for want of memory, or of shared memory in a "
+                    f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with --resume_from_checkpoint latest."
+                ) from error
+            yield batch
+
+
+def _identity(batch):
+    return batch

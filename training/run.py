@@ -5,10 +5,12 @@ import copy
 import glob
 import os
 import shutil
+import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -35,9 +37,10 @@ from .checkpoint import (
 )
 from .compiling import compile_network
 from .config import RunOptions, UserError, save_config
-from .data import ImageDataset, StepSampler, to_sample
+from .data import ImageDataset, StepSampler, load_batches, to_sample
 from .ema import EMA, power_decay, snapshot_folder
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
+from .interruption import Interruption
 from .record import training_record, write_record
 from .trained import Means, TrainedNetwork
 
@@ -151,9 +154,10 @@ class TrainingRun:
             num_training_steps=options.max_train_steps,
         )
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
-        self.step = 0
+        self.step = self._saved_step = 0
         self._means = Means()
         self._save_due = False
+        self._failing: set[str] = set()
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +208,8 @@ class TrainingRun:
             for name, value in asdict(self.options).items()
         }
         if self.options.report_to != "none":
-            self.accelerator.init_trackers("diffusers-ctm", config=values)
+            with self._optional("the logs"):
+                self.accelerator.init_trackers("diffusers-ctm", config=values)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -219,14 +224,7 @@ class TrainingRun:
         sampler = StepSampler(
             len(self.dataset), size, options.seed, self.step, options.max_train_steps, parts, num_parts
         )
-        loader = torch.utils.data.DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            collate_fn=_identity,
-            num_workers=options.dataloader_num_workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else starting it would draw from the generator that dropout uses
-        )
+        loaded = load_batches(self.dataset, sampler, options.dataloader_num_workers, self.device.type == "cuda")
         progress = tqdm(
             total=options.max_train_steps,
             initial=self.step,
@@ -234,16 +232,21 @@ class TrainingRun:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        with progress:
-            loaded = iter(loader)
+        with Interruption(accelerator) as interruption, progress, contextlib.closing(loaded):
             while self.step < options.max_train_steps:
                 for part in parts:
-                    images, labels = next(loaded)
+                    try:
+                        images, labels = next(loaded)
+                    except UserError as error:
+                        if part > 0 or processes > 1 or self.step == 0:
+                            raise
+                        self._save_if_new()  # between two steps, and nobody else need agree
+                        raise UserError(f"{error} {newest_checkpoint(options.output_dir)} is saved.") from error
                     own = slice(part * size, (part + 1) * size)
                     random = StepRandom(options.seed, self.step, num_parts * size, own, self.device)
                     yield self._batch(images, labels, random)
                 self.step += 1
-                self._after_step(progress)
+                self._after_step(progress, interruption.agreed())
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor | None, random: StepRandom) -> Batch:
         images = to_sample(images.to(self.device, non_blocking=True))
@@ -283,7 +286,8 @@ class TrainingRun:
             for average in self.averages.values():
                 average.step(self.bare_network, None if applied is True else applied)
 
-    def _after_step(self, progress: tqdm) -> None:
+    def _after_step(self, progress: tqdm, signum: int) -> None:
+        """Log, sample, evaluate, save what is due; for a signal save at once, and end."""
         options, step = self.options, self.step
         last = step == options.max_train_steps
         progress.update()
@@ -295,6 +299,8 @@ class TrainingRun:
             self._check_skipped(last)
         if logs:
             self._log(progress)
+        if signum and not last:
+            self._save_if_new()  # first: who sent it may not wait for the rest
         if options.sample_every and (step % options.sample_every == 0 or last):
             self.save_samples()
         if options.posthoc_ema and (step % options.posthoc_ema_every == 0 or last):
@@ -302,8 +308,21 @@ class TrainingRun:
         if options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last):
             self._save_due = True
         if self._save_due and (last or not self._skipping()):  # a network that may be broken replaces no good one
-            self.save_checkpoint()
+            self._save_if_new()
             self._save_due = False
+        if signum and not last:
+            self._end_for(signum)
+
+    def _end_for(self, signum: int) -> NoReturn:
+        """Exit with the status that a shell gives to what ended by this signal."""
+        text = (
+            f"Stopped by {signal.Signals(signum).name} after step {self.step} of {self.options.max_train_steps}. Saved "
+            f"{newest_checkpoint(self.options.output_dir)}; go on with --resume_from_checkpoint latest."
+        )
+        if self.accelerator.is_main_process:
+            print(text, file=sys.stderr)
+        self._end_tracking()
+        sys.exit(128 + signum)
 
     def _skipping(self) -> int:
         """How many steps in a row have been left out by now. Waits for the device."""
@@ -331,7 +350,8 @@ class TrainingRun:
         shown = {name: f"{value:.3g}" for name, value in means.items()}
         progress.set_postfix({**shown, "skipped": skipped} if skipped else shown)
         values = {**means, "learning_rate": self.lr_scheduler.get_last_lr()[0], "skipped_steps": skipped}
-        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.step)
+        with self._optional("the logs"):
+            self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.step)
 
     def _broken(self, what: str) -> UserError:
         return UserError(
@@ -355,8 +375,25 @@ class TrainingRun:
             generator = torch.Generator(self.device).manual_seed(0)
             images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images
             path = os.path.join(self.options.output_dir, "samples", f"step-{self.step:06d}-{name}.png")
-            with atomic_file(path) as draft:
+            with self._optional("the samples"), atomic_file(path) as draft:
                 enlarged_grid(images, rows, columns).save(draft)
+
+    @contextlib.contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        """Around writing what the training can do without: a failure is said once and ends nothing."""
+        try:
+            yield
+        except (UserError, *WRITE_ERRORS) as error:
+            if what not in self._failing:
+                tqdm.write(f"Warning: {what}: {error}. The training goes on without.", file=sys.stderr)
+            self._failing.add(what)
+
+    def _end_tracking(self) -> None:
+        with self._optional("the logs"):
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.accelerator.trackers = []
+        self.accelerator.end_training()
 
     def _check_weights(self) -> None:
         """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
@@ -364,6 +401,10 @@ class TrainingRun:
         norms = [parameter.detach().norm() for network in networks for parameter in network.parameters()]
         if not torch.stack(norms).isfinite().all():
             raise self._broken("The weights")
+
+    def _save_if_new(self) -> None:
+        if self.step > self._saved_step:
+            self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         """Save all that resuming needs as output_dir/checkpoint-N, whole or not at all, and remove the oldest beyond the limit."""
@@ -395,6 +436,7 @@ class TrainingRun:
                 f"{path} could not be written: {error}. Older checkpoints are intact; resume with --resume_from_checkpoint latest."
             ) from error
         accelerator.wait_for_everyone()
+        self._saved_step = self.step
         if accelerator.is_main_process and options.checkpoints_total_limit:
             for old in checkpoints(options.output_dir)[: -options.checkpoints_total_limit]:
                 shutil.rmtree(old)
@@ -451,7 +493,7 @@ class TrainingRun:
                 f"The checkpoint {path} cannot be resumed: {type(error).__name__}: {error}. It belongs to another network or "
                 "is damaged; resume from another one."
             ) from error
-        self.step = state["step"]
+        self.step = self._saved_step = state["step"]
         if self.step > self.options.max_train_steps:
             raise UserError(f"--max_train_steps {self.options.max_train_steps} is below step {self.step} of {path}.")
         if accelerator.is_main_process:
@@ -484,14 +526,10 @@ class TrainingRun:
                 if decay != self.options.ema_decay:
                     with atomic_folder(f"{path}-ema-{decay}") as draft:
                         self.save_pipeline(draft, self.averages[str(decay)], {"decay": decay})
-        self.accelerator.end_training()
+        self._end_tracking()
         if self.pusher is not None:
             self.pusher.finish(path)
         return path
-
-
-def _identity(batch):
-    return batch
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:

@@ -1,0 +1,76 @@
+"""SIGTERM and SIGINT end a run after its step, not within it; all processes of a run agree on which."""
+
+import os
+import signal
+import threading
+import time
+
+import torch
+from accelerate import Accelerator
+
+
+IMPATIENCE = 2.0  # seconds after which a further Ctrl-C is meant: launchers pass the first one on
+
+GRACE = 60  # seconds
+
+
+class Interruption:
+    """While it is entered, the first SIGTERM or SIGINT is noted, and `agreed` says when to stop for it.
+
+    A second SIGINT, later than launchers repeat the first, interrupts at once. Signals reach the main thread only: in another one
+    nothing is changed.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = 0
+        self._since = 0.0
+        self._former: dict[int, object] = {}
+        self._exchange: tuple[torch.distributed.Work, torch.Tensor] | None = None
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._former[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        for signum, former in self._former.items():
+            signal.signal(signum, signal.SIG_DFL if former is None else former)
+        if self._exchange is not None and kind is None:  # else another process may be gone
+            self._exchange[0].wait()
+
+    def _note(self, signum: int, frame: object) -> None:
+        if not self.received:
+            self.received, self._since = signum, time.monotonic()
+            if self.accelerator.is_local_main_process:  # print() is not safe within a handler
+                os.write(2, b"\nStopping after this step, with a checkpoint ...\n")
+        elif signum == signal.SIGINT and time.monotonic() - self._since > IMPATIENCE:
+            raise KeyboardInterrupt
+
+    def agreed(self) -> int:
+        """The signal for which every process stops now, or 0. To be called by all of them after each step.
+
+        Signals reach processes in different steps. What each has received is exchanged in the background and read one step
+        later, so that a GPU need not run dry for it.
+        """
+        if self.accelerator.num_processes == 1:
+            return self.received
+        result = 0
+        if self._exchange is not None:
+            work, received = self._exchange
+            work.wait()
+            result = int(received)
+        received = torch.tensor(self.received, device=self.accelerator.device)
+        work = torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._exchange = (work, received)
+        return result
+
+
+def leave_signals_to_the_main_process(worker: int = 0) -> None:
+    """In a data-loading process: it ends when the main one says so. A terminal and a batch system signal both.
+
+    If the main one says nothing it ends all the same, after `GRACE`: the main one may be waiting for it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -6,8 +6,8 @@ The client reads `HF_ENDPOINT` when it is imported, so it is used from subproces
     with LoopbackHub() as hub:
         subprocess.run(program, env=hub.environment(hf_home))
 
-Models and datasets, regular commits to `main`; no LFS, no branches, no pull requests. A commit is the whole tree of
-files, in memory, and commits are numbered. `datasets.load_dataset` works, `Dataset.push_to_hub` does not (it needs LFS).
+Models and datasets, regular commits to branches; no LFS, no pull requests. A commit is the whole tree of files, in memory,
+and commits are numbered, those of all branches together. `datasets.load_dataset` works, `Dataset.push_to_hub` does not (it needs LFS).
 """
 
 import base64
@@ -36,24 +36,27 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class Repo:
-    """Commits of a repo, each the whole tree. The first is empty."""
+    """Commits of a repo, each the whole tree. The first is empty. `branches` holds the number of the last one of each."""
 
     commits: list[Files] = field(default_factory=lambda: [{}])
     messages: list[str] = field(default_factory=lambda: ["initial commit"])
     private: bool = False
+    branches: dict[str, int] = field(default_factory=lambda: {"main": 0})
 
     @property
     def files(self) -> Files:
-        return self.commits[-1]
+        """Those of `main`."""
+        return self.commits[self.branches["main"]]
 
-    def sha(self, index: int = -1) -> str:
-        """40 hexadecimal digits, as the client expects: the commit's number."""
-        return f"{index % len(self.commits):040x}"
+    def sha(self, index: int | None = None) -> str:
+        """40 hexadecimal digits, as the client expects: the commit's number. None is the last one of `main`."""
+        return f"{self.branches['main'] if index is None else index:040x}"
 
-    def commit(self, files: Files, message: str = "") -> str:
+    def commit(self, files: Files, message: str = "", branch: str = "main") -> str:
         self.commits.append(files)
         self.messages.append(message)
-        return self.sha()
+        self.branches[branch] = len(self.commits) - 1
+        return self.sha(self.branches[branch])
 
 
 class Refused(Exception):
@@ -94,6 +97,7 @@ class LoopbackHub:
             Route(api + "/paths-info/{rev}", self._endpoint(self._paths), methods=["POST"]),
             Route(api + "/preupload/{rev}", self._endpoint(self._preupload), methods=["POST"]),
             Route(api + "/commit/{rev}", self._endpoint(self._commit), methods=["POST"]),
+            Route(api + "/branch/{rev}", self._endpoint(self._branch), methods=["POST"]),
             Route("/datasets" + repo + "/resolve/{rev}/{path:path}", self._endpoint(self._resolve)),
             Route(repo + "/resolve/{rev}/{path:path}", self._endpoint(self._resolve)),
         ]
@@ -154,9 +158,9 @@ class LoopbackHub:
     @staticmethod
     def _index(repo: Repo, rev: str) -> int:
         """Number of the commit that a revision names."""
+        if rev in repo.branches:
+            return repo.branches[rev]
         shas = [repo.sha(index) for index in range(len(repo.commits))]
-        if rev == "main":
-            return len(shas) - 1
         if rev not in shas:
             raise Refused(404, "RevisionNotFound")
         return shas.index(rev)
@@ -220,24 +224,26 @@ class LoopbackHub:
 
     def _preupload(self, request: Request, body: bytes) -> Response:
         _, repo = self._repo(request)
-        answer = []
+        answer, files = [], repo.commits[self._index(repo, request.path_params["rev"])]
         for file in json.loads(body)["files"]:
-            present = repo.files.get(file["path"])
+            present = files.get(file["path"])
             oid = None if present is None else git_oid(present)  # the client leaves out files that did not change
             answer.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
         return JSONResponse({"files": answer})
 
     def _commit(self, request: Request, body: bytes) -> Response:
         name, repo = self._repo(request)
-        if request.path_params["rev"] != "main" or request.query_params.get("create_pr"):
-            raise Refused(400, error="commits go to main only")
-        files, message = dict(repo.files), ""
+        branch = request.path_params["rev"]
+        if branch not in repo.branches or request.query_params.get("create_pr"):
+            raise Refused(404, "RevisionNotFound", error="commits go to branches only")
+        head = repo.branches[branch]
+        files, message = dict(repo.commits[head]), ""
         for line in body.splitlines():
             operation = json.loads(line)
             key, value = operation["key"], operation["value"]
             if key == "header":
                 message = value["summary"]
-                if value.get("parentCommit") not in (None, repo.sha()):
+                if value.get("parentCommit") not in (None, repo.sha(head)):
                     raise Refused(412)
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -248,8 +254,16 @@ class LoopbackHub:
                 files = {path: content for path, content in files.items() if not path.startswith(folder)}
             else:
                 raise Refused(400, error=f"{key} is not served")
-        sha = repo.commit(files, message)
+        sha = repo.commit(files, message, branch)
         return JSONResponse({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"})
+
+    def _branch(self, request: Request, body: bytes) -> Response:
+        _, repo = self._repo(request)
+        branch = request.path_params["rev"]
+        if branch in repo.branches:
+            raise Refused(409)
+        repo.branches[branch] = self._index(repo, json.loads(body or b"{}").get("startingPoint") or "main")
+        return JSONResponse({})
 
     def _resolve(self, request: Request, body: bytes) -> Response:
         _, repo = self._repo(request)

@@ -12,18 +12,23 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, Repo
 
-from training.config import UserError, parse_config
+from training import hub
+from training.card import make_card
+from training.config import UserError, parse_config, run_program
 from training.hub import LAST_CHECKPOINT, without_token
 from training.publish import PublishConfig, check_inheritance, stage
-from training.record import Licence, changed_options, public_name
+from training.record import Licence, changed_options, public_name, teacher_record
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +58,8 @@ def attempt(function, *arguments):
 def author(work: Path) -> dict:
     """Train, publish and be refused."""
     import torch
+    from accelerate import debug_launcher
+    from accelerate.state import AcceleratorState
     from huggingface_hub import HfApi
 
     import training.hub
@@ -60,7 +67,8 @@ def author(work: Path) -> dict:
     from training import publish, train_ctm, train_edm
     from training.config import CTMConfig, EDMConfig
 
-    training.hub.RETRY_WAITS = (0.05, 0.05)
+    training.hub.RETRY_WAITS, sleep = (0.05, 0.05), time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.02))  # the client waits half a minute for a Hub that is away
     results = {}
 
     def command(*arguments: str):
@@ -110,7 +118,8 @@ def author(work: Path) -> dict:
     results["edited, other licence"] = command(teacher, "team/mitcard", "--license", NC)
 
     # Training
-    def distil(name: str, **options):
+    def distil(name: str, more: dict | None = None, **options):
+        options |= more or {}
         options = {"teacher": "team/teacher", "max_solver_steps": 2, "max_train_steps": 5, **SMALL, **options}
         if "repo" in options:
             options |= {"push_to_hub": True, "hub_model_id": options.pop("repo")}
@@ -153,28 +162,47 @@ def author(work: Path) -> dict:
         return all(torch.equal(plain[key], other[key]) for key in plain)
 
     results |= {f"{name} is plain": attempt(is_plain, name) for name in ("midway", "resumed")}
-    results["image"] = attempt(image_of, "team/student")
+
+    # A branch, a Hub that dies in the middle of an upload, two processes
+    results["branch"] = command(results["midway"], "team/branch", "--revision", "v2", "--num_samples", "0")
+    results["branch again"] = command(results["midway"], "team/branch", "--revision", "v2", "--num_samples", "0")
+    results["images"] = [attempt(image_of, "team/student"), attempt(image_of, "team/branch", "v2")]
+    results["died"] = command(results["midway"], "team/dies", "--num_samples", "0")
+    (work / "died").touch()  # it comes back
+    while "Error" in str(attempt(HfApi().whoami)):
+        sleep(0.05)
+    results["came back"] = command(results["midway"], "team/dies", "--num_samples", "0")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    training.push.Pusher.push = push_and_wait
+    processes = {"max_train_steps": 2, "train_batch_size": 2, "repo": "team/processes"}
+    results["processes"] = attempt(lambda: debug_launcher(distil, ("processes", processes), num_processes=2))
     return results
 
 
-def image_of(repo: str) -> str:
+def image_of(repo: str, revision: str | None = None) -> str:
     """Digest of an image of a published pipeline, as USER draws it."""
     import torch
     from diffusers import DiffusionPipeline
 
-    image = DiffusionPipeline.from_pretrained(repo)(
+    image = DiffusionPipeline.from_pretrained(repo, revision=revision)(
         class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np"
     ).images
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 
+# Runs the line of each card that is for people without the package.
 USER = """
-import hashlib, sys, torch
+import hashlib, json, re, sys, torch
 sys.modules["diffusers_ctm"] = None
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("team/student", custom_pipeline="team/student", trust_remote_code=True)
-image = pipe(class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np").images
-print(hashlib.sha256(image.tobytes()).hexdigest())
+from huggingface_hub import hf_hub_download
+seen = []
+for repo, revision in (("team/student", None), ("team/branch", "v2")):
+    card = open(hf_hub_download(repo, "README.md", revision=revision)).read()
+    exec(re.search("^pipe = .*trust_remote_code.*$", card, re.M)[0])
+    image = pipe(class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np").images
+    seen.append(hashlib.sha256(image.tobytes()).hexdigest())
+print(json.dumps(seen))
 """
 
 
@@ -191,14 +219,21 @@ def session(tmp_path_factory):
     """What the author and the user saw, and the Hub."""
     work = tmp_path_factory.mktemp("publish")
     commits = {}
-    with LoopbackHub() as hub:
+    with ExitStack() as hubs:
+        hub = hubs.enter_context(LoopbackHub())
         hub.repos["models/team/edited"] = Repo()
         hub.repos["models/team/edited"].commit({"README.md": b"---\ntags: [mine]\n---\nMy words.\n"})
         hub.repos["models/team/mitcard"] = Repo()
         hub.repos["models/team/mitcard"].commit({"README.md": b"---\nlicense: mit\n---\nMy words.\n"})
+        hub.repos["models/team/dies"] = Repo()
+        hub.repos["models/team/dies"].commit({"model_index.json": b"before"})
 
         def intercept(method: str, path: str) -> int | None:
             commits[path] = commits.get(path, 0) + 1
+            if path == "/api/models/team/dies/commit/main" and commits[path] == 1:
+                hub.kill()
+                threading.Thread(target=revive).start()
+                time.sleep(0.5)  # the answer comes too late
             if path == "/api/models/team/midway/commit/main" and 2 <= commits[path] <= 7:
                 return 503  # saves 2 and 3 with all their attempts
             if path == "/api/models/team/later/auth-check/write" and commits[path] == 1:
@@ -206,6 +241,15 @@ def session(tmp_path_factory):
             if path in ("/api/models/team/refused/commit/main", "/api/models/team/forbidden/auth-check/write"):
                 return 403
             return None
+
+        def revive():
+            hub._thread.join()
+            commits["files of team/dies when it died"] = dict(hub.repos["models/team/dies"].files)
+            while not (work / "died").exists():
+                time.sleep(0.02)
+            again = LoopbackHub(int(hub.url.rsplit(":", 1)[1]))
+            again.repos, again.intercept = hub.repos, intercept
+            hubs.enter_context(again)
 
         hub.intercept = intercept
         done = run(hub, work / "home_author", __file__, str(work))
@@ -215,6 +259,7 @@ def session(tmp_path_factory):
         results |= {
             "repos": {name.removeprefix("models/team/"): repo for name, repo in hub.repos.items()},
             "work": work,
+            "kept when it died": commits["files of team/dies when it died"],
         }
         return results
 
@@ -245,8 +290,10 @@ def test_no_token_and_no_local_path_in_what_is_uploaded(session):
 
 
 def test_published_repo_loads_with_the_package_and_without_it(session):
-    assert re.fullmatch("[0-9a-f]{64}", session["image"]), session["image"]
-    assert session["user"].stdout.strip() == session["image"], session["user"].stderr[-2000:]
+    """By the lines of their cards, from a branch too."""
+    assert all(re.fullmatch("[0-9a-f]{64}", image) for image in session["images"]), session["images"]
+    assert session["user"].returncode == 0, session["user"].stderr[-2000:]
+    assert json.loads(session["user"].stdout) == session["images"]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +304,7 @@ def test_published_repo_loads_with_the_package_and_without_it(session):
         ("truncated", "broken does not load as a pipeline"),
         ("missing", "broken does not load as a pipeline.*conv_in.weight"),
         ("not finite", "not finite"),
-        ("secret", "holds your access token"),
+        ("secret", "README.md holds an access token"),
         ("public asked private", "exists on the Hub and is public"),
         ("student, mit", f"licence mit contradicts {NC} .non-commercial., .*its teacher team/teacher"),
         ("mit run", f"licence mit contradicts {NC}"),
@@ -373,34 +420,32 @@ def test_resumed_from_the_hub_is_uninterrupted(session):
     assert session["third written"] is False
 
 
-def test_server_killed_during_an_upload_leaves_the_repo_whole_and_the_same_command_succeeds(session, tmp_path):
-    folder = session["midway"]
-    code = (
-        "import sys, training.hub; training.hub.RETRY_WAITS = (0.05,)\n"
-        "from training.publish import *; run_program(main, PublishConfig)"
-    )
-    command = ["-c", code, folder, "team/killed", "--num_samples", "0"]
-    with LoopbackHub() as hub:
-        hub.repos["models/team/teacher"] = session["repos"]["teacher"]
-        repo = hub.repos["models/team/killed"] = Repo()
-        repo.commit({"model_index.json": b"before"})
-
-        def die(method, path):
-            if path.endswith("/commit/main"):
-                hub.kill()
-                time.sleep(1)
-            return None
-
-        hub.intercept = die
-        first = run(hub, tmp_path / "home", *command)
-    assert first.returncode == 1 and "could not be uploaded to team/killed" in first.stderr, first.stderr[-2000:]
-    assert "Traceback" not in first.stderr and TOKEN not in first.stderr
-    assert repo.files == {"model_index.json": b"before"}
-    with LoopbackHub(int(hub.url.rsplit(":", 1)[1])) as again:
-        again.repos = hub.repos
-        second = run(again, tmp_path / "home", *command)
-    assert second.returncode == 0, second.stderr[-2000:]
+def test_server_killed_during_an_upload_leaves_the_repo_whole_and_the_same_command_succeeds(session):
+    assert session["died"].startswith("UserError") and "could not be uploaded to team/dies" in session["died"]
+    assert session["kept when it died"] == {"model_index.json": b"before"}
+    repo = session["repos"]["dies"]
+    assert session["came back"].endswith(repo.sha()) and repo.messages[2:] == ["Publish the pipeline"]
     assert "unet/diffusion_pytorch_model.safetensors" in repo.files and repo.files["model_index.json"] != b"before"
+
+
+def test_a_branch_is_published_on_and_main_left_alone(session):
+    repo = session["repos"]["branch"]
+    assert repo.files == {} and set(repo.branches) == {"main", "v2"}
+    assert session["branch"].endswith(repo.sha(1)) and session["branch again"].endswith(repo.sha(1))  # nothing new
+    files = repo.commits[repo.branches["v2"]]
+    assert 'from_pretrained("team/branch", revision="v2")' in files["README.md"].decode()
+    assert files["unet/diffusion_pytorch_model.safetensors"] == session["repos"]["student"].files["unet/diffusion_pytorch_model.safetensors"]  # fmt: skip
+
+
+def test_of_several_processes_one_pushes(session):
+    assert session["processes"] is None, session["processes"]
+    repo, folder = session["repos"]["processes"], session["work"] / "processes"
+    assert repo.messages[1:] == ["Training in progress, step 1", "Training in progress, step 2", "Publish the pipeline"]
+    assert json.loads(repo.files["training.json"])["images_per_step"] == 2 * 2
+    final = folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert repo.files["unet/diffusion_pytorch_model.safetensors"] == final.read_bytes()
+    assert len(list((folder / "checkpoint-2").glob("random_states_*.pkl"))) == 2  # so many took part
+    assert not (folder / ".push").exists()
 
 
 # Rules, without a Hub  ------------------------------------------------------------------------------------------------
@@ -411,6 +456,7 @@ def test_server_killed_during_an_upload_leaves_the_repo_whole_and_the_same_comma
     [
         (NC, NC, True), (NC, "mit", False), (NC, "cc-by-nc-4.0", False), ("mit", "apache-2.0", True), ("mit", NC, True),
         ("cc-by-sa-4.0", "mit", False), ("openrail", "mit", False), ("other", "mit", False), (None, "mit", True),
+        ("other", "other", True),
     ],
 )  # fmt: skip
 def test_licence_is_inherited(inherited, wanted, allowed):
@@ -422,12 +468,50 @@ def test_licence_is_inherited(inherited, wanted, allowed):
             check_inheritance(licence, "because", Licence(wanted))
 
 
+def test_one_other_licence_is_not_another():
+    ours, theirs = (Licence("other", name, f"https://example.com/{name}") for name in ("ours", "theirs"))
+    check_inheritance(theirs, "because", theirs)
+    check_inheritance(theirs, "because", Licence("other"))
+    with pytest.raises(UserError, match=r"other \(ours\) contradicts other \(theirs\)"):
+        check_inheritance(theirs, "because", ours)
+
+
+@pytest.mark.parametrize(
+    "record, conversion, card, expected",
+    [
+        ({"license": "mit", "teacher": {"name": "t", "license": NC}}, {}, "", NC),  # whatever the run called it
+        ({"license": NC, "teacher": {"name": "t", "license": "mit"}}, {}, "", NC),
+        ({"license": "mit", "teacher": {"name": "t", "license": "apache-2.0"}}, {}, "", "mit"),
+        ({"teacher": {"name": "t"}}, {"license": NC}, "mit", NC),
+        ({"teacher": None}, {}, "openrail", "openrail"),
+        ({}, {"license": None}, "unknown", None),
+    ],
+)
+def test_a_student_of_a_student_inherits_from_both(record, conversion, card, expected, tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    (tmp_path / "conversion.json").write_text(json.dumps(conversion))
+    if card:
+        (tmp_path / "README.md").write_text(f"---\nlicense: {card}\n---\nA card.\n")
+    found = teacher_record(str(tmp_path), None)
+    assert (found.get("license"), found["name"], found["on_hub"]) == (expected, tmp_path.name, False)
+
+
+def test_other_licences_are_published_afterwards(tmp_path):
+    from training.config import EDMConfig
+    from training.push import Pusher
+
+    options = EDMConfig(output_dir=str(tmp_path / "run"), hub_model_id="a/b", hub_license="other")
+    with pytest.raises(UserError, match="--license_name"):
+        Pusher(options, {"teacher": None})
+
+
 def test_positional_arguments_and_their_names_are_the_same(capsys):
     plain = parse_config(PublishConfig, ["runs/a", "user/a", "--private"])
     mixed = parse_config(PublishConfig, ["--license", "mit", "runs/a", "--num_samples", "0", "user/a"])
     named = parse_config(PublishConfig, ["--folder", "runs/a", "--name", "user/a"])
     assert {(c.folder, c.name) for c in (plain, mixed, named)} == {("runs/a", "user/a")}
-    for arguments in (["runs/a"], ["runs/a", "a"], ["runs/a", "user/a", "--license", "other"]):
+    wrong = [["runs/a"], ["runs/a", "a"], ["runs/a", "user/a", "--license", "other"], ["a", "a/b", "--revision", "a'b"]]
+    for arguments in wrong:
         with pytest.raises(SystemExit):
             parse_config(PublishConfig, arguments)
 
@@ -447,14 +531,71 @@ def test_names_that_may_be_published(tmp_path):
     assert changed_options(options) == expected
 
 
-def test_tokens_are_hidden():
+def test_tokens_are_hidden(monkeypatch, capsys):
     assert without_token(f"Bearer {TOKEN} refused") == "Bearer *** refused"
+    assert without_token("shf_aaaaaaaaaaaaaaaaaaaaaaaaaaaa hf_short") == "shf_aaaaaaaaaaaaaaaaaaaaaaaaaaaa hf_short"
+    monkeypatch.setenv("HF_TOKEN", "not-a-usual-token")
+    assert without_token("not-a-usual-token") == "***"
+
+    def fail(config):
+        raise UserError(f"Illegal header value b'Bearer {TOKEN}'")
+
+    monkeypatch.setattr(sys, "argv", ["publish", "runs/a", "user/a"])
+    with pytest.raises(SystemExit):
+        run_program(fail, PublishConfig)
+    assert capsys.readouterr().err == "error: Illegal header value b'Bearer ***'\n"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"run_state.pt": 3}', '{"run_state.pt": [1, "x", 2]}'])
+def test_checkpoints_with_a_broken_list_of_files_are_refused(content, tmp_path, monkeypatch):
+    folder = tmp_path / LAST_CHECKPOINT
+    folder.mkdir()
+    (folder / "files.json").write_text(content)
+    monkeypatch.setattr(hub, "api", lambda: SimpleNamespace(model_info=lambda repo: SimpleNamespace(sha="0")))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(UserError, match="has no checkpoint of this program"):
+        hub.download_checkpoint("a/b")
+
+
+def test_the_card_names_no_folder_of_features(tmp_path):
+    report = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
+    report["features"]["name"] = "/home/someone/features"
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(report))
+    card = make_card(str(tmp_path), "a/b", Licence("mit"))
+    assert "features `features`" in card and "someone" not in card
 
 
 def test_staging_the_embedded_pipelines(tmp_path):
     left = stage(str(ROOT / "assets" / "digits-ctm"), str(tmp_path))
     assert left == [] and "_name_or_path" not in json.loads((tmp_path / "unet" / "config.json").read_text())
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ["../other", "/etc", "a b", ""])
+def test_parts_of_a_pipeline_lie_in_its_folder(part, tmp_path):
+    """A folder of someone else may name others in its index."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    folder, target = tmp_path / "pipeline", tmp_path / "a" / "target"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps({part: ["diffusers", "UNet2DModel"]}))
+    with pytest.raises(UserError, match="no folders in it"):
+        stage(str(folder), str(target))
+    assert not (tmp_path / "a").exists()
+
+
+def test_of_a_component_only_its_config_and_weights_are_staged(tmp_path):
+    folder, target = tmp_path / "pipeline", tmp_path / "target"
+    shutil.copytree(ROOT / "assets" / "digits-edm", folder, ignore=shutil.ignore_patterns("*.png", "*.md"))
+    (tmp_path / "secret").write_text("a key")
+    (folder / "unet" / "notes.json").symlink_to(tmp_path / "secret")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"0")
+    left = stage(str(folder), str(target))
+    assert "unet/notes.json" in left
+    assert {path.name for path in (target / "unet").iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import diffusers_ctm
 
-from .record import CONVERSION, RECORD, Licence, is_hub_id, licence_fields, licence_of, read_json
+from .record import CONVERSION, RECORD, Licence, is_hub_id, licence_fields, licence_of, public_name, read_json
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
@@ -29,12 +29,13 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def make_card(folder: str, repo: str, licence: Licence, samples: str | None = None) -> str:
+def make_card(folder: str, repo: str, licence: Licence, samples: str | None = None, revision: str | None = None) -> str:
     """README.md of the pipeline in `folder`, published as `repo`.
 
     Args:
         folder: with model_index.json, and maybe training.json, conversion.json and evaluation/.
         samples: what samples.png shows, if it is there.
+        revision: the branch that it is published on; None is main.
     """
     scheduler = read_json(os.path.join(folder, "scheduler"), "scheduler_config.json")
     unet = read_json(os.path.join(folder, "unet"), "config.json")
@@ -51,6 +52,7 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
     values = {
         "title": repo.split("/")[-1],
         "repo": repo,
+        "revision": None if revision == "main" else revision,
         "is_ctm": is_ctm,
         "size": f"{width}x{height} pixels",
         "channels": unet.get("out_channels", 3),
@@ -69,7 +71,7 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "distance": _distance_text(record.get("distance") or {}),
         "options": sorted((record.get("options") or {}).items()),
         "evaluation_table": _table(evaluation),
-        "features": (evaluation.get("features") or {}).get("name"),
+        "features": _features(evaluation),
         "num_samples": f"{evaluation.get('num_samples', 0):,}",
         "plot": os.path.isfile(os.path.join(folder, "evaluation", "evaluation.png")),
         "gammas": os.path.isfile(os.path.join(folder, "evaluation", "gammas.png")),
@@ -124,7 +126,7 @@ def _results(evaluation: dict, dataset: dict) -> list[EvalResult]:
     reference = _public_dataset(evaluation, dataset)
     rows = [row for row in evaluation.get("results") or [] if isinstance(row.get("frechet"), dict)]
     ours = [row for row in rows if row["sampler"] == "ctm"] or rows
-    features = (evaluation.get("features") or {}).get("name")
+    features = _features(evaluation)
     found = []
     for row in ours:
         gamma = "" if row["gamma"] is None else f", gamma {row['gamma']:g}"
@@ -143,9 +145,11 @@ def _results(evaluation: dict, dataset: dict) -> list[EvalResult]:
     return found
 
 
-def _public_dataset(evaluation: dict, dataset: dict) -> str:
-    from .record import public_name
+def _features(evaluation: dict) -> str:
+    return public_name(str((evaluation.get("features") or {}).get("name") or "unknown"))
 
+
+def _public_dataset(evaluation: dict, dataset: dict) -> str:
     return public_name(str((evaluation.get("reference") or {}).get("dataset_name") or dataset.get("name") or "unknown"))
 
 

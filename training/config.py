@@ -627,12 +627,14 @@ def save_config(config: Any, path: str) -> None:
 
 
 def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:
-    """Parse the command line and call `main`. A UserError becomes one line on standard error and exit status 1."""
+    """Parse the command line and call `main`. A UserError becomes one line on standard error, without a token, and exit status 1."""
     config = parse_config(config_class)
     try:
         main(config)
     except UserError as error:
+        from .hub import without_token
+
         if os.environ.get("CTM_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_token(str(error))}", file=sys.stderr)
         sys.exit(1)

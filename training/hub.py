@@ -51,7 +51,7 @@ def without_token(text: str) -> str:
     token = get_token()
     if token:
         text = text.replace(token, "***")
-    return re.sub(r"hf_[A-Za-z0-9]{20,}", "***", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}", "***", text)
 
 
 def error_text(error: BaseException) -> str:
@@ -180,15 +180,13 @@ def commit_folder(
 
 
 def refuse_secrets(files: dict[str, str]) -> None:
-    """Raise UserError if a text file holds this user's token."""
-    token = get_token()
+    """Raise UserError if a text file holds this user's token, or what looks like one."""
     for path, local in files.items():
-        if token and path.endswith((".json", ".md", ".py", ".txt", ".yaml")):
-            with open(local, "rb") as file:
-                if token.encode() in file.read():
-                    raise UserError(
-                        f"{path} holds your access token of the Hub; nothing was uploaded. Remove it there."
-                    )
+        if path.endswith((".json", ".md", ".py", ".txt", ".yaml")):
+            with open(local, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+            if without_token(text) != text:
+                raise UserError(f"{path} holds an access token of the Hub; nothing was uploaded. Remove it there.")
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
@@ -220,8 +218,8 @@ def download_checkpoint(repo: str) -> str:
     folder = os.path.join(snapshot, LAST_CHECKPOINT)
     try:
         with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
-            wanted = json.load(file)
-    except (OSError, ValueError) as error:
+            wanted = {path: (size, digest) for path, (size, digest) in json.load(file).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"--resume_from_checkpoint {repo} has no checkpoint of this program: a run with --hub_strategy checkpoint uploads its newest to "
             f"{LAST_CHECKPOINT}."

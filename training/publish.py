@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import ClassVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
@@ -18,18 +19,15 @@ from diffusers_ctm.hub import write_loading_code
 from .card import base_model, is_generated, make_card
 from .config import Checked, UserError, option, run_program
 from .hub import card_licence, commit_folder, error_text, open_repo, read_card, retried
-from .record import CONVERSION, HUB_ID, RECORD, Licence, licence_of, read_json
+from .record import CONVERSION, HUB_ID, PERMISSIVE, RECORD, Licence, licence_of, read_json
 
-
-# Who may be republished under another licence, as these allow. Whatever is not here is inherited as it is.
-PERMISSIVE = {
-    "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "unlicense", "wtfpl", "zlib", "0bsd",
-    "cc0-1.0", "pddl", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "afl-3.0", "bsl-1.0", "ecl-2.0", "ncsa", "postgresql",
-}  # fmt: skip
 
 # What of a folder is the pipeline: files of a component, and files beside the components.
-COMPONENT_FILES = re.compile(r"[\w.-]+\.(json|safetensors)")
+COMPONENT_FILES = re.compile(
+    r"(config|scheduler_config)\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|safetensors\.index\.json)"
+)
 TOP_FILES = ("model_index.json", RECORD, CONVERSION)
+BRANCH = re.compile(r"[\w-][\w./-]*")
 PICTURES = ("evaluation.png", "gammas.png")
 EVALUATION = "evaluation/evaluation.json"  # read for the card, not uploaded: it names folders of the machine
 
@@ -68,6 +66,8 @@ class PublishConfig(Checked):
                 "FOLDER and NAME are needed: python -m training.publish runs/digits/pipeline user/name. See --help."
             )
         self.check(HUB_ID.fullmatch(self.name) is not None, "name", "a repository on the Hub as user/name")
+        revision = self.revision
+        self.check(revision is None or BRANCH.fullmatch(revision) is not None, "revision", "the name of a branch")
         self.check_not_negative("num_samples")
         check_licence_name(self.license, "license")
         if self.license == "other" and not (self.license_name and self.license_link):
@@ -115,7 +115,9 @@ def choose_licence(folder: str, wanted: Licence | None, option_name: str = "lice
 
 def check_inheritance(inherited: Licence | None, reason: str, wanted: Licence) -> None:
     """Raise UserError if weights that inherit one licence may not be published under the other."""
-    if inherited is None or inherited.id in PERMISSIVE or wanted.id == inherited.id:
+    if inherited is None or inherited.id in PERMISSIVE:
+        return
+    if wanted.id == inherited.id and wanted.name in (None, inherited.name):  # several are "other"
         return
     kind = " (non-commercial)" if re.search(r"(^|-)nc(-|$)", inherited.id) else ""
     raise UserError(
@@ -138,6 +140,8 @@ def stage(folder: str, target: str, evaluation: str | None = None) -> list[str]:
         hint = f" Did you mean {inside}?" if os.path.isfile(os.path.join(inside, "model_index.json")) else ""
         raise UserError(f"{folder} is no pipeline: it has no readable model_index.json.{hint}")
     parts = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
+    if not all(re.fullmatch(r"\w+", name) for name in parts):
+        raise UserError(f"{folder} is no pipeline: its model_index.json names {parts}, which are no folders in it.")
     taken = {name for name in TOP_FILES if os.path.isfile(os.path.join(folder, name))}
     for part in parts:
         inside = os.path.join(folder, part)
@@ -184,8 +188,9 @@ def _put(source: str, target: str) -> None:
 def load_checked(folder: str, name: str) -> CTMPipeline:
     """Load the pipeline that will be uploaded, without running code of it. `name` is what to call it in a message."""
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder)
-        _, report = type(pipe.unet).from_pretrained(folder, subfolder="unet", output_loading_info=True)
+        network_class = getattr(diffusers, read_json(folder, "unet/config.json").get("_class_name", "UNet2DModel"))
+        unet, report = network_class.from_pretrained(folder, subfolder="unet", output_loading_info=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, unet=unet)
     except Exception as error:  # diffusers, safetensors and json each raise their own
         raise UserError(
             f"{name} does not load as a pipeline, so nothing was published: {type(error).__name__}: {str(error).replace(folder, name)}"
@@ -240,7 +245,7 @@ def add_card(
                 ) from error
         return False
     with open(os.path.join(target, "README.md"), "w", encoding="utf-8", newline="\n") as file:
-        file.write(make_card(target, repo, licence, samples))
+        file.write(make_card(target, repo, licence, samples, revision))
     return True
 
 
@@ -322,7 +327,9 @@ def main(config: PublishConfig) -> str:
                 "again, and what has arrived is not sent twice."
             ) from error
     if not new_card:
-        print(f"Kept the card of {repo}, which was edited there; --overwrite_card replaces it.")
+        print(
+            f"Kept the card of {repo}, which was edited there; --overwrite_card replaces it. It must name the licence {licence}."
+        )
     print(f"Published {folder} under {licence}: {address}")
     return address
 

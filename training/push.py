@@ -39,6 +39,11 @@ class Pusher:
         self.options, self.repo = options, options.hub_model_id
         self.room = os.path.join(options.output_dir, ".push")  # what is being uploaded
         check_licence_name(options.hub_license, "hub_license")
+        if options.hub_license == "other":
+            raise UserError(
+                "--hub_license other has no name and address. Leave --push_to_hub out and publish the finished pipeline: python -m "
+                "training.publish FOLDER NAME --license other --license_name ... --license_link ..."
+            )
         with tempfile.TemporaryDirectory() as folder:
             write_record(record, 0, folder)
             self.licence = choose_licence(folder, None, "hub_license")

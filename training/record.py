@@ -19,6 +19,12 @@ RECORD = "training.json"
 CONVERSION = "conversion.json"  # what training.convert knows
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
+# Who may be republished under another licence, as these allow. Whatever is not here is inherited as it is.
+PERMISSIVE = {
+    "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "unlicense", "wtfpl", "zlib", "0bsd",
+    "cc0-1.0", "pddl", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "afl-3.0", "bsl-1.0", "ecl-2.0", "ncsa", "postgresql",
+}  # fmt: skip
+
 # Options that say where, how and what is shown, not what the weights are. None of them is recorded.
 LOCAL_OPTIONS = {
     "config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
@@ -73,22 +79,25 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as file:
             value = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def recorded_licence(folder: str) -> Licence | None:
-    """The licence of the weights in a local pipeline's folder: of its record, its conversion, or its card."""
-    for values in (read_json(folder, RECORD), read_json(folder, CONVERSION)):
-        if (found := licence_of(values)) is not None:
-            return found
+    """The licence that a student inherits from a local pipeline's folder: the first that is said there and is not permissive, else the first.
+
+    It is said in the run's record, of the weights and of their teacher, in the conversion's, and in the card.
+    """
+    record = read_json(folder, RECORD)
+    said = [record, record.get("teacher") or {}, read_json(folder, CONVERSION)]
     card = os.path.join(folder, "README.md")
     if os.path.isfile(card):
         from huggingface_hub import ModelCard
 
-        return licence_of(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict())
-    return None
+        said.append(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict())
+    known = [licence for licence in map(licence_of, said) if licence is not None]
+    return next((licence for licence in known if licence.id not in PERMISSIVE), known[0] if known else None)
 
 
 def teacher_record(name: str, revision: str | None) -> dict[str, Any]:
@@ -96,9 +105,6 @@ def teacher_record(name: str, revision: str | None) -> dict[str, Any]:
     commit, licence = None, None
     if os.path.isdir(name):
         licence = recorded_licence(name)
-        trained_from = read_json(name, RECORD).get("teacher") or {}
-        if licence is None:
-            licence = licence_of(trained_from)
     elif is_hub_id(name):
         from .hub import card_licence, commit_of
 

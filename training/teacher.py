@@ -17,6 +17,7 @@ from diffusers_ctm.scheduling_utils_ctm import own_config
 from diffusers_ctm.trajectory import DISCRETE_TYPES, Preconditioning, jump
 
 from .config import TeacherOptions, UserError
+from .hub import error_text
 
 
 logger = logging.get_logger(__name__)
@@ -122,7 +123,7 @@ def load_teacher(
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
         raise UserError(
             f"--teacher {name} cannot be loaded. It must be a folder or a Hub repository with `unet` and `scheduler`; a private "
-            f"repository needs `hf auth login` or HF_TOKEN.\n{type(error).__name__}: {error}"
+            f"repository needs `hf auth login` or HF_TOKEN.\n{error_text(error)}"
         ) from error
 
     config = network.config

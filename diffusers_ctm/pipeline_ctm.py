@@ -17,11 +17,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from .guidance import GUIDANCE_INPUTS, ClassifierFreeNetwork, Guidance, guided_output
 from .hub import component_library, write_loading_code
 from .trajectory import Preconditioning, check_count
-from .unet_2d_ctm import CTMUNet2DModel
+from .unet_2d_ctm import CTMUNet2DModel, QuietCastMixin
 from .unet_edm import EDMUNet2DModel
 
 
-class CTMPipeline(DiffusionPipeline):
+class CTMPipeline(QuietCastMixin, DiffusionPipeline):
     """Unconditional and class-conditional image generation in 1 to N network evaluations.
 
     Args:

@@ -17,10 +17,10 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
-from .unet_2d_ctm import config_of, float_time, start_as
+from .unet_2d_ctm import QuietCastMixin, config_of, float_time, start_as
 
 
-class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """F(x, t) of an EDM teacher, or F(x, t, s) of the CTM that is distilled from it (`target_time=True`).
 
     It is the U-Net of Song et al. (2021) as EDM trains it on CIFAR-10, FFHQ and AFHQv2 ("SongUNet"): DDPM++ with the default

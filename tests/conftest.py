@@ -32,21 +32,22 @@ TINY = {
 }
 
 
+def make_unet_2d(cls=CTMUNet2DModel, random=True, seed=0, **changes):
+    """A tiny network in eval mode. `random=True` also fills the layers that start at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = cls(**{**TINY, **changes}).eval()
+        if random and cls is CTMUNet2DModel:
+            for name, parameter in unet.named_parameters():
+                if name.endswith("time_emb_proj.weight"):
+                    torch.nn.init.normal_(parameter.data, std=0.3)
+    return unet
+
+
 @pytest.fixture
 def make_unet():
-    """Make a tiny network in eval mode. `random=True` also fills the layers that start at zero."""
-
-    def make(cls=CTMUNet2DModel, random=True, seed=0, **changes):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            unet = cls(**{**TINY, **changes}).eval()
-            if random and cls is CTMUNet2DModel:
-                for name, parameter in unet.named_parameters():
-                    if name.endswith("time_emb_proj.weight"):
-                        torch.nn.init.normal_(parameter.data, std=0.3)
-        return unet
-
-    return make
+    """The function `make_unet_2d`."""
+    return make_unet_2d
 
 
 @pytest.fixture

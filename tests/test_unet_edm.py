@@ -1,106 +1,32 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""EDMUNet2DModel: growing from a teacher, its options against formulas, and what diffusers offers for any model."""
+"""EDMUNet2DModel: its options against formulas, and the programs and pipelines that it goes through."""
 
-import json
 import math
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoModel, DiffusionPipeline, UNet2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from exact import GaussianData, randn
+from tiny_networks import EDM_KINDS, NCSNPP, close, inputs, make_edm, times
 from torch import nn
 
-import diffusers_ctm
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
-from diffusers_ctm.trajectory import Preconditioning, jump
+from diffusers_ctm.trajectory import Preconditioning
 from training.config import CTMConfig
 from training.networks import make_student, set_dropout
 from training.teacher import load_teacher
 from training.train_ctm import main
 
 
-TINY = {
-    "sample_size": 8,
-    "model_channels": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-}
-NCSNPP = {
-    "time_embedding_type": "fourier",
-    "encoder_type": "residual",
-    "resample_filter": (1, 3, 3, 1),
-    "time_proj_dim": 16,
-}
-KINDS = {
-    "DDPM++": {},
-    "NCSN++": {**NCSNPP, "num_class_embeds": 7, "augment_dim": 9},
-    "classes": {"num_class_embeds": 7},
-    "skip": {"encoder_type": "skip", "decoder_type": "skip", "block_out_channels": (8, 12, 16)},
-    "skip, filtered": {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": (1, 3, 3, 1)},
-    "residual box": {"encoder_type": "residual", "block_out_channels": (8, 12, 16), "layers_per_block": 2},
-    "one level": {"block_out_channels": (8,), "attention_levels": (), "decoder_type": "skip"},
-    "heads": {"attention_head_dim": 4, "attention_levels": (0, 1)},
-    "not square": {"sample_size": (8, 16), "in_channels": 2, "out_channels": 4, "time_embedding_dim": 24},
-}
-every_kind = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
 both_times = pytest.mark.parametrize("target_time", [False, True], ids=["one time", "two times"])
-
-
-def close(actual, expected, rtol=1e-5, atol=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
-def make(seed=0, random=True, **changes):
-    """A tiny network in eval mode. `random=True` also fills what starts at or near zero."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = EDMUNet2DModel(**{**TINY, **changes}).eval()
-        if random:
-            for name, parameter in unet.named_parameters():
-                if name.endswith("bias"):
-                    nn.init.normal_(parameter.data, std=0.1)
-                elif "conv2" in name or "to_out" in name or "conv_out" in name:
-                    nn.init.xavier_uniform_(parameter.data)
-                elif "time_emb_proj" in name:
-                    nn.init.normal_(parameter.data, std=0.3)
-    return unet
-
-
-def student_of(**changes):
-    return make(target_time=True, **changes)
-
-
-def inputs(unet, batch=3):
-    """Sample, t, s and all conditions that `unet` knows."""
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    sample = randn(batch, unet.config.in_channels, height, width, dtype=torch.float32)
-    t, s = torch.tensor([1.09, 0.2, -0.4])[:batch], torch.tensor([0.6, -1.2, -1.5])[:batch]
-    condition = {}
-    if unet.config.num_class_embeds is not None:
-        condition["class_labels"] = torch.arange(batch)
-    if unet.config.augment_dim is not None:
-        condition["augment_labels"] = randn(batch, unet.config.augment_dim, seed=1, dtype=torch.float32)
-    return sample, t, s, condition
-
-
-def times(unet, t, s):
-    return (t, s) if unet.has_target_time else (t,)
-
-
-def check_the_same(again, unet):
-    for name, weight in unet.state_dict().items():
-        assert torch.equal(again.state_dict()[name], weight), name
-    sample, t, s, condition = inputs(unet)
-    close(again(sample, *times(unet, t, s), **condition).sample, unet(sample, *times(unet, t, s), **condition).sample)
 
 
 def exact_teacher(**changes):
     """F = 0: the exact EDM denoiser of data N(0, sigma_data^2)."""
-    unet = make(**changes)
+    unet = make_edm(**changes)
     nn.init.zeros_(unet.last_layer.weight)
     nn.init.zeros_(unet.last_layer.bias)
     return unet
@@ -109,61 +35,8 @@ def exact_teacher(**changes):
 # Growing from a teacher -----------------------------------------------------------------------------------------------
 
 
-@every_kind
-def test_a_new_student_is_its_teacher_at_every_target(changes):
-    teacher = make(**changes)
-    student = EDMUNet2DModel.from_unet(teacher)
-    sample, t, s, condition = inputs(teacher)
-    expected = teacher(sample, t, **condition).sample
-    assert expected.abs().mean() > 1e-2
-    for target in (s, t, 0.1 * s, None, torch.tensor(0.5)):
-        close(student(sample, t, target, **condition).sample, expected)
-    assert student.has_target_time and not teacher.has_target_time
-
-
-@every_kind
-def test_every_weight_of_the_teacher_keeps_its_name(changes):
-    teacher = make(**changes)
-    student = EDMUNet2DModel.from_unet(teacher)
-    old, new = teacher.state_dict(), student.state_dict()
-    added = {name for name in old if name.startswith("time_embedding.")}
-    assert set(new) - set(old) == {f"target_{name}" for name in added} and not set(old) - set(new)
-    for name, weight in old.items():
-        if name.endswith("time_emb_proj.weight"):
-            first, second = new[name].chunk(2, dim=1)
-            assert torch.equal(first, weight) and torch.equal(second, torch.zeros_like(weight))
-        else:
-            assert torch.equal(new[name], weight)
-    for name in added:
-        assert torch.equal(new[f"target_{name}"], old[name])
-    public = {key: value for key, value in student.config.items() if not key.startswith("_")}
-    assert public == {**{key: teacher.config[key] for key in public}, "target_time": True}
-    assert EDMUNet2DModel.from_config(student.config).has_target_time
-
-
-def test_student_shares_no_storage_and_keeps_dtype_and_mode():
-    teacher = make(num_class_embeds=7, **NCSNPP).to(torch.bfloat16)
-    student = EDMUNet2DModel.from_unet(teacher.train())
-    assert student.training and {p.dtype for p in student.parameters()} == {torch.bfloat16}
-    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
-    assert len({p.data_ptr() for p in student.parameters()}) == len(list(student.parameters()))
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        (lambda: student_of(), "has it already"),
-        (lambda: nn.Linear(1, 1), "not from Linear"),
-        (lambda: UNet2DModel.__new__(UNet2DModel), "not from UNet2DModel"),
-    ],
-)
-def test_from_unet_of_something_else(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        EDMUNet2DModel.from_unet(wrong())
-
-
 def test_students_of_both_families(make_unet):
-    teacher = make(dropout=0.13, num_class_embeds=7)
+    teacher = make_edm(dropout=0.13, num_class_embeds=7)
     student = make_student(teacher)
     assert type(student) is EDMUNet2DModel and student.has_target_time
     other = make_student(make_unet(UNet2DModel))
@@ -172,23 +45,11 @@ def test_students_of_both_families(make_unet):
     assert student.config.dropout == 0.4 and teacher.config.dropout == 0.13
     probabilities = [module.dropout.p for module in student.modules() if isinstance(module, ResnetBlock2D)]
     assert probabilities == [0.4] * 10
-    built = make_student(make(dropout=0.4))
+    built = make_student(make_edm(dropout=0.4))
     assert [module.dropout.p for module in built.modules() if isinstance(module, ResnetBlock2D)] == probabilities
 
 
 # Teachers whose truth is known ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["DDPM++", "NCSN++"])
-def test_exact_teacher_and_its_untrained_student(kind):
-    """F = 0 is the denoiser of N(0, sigma_data^2); its untrained student is an Euler step of the ODE."""
-    teacher, preconditioning = exact_teacher(**KINDS[kind]), Preconditioning(0.5, 1.0)
-    student = EDMUNet2DModel.from_unet(teacher)
-    x, t, s = 3 * randn(2, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 0.5]), torch.tensor([0.5, 0.002])
-    denoised = GaussianData(0.5).denoiser(x, t)
-    close(preconditioning.denoise(teacher, x, t), denoised)
-    close(preconditioning.denoise(student, x, t), denoised)
-    close(preconditioning.jump(student, x, t, s), jump(x, denoised, t, s))
 
 
 def test_heun_sampler_solves_the_exact_teachers_ode():
@@ -201,32 +62,23 @@ def test_heun_sampler_solves_the_exact_teachers_ode():
 
 def test_a_new_network_is_almost_the_exact_teacher():
     """EDM's start: the last layer has gain 1e-5."""
-    unet = make(random=False)
+    unet = make_edm(random=False)
     sample, t, _, _ = inputs(unet)
     assert 0 < unet(sample, t).sample.abs().max() < 1e-3
     assert unet.conv_in.weight.abs().max() <= math.sqrt(6 / (9 * 3 + 9 * 8))  # Xavier uniform
 
 
-def test_training_reaches_every_weight_of_a_student():
-    """No weight is without gradient, as distributed training demands, though labels and augmentation are left out."""
-    student = make_student(make(num_class_embeds=7, augment_dim=9)).train()
+def test_training_without_labels_reaches_every_weight():
+    """Labels and augmentation left out leave no weight without gradient, as distributed training demands."""
+    student = make_student(make_edm(num_class_embeds=7, augment_dim=9)).train()
     sample, t, s, _ = inputs(student)
-    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    for step in range(2):
-        optimizer.zero_grad()
-        student(sample, t, s).sample.square().mean().backward()
-        assert not [name for name, parameter in student.named_parameters() if parameter.grad is None]
-        columns = [p.grad[:, 32:] for n, p in student.named_parameters() if n.endswith("time_emb_proj.weight")]
-        assert len(columns) == 10 and all(gradient.abs().max() > 0 for gradient in columns)
-        # through columns of zero, nothing reaches the embedding of s at first
-        for parameter in student.target_time_embedding.parameters():
-            assert (parameter.grad.abs().max() > 0) == (step > 0)
-        optimizer.step()
+    student(sample, t, s).sample.square().mean().backward()
+    assert not [name for name, parameter in student.named_parameters() if parameter.grad is None]
 
 
 def test_distilled_by_the_program(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
-    teacher = make(in_channels=1, out_channels=1, num_class_embeds=10, augment_dim=9)
+    teacher = make_edm(in_channels=1, out_channels=1, num_class_embeds=10, augment_dim=9)
     CTMPipeline(teacher, EDMHeunScheduler(timestep_scale=1.0)).save_pretrained(tmp_path / "teacher")
     options = {
         "label_column": "label",
@@ -249,12 +101,12 @@ def test_distilled_by_the_program(tmp_path):
 # The second time, classes, augmentation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [KINDS["classes"], KINDS["NCSN++"]], ids=["DDPM++", "NCSN++"])
+@pytest.mark.parametrize("changes", [EDM_KINDS["classes"], EDM_KINDS["NCSN++"]], ids=["DDPM++", "NCSN++"])
 def test_equals_one_linear_layer_per_time_added(changes):
     """The authors' network: affine(emb) + affine_s(emb_s), both embeddings of the same projection plus the same class."""
-    student = student_of(**changes)
+    student = make_edm(target_time=True, **changes)
     sample, t, s, condition = inputs(student)
-    plain, second_half = make(**changes), {}
+    plain, second_half = make_edm(**changes), {}
     weights = {}
     for name, weight in student.state_dict().items():
         if name.endswith("time_emb_proj.weight"):
@@ -283,42 +135,8 @@ def test_equals_one_linear_layer_per_time_added(changes):
     close(student(sample, t, s, **condition).sample, plain(sample, t, **condition).sample)
 
 
-@every_kind
-def test_the_target_matters_once_its_columns_are_not_zero(changes):
-    unet = student_of(**changes)
-    sample, t, s, condition = inputs(unet)
-    output = unet(sample, t, s, **condition).sample
-    assert (output - unet(sample, t, s + 0.3, **condition).sample).abs().max() > 1e-3
-    assert (output - unet(sample, s, t, **condition).sample).abs().max() > 1e-3  # they are not interchangeable
-    # None is s = t
-    assert torch.equal(unet(sample, t, **condition).sample, unet(sample, t, t, **condition).sample)
-    for i in range(3):  # each sample has its own pair
-        alone = {name: value[i : i + 1] for name, value in condition.items()}
-        close(unet(sample[i : i + 1], t[i], s[i], **alone).sample, output[i : i + 1], atol=1e-4)
-
-
-@both_times
-def test_forms_of_a_time(target_time):
-    unet = make(target_time=target_time)
-    sample, _, _, _ = inputs(unet)
-    expected = unet(sample, *times(unet, torch.full((3,), 0.7), torch.full((3,), -1.5))).sample
-    for form in (float, torch.tensor, lambda v: torch.tensor([v]), lambda v: torch.tensor(v, dtype=torch.float64)):
-        close(unet(sample, *times(unet, form(0.7), form(-1.5))).sample, expected)
-    assert torch.equal(unet(sample, 0.7, return_dict=False)[0], unet(sample, 0.7).sample)
-
-
-@pytest.mark.parametrize("time", [3, torch.tensor(3), torch.tensor([3, 3, 3])])
-def test_integer_times(time):
-    unet = student_of()
-    sample, t, _, _ = inputs(unet)
-    with pytest.raises(ValueError, match="^timestep must be a float"):
-        unet(sample, time, t)
-    with pytest.raises(ValueError, match="target_timestep must be a float"):
-        unet(sample, t, time)
-
-
 def test_what_the_network_does_not_have():
-    unet = make()
+    unet = make_edm()
     sample, t, s, _ = inputs(unet)
     with pytest.raises(ValueError, match="target_timestep was given.*no target time"):
         unet(sample, t, s)
@@ -339,12 +157,12 @@ def test_what_the_network_does_not_have():
 )
 def test_options_that_do_not_exist(name, value):
     with pytest.raises(ValueError, match=f"^{name}=.*is not known; use one of"):
-        make(**{name: value})
+        make_edm(**{name: value})
 
 
 @both_times
 def test_classes(target_time):
-    unet = make(num_class_embeds=7, target_time=target_time)
+    unet = make_edm(num_class_embeds=7, target_time=target_time)
     sample, t, s, condition = inputs(unet)
     pair = times(unet, t, s)
     numbers = condition["class_labels"]
@@ -361,7 +179,7 @@ def test_classes(target_time):
 
 
 def test_label_dropout_leaves_the_class_out_in_training_only():
-    unet = student_of(num_class_embeds=7, label_dropout=0.5)
+    unet = make_edm(target_time=True, num_class_embeds=7, label_dropout=0.5)
     sample = randn(1, 3, 8, 8, dtype=torch.float32).repeat(64, 1, 1, 1)
     labels = torch.full((64,), 2)
     with torch.no_grad():
@@ -375,7 +193,7 @@ def test_label_dropout_leaves_the_class_out_in_training_only():
 
 @both_times
 def test_augment_labels(target_time):
-    unet = make(augment_dim=9, target_time=target_time)
+    unet = make_edm(augment_dim=9, target_time=target_time)
     sample, t, s, condition = inputs(unet)
     output = unet(sample, *times(unet, t, s), **condition).sample
     plain = unet(sample, *times(unet, t, s)).sample
@@ -385,7 +203,9 @@ def test_augment_labels(target_time):
 
 def test_random_frequencies_have_scale_16():
     torch.manual_seed(0)
-    frequencies = make(time_embedding_type="fourier", time_proj_dim=4000).time_proj.frequency_bits.view(torch.float32)
+    frequencies = make_edm(time_embedding_type="fourier", time_proj_dim=4000).time_proj.frequency_bits.view(
+        torch.float32
+    )
     assert abs(frequencies.std() - 16) < 1 and abs(frequencies.mean()) < 1.5
 
 
@@ -395,7 +215,7 @@ def test_random_frequencies_have_scale_16():
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_the_residual_encoder_filters_what_its_convolution_gives(taps):
     """EDM's fused layer: the image padded once, the convolution, then the filter with stride 2."""
-    block = make(encoder_type="residual", resample_filter=taps).down_blocks[1]
+    block = make_edm(encoder_type="residual", resample_filter=taps).down_blocks[1]
     layer, image = block.image_downsample.Conv2d_0, randn(2, 3, 8, 8, dtype=torch.float32)
     kernel = torch.tensor(taps, dtype=torch.float32) / sum(taps)
     kernel = torch.outer(kernel, kernel)[None, None].repeat(8, 1, 1, 1)
@@ -406,7 +226,7 @@ def test_the_residual_encoder_filters_what_its_convolution_gives(taps):
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_resampling_blocks_filter(taps):
     """Box: mean of 2x2 and repetition. (1, 3, 3, 1): its upsampling is the transposed filter, 4 times as strong."""
-    unet = make(resample_filter=taps, block_out_channels=(8, 8))
+    unet = make_edm(resample_filter=taps, block_out_channels=(8, 8))
     down, up = unet.down_blocks[1].resnets[0], unet.up_blocks[1].resnets[0]
     x = randn(2, 8, 8, 8, dtype=torch.float32)
     kernel = torch.tensor(taps, dtype=torch.float32) / sum(taps)
@@ -423,8 +243,8 @@ def test_resampling_blocks_filter(taps):
 @both_times
 def test_other_encoders_and_decoders_are_the_standard_one_and_more(part, kind, target_time):
     """They keep every standard weight. Without their own (and without sqrt(1/2), "residual") they are the standard network."""
-    standard = make(target_time=target_time)
-    other = make(target_time=target_time, **{part: kind})
+    standard = make_edm(target_time=target_time)
+    other = make_edm(target_time=target_time, **{part: kind})
     missing, unexpected = other.load_state_dict(standard.state_dict(), strict=False)
     assert missing and not unexpected
     sample, t, s, _ = inputs(standard)
@@ -439,7 +259,7 @@ def test_other_encoders_and_decoders_are_the_standard_one_and_more(part, kind, t
 
 
 def test_the_skip_decoder_adds_up_the_levels():
-    unet = make(decoder_type="skip", block_out_channels=(8, 8, 8))
+    unet = make_edm(decoder_type="skip", block_out_channels=(8, 8, 8))
     for name, parameter in unet.named_parameters():
         if "conv_out.weight" in name:
             parameter.data.zero_()
@@ -451,14 +271,14 @@ def test_the_skip_decoder_adds_up_the_levels():
 
 def test_a_residual_block_is_that_of_the_paper():
     """(x + conv(silu(norm(conv(silu(norm(x))) + linear(silu(emb)))))) / sqrt(2), groups of 4 channels, 32 at most."""
-    block = make().down_blocks[1].resnets[1]
+    block = make_edm().down_blocks[1].resnets[1]
     x, emb = randn(2, 8, 4, 4, dtype=torch.float32), randn(2, 32, seed=1, dtype=torch.float32)
     silu, norm = nn.functional.silu, nn.functional.group_norm
     h = block.conv1(silu(norm(x, 2, block.norm1.weight, block.norm1.bias, 1e-6)))
     h = h + block.time_emb_proj(silu(emb))[:, :, None, None]
     h = block.conv2(silu(norm(h, 4, block.norm2.weight, block.norm2.bias, 1e-6)))
     close(block(x, emb), (block.conv_shortcut(x) + h) / math.sqrt(2))
-    wide = make(model_channels=256, block_out_channels=(256,), attention_levels=())
+    wide = make_edm(model_channels=256, block_out_channels=(256,), attention_levels=())
     assert wide.down_blocks[0].resnets[0].norm1.num_groups == wide.conv_norm_out.num_groups == 32
 
 
@@ -467,50 +287,18 @@ def test_where_attention_is():
         return {name for name, module in unet.named_modules() if isinstance(module, Attention)}
 
     middle = "mid_block.attentions.0"
-    assert attended(make(attention_levels=())) == {middle}
-    assert attended(make()) == {middle, "down_blocks.1.attentions.1", "up_blocks.0.attentions.1"}
-    found = attended(make(attention_levels=(0,), layers_per_block=2))
+    assert attended(make_edm(attention_levels=())) == {middle}
+    assert attended(make_edm()) == {middle, "down_blocks.1.attentions.1", "up_blocks.0.attentions.1"}
+    found = attended(make_edm(attention_levels=(0,), layers_per_block=2))
     assert found == {middle, "down_blocks.0.attentions.0", "down_blocks.0.attentions.1", "up_blocks.1.attentions.3"}
 
 
 # Saving, loading, sampling --------------------------------------------------------------------------------------------
 
 
-@every_kind
-@both_times
-def test_saved_and_loaded_it_is_the_same(changes, target_time, tmp_path):
-    unet = make(target_time=target_time, **changes)
-    unet.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["_class_name"] == "EDMUNet2DModel" and config["target_time"] == target_time
-    for name, value in changes.items():
-        assert config[name] == (list(value) if isinstance(value, tuple) else value)
-    check_the_same(EDMUNet2DModel.from_pretrained(tmp_path), unet)
-
-
-@pytest.mark.parametrize("options", [{"variant": "ema"}, {"max_shard_size": "60KB"}])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_variants_and_shards(options, low_cpu_mem_usage, tmp_path):
-    unet = student_of(**KINDS["NCSN++"])
-    unet.save_pretrained(tmp_path, **options)
-    files = {path.name for path in tmp_path.glob("*.safetensors")}
-    assert (len(files) > 1) == ("max_shard_size" in options)
-    assert all(("ema" in name) == ("variant" in options) for name in files)
-    variant = options.get("variant")
-    check_the_same(EDMUNet2DModel.from_pretrained(tmp_path, variant=variant, low_cpu_mem_usage=low_cpu_mem_usage), unet)
-
-
-def test_auto_model_finds_the_class(tmp_path):
-    unet = student_of(num_class_embeds=7)
-    unet.save_pretrained(tmp_path / "unet")
-    again = AutoModel.from_pretrained(str(tmp_path), subfolder="unet")
-    assert type(again) is EDMUNet2DModel and "EDMUNet2DModel" in diffusers_ctm.__all__
-    check_the_same(again, unet)
-
-
 @both_times
 def test_pipelines_save_load_and_sample(target_time, tmp_path):
-    unet = make(target_time=target_time, num_class_embeds=3)
+    unet = make_edm(target_time=target_time, num_class_embeds=3)
     scheduler = CTMScheduler(timestep_scale=1.0) if target_time else EDMHeunScheduler(timestep_scale=1.0)
     CTMPipeline(unet, scheduler, id2label={0: "ant", 1: "bee", 2: "cow"}).save_pretrained(tmp_path)
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
@@ -531,11 +319,11 @@ def test_pipelines_save_load_and_sample(target_time, tmp_path):
 
 def test_a_ctm_scheduler_needs_the_target_time():
     with pytest.raises(ValueError, match="CTMScheduler needs a network with two times, and EDMUNet2DModel has one"):
-        CTMPipeline(make(), CTMScheduler(timestep_scale=1.0))
+        CTMPipeline(make_edm(), CTMScheduler(timestep_scale=1.0))
 
 
 def test_a_saved_network_is_a_teacher(tmp_path):
-    unet = make(num_class_embeds=3)
+    unet = make_edm(num_class_embeds=3)
     CTMPipeline(unet, EDMHeunScheduler(timestep_scale=1.0)).save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path))
     assert type(teacher.network) is EDMUNet2DModel and not any(p.requires_grad for p in teacher.network.parameters())
@@ -547,122 +335,12 @@ def test_a_saved_network_is_a_teacher(tmp_path):
 # Precision, memory, speed ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-@pytest.mark.parametrize("kind", ["classes", "NCSN++", "skip"])
-def test_half_precision(dtype, tolerance, kind, tmp_path):
-    unet = student_of(**KINDS[kind])
-    sample, t, s, condition = inputs(unet)
-    expected = unet(sample, t, s, **condition).sample
-    unet.save_pretrained(tmp_path)
-    for low in (EDMUNet2DModel.from_pretrained(tmp_path, dtype=dtype), unet.to(dtype)):
-        actual = low(sample.to(dtype), t, s, **condition).sample  # times stay float32
-        assert low.dtype == actual.dtype == dtype
-        assert (actual.float() - expected).abs().max() < tolerance * expected.abs().max()
-
-
 def test_random_frequencies_are_not_rounded(tmp_path):
-    unet = student_of(**NCSNPP)
+    unet = make_edm(target_time=True, **NCSNPP)
     frequencies = unet.time_proj.frequency_bits.view(torch.float32).clone()
     assert not torch.equal(frequencies.bfloat16().float(), frequencies)
     unet.save_pretrained(tmp_path)
     loaded = EDMUNet2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for low in (unet.to(torch.bfloat16), loaded, EDMUNet2DModel.from_unet(make(**NCSNPP).half())):
+    for low in (unet.to(torch.bfloat16), loaded, EDMUNet2DModel.from_unet(make_edm(**NCSNPP).half())):
         assert torch.equal(low.time_proj.frequency_bits.view(torch.float32), frequencies)
     close(loaded.time_proj(torch.tensor([0.7]))[0, :8], (2 * math.pi * 0.7 * frequencies).sin())
-
-
-@pytest.mark.parametrize("kind", ["classes", "NCSN++"])
-def test_channels_last_and_autocast(kind):
-    unet = student_of(**KINDS[kind])
-    sample, t, s, condition = inputs(unet)
-    expected = unet(sample, t, s, **condition).sample
-    unet = unet.to(memory_format=torch.channels_last)
-    close(unet(sample.to(memory_format=torch.channels_last), t, s, **condition).sample, expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = unet(sample, t, s, **condition).sample
-    assert 0 < (low.float() - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@pytest.mark.parametrize("kind", ["classes", "NCSN++", "skip"])
-def test_gradient_checkpointing_gives_the_same_gradients(kind):
-    unet, calls = student_of(**KINDS[kind]).train(), []
-    sample, t, s, condition = inputs(unet)
-
-    def gradients():
-        unet.zero_grad()
-        unet(sample, t, s, **condition).sample.square().mean().backward()
-        return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
-
-    plain = gradients()
-    assert not unet.is_gradient_checkpointing
-
-    def counted(function, *args):
-        calls.append(function)
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-
-    unet.enable_gradient_checkpointing(counted)
-    for name, gradient in gradients().items():
-        close(gradient, plain[name], rtol=1e-5, atol=1e-7)
-    checkpointed = [m for m in unet.modules() if isinstance(m, (ResnetBlock2D, Attention))]
-    assert unet.is_gradient_checkpointing and set(calls) == set(checkpointed) and len(calls) == len(checkpointed)
-
-
-def test_compiles_in_one_graph():
-    unet = student_of(block_out_channels=(8,), attention_levels=(), num_class_embeds=7, augment_dim=9)
-    sample, t, s, condition = inputs(unet)
-    compiled = torch.compile(unet, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        close(compiled(sample, t, s, **condition).sample, unet(sample, t, s, **condition).sample)
-
-
-# Adapters and attention -----------------------------------------------------------------------------------------------
-
-
-def test_lora(tmp_path):
-    peft = pytest.importorskip("peft")
-    unet, fresh = student_of(num_class_embeds=7), student_of(num_class_embeds=7)
-    sample, t, s, condition = inputs(unet)
-    before = unet(sample, t, s, **condition).sample
-    unet.requires_grad_(False)
-    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "time_emb_proj"]))
-    assert torch.equal(unet(sample, t, s, **condition).sample, before)  # an untrained adapter changes nothing
-
-    trained = [p for p in unet.parameters() if p.requires_grad]
-    assert len(trained) == 2 * (3 * 3 + 10)
-    optimizer = torch.optim.SGD(trained, lr=5.0)
-    for _ in range(2):
-        unet(sample, t, s, **condition).sample.square().mean().backward()
-        optimizer.step()
-    after = unet(sample, t, s, **condition).sample
-    assert (after - before).abs().max() > 1e-3
-
-    unet.save_lora_adapter(tmp_path)
-    fresh.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
-    close(fresh(sample, t, s, **condition).sample, after)
-    fresh.disable_adapters()
-    close(fresh(sample, t, s, **condition).sample, before)
-
-
-@pytest.mark.parametrize("kind", ["DDPM++", "heads"])
-def test_attention_processors(kind):
-    unet, calls = student_of(**KINDS[kind]), []
-    sample, t, s, _ = inputs(unet)
-    expected = unet(sample, t, s).sample
-
-    class Counted(AttnProcessor):
-        def __call__(self, *args, **kwargs):
-            calls.append(1)
-            return super().__call__(*args, **kwargs)
-
-    count = len(unet.attn_processors)
-    assert count == {"DDPM++": 3, "heads": 5}[kind]
-    assert all(isinstance(processor, AttnProcessor2_0) for processor in unet.attn_processors.values())  # torch's SDPA
-    unet.set_attn_processor(Counted())
-    close(unet(sample, t, s).sample, expected)  # the same attention, written out
-    assert len(calls) == count
-    unet.set_attn_processor({name: AttnProcessor2_0() for name in unet.attn_processors})
-    assert torch.equal(unet(sample, t, s).sample, expected)
-    unet.fuse_qkv_projections()
-    close(unet(sample, t, s).sample, expected)
-    unet.unfuse_qkv_projections()
-    assert torch.equal(unet(sample, t, s).sample, expected)

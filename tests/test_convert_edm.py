@@ -9,7 +9,7 @@ import torch
 from conftest import ORACLE
 from exact import randn
 from safetensors.torch import load_file
-from test_unet_edm import KINDS, inputs, make, times
+from tiny_networks import EDM_KINDS, inputs, make_edm, times
 from torch import nn
 from torch.nn.functional import silu
 
@@ -21,7 +21,7 @@ from training.config import UserError
 
 EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond", "edm_ncsnpp_cond"]
 PRECONDITIONING = Preconditioning(convert_edm.DEFAULTS["sigma_data"], convert_edm.DEFAULTS["timestep_scale"])
-square = {name: changes for name, changes in KINDS.items() if name != "not square"}
+square = {name: changes for name, changes in EDM_KINDS.items() if name != "not square"}
 every_kind = pytest.mark.parametrize("changes", square.values(), ids=square.keys())
 both_times = pytest.mark.parametrize("target_time", [False, True], ids=["teacher", "ctm"])
 
@@ -323,7 +323,7 @@ class Song:
 @both_times
 @torch.no_grad()
 def test_equals_the_official_arithmetic(changes, target_time):
-    network = make(target_time=target_time, **changes)
+    network = make_edm(target_time=target_time, **changes)
     sample, t, s, condition = inputs(network)
     official = Song(convert_edm.to_official(network), network)(sample, *times(network, t, s), **condition)
     assert official.std() > 0.1
@@ -336,7 +336,7 @@ def test_equals_the_official_arithmetic(changes, target_time):
 @every_kind
 @both_times
 def test_there_and_back_is_the_same_function(changes, target_time):
-    network = make(target_time=target_time, **changes)
+    network = make_edm(target_time=target_time, **changes)
     state_dict = convert_edm.to_official(network)
     overrides = {name: changes[name] for name in ("attention_head_dim", "decoder_type") if name in changes}
     assert convert_edm.matches(shapes_of(state_dict))
@@ -355,7 +355,7 @@ def test_there_and_back_is_the_same_function(changes, target_time):
 @torch.no_grad()
 def test_attention_is_that_of_the_official_rows(heads):
     """qkv as the authors read it: reshaped to (batch * heads, channels of a head, three, positions)."""
-    network = make(attention_head_dim=16 // heads)
+    network = make_edm(attention_head_dim=16 // heads)
     state = {name.removeprefix("model."): tensor for name, tensor in convert_edm.to_official(network).items()}
     x = randn(2, 16, 4, 4, dtype=torch.float32)
     normed = nn.functional.group_norm(x, 4, state["dec.4x4_in0.norm2.weight"], state["dec.4x4_in0.norm2.bias"], 1e-6)
@@ -370,7 +370,7 @@ def test_attention_is_that_of_the_official_rows(heads):
 @torch.no_grad()
 def test_a_ctm_that_is_merged_by_hand():
     """Two linear layers and two biases per block become one layer: emb @ A + a + emb_s @ B + b."""
-    state = convert_edm.to_official(make(target_time=True))
+    state = convert_edm.to_official(make_edm(target_time=True))
     for seed, name in enumerate(name for name in state if name.endswith("affine_s.bias")):
         state[name] = randn(*state[name].shape, seed=seed, dtype=torch.float32)
     block = convert_edm.to_diffusers(state).down_blocks[0].resnets[0]
@@ -382,7 +382,7 @@ def test_a_ctm_that_is_merged_by_hand():
 
 
 def test_half_precision_files_become_float32():
-    state = {name: tensor.half() for name, tensor in convert_edm.to_official(make(**KINDS["NCSN++"])).items()}
+    state = {name: tensor.half() for name, tensor in convert_edm.to_official(make_edm(**EDM_KINDS["NCSN++"])).items()}
     network = convert_edm.to_diffusers(state)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     frequencies = network.time_proj.frequency_bits.view(torch.float32)
@@ -390,7 +390,7 @@ def test_half_precision_files_become_float32():
 
 
 def test_overrides_win():
-    state = convert_edm.to_official(make(num_class_embeds=7))
+    state = convert_edm.to_official(make_edm(num_class_embeds=7))
     config = convert_edm.config_of(shapes_of(state))
     assert config["dropout"] == 0.13 and config["label_dropout"] == 0.0 and config["num_class_embeds"] == 7
     config = convert_edm.config_of(shapes_of(state), dropout=0.3, attention_head_dim=8)
@@ -414,7 +414,7 @@ def test_overrides_win():
 )
 @pytest.mark.parametrize("change", ["missing", "misshapen"])
 def test_a_key_that_is_missing_or_misshapen_is_named(convert, key, change):
-    state = convert_edm.to_official(make(num_class_embeds=7))
+    state = convert_edm.to_official(make_edm(num_class_embeds=7))
     tensor = state.pop("model." + key)
     if change == "misshapen":
         state["model." + key] = torch.zeros(5, *tensor.shape)
@@ -429,13 +429,13 @@ def test_a_key_that_is_missing_or_misshapen_is_named(convert, key, change):
     "key", ["model.enc.8x8_block0.affine_train.weight", "model.sigma_min", "logvar", "enc.4x4_block7.norm0.weight"]
 )
 def test_a_surplus_key_is_named(key):
-    state = {**convert_edm.to_official(make()), key: torch.zeros(3)}
+    state = {**convert_edm.to_official(make_edm()), key: torch.zeros(3)}
     with pytest.raises(UserError, match=f"has {key.removeprefix('model.')}, which has no place"):
         convert_edm.to_diffusers(state)
 
 
 def test_what_cannot_be_placed():
-    state = convert_edm.to_official(make())
+    state = convert_edm.to_official(make_edm())
     shapes = shapes_of(state)
     with pytest.raises(UserError, match="has map_layer0.bias twice, with and without the prefix 'model.'"):
         convert_edm.config_of({**shapes, "map_layer0.bias": shapes["model.map_layer0.bias"]})
@@ -456,9 +456,9 @@ def test_what_cannot_be_placed():
 
 def test_networks_that_have_no_official_names():
     with pytest.raises(UserError, match=r"sample_size=\(8, 16\)"):
-        convert_edm.to_official(make(sample_size=(8, 16)))
+        convert_edm.to_official(make_edm(sample_size=(8, 16)))
     peft = pytest.importorskip("peft")
-    network = make()
+    network = make_edm()
     network.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="to_q.* has no official name; unload adapters"):
         convert_edm.to_official(network)

@@ -19,6 +19,7 @@ from . import train_ctm
 from .benchmark import step_times
 from .config import Checked, CTMConfig, UserError, option, run_program
 from .data import ImageDataset
+from .discriminator import is_discriminator_step
 from .evaluate import (
     Distances,
     EvaluateConfig,
@@ -56,7 +57,7 @@ class StudyConfig(Checked):
     only: list[str] = option(
         [], "Names of the variants to run; default all. Tables and plot show all that are finished."
     )
-    max_train_steps: int = option(600, "Iterations of each run.")
+    max_train_steps: int = option(800, "Iterations of each run.")
     eval_every: int = option(100, "Measure after every so many iterations.")
     eval_steps: list[int] = option([1, 2, 4], "Sampling steps that are measured, at gamma = 0.")
     num_samples: int = option(1000, "Images per measurement.")
@@ -104,6 +105,8 @@ def teacher_evaluations(config: CTMConfig, scheduler: CTMScheduler, first: int, 
     sampler = train_ctm.time_sampler(config, scheduler)
     batch, total = config.train_batch_size, 0
     for step in range(first, last):
+        if is_discriminator_step(config, step):
+            continue
         random = StepRandom(config.seed, step, batch, slice(0, batch), torch.device("cpu"))
         total += int(evaluations(config.solver, sampler.draw(batch, random.host).steps).sum())
     return total

@@ -216,7 +216,7 @@ def guided_output(
             )
             seen, estimate = scheduler._denoised(output[0].to(x.dtype), x, level), end
         else:
-            seen, estimate = scheduler._denoised(model_output, x, level), s
+            seen, estimate = scheduler._denoised(model_output, x, level), max(s, end)  # what the network was shown
 
         loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
         gradient = _gradient(loss, seen, x, t)
@@ -227,11 +227,11 @@ def guided_output(
 
 
 def _levels_of_call(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float, float]:
-    """(t, s, sigma_min) of the scheduler's current call; s = t without jumps."""
+    """(t, s, sigma_min or t if that is lower) of the scheduler's current call; s = t without jumps, else where it jumps to."""
     t = float(scheduler._sigma_of_call(timestep).double())
     targets = getattr(scheduler, "target_sigmas", None)
     s = t if targets is None else float(targets[scheduler.step_index].double())
-    return t, s, min(s, scheduler.config.sigma_min)
+    return t, s, min(t, scheduler.config.sigma_min)
 
 
 def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -161,9 +161,12 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                 "`CTMPipeline(CTMUNet2DModel.from_unet(unet), CTMScheduler.from_config(scheduler.config))(gamma=1.0)`."
             )
 
-    def _set_timesteps(self, num_inference_steps, device, timesteps, sigmas, gamma) -> None:
+    def _set_timesteps(
+        self, num_inference_steps, device, timesteps, sigmas, gamma, target_sigmas=None, final_sigma=None
+    ) -> None:
         """Call `set_timesteps` with what was given, checking that this scheduler takes it."""
         options = {"timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
+        options |= {"target_sigmas": target_sigmas, "final_sigma": final_sigma}
         options = {name: value for name, value in options.items() if value is not None}
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
         if not hasattr(self.scheduler, "preconditioning"):
@@ -419,6 +422,8 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         gamma: float | Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        target_sigmas: Sequence[float] | None = None,
+        final_sigma: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -434,10 +439,16 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
             batch_size: number of images. Default: as many as `class_labels`, `latents` or generators, else 1.
             class_labels: class of each image, numbers or (if the checkpoint carries `id2label`) names; one for all or one
                 each. Default for a class-conditional network: drawn at random from `generator`.
-            num_inference_steps: number of steps. Default 1 with `CTMScheduler`, else 18.
+            num_inference_steps: number of steps N. Default 1 with `CTMScheduler`, else 18. N network evaluations with `CTMScheduler`,
+                2N - 1 with `EDMHeunScheduler`. Where the checkpoint's scheduler has a preset for N (`pipe.scheduler.config.presets`, made by
+                `training.tune`) and none of the next five is given, its levels and gamma are used.
             gamma: in [0, 1], a number or one per step; 0 is deterministic, 1 is consistency-model multistep. `CTMScheduler` only.
             timesteps: instead of `num_inference_steps`, the c_noise at which each step starts.
             sigmas: instead, the noise level at which each step starts, descending.
+            target_sigmas: in place of gamma, the level to which each step jumps before noise leads up to the start of the next.
+                `CTMScheduler` only, as the next.
+            final_sigma: where the last step ends: sigma_min by default, higher to leave noise in the images, or 0; see
+                `CTMScheduler.set_timesteps`.
             generator: source of all noise, or one per image.
             latents: unit normal noise of shape (B, C, H, W) to start from; it is multiplied by `scheduler.init_noise_sigma`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": what the sampler
@@ -467,7 +478,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         # 2. Prepare
         device = self._execution_device
         class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
-        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma)
+        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma, target_sigmas, final_sigma)
         latents = self.prepare_latents(batch_size, device, generator, latents)
 
         # 3. Sample

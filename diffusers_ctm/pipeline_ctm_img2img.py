@@ -9,7 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
-from .trajectory import check_count, check_positive, karras_sigma
+from .trajectory import check_count, check_positive, karras_sigma, karras_starts
 
 
 class CTMImg2ImgPipeline(CTMPipeline):
@@ -48,8 +48,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
                 a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5, the default, is 2.5
                 for levels from 0.002 to 80.
             sigma: instead, the level itself: standard deviation of the noise, for pixels in [-1, 1].
-            num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min. Default 1 with
-                `CTMScheduler`, else 18.
+            num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min, or to the `final_sigma` of
+                the scheduler's config. Default 1 with `CTMScheduler`, else 18. N network evaluations, 2N - 1 with `EDMHeunScheduler`.
             gamma: in [0, 1], a number or one per step; 0 is deterministic after the first noise.
             sigmas: instead of the three above, the levels at which steps start, descending; the first is that of the image.
             add_noise: False takes `image` as it is, as one that already carries normal noise of standard deviation `sigma` (or
@@ -117,17 +117,19 @@ class CTMImg2ImgPipeline(CTMPipeline):
                 sigma = float(karras_sigma(torch.tensor(1 - strength, dtype=torch.float64), *schedule))
         else:
             check_positive(sigma=sigma)
-        if sigma <= config.sigma_min or sigma > config.sigma_max * (1 + 1e-4):
+        end = config.sigma_min
+        if hasattr(self.scheduler, "target_timesteps") and config.final_sigma is not None:
+            end = config.final_sigma
+        lowest, name = max((end, "final_sigma"), (config.sigma_min, "sigma_min"))
+        if sigma <= lowest or sigma > config.sigma_max * (1 + 1e-4):
             raise ValueError(
-                f"The level to start from, {sigma:g}, must lie above sigma_min={config.sigma_min:g} and not above "
+                f"The level to start from, {sigma:g}, must lie above {name}={lowest:g} and not above "
                 f"sigma_max={config.sigma_max:g}; choose another `strength` or `sigma`."
             )
-        ramp = torch.linspace(0, 1, num_inference_steps + 1, dtype=torch.float64)[:-1]
-        levels = karras_sigma(ramp, config.sigma_min, sigma, config.rho)
-        levels[0] = sigma
-        if levels[-1] < config.sigma_min * (1 + 2e-4):  # steps shorter than float32 shows the network
+        levels = karras_starts(num_inference_steps, end, config.sigma_min, sigma, config.rho)
+        if end > 0 and levels[-1] < end * (1 + 2e-4):  # steps shorter than float32 shows the network
             raise ValueError(
-                f"{num_inference_steps} steps from level {sigma:g} to sigma_min={config.sigma_min:g} are too many; "
+                f"{num_inference_steps} steps from level {sigma:g} to {end:g} are too many; "
                 "take fewer steps or more `strength`."
             )
         return levels.tolist()

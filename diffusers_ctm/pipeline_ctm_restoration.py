@@ -116,7 +116,8 @@ class CTMRestorationPipeline(CTMPipeline):
         # 2. Prepare
         device = self._execution_device
         class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
-        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma)
+        end = self.scheduler.config.sigma_min  # where the image counts as the state
+        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma, final_sigma=end)
         y = y.to(device).expand(batch_size, *y.shape[1:])
         size = self._image_size() or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
         check_operator(operator, pseudo_inverse, (batch_size, self.unet.config.in_channels, *size), y)

@@ -55,7 +55,6 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
     """
 
     order = 2
-    _ends_at_zero = True
 
     @register_to_config
     def __init__(
@@ -103,10 +102,8 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
             ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max], integer
                 timesteps.
         """
-        levels = self._start_levels(num_inference_steps, timesteps, sigmas)
+        levels = self._start_levels(num_inference_steps, timesteps, sigmas, end=0.0)
         config = self.config
-        if levels is None:
-            levels = self._karras_levels(num_inference_steps)
         num_steps = len(levels)
 
         churned = (levels >= config.s_tmin) & (levels <= (float("inf") if config.s_tmax is None else config.s_tmax))

@@ -16,7 +16,7 @@ from .trajectory import (
     check_count,
     check_positive,
     discrete_levels,
-    karras_sigmas,
+    karras_starts,
 )
 
 
@@ -116,8 +116,6 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     # Names are looked up in diffusers, where `import diffusers_ctm` puts ours.
     _compatibles = ["CTMScheduler", "EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
-    _ends_at_zero = False  # the last step leads to 0 rather than to sigma_min
-
     timesteps: torch.Tensor
     call_sigmas: torch.Tensor
 
@@ -176,19 +174,15 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         """The noise level whose c_noise is `timestep`."""
         return self.preconditioning.sigma_of_c_noise(timestep)
 
-    def _karras_levels(self, num_levels: int) -> torch.Tensor:
-        """The config's Karras schedule, float64 on the CPU, from sigma_max to sigma_min."""
+    def _start_levels(self, num_inference_steps, timesteps, sigmas, end: float) -> torch.Tensor:
+        """Checked noise levels at which steps start, float64 on the CPU and descending; the last step ends at `end`."""
         config = self.config
-        return karras_sigmas(num_levels, config.sigma_min, config.sigma_max, config.rho, dtype=torch.float64)
-
-    def _start_levels(self, num_inference_steps, timesteps, sigmas) -> torch.Tensor | None:
-        """Checked custom noise levels at which steps start, float64 and descending; None if a number of steps was given."""
         given = [num_inference_steps is not None, timesteps is not None, sigmas is not None]
         if sum(given) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
         if num_inference_steps is not None:
             check_count(num_inference_steps=num_inference_steps)
-            return None
+            return karras_starts(num_inference_steps, end, config.sigma_min, config.sigma_max, config.rho)
 
         name = "timesteps" if timesteps is not None else "sigmas"
         if timesteps is not None and is_integer(timesteps):
@@ -201,16 +195,15 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{name} must be a list with one value per step, got shape {tuple(levels.shape)}.")
         if timesteps is not None:
             levels = self.t_to_sigma(levels)
-        config = self.config
         if not levels.isfinite().all() or (levels[1:] >= levels[:-1]).any():
             raise ValueError(
                 f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as noise levels."
             )
-        lowest = config.sigma_min * (1 - 1e-4 if self._ends_at_zero else 1 + 1e-4)
-        if levels[-1] < lowest:
+        if levels[-1] < (config.sigma_min * (1 - 1e-4) if end == 0 else end * (1 + 1e-4)):
+            added = "sigma_min" if end == config.sigma_min else f"{end:g}"
             raise ValueError(
                 f"{name} ends at noise level {levels[-1].item():g}. It holds the level at which each step starts, none below "
-                f"sigma_min={config.sigma_min:g}; the end of the last step, {0 if self._ends_at_zero else 'sigma_min'}, is added for you: leave it out."
+                f"sigma_min={config.sigma_min:g}; the end of the last step, {added}, is added for you: leave it out."
             )
         if levels[0] > config.sigma_max * (1 + 1e-4):
             raise ValueError(

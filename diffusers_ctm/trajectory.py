@@ -53,6 +53,19 @@ def karras_sigmas(
     return sigmas.to(device=device, dtype=dtype)
 
 
+def karras_starts(
+    num_steps: int, end: float, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> torch.Tensor:
+    """Noise levels at which each of `num_steps` steps from sigma_max to the level `end` starts, shape (num_steps,), float64.
+
+    The steps are those of the Karras schedule from sigma_max to `end`. With `end = 0`, where that schedule has no levels, it ends at
+    sigma_min and the last step leads from there to 0, as in Karras et al. 2022, Algorithm 1; a single step leads from sigma_max.
+    """
+    if end == 0:
+        return karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64)
+    return karras_sigmas(num_steps + 1, end, sigma_max, rho, dtype=torch.float64)[:-1]
+
+
 def c_noise(sigma: torch.Tensor | float, timestep_scale: float = 1.0) -> torch.Tensor:
     """What the network is shown of a noise level: timestep_scale * ln(sigma) / 4.
 
@@ -188,6 +201,16 @@ def gamma_split(
     s = sigma_min + (1 - gamma**2).sqrt() * (t_next - sigma_min)
     s = torch.where(gamma == 0, t_next, s)  # to the last digit
     return s, ((t_next - s) * (t_next + s)).clamp(min=0).sqrt()
+
+
+def gamma_of_split(t_next: torch.Tensor, s: torch.Tensor, sigma_min: float) -> torch.Tensor:
+    """The gamma in [0, 1] for which `gamma_split(t_next, gamma, sigma_min)` jumps to `s`, sigma_min <= s <= t_next. Its inverse.
+
+    0 where t_next <= sigma_min, at which every gamma does the same.
+    """
+    room = t_next - sigma_min
+    ratio = torch.where(room > 0, (s - sigma_min) / torch.where(room > 0, room, 1.0), 1.0)
+    return (1 - ratio.clamp(0, 1) ** 2).sqrt()
 
 
 def heun_step(

@@ -11,7 +11,7 @@ from .pipeline_ctm import CTMPipeline
 
 
 class TrajectoryStrip(NamedTuple):
-    """What `trajectory_strip` returns; entry i of each list belongs to level i, the last one to sigma_min.
+    """What `trajectory_strip` returns; entry i of each list belongs to level i, the last one to the end, sigma_min by default.
 
     `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump to
     sigma_min. Images are as `output_type` says, B of them in each entry.
@@ -59,8 +59,12 @@ def trajectory_strip(
             pipe, class_labels=class_labels, latents=x_t / options["sigmas"][0], output_type="latent", **options
         ).images
 
-    sample(first, sigmas=levels[:-1], gamma=gamma, generator=generator, callback_on_step_end=keep)
-    jumps = [sample(x_t, sigmas=[t]) for x_t, t in zip(states[:-1], levels[:-1], strict=True)]
+    targets, end = pipe.scheduler.target_sigmas.tolist(), pipe.scheduler.config.sigma_min
+    sample(first, sigmas=levels[:-1], target_sigmas=targets, generator=generator, callback_on_step_end=keep)
+    jumps = [  # a run that ends at 0 comes by sigma_min itself
+        sample(x_t, sigmas=[t], final_sigma=end) if t > end * (1 + 1e-4) else x_t
+        for x_t, t in zip(states[:-1], levels[:-1], strict=True)
+    ]
 
     def show(images, scale=1.0):
         return images if output_type == "latent" else pipe.image_processor.postprocess(scale * images, output_type)

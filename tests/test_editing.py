@@ -93,6 +93,19 @@ def test_levels_of_a_strength_are_the_end_of_the_karras_schedule():
     close(pipe.scheduler.sigmas, [ramp(0.6 + 0.1 * i) for i in range(5)])
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("final", [0.0, 0.3])
+def test_image_to_image_ends_where_the_scheduler_says(steps, final):
+    pipe = pipeline(CTMImg2ImgPipeline, scheduler=CTMScheduler(sigma_data=0.6, final_sigma=final))
+    options = {"sigma": 2.0, "latents": unit_noise(), "output_type": "latent"}
+    images = pipe(image(), num_inference_steps=steps, **options).images
+    assert len(pipe.unet.calls) == steps and pipe.scheduler.sigmas[-1] == torch.tensor(final)
+    # one step to 0 is off by about sigma_min
+    close(images, DATA.jump(2 * image() - 1 + 2 * unit_noise(), 2.0, final), atol=1e-2 if steps == 1 else 3e-5)
+    with pytest.raises(ValueError, match=f"must lie above {'sigma_min=0.002' if final == 0 else 'final_sigma=0.3'}"):
+        pipe(image(), sigma=max(final, 0.002))
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.7])
 def test_strength_one_is_a_sample_that_saw_the_image_once(make_unet, gamma):
     unet, scheduler = make_unet(), CTMScheduler()
@@ -378,6 +391,20 @@ def test_known_pixels_come_back_exactly(make_unet, gamma, channels):
     out = np.stack([np.asarray(one).reshape(8, 8, channels) for one in out])
     kept = kept.permute(0, 2, 3, 1).numpy()
     assert (out[kept] == pixels[kept]).all() and (out[~kept] != pixels[~kept]).any()
+
+
+@pytest.mark.parametrize("final", [0.0, 0.5])
+def test_known_pixels_come_back_wherever_the_scheduler_ends(make_unet, final):
+    unet, repaint, given = make_unet(), randn(1, 1, 8, 8, seed=9) > 0, image(size=8)
+    presets = {"3": {"sigmas": [80.0, 2.0, 0.7], "gamma": 0.2}}  # measured for samples, not for restoration
+    pipe = pipeline(CTMInpaintPipeline, unet, CTMScheduler(final_sigma=final, presets=presets))
+    for gamma in (1.0, None):
+        options = {"num_inference_steps": 3, "gamma": gamma, "output_type": "pt"}
+        images = pipe(given, repaint, generator=seeded(), **options).images
+        kept = ~repaint.expand_as(given)
+        assert torch.equal(images[kept], given[kept])
+        plain = pipeline(CTMInpaintPipeline, unet, CTMScheduler())(given, repaint, generator=seeded(), **options).images
+        assert torch.equal(images, plain)
 
 
 def test_a_network_in_half_precision_keeps_them_too(make_unet):

@@ -136,6 +136,16 @@ def test_a_linear_loss_is_exact_in_any_number_of_jumps(steps, on):
     close(doubled, 80 * latents() * ratio(t, s) + 2 * V * SLOPE * (1 - ratio(t, s)))
 
 
+@pytest.mark.parametrize("on", ["prediction", "image"])
+def test_a_linear_loss_ends_at_zero_through_the_denoiser(on):
+    """The last step leads from sigma_min to 0, is shown sigma_min, and is weighted for that: the loss moves it as it moves the flow."""
+    end = 0.2
+    pipe = pipeline(scheduler=CTMScheduler(sigma_data=STD, sigma_min=end, final_sigma=0.0))
+    images = pipe(latents=latents(), num_inference_steps=2, output_type="latent", guidance=linear(on=on)).images
+    x = 80 * latents() * ratio(80.0, end) + V * SLOPE * (1 - ratio(80.0, end))
+    close(images, x * V / (V + end**2) + V * SLOPE * (1 - ratio(end, 0.0)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_a_linear_loss_is_exact_at_any_gamma(gamma):
     x = latents(20_000)

@@ -1,8 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The authors' CIFAR-10 networks, converted, through our pipeline: the samples of their samplers, number for number."""
 
-import math
-
 import pytest
 import torch
 from conftest import ORACLE
@@ -66,8 +64,7 @@ def test_levels_by_index(name, gamma, sample, oracle):
 def test_two_step_index_sampler(sample, oracle):
     arrays = oracle("samplers_cifar_some.npz")
     grid = arrays["sigmas_karras_18"].astype(float)
-    gamma = math.sqrt(1 - ((grid[5] - 0.002) / (grid[3] - 0.002)) ** 2)
-    close(sample(sigmas=[grid[0], grid[3]], gamma=[gamma, 0.0]), arrays["gamma2_ind5_3"])
+    close(sample(sigmas=grid[[0, 3]], target_sigmas=grid[[5, 17]]), arrays["gamma2_ind5_3"])
 
 
 @pytest.mark.parametrize("name", ["heun_ctm_18", "heun_teacher_18", "heun_teacher_5"])

@@ -338,6 +338,38 @@ def test_gamma_of_the_scheduler_config_is_the_default():
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
+def test_target_levels_and_the_end_reach_the_scheduler():
+    pipe = pipeline()
+    pipe(latents=latents(), sigmas=[80.0, 9.0], target_sigmas=[4.0, 0.002])
+    close(torch.tensor(pipe.unet.calls), [(80.0, 4.0), (9.0, 0.002)])
+    noisy = pipe(latents=latents(), num_inference_steps=3, final_sigma=0.5, output_type="latent").images
+    close(noisy, DATA.jump(80 * latents(), 80.0, 0.5))
+    pipe.unet.calls.clear()
+    clean = pipe(latents=latents(), num_inference_steps=3, final_sigma=0.0, output_type="latent").images
+    close(clean, DATA.jump(80 * latents(), 80.0, 0.0), atol=3e-5)
+    assert len(pipe.unet.calls) == 3
+
+
+def test_presets_of_the_checkpoint_are_used(make_unet, tmp_path):
+    presets = {"1": {"sigmas": [40.0]}, "2": {"sigmas": [70.0, 1.5], "gamma": [0.6, 0.0]}}
+    pipe = pipeline(make_unet(), CTMScheduler(presets=presets))
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    start, plain = latents(size=8), pipeline(make_unet(), CTMScheduler())
+
+    def sample(pipe, **options):
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(latents=start, generator=seeded(), output_type="latent", **options).images
+
+    for one in (pipe, again, CTMPipeline.from_pipe(again)):
+        assert torch.equal(sample(one), sample(plain, sigmas=[40.0]))  # one step is the default number
+        assert torch.equal(sample(one, num_inference_steps=2), sample(plain, **presets["2"]))
+        for options in ({"num_inference_steps": 2, "gamma": 0.0}, {"sigmas": [80.0, 3.0]}, {"num_inference_steps": 3}):
+            assert torch.equal(sample(one, **options), sample(plain, **options))
+    with pytest.raises(ValueError, match="EDMHeunScheduler takes no `target_sigmas`; CTMScheduler does"):
+        CTMPipeline.from_pipe(pipe, scheduler=EDMHeunScheduler())(target_sigmas=[1.0])
+
+
 def test_runs_leave_nothing_behind():
     pipe, options = pipeline(), {"latents": latents(), "output_type": "latent", "num_inference_steps": 3}
     first = pipe(**options, gamma=0.0).images
@@ -615,7 +647,7 @@ def test_signature_holds_what_users_of_diffusers_expect():
         "class_labels",
     }
     expected |= {"gamma", "sigmas", "timesteps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
-    expected |= {"guidance", "guidance_scale"}
+    expected |= {"guidance", "guidance_scale", "target_sigmas", "final_sigma"}
     assert set(parameters) == {"self"} | expected
 
 

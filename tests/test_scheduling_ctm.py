@@ -40,6 +40,8 @@ CONFIGS = [
     {"prediction_type": "consistency", "timestep_scale": 1000.0},
 ]
 OWN_CONFIGS = [(CTMScheduler, {"gamma": 0.4}), (CTMScheduler, {"clip_sample": True})]
+OWN_CONFIGS += [(CTMScheduler, {"final_sigma": 0.0}), (CTMScheduler, {"final_sigma": 0.5})]
+OWN_CONFIGS += [(CTMScheduler, {"presets": {"4": {"sigmas": [80.0, 9.0, 2.0, 0.3], "gamma": 0.5}}})]
 OWN_CONFIGS += [(EDMHeunScheduler, {"s_churn": 8.0, "s_tmin": 0.1, "s_tmax": 50.0, "s_noise": 1.01})]
 EVERY_CONFIG = [(cls, config) for cls in (CTMScheduler, EDMHeunScheduler) for config in CONFIGS] + OWN_CONFIGS
 
@@ -516,10 +518,11 @@ WRITTEN_PAIRS = {
 }
 
 
-def pairs(steps, gamma, scale=1000.0):
+def pairs(steps, gamma=None, scale=1000.0, **options):
     """(t, s) of every network call, read from what the network is shown."""
     scheduler = CTMScheduler(timestep_scale=scale)
-    scheduler.set_timesteps(**{"num_inference_steps" if isinstance(steps, int) else "sigmas": steps}, gamma=gamma)
+    options |= {"num_inference_steps" if isinstance(steps, int) else "sigmas": steps, "gamma": gamma}
+    scheduler.set_timesteps(**options)
     network = ExactNetwork(timestep_scale=scale)
     sampling_loop(scheduler, network, 80 * randn(1, 1, 2, 2), seeded())
     close(
@@ -549,19 +552,214 @@ def test_pairs_of_the_authors_all_digits(oracle):
     assert missing == {"gamma2_ind5_3", "heun_ctm_18", "heun_teacher_18", "heun_teacher_5"}  # tested elsewhere
 
 
-def test_index_sampler_is_a_gamma(oracle):
-    """The authors' 2-step sampler jumps to level 5 of the grid, renoises to level 3 and jumps to the end."""
+def test_two_step_index_sampler_of_the_authors(oracle):
+    """It jumps to level 5 of the grid, renoises to level 3 and jumps to the end; its s is chosen, and is that of a gamma."""
     arrays = oracle("samplers_cifar_some.npz")
     grid = arrays["sigmas_karras_18"].astype(float)
+    expected = arrays["gamma2_ind5_3__calls_ts"]
+    close(pairs(grid[[0, 3]], target_sigmas=grid[[5, 17]]), expected, rtol=1e-5, atol=0)
     gamma = math.sqrt(1 - ((grid[5] - 0.002) / (grid[3] - 0.002)) ** 2)
-    close(pairs([80.0, grid[3]], [gamma, 0.0]), arrays["gamma2_ind5_3__calls_ts"], rtol=1e-5, atol=0)
+    close(pairs([80.0, grid[3]], [gamma, 0.0]), expected, rtol=1e-5, atol=0)
 
 
-def test_index_sampler_written_out():
+def test_two_step_index_sampler_written_out():
+    expected = [(80.0, 12.9101), (28.3746, 0.002)]
+    grid = karras_sigmas(18)
+    close(pairs(grid[[0, 3]], target_sigmas=grid[[5, 17]]), expected, rtol=1e-5)
     gamma = math.sqrt(1 - ((12.9101 - 0.002) / (28.3746 - 0.002)) ** 2)
-    close(pairs([80.0, 28.3746], [gamma, 0.5]), [(80.0, 12.9101), (28.3746, 0.002)], rtol=1e-5)
-    scheduler = set_to(CTMScheduler(), sigmas=[80.0, 28.3746], gamma=[gamma, 0.5])
+    close(pairs([80.0, 28.3746], [gamma, 0.5]), expected, rtol=1e-5)
+    scheduler = set_to(CTMScheduler(), sigmas=[80.0, 28.3746], target_sigmas=[12.9101, 0.002])
     close(scheduler.noise_std, [math.sqrt(28.3746**2 - 12.9101**2), 0.0], rtol=1e-6)
+    close(scheduler.gammas, [gamma, 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("convert", [list, tuple, np.array, torch.tensor])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, [0.9, 0.0, 0.5, 1.0]])
+def test_targets_of_a_gamma_give_the_same_run(gamma, convert):
+    scheduler = CTMScheduler()
+    expected = run(scheduler, 4, gamma=gamma)
+    targets, gammas = convert(scheduler.target_sigmas.tolist()), scheduler.gammas
+    close(run(scheduler, 4, target_sigmas=targets), expected, rtol=1e-4, atol=1e-4)
+    close(scheduler.gammas[:-1], gammas[:-1], rtol=1e-5, atol=1e-3)  # gamma is steep in s at 0
+    assert scheduler.noise_std[-1] == 0
+
+
+def test_targets_keep_the_marginal_variance_and_start_where_they_are_told():
+    data, count = GaussianData(0.5), 40_000
+    scheduler = set_to(CTMScheduler(), sigmas=[40.0, 3.0, 0.4], target_sigmas=[1.0, 0.4, 0.002])
+    assert scheduler.init_noise_sigma == 40.0
+    outputs, x = [], randn(count, 1) * math.sqrt(40**2 + 0.5**2)
+    sampling_loop(scheduler, ExactNetwork(data), x, seeded(1), callback=outputs.append)
+    bound = 5 / math.sqrt(2 * count)
+    for output, s, t_next in zip(outputs, (1.0, 0.4, 0.002), (3.0, 0.4, 0.002), strict=True):
+        assert abs(output.pred_noised_sample.std() / math.hypot(s, 0.5) - 1) < bound
+        assert abs(output.prev_sample.std() / math.hypot(t_next, 0.5) - 1) < bound
+        assert torch.equal(output.prev_sample, output.pred_noised_sample) == (s == t_next)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_sigmas": [1.0, 0.002], "gamma": 0.0}, "target_sigmas and gamma contradict each other"),
+        ({"target_sigmas": [1.0, 0.002], "final_sigma": 0.0}, "target_sigmas and final_sigma contradict each other"),
+        ({"target_sigmas": [0.002]}, r"one level per step \(2\)"),
+        ({"target_sigmas": [1.0, 0.5, 0.002]}, r"one level per step \(2\)"),
+        ({"target_sigmas": [9.0, 0.002]}, r"target_sigmas\[0\]=9 must lie between sigma_min=0.002 and 5.*never down"),
+        ({"target_sigmas": [0.001, 0.002]}, r"target_sigmas\[0\]=0.001 must lie between sigma_min=0.002 and 5"),
+        ({"target_sigmas": [0.0, 0.002]}, r"target_sigmas\[0\]=0 must lie between"),
+        ({"target_sigmas": [float("nan"), 0.002]}, r"target_sigmas\[0\]=nan must lie between"),
+        ({"target_sigmas": [1.0, float("nan")]}, r"target_sigmas\[-1\] must be 0, or lie between sigma_min=0.002"),
+        ({"target_sigmas": []}, "one level per step"),
+        ({"target_sigmas": 0.002}, "one level per step"),
+        ({"target_sigmas": [1.0, 6.0]}, "sigmas ends at noise level 5.*the end of the last step, 6, is added"),
+        ({"final_sigma": 0.001}, "final_sigma must be 0, or lie between sigma_min=0.002 .* got 0.001"),
+        ({"final_sigma": -1.0}, "final_sigma must be 0"),
+        ({"final_sigma": float("nan")}, "final_sigma must be 0"),
+        ({"final_sigma": [0.5]}, "final_sigma must be 0"),
+        ({"final_sigma": 5.0}, "sigmas ends at noise level 5"),
+        ({"final_sigma": 80.0}, "final_sigma=80 must lie below sigma_max=80"),
+    ],
+)
+def test_targets_and_ends_that_do_not_fit(options, message):
+    scheduler = CTMScheduler()
+    with pytest.raises(ValueError, match=message):
+        scheduler.set_timesteps(sigmas=[80.0, 5.0], **options)
+    assert len(scheduler.timesteps) == 18  # as it was
+
+
+# Where sampling ends --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_final_sigma_leaves_the_noise_of_its_level(steps):
+    data, final = GaussianData(0.4, mean=0.1), 0.3
+    x_T = 80 * randn(1, 3, 4, 4)
+    for scheduler, options in ((CTMScheduler(), {"final_sigma": final}), (CTMScheduler(final_sigma=final), {})):
+        scheduler.set_timesteps(steps, **options)
+        close(scheduler.sigmas.double(), karras_sigmas(steps + 1, final, dtype=torch.float64), rtol=1e-6)
+        close(sampling_loop(scheduler, ExactNetwork(data), x_T), data.jump(x_T, 80.0, final), rtol=0, atol=2e-6)
+    scheduler.set_timesteps(steps, final_sigma=0.002)  # a call says otherwise
+    close(sampling_loop(scheduler, ExactNetwork(data), x_T), data.jump(x_T, 80.0, 0.002), rtol=0, atol=2e-6)
+    scheduler.set_timesteps(steps, gamma=1.0)  # it adds no noise in the last step, and jumps to sigma_min before
+    last = [(scheduler.sigmas[-2].item(), final)]
+    network = ExactNetwork(data)
+    sampling_loop(scheduler, network, x_T, seeded())
+    expected = [(t, 0.002) for t in scheduler.sigmas[:-2].tolist()] + last
+    close(torch.tensor(network.calls), expected, rtol=1e-5)
+    assert scheduler.noise_std[-1] == 0
+
+
+def test_sampling_ends_at_zero_through_the_denoiser():
+    """The error is of second order in sigma_min, for spread-out pixels and for those that do not vary."""
+    data, x_T = GaussianData(torch.tensor([[0.5, 1e-6]]).double()), 80 * randn(64, 2)
+    exact, errors = data.jump(x_T, 80.0, 0.0), []
+    for sigma_min in (0.04, 0.02, 0.01):
+        scheduler, network = set_to(CTMScheduler(sigma_min=sigma_min, final_sigma=0.0), 3), ExactNetwork(data)
+        heun = set_to(EDMHeunScheduler(sigma_min=sigma_min), 3)
+        assert torch.equal(scheduler.sigmas, heun.sigmas)
+        image = sampling_loop(scheduler, network, x_T)
+        assert len(network.calls) == 3
+        close(torch.tensor(network.calls[-1]), [sigma_min, sigma_min], rtol=1e-6)  # the network is shown no 0
+        errors.append((image - exact).abs().amax(0))
+    errors = torch.stack(errors)
+    assert (errors[:, 1] < 1e-5).all() and 0 < errors[2, 0] < 1e-3
+    assert ((errors[:-1, 0] / errors[1:, 0]).log2() - 2).abs().max() < 0.05
+    # stopping at sigma_min leaves noise where pixels do not vary, and one step to 0 leaves it where they do
+    stopped = sampling_loop(set_to(CTMScheduler(sigma_min=0.01), 3), ExactNetwork(data), x_T) - exact
+    close(stopped[:, 1], 0.01 * x_T[:, 1] / 80, rtol=1e-3)
+    one = sampling_loop(set_to(CTMScheduler(sigma_min=0.01, final_sigma=0.0), 1), ExactNetwork(data), x_T) - exact
+    close(one[:, 0], -0.01 * x_T[:, 0] / 80, rtol=2e-2)
+    assert one[:, 1].abs().max() < 1e-5
+
+
+def test_the_last_step_to_zero_is_edms():
+    x = randn(2, 3)
+    ours, theirs = set_to(CTMScheduler(final_sigma=0.0), 5), set_to(EDMHeunScheduler(), 5)
+    ours.set_begin_index(4)
+    theirs.set_begin_index(8)
+    model_output = some_network(x)[0]
+    a = ours.step(model_output, ours.timesteps[4], x).prev_sample
+    assert ours.target_timesteps[4] == ours.timesteps[4]
+    close(a, theirs.step(model_output, theirs.timesteps[8], x).prev_sample)
+    with pytest.raises(ValueError, match="project needs a run that ends at sigma_min"):
+        set_to(ours, 1).step(model_output, ours.timesteps[0], x, project=lambda image: image)
+
+
+# Schedules of a checkpoint --------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "1": {"sigmas": [40.0]},
+    "2": {"sigmas": [80.0, 1.5], "gamma": [0.3, 0.0]},
+    "3": {"gamma": 0.7},
+    "4": {"sigmas": [60.0, 9.0, 2.0, 0.3], "target_sigmas": [5.0, 2.0, 0.1, 0.002]},
+    "18": {"final_sigma": 0.0},
+}
+
+
+def test_presets_are_what_their_number_of_steps_gives(tmp_path):
+    scheduler = CTMScheduler(presets=PRESETS, gamma=0.2)
+    assert (
+        len(scheduler.timesteps) == 18 and scheduler.sigmas[-1] == 0
+    )  # the default number is asked for by itself, too
+    scheduler.save_pretrained(tmp_path)
+    through_others = CTMScheduler.from_config(EDMEulerScheduler.from_config(scheduler.config).config)
+    for one in (scheduler, CTMScheduler.from_pretrained(tmp_path), through_others):
+        assert one.config.presets == PRESETS
+        for steps, preset in PRESETS.items():
+            plain = CTMScheduler(gamma=0.2)
+            plain.set_timesteps(**{**({} if "sigmas" in preset else {"num_inference_steps": int(steps)}), **preset})
+            one.set_timesteps(int(steps))
+            for name in ("sigmas", "target_sigmas", "timesteps", "target_timesteps", "noise_std"):
+                assert torch.equal(getattr(one, name), getattr(plain, name))
+            assert one.num_inference_steps == int(steps)
+    numbers = CTMScheduler(presets={2: {"sigmas": torch.tensor([80.0, 1.5]), "gamma": np.array([0.3, 0.0])}})
+    assert torch.equal(set_to(numbers, 2).target_sigmas, set_to(scheduler, 2).target_sigmas)
+    numbers.save_pretrained(tmp_path)  # as JSON
+    assert set(CTMScheduler.load_config(tmp_path)["presets"]["2"]) == {"sigmas", "gamma"}
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.0}, {"final_sigma": 0.5}, {"target_sigmas": [1.0, 0.002]}])
+def test_what_the_caller_says_goes_before_a_preset(options):
+    scheduler, plain = CTMScheduler(presets=PRESETS), CTMScheduler()
+    for steps in (2, 5):
+        if steps == 5 and "target_sigmas" in options:
+            continue
+        assert torch.equal(set_to(scheduler, steps, **options).sigmas, set_to(plain, steps, **options).sigmas)
+        assert torch.equal(scheduler.target_sigmas, plain.target_sigmas)
+    levels = [70.0, 3.0]
+    assert torch.equal(set_to(scheduler, sigmas=levels).target_sigmas, set_to(plain, sigmas=levels).target_sigmas)
+    assert torch.equal(set_to(scheduler, 5).target_sigmas, set_to(plain, 5).target_sigmas)  # there is none for 5
+
+
+@pytest.mark.parametrize(
+    "presets, message",
+    [
+        ([], "presets must be a dict"),
+        ({"two": {"gamma": 0.5}}, "presets is a dict by number of steps.*got the key 'two'"),
+        ({"0": {"gamma": 0.5}}, "got the key '0'"),
+        ({"02": {"gamma": 0.5}}, "got the key '02'"),
+        ({2.0: {"gamma": 0.5}}, "got the key 2.0"),
+        ({"2": {}}, r"presets\['2'\] must be a dict with one or more of"),
+        ({"2": 0.5}, r"presets\['2'\] must be a dict"),
+        ({"2": {"sigma": [80.0, 1.0]}}, r"presets\['2'\] must be a dict with one or more of .*'sigmas'"),
+        ({"2": {"sigmas": "80, 1"}}, r"presets\['2'\] must hold numbers"),
+        ({"2": {"gamma": None}}, r"presets\['2'\] must hold numbers"),
+        ({"2": {"sigmas": [80.0]}}, r"presets\['2'\] of the config is no schedule. sigmas must hold 2 levels"),
+        ({"2": {"sigmas": [90.0, 1.0]}}, r"presets\['2'\] of the config is no schedule. .*above sigma_max=80"),
+        ({"2": {"gamma": [0.5]}}, r"presets\['2'\] of the config is no schedule. gamma must be"),
+        ({"18": {"gamma": 1.5}}, r"presets\['18'\] of the config is no schedule. gamma must lie"),
+        ({"2": {"gamma": 0.5, "target_sigmas": [1.0, 0.002]}}, "no schedule. target_sigmas and gamma contradict"),
+    ],
+)
+def test_presets_are_checked_when_they_are_loaded(presets, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CTMScheduler(presets=presets)
+    if all(isinstance(steps, str) for steps in presets):
+        CTMScheduler().save_pretrained(tmp_path)
+        path = tmp_path / "scheduler_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "presets": presets}))
+        with pytest.raises(ValueError, match=message):
+            CTMScheduler.from_pretrained(tmp_path)
 
 
 def test_gamma_of_the_config_is_the_default():

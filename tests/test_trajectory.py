@@ -33,11 +33,13 @@ from diffusers_ctm.trajectory import (
     discrete_levels,
     edm_loss_weight,
     g_of_jump,
+    gamma_of_split,
     gamma_split,
     heun_step,
     jump,
     karras_sigma,
     karras_sigmas,
+    karras_starts,
     scalings,
     sigma_of_c_noise,
 )
@@ -152,6 +154,27 @@ def test_gamma_is_monotone_and_may_differ_by_step():
             (one_s, one_std), gamma_split(torch.tensor(3.0).double(), gamma, 0.002), strict=True
         ):
             close(actual, expected)
+
+
+def test_gamma_of_a_split_is_its_gamma():
+    t_next = torch.tensor([0.002, 0.01, 1.0, 80.0], dtype=torch.float64)
+    for gamma in GAMMAS:
+        s, _ = gamma_split(t_next, gamma, 0.002)
+        close(
+            gamma_of_split(t_next, s, 0.002), [0.0, gamma, gamma, gamma], atol=1e-7
+        )  # of the first, every gamma is one
+    close(gamma_of_split(torch.tensor(10.002), torch.tensor(6.002), 0.002), 0.8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_where_steps_start(num_steps):
+    for end in (0.002, 0.3):
+        levels = karras_sigmas(num_steps + 1, end, 20.0, 3.0, dtype=torch.float64)
+        assert torch.equal(karras_starts(num_steps, end, 0.002, 20.0, 3.0), levels[:-1])
+    # Karras et al.'s Algorithm 1 ends at 0 after sigma_min
+    starts = karras_starts(num_steps, 0.0, 0.002, 20.0, 3.0)
+    assert torch.equal(starts, karras_sigmas(num_steps, 0.002, 20.0, 3.0, dtype=torch.float64))
+    assert starts[0] == 20 and (num_steps == 1 or starts[-1] == 0.002)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)

@@ -45,6 +45,20 @@ def test_a_strip_is_the_run_and_its_jumps(gamma):
         assert bool(follows) == (gamma == 0 or i == 3)  # the ODE does not change its mind
 
 
+@pytest.mark.parametrize("final, end", [(None, 0.002), (0.0, 0.0), (0.5, 0.5)])
+def test_a_strip_of_a_preset_and_of_another_end(final, end):
+    presets = {"3": {"sigmas": [70.0, 2.0, 0.7], "target_sigmas": [0.5, 0.7, end]}}
+    pipe = pipeline(scheduler=CTMScheduler(sigma_data=0.6, final_sigma=final, presets=presets))
+    for steps in (2, 3):
+        strip = trajectory_strip(pipe, steps, batch_size=2, generator=seeded(), output_type="latent")
+        expected = pipe(num_inference_steps=steps, batch_size=2, generator=seeded(), output_type="latent").images
+        torch.testing.assert_close(strip.states[-1], expected, rtol=1e-5, atol=1e-5)
+        assert strip.levels[-1] == pytest.approx(end) and (steps == 2 or strip.levels[0] == 70)
+        assert torch.equal(strip.estimates[-1], strip.states[-1])
+        for level, x_t, estimate in zip(strip.levels[:-1], strip.states, strip.estimates):
+            torch.testing.assert_close(estimate, DATA.jump(x_t, level, 0.002), rtol=1e-5, atol=1e-5)
+
+
 def test_a_strip_as_pictures():
     latents = randn(3, 3, 4, 4, dtype=torch.float32)
     for cls in (CTMPipeline, CTMImg2ImgPipeline):

@@ -19,10 +19,14 @@ from .pipeline_ctm_img2img import CTMImg2ImgPipeline
 from .pipeline_ctm_inpaint import CTMInpaintPipeline
 from .pipeline_ctm_inversion import CTMInversionPipeline, slerp
 from .pipeline_ctm_restoration import CTMRestorationPipeline
+from .pipeline_output import CTMPipelineOutput
+from .provenance import read_provenance, save_images
+from .safety import OpenNSFWSafetyChecker
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
+from .version import __version__
 from .visualization import gamma_seed_grid, trajectory_strip
 
 
@@ -32,6 +36,7 @@ __all__ = [
     "CTMInpaintPipeline",
     "CTMInversionPipeline",
     "CTMPipeline",
+    "CTMPipelineOutput",
     "CTMRestorationPipeline",
     "CTMScheduler",
     "CTMSchedulerOutput",
@@ -45,14 +50,17 @@ __all__ = [
     "LinearOperator",
     "LossGuidance",
     "MaskOperator",
+    "OpenNSFWSafetyChecker",
     "RejectionSamplingOutput",
+    "__version__",
     "gamma_seed_grid",
     "log_likelihood",
+    "read_provenance",
     "register",
     "rejection_sample",
+    "save_images",
     "slerp",
     "trajectory_strip",
 ]
-__version__ = "0.1.0"
 
 register()

@@ -344,7 +344,7 @@ def rejection_sample(
     """Classifier-rejection sampling (Razavi et al. 2019): draw images and keep those of whose class a classifier is sure.
 
     Args:
-        pipe: a `CTMPipeline`.
+        pipe: a `CTMPipeline`. Images that its safety checker flags are never accepted.
         classifier: called as `classifier(images)`, images in [-1, 1] of shape (B, C, H, W); returns logits of shape (B, classes).
         num_images: how many are wanted.
         class_labels: class of each, one for all or one each of `num_images`. A class-conditional network is asked for it, an unconditional one
@@ -398,11 +398,14 @@ def rejection_sample(
         if not labels:
             break
         condition = {"class_labels": labels} if conditional else {"batch_size": len(labels)}
-        x_0 = pipe(**condition, generator=generator, output_type="latent", **sampling).images
+        found = pipe(**condition, generator=generator, output_type="latent", **sampling)
+        x_0, unsafe = found.images, found.nsfw_content_detected or [False] * len(labels)
         drawn.update(labels)
         batches += 1
-        for label, score, image in zip(*_judged(classifier, x_0, labels, conditional), x_0, strict=True):
-            if label in kept and score >= (threshold or 0.0):
+        for label, score, image, flagged in zip(
+            *_judged(classifier, x_0, labels, conditional), x_0, unsafe, strict=True
+        ):
+            if label in kept and score >= (threshold or 0.0) and not flagged:
                 accepted += 1
                 if top_fraction is not None or len(kept[label]) < needed[label]:
                     kept[label].append((score, image))

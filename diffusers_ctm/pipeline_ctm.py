@@ -4,18 +4,23 @@
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from numbers import Integral, Number, Real
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance import GUIDANCE_INPUTS, ClassifierFreeNetwork, Guidance, guided_output
 from .hub import component_library, write_loading_code
+from .pipeline_output import CTMPipelineOutput
+from .provenance import GENERATED, SOFTWARE, png_text
+from .safety import needs_clip_input, unsafe_images
 from .trajectory import Preconditioning, check_count
 from .unet_2d_ctm import CTMUNet2DModel, QuietCastMixin
 from .unet_edm import EDMUNet2DModel
@@ -34,10 +39,23 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         null_class: number of the label that means "no class" in a network trained with label dropout, for `guidance_scale`. It must be the
             last, num_class_embeds - 1, and is not counted as a class. None: there is no such label. Saved with the pipeline.
             A network whose config says label_dropout > 0 (`EDMUNet2DModel`) needs none: its "no class" is a zero vector.
+        safety_checker: optional; flags finished images, which are then returned black, whatever the `output_type`. It is called as diffusers'
+            `StableDiffusionSafetyChecker` is (see `safety.unsafe_images`): that one, with a `feature_extractor`, or
+            `OpenNSFWSafetyChecker`, without. If it fails, the call fails. Callbacks see states, which are not checked.
+        feature_extractor: transformers' `CLIPImageProcessor` or the like, for checkers that read its output.
+        requires_safety_checker: warn when there is none. Saved with the pipeline. None: if one is given.
+        add_provenance: let PIL images carry how they were made, as text in `image.info`, where `save_images` and others find it.
+            The output's `provenance` says it in any case.
+
+    A checkpoint may carry schedules of its own for given numbers of steps, `scheduler.config.presets`: `pipe(num_inference_steps=2)`
+    uses that for 2 where the call says nothing of levels and gamma.
     """
 
     model_cpu_offload_seq = "unet"
+    _optional_components = ["safety_checker", "feature_extractor"]
+    _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents"]
+    _digital_source_type = GENERATED
 
     # `from_pipe` compares a network's class with this annotation, subclasses excluded.
     def __init__(
@@ -46,12 +64,26 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         scheduler,
         id2label: dict[str, str] | dict[int, str] | None = None,
         null_class: int | None = None,
+        safety_checker: Callable | None = None,
+        feature_extractor: Callable | None = None,
+        requires_safety_checker: bool | None = None,
+        add_provenance: bool = False,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(
+            unet=unet, scheduler=scheduler, safety_checker=safety_checker, feature_extractor=feature_extractor
+        )
         if id2label is not None:
             id2label = {int(index): str(name) for index, name in id2label.items()}
-        self.register_to_config(id2label=id2label, null_class=null_class)
+        if requires_safety_checker is None:
+            requires_safety_checker = safety_checker is not None
+        self.register_to_config(
+            id2label=id2label,
+            null_class=null_class,
+            requires_safety_checker=requires_safety_checker,
+            add_provenance=add_provenance,
+        )
+        self._check_safety_checker()
         if null_class is not None and null_class != (unet.config.num_class_embeds or 0) - 1:
             raise ValueError(
                 f"null_class={null_class!r} must be the last of the network's labels, num_class_embeds - 1 with num_class_embeds = "
@@ -61,6 +93,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         self._preconditioning = None
         self._interrupt = False
         self._num_timesteps = 0
+        self._seeds = None
         self._match_scheduler()
 
     # Loading and saving ---------------------------------------------------------------------------------------------
@@ -68,6 +101,17 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
     def register_to_config(self, **kwargs):
         # "diffusers_ctm" is the one library name that loads from the Hub with and without the package.
         super().register_to_config(**{name: component_library(value) for name, value in kwargs.items()})
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "CTMPipeline":
+        """This pipeline with the components and config of another, as `DiffusionPipeline.from_pipe`; the safety checker comes along."""
+        for name in (
+            "safety_checker",
+            "feature_extractor",
+        ):  # diffusers leaves out models of a class that it did not expect
+            if getattr(pipeline, name, None) is not None:
+                kwargs.setdefault(name, getattr(pipeline, name))
+        return super().from_pipe(pipeline, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, with the code that loads it where this package is missing.
@@ -79,10 +123,26 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         if not save_directory or os.path.isfile(save_directory):
             raise ValueError(f"save_directory={save_directory!r} is no folder; pass one.")
         self._match_scheduler()  # a scheduler put in place since is told what it must carry along
+        # What was put where there was nothing would not be saved.
+        self.register_modules(safety_checker=self.safety_checker, feature_extractor=self.feature_extractor)
         write_loading_code(save_directory, self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     # Checks ---------------------------------------------------------------------------------------------------------
+
+    def _check_safety_checker(self) -> None:
+        """Warn of a checker that is missing; ValueError for one that cannot work."""
+        if self.safety_checker is None:
+            if self.config.requires_safety_checker:
+                logging.get_logger(__name__).warning(
+                    f"This checkpoint is meant to be used with a safety checker, and {type(self).__name__} has none: its images are returned "
+                    "unchecked. Do not show them to the public. `requires_safety_checker=False` silences this."
+                )
+        elif needs_clip_input(self.safety_checker) and self.feature_extractor is None:
+            raise ValueError(
+                f"{type(self.safety_checker).__name__} reads what a feature extractor makes of the images: pass `feature_extractor`, such as "
+                "CLIPImageProcessor, or `safety_checker=None`."
+            )
 
     def _match_scheduler(self) -> float:
         """Check that the scheduler belongs to the network; return timestep_scale / the scheduler's own.
@@ -351,6 +411,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                 raise ValueError("generator is an empty list; pass one generator, or one per image.")
             batch_size = batch_size or len(generator)
         self._match_scheduler()
+        self._seeds = _fresh_seeds(generator)
         return batch_size, callback_inputs
 
     def _image_size(self) -> tuple[int, int] | None:
@@ -404,14 +465,72 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                 progress_bar.update()
         return latents
 
-    def _finish(self, latents, output_type, return_dict, denormalize: bool = True) -> ImagePipelineOutput | tuple:
-        """The last sample, in [-1, 1] (with `denormalize=False` in [0, 1]), as the images that were asked for."""
-        if output_type == "latent":
-            images = latents
-        else:
+    def _finish(
+        self, latents, output_type, return_dict, class_labels=None, denormalize: bool = True, **provenance
+    ) -> CTMPipelineOutput | tuple:
+        """The last sample, in [-1, 1] (with `denormalize=False` in [0, 1]), checked, as the images that were asked for.
+
+        `provenance` replaces what the scheduler says of the run. A tuple holds the images, and with a safety checker its flags.
+        """
+        latents, flags = self._without_unsafe(latents, denormalize)
+        records = self._provenance(len(latents), class_labels, provenance)
+        images = latents
+        if output_type != "latent":
             images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
+        if output_type == "pil" and self.config.add_provenance:
+            for image, record in zip(images, records):
+                image.info.update(png_text(record))
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,) if flags is None else (images, flags)
+        return CTMPipelineOutput(images=images, nsfw_content_detected=flags, provenance=records)
+
+    def _without_unsafe(
+        self, images: torch.Tensor, denormalize: bool = True, shown: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[bool] | None]:
+        """(`images` with those black that the safety checker flags, its flags); (`images`, None) if there is none.
+
+        `images` lie in [-1, 1], with `denormalize=False` in [0, 1]. `shown` is what is checked in their place.
+        """
+        if self.safety_checker is None:
+            return images, None
+        self._check_safety_checker()
+        shown = images if shown is None else shown
+        shown = (shown / 2 + 0.5 if denormalize else shown).clamp(0, 1)
+        flags = unsafe_images(self.safety_checker, self.feature_extractor, shown)
+        if any(flags):
+            logging.get_logger(__name__).warning(
+                f"The safety checker flagged {sum(flags)} of {len(flags)} images; they are returned black."
+            )
+            images = images.clone()
+            images[torch.tensor(flags, device=images.device)] = -1.0 if denormalize else 0.0
+        return images, flags
+
+    def _provenance(self, count: int, class_labels: torch.Tensor | None, changes: dict) -> list[dict]:
+        """How each of `count` images was made, by the names of `provenance.FIELDS`; what is not known is left out."""
+        scheduler = self.scheduler
+        model, revision = _model_and_revision(self)
+        record = {
+            "digital_source_type": self._digital_source_type,
+            "software": SOFTWARE,
+            "model": model,
+            "revision": revision,
+            "pipeline": type(self).__name__,
+            "scheduler": type(scheduler).__name__,
+            "num_inference_steps": scheduler.num_inference_steps,
+            "gamma": [round(gamma, 6) for gamma in scheduler.gammas.tolist()] if hasattr(scheduler, "gammas") else None,
+            "sigmas": [float(f"{sigma:.6g}") for sigma in scheduler.sigmas.tolist()],
+            **changes,
+        }
+        records = []
+        for i in range(count):
+            own = {"class_label": None if class_labels is None else int(class_labels[i])}
+            if isinstance(self._seeds, list):
+                own["seed"] = self._seeds[i]
+            elif self._seeds is not None:
+                own |= {"seed": self._seeds, "batch_index": i, "batch_size": count}
+            records.append({name: value for name, value in {**record, **own}.items() if value is not None})
+        return records
 
     @torch.no_grad()
     def __call__(
@@ -432,7 +551,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         guidance: Guidance | None = None,
         guidance_scale: float = 1.0,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> CTMPipelineOutput | tuple:
         """Generate images.
 
         Args:
@@ -452,8 +571,8 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
             generator: source of all noise, or one per image.
             latents: unit normal noise of shape (B, C, H, W) to start from; it is multiplied by `scheduler.init_noise_sigma`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": what the sampler
-                returned, unclipped, float32, images in [-1, 1].
-            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+                returned, unclipped, float32, images in [-1, 1]. A safety checker checks them all, "latent" too: here these are pixels.
+            return_dict: return a `CTMPipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network evaluation; may
                 return a dict with new latents.
             callback_on_step_end_tensor_inputs: which tensors it gets; "latents" is all there is.
@@ -464,7 +583,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                 a jump an approximation that gets better with shorter steps (see `ClassifierFreeNetwork`).
 
         Returns:
-            `ImagePipelineOutput` with `images`, or a tuple that holds them.
+            `CTMPipelineOutput` with `images`, or a tuple that holds them and, with a safety checker, its flags.
 
         Raises:
             ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
@@ -487,4 +606,27 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         )
 
         # 4. Finish
-        return self._finish(latents, output_type, return_dict)
+        return self._finish(latents, output_type, return_dict, class_labels)
+
+
+def _fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
+    """The seed of a generator, or of each, from which nothing was drawn yet: from others the same noise does not follow again."""
+    if isinstance(generator, list):
+        return [_fresh_seeds(one) for one in generator]
+    if generator is None:
+        return None
+    seed = generator.initial_seed()
+    start = torch.Generator(generator.device).manual_seed(seed).get_state()
+    return seed if torch.equal(start, generator.get_state()) else None
+
+
+def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
+    """Where the pipeline was loaded from: an id of the Hub and its commit, or the name of a folder, without where that lies."""
+    name, network = pipe.config.get("_name_or_path"), getattr(pipe.unet.config, "_name_or_path", None)
+    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})([/\\]|$)", str(network or ""))
+    if name is None or not os.path.isdir(name):
+        return name, commit and commit[1]
+    parts = [part for part in re.split(r"[/\\]", os.path.abspath(name)) if part]
+    if len(parts) > 1 and parts[-1] == "pipeline":  # of the run of that name
+        parts.pop()
+    return parts[-1] if parts else None, None

@@ -4,11 +4,12 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
+from .pipeline_output import CTMPipelineOutput
+from .provenance import EDITED
 from .trajectory import check_count, check_positive, karras_sigma, karras_starts
 
 
@@ -19,6 +20,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
     made anew. Components, classes, generators and callbacks are those of `CTMPipeline`; besides `CTMScheduler`,
     `EDMHeunScheduler` works (the exact score). One network evaluation per step with `CTMScheduler`.
     """
+
+    _digital_source_type = EDITED
 
     @torch.no_grad()
     def __call__(
@@ -38,7 +41,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> CTMPipelineOutput | tuple:
         """Edit images.
 
         Args:
@@ -88,7 +91,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
         images = self._sample(start, class_labels, callback_on_step_end, callback_inputs, generator=generator)
 
         # 4. Finish
-        return self._finish(images, output_type, return_dict)
+        return self._finish(images, output_type, return_dict, class_labels)
 
     def _levels(self, strength, sigma, sigmas, num_inference_steps, add_noise) -> Sequence[float]:
         """The levels at which steps start, from whichever of the arguments says them."""

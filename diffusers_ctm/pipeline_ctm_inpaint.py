@@ -4,18 +4,19 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .image_inputs import read_images, read_masks
 from .linear_operators import MaskOperator
 from .pipeline_ctm_restoration import CTMRestorationPipeline
+from .pipeline_output import CTMPipelineOutput
 
 
 class CTMInpaintPipeline(CTMRestorationPipeline):
     """Repaints the white part of a mask. `CTMRestorationPipeline` says how, and what to expect of gamma.
 
-    Known pixels come back exactly: as floats bit for bit ("latent", "pt" and "np"), as 8-bit values in PIL images.
+    Known pixels come back exactly: as floats bit for bit ("latent", "pt" and "np"), as 8-bit values in PIL images; but not in an image that a
+    safety checker flags.
     """
 
     _given = "image"
@@ -37,7 +38,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> CTMPipelineOutput | tuple:
         """Repaint images.
 
         Args:
@@ -69,13 +70,13 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         levels = (num_inference_steps, timesteps, sigmas, gamma)
         pixels = operator(2 * image - 1)
-        latents = self._restore(
+        latents, class_labels = self._restore(
             pixels, operator, operator.pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type,
             callback,
         )  # fmt: skip
         if output_type == "latent":
-            return self._finish(latents, output_type, return_dict)
+            return self._finish(latents, output_type, return_dict, class_labels)
         # [-1, 1] and back is not exact in floats: the known pixels are put back as they were given
         images = self.image_processor.postprocess(latents, "pt")
         images = torch.where(repaint.to(latents.device), images, image.to(latents.device))
-        return self._finish(images, output_type, return_dict, denormalize=False)
+        return self._finish(images, output_type, return_dict, class_labels, denormalize=False)

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
 from .encoding_inputs import images_to_tensor
 from .pipeline_ctm import CTMPipeline
+from .pipeline_output import CTMPipelineOutput
+from .provenance import EDITED
 from .trajectory import append_dims, check_count, heun_step, karras_sigmas
 
 
@@ -37,6 +38,8 @@ class CTMInversionPipeline(CTMPipeline):
     An image is clean, a state at sigma_min has noise of that size. Where the data hardly vary (a constant background), the
     latents of images are therefore nearer to 0 than unit normal noise.
     """
+
+    _digital_source_type = EDITED
 
     @torch.no_grad()
     def __call__(
@@ -86,7 +89,7 @@ class CTMInversionPipeline(CTMPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> CTMPipelineOutput | tuple:
         """The images of `latents`: the same levels downward, from sigma_max to sigma_min, 2N network evaluations.
 
         Takes what `__call__` takes, with `latents` (B, C, H, W) in place of images; `output_type` is that of `CTMPipeline`.
@@ -102,9 +105,10 @@ class CTMInversionPipeline(CTMPipeline):
         x = latents.to(device=device, dtype=torch.float32) * self.scheduler.config.sigma_max
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         x = self._follow(x, levels, condition, *callback)
-        images = x if output_type == "latent" else self.image_processor.postprocess(x, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        self._seeds = None  # nothing is drawn
+        run = {"scheduler": "Heun", "num_inference_steps": num_inference_steps, "gamma": None}
+        run["sigmas"] = [float(f"{level:.6g}") for level in levels.tolist()]
+        return self._finish(x, output_type, return_dict, condition.get("class_labels"), **run)
 
     @torch.no_grad()
     def interpolate(
@@ -116,7 +120,7 @@ class CTMInversionPipeline(CTMPipeline):
         num_inference_steps: int = 18,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> CTMPipelineOutput | tuple:
         """Images between two, by spherical interpolation of their latents: both encoded, `slerp` at each weight, decoded.
 
         Weight 0 gives `image`, 1 `other_image`, both up to the error of encoding and decoding. Costs 4N network evaluations, the first
@@ -128,7 +132,7 @@ class CTMInversionPipeline(CTMPipeline):
             class_labels: one class for all, or that of the two images: then images of weight below 1/2 are decoded as the first.
             num_inference_steps: N.
             output_type: "pil", "np", "pt" or "latent", as in `CTMPipeline`.
-            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            return_dict: return an `CTMPipelineOutput` rather than a tuple.
         """
         pair = [pipeline_images(self, picture) for picture in (image, other_image)]
         if any(len(picture) != 1 for picture in pair):

@@ -7,13 +7,14 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 from .image_inputs import read_images
 from .linear_operators import check_operator, consistent_image
 from .pipeline_ctm import CTMPipeline
+from .pipeline_output import CTMPipelineOutput
+from .provenance import EDITED
 
 
 class CTMRestorationPipeline(CTMPipeline):
@@ -40,6 +41,7 @@ class CTMRestorationPipeline(CTMPipeline):
     Components, classes, generators and callbacks are those of `CTMPipeline`; the scheduler is `CTMScheduler`.
     """
 
+    _digital_source_type = EDITED
     _given = "measurement"  # the argument that y came from
 
     @torch.no_grad()
@@ -60,7 +62,7 @@ class CTMRestorationPipeline(CTMPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> CTMPipelineOutput | tuple:
         """Restore images.
 
         Args:
@@ -91,16 +93,16 @@ class CTMRestorationPipeline(CTMPipeline):
             raise ValueError("pseudo_inverse is missing; pass a function, or an operator that has one of that name.")
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         levels = (num_inference_steps, timesteps, sigmas, gamma)
-        images = self._restore(
+        images, class_labels = self._restore(
             _read_measurement(measurement), operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents,
             output_type, callback,
         )  # fmt: skip
-        return self._finish(images, output_type, return_dict)
+        return self._finish(images, output_type, return_dict, class_labels)
 
     def _restore(
         self, y, operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type, callback
-    ) -> torch.Tensor:
-        """The last sample, in [-1, 1]; `y` is a checked tensor, `levels` what `set_timesteps` takes."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The last sample, in [-1, 1], and its classes; `y` is a checked tensor, `levels` what `set_timesteps` takes."""
         # 1. Check
         batch_size, callback_inputs = self._check_call(batch_size, latents, generator, output_type, *callback)
         if "project" not in inspect.signature(self.scheduler.step).parameters:
@@ -126,7 +128,8 @@ class CTMRestorationPipeline(CTMPipeline):
         project = partial(consistent_image, operator, pseudo_inverse, known=known)
 
         # 3. Sample
-        return self._sample(start, class_labels, callback[0], callback_inputs, generator=generator, project=project)
+        images = self._sample(start, class_labels, callback[0], callback_inputs, generator=generator, project=project)
+        return images, class_labels
 
 
 def _read_measurement(measurement) -> torch.Tensor:

@@ -14,7 +14,7 @@ class TrajectoryStrip(NamedTuple):
     """What `trajectory_strip` returns; entry i of each list belongs to level i, the last one to the end, sigma_min by default.
 
     `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump to
-    sigma_min. Images are as `output_type` says, B of them in each entry.
+    sigma_min. Images are as `output_type` says, B of them in each entry. A safety checker of the pipeline sees each; what it flags is black.
     """
 
     levels: list[float]
@@ -67,7 +67,10 @@ def trajectory_strip(
     ]
 
     def show(images, scale=1.0):
-        return images if output_type == "latent" else pipe.image_processor.postprocess(scale * images, output_type)
+        scaled = scale * images
+        if output_type == "latent":
+            return pipe._without_unsafe(images, shown=scaled)[0]
+        return pipe.image_processor.postprocess(pipe._without_unsafe(scaled)[0], output_type)
 
     sigma_data = pipe.scheduler.config.sigma_data
     scales = [sigma_data / (sigma_data**2 + t**2) ** 0.5 for t in levels]

@@ -653,7 +653,7 @@ def test_signature_holds_what_users_of_diffusers_expect():
 
 def test_components_and_from_pipe(make_unet):
     pipe = pipeline(make_unet(num_class_embeds=4), CTMScheduler(gamma=0.3), id2label=NAMES)
-    assert set(pipe.components) == {"unet", "scheduler"}
+    assert set(pipe.components) == {"unet", "scheduler", "safety_checker", "feature_extractor"}
     options = {"class_labels": "bee", "num_inference_steps": 2, "output_type": "latent"}
     expected = pipe(**options, generator=seeded()).images
     heun = EDMHeunScheduler.from_config(pipe.scheduler.config)

@@ -1,0 +1,210 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""How an image was made, written into its PNG file: that it is synthetic, by which model, with which numbers."""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, PngImagePlugin
+
+from .version import __version__
+
+
+# IPTC's terms for media that a trained model made, and for given media that it changed.
+SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+GENERATED = SOURCE_TYPES + "trainedAlgorithmicMedia"
+EDITED = SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
+SOFTWARE = f"diffusers-ctm {__version__}"
+
+# Keyword in the PNG file, by name. The first six are text, the others JSON.
+FIELDS = {
+    "digital_source_type": "DigitalSourceType",
+    "software": "Software",
+    "model": "Model",
+    "revision": "Revision",
+    "pipeline": "Pipeline",
+    "scheduler": "Scheduler",
+    "num_inference_steps": "Steps",
+    "gamma": "Gamma",
+    "sigmas": "Sigmas",
+    "class_label": "Class",
+    "seed": "Seed",
+    "batch_index": "BatchIndex",
+    "batch_size": "BatchSize",
+}
+TEXT_FIELDS = tuple(FIELDS)[:6]
+XMP_KEYWORD = "XML:com.adobe.xmp"
+
+
+def png_text(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """`provenance` as text by PNG keyword, XMP included: IPTC's DigitalSourceType and the software. None is left out.
+
+    Raises ValueError for a key that is not in `FIELDS`, and for a value that JSON does not know.
+    """
+    unknown = sorted(set(provenance) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"provenance has no {', '.join(unknown)}; it holds {', '.join(FIELDS)}.")
+    provenance = {"digital_source_type": GENERATED, "software": SOFTWARE, **provenance}
+    text = {}
+    for name, keyword in FIELDS.items():
+        value = provenance.get(name)
+        if value is None:
+            continue
+        try:
+            text[keyword] = str(value) if name in TEXT_FIELDS else json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"provenance[{name!r}] must be a value that JSON knows, got {value!r}.") from error
+    attributes = [("Iptc4xmpExt:DigitalSourceType", "DigitalSourceType"), ("xmp:CreatorTool", "Software")]
+    described = " ".join(f"{name}={quoteattr(text[keyword])}" for name, keyword in attributes)
+    text[XMP_KEYWORD] = (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:xmp="http://ns.adobe.com/xap/1.0/" '
+        f'{described}/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+    )
+    return text
+
+
+def provenance_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What `png_text` wrote, by name; a value that is not what it would write stays text. Other keywords are left out."""
+    found: dict[str, Any] = {}
+    for name, keyword in FIELDS.items():
+        value = text.get(keyword)
+        if not isinstance(value, str):
+            continue
+        try:
+            found[name] = value if name in TEXT_FIELDS else json.loads(value)
+        except ValueError:
+            found[name] = value
+    if "digital_source_type" not in found:
+        xmp = text.get(XMP_KEYWORD, text.get("xmp", ""))
+        xmp = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
+        source = re.search(r"DigitalSourceType\s*(?:=\s*[\"']|>)\s*([^\"'<\s]+)", xmp)
+        if source:
+            found["digital_source_type"] = source[1]
+    return found
+
+
+def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
+    """What the image file `path` says about how it was made, with the keys of `FIELDS`; empty if it says nothing.
+
+    Of a file by other software, the `digital_source_type` in its XMP is read. Anybody can write or remove such metadata: it informs, it
+    proves nothing.
+
+    Raises:
+        OSError: no such file, or no image.
+    """
+    with Image.open(path) as image:
+        image.load()  # text may stand after the pixels
+        return provenance_of_text(image.info)
+
+
+def save_images(
+    images: Any,
+    path_pattern: str | os.PathLike,
+    provenance: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Save images as PNG files that say how they were made.
+
+    As XMP and as plain text: synthetic media by IPTC's digital source type, software, and what is known of model, revision, steps, gamma,
+    levels, class and seed. `read_provenance` reads it.
+
+    Args:
+        images: what a pipeline returned, a PIL image or a list of them, an array (B, H, W, C) or a tensor (B, C, H, W) in [0, 1].
+        path_pattern: file name, filled by `str.format` with `index`, `seed` and `class_label`: "out/{index:03d}.png" or
+            "out/{class_label}-{seed}.png". Folders are made.
+        provenance: values by name (see `FIELDS`), for all images or one dict each. They go before those of the pipeline's output, and these before
+            what PIL images carry from a pipeline with `add_provenance`. Without any, the file says synthetic and by which software.
+        overwrite: replace files that exist.
+
+    Returns:
+        The paths.
+
+    Raises:
+        FileExistsError: a file exists, and `overwrite` is not set. Then nothing is written.
+        ValueError: a path that does not end with .png or that two images share, images of another kind or outside [0, 1], keys that are not
+            known, one dict each for another number of images.
+    """
+    own = getattr(images, "provenance", None) or []
+    pictures = _pil_images(getattr(images, "images", images))
+    given = (
+        [provenance or {}] * len(pictures)
+        if provenance is None or isinstance(provenance, Mapping)
+        else list(provenance)
+    )
+    if len(given) != len(pictures):
+        raise ValueError(f"provenance has {len(given)} entries for {len(pictures)} images; pass one or as many.")
+    records = [
+        {
+            **(provenance_of_text(picture.info) if FIELDS["digital_source_type"] in picture.info else {}),
+            **(own[i] if i < len(own) else {}),
+            **given[i],
+        }
+        for i, picture in enumerate(pictures)
+    ]
+    texts = [png_text(record) for record in records]
+    paths = [_path(path_pattern, i, record) for i, record in enumerate(records)]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"path_pattern={str(path_pattern)!r} gives several images one name; put {{index}} in it.")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another path_pattern, or pass overwrite=True.")
+    for picture, text, path in zip(pictures, texts, paths):
+        _save(picture, text, path, overwrite)
+    return paths
+
+
+def _pil_images(images: Any) -> list[Image.Image]:
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image) for image in images):
+        return list(images)
+    if isinstance(images, torch.Tensor) and images.ndim == 4:
+        images = VaeImageProcessor.pt_to_numpy(images.float())
+    if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        found = getattr(images, "shape", None)
+        raise ValueError(
+            "images must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with 1 or 3 channels, got "
+            f"{type(images).__name__}{'' if found is None else f' of shape {tuple(found)}'}."
+        )
+    if images.dtype.kind != "f" or not ((images >= 0) & (images <= 1)).all():
+        raise ValueError("images must be floats in [0, 1]; those of output_type='latent' lie in [-1, 1].")
+    return VaeImageProcessor.numpy_to_pil(images)
+
+
+def _path(pattern: str | os.PathLike, index: int, record: Mapping[str, Any]) -> Path:
+    fields = {"index": index, "seed": record.get("seed"), "class_label": record.get("class_label")}
+    try:
+        path = Path(os.fspath(pattern).format(**fields))
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"path_pattern={str(pattern)!r} cannot be filled with {fields}: {type(error).__name__}: {error}."
+        ) from error
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path_pattern={str(pattern)!r} must end with .png, the format that carries the text.")
+    return path
+
+
+def _save(picture: Image.Image, text: Mapping[str, str], path: Path, overwrite: bool) -> None:
+    """Write aside, then rename. A file that somebody else made meanwhile is kept, too."""
+    info = PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        (info.add_itxt if keyword == XMP_KEYWORD else info.add_text)(keyword, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        picture.save(aside, format="PNG", pnginfo=info)
+        if not overwrite:
+            path.touch(exist_ok=False)  # takes the name, or raises FileExistsError
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

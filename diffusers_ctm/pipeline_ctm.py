@@ -26,6 +26,15 @@ from .unet_2d_ctm import CTMUNet2DModel, QuietCastMixin
 from .unet_edm import EDMUNet2DModel
 
 
+def _with_components_last(signature: inspect.Signature, names: Sequence[str]) -> inspect.Signature:
+    """`signature` with the parameters `names` last, by keyword only and without a default."""
+    parameters = signature.parameters
+    components = [
+        parameters[name].replace(default=inspect.Parameter.empty, kind=inspect.Parameter.KEYWORD_ONLY) for name in names
+    ]
+    return signature.replace(parameters=[p for p in parameters.values() if p.name not in names] + components)
+
+
 class CTMPipeline(QuietCastMixin, DiffusionPipeline):
     """Unconditional and class-conditional image generation in 1 to N network evaluations.
 
@@ -96,6 +105,10 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         self._seeds = None
         self._match_scheduler()
 
+    # `DiffusionPipeline.from_pretrained(folder, safety_checker=...)` takes for components what has no default in the signature, and drops
+    # without a word what is passed for others.
+    __init__.__signature__ = _with_components_last(inspect.signature(__init__), _optional_components)
+
     # Loading and saving ---------------------------------------------------------------------------------------------
 
     def register_to_config(self, **kwargs):
@@ -105,12 +118,8 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "CTMPipeline":
         """This pipeline with the components and config of another, as `DiffusionPipeline.from_pipe`; the safety checker comes along."""
-        for name in (
-            "safety_checker",
-            "feature_extractor",
-        ):  # diffusers leaves out models of a class that it did not expect
-            if getattr(pipeline, name, None) is not None:
-                kwargs.setdefault(name, getattr(pipeline, name))
+        for name in cls._optional_components:  # diffusers leaves out models of a class that it did not expect
+            kwargs.setdefault(name, getattr(pipeline, name, None))
         return super().from_pipe(pipeline, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:

@@ -3,7 +3,6 @@
 
 import importlib.util
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -285,13 +284,8 @@ def test_from_pipe_takes_the_checker_along(make_unet):
 
 def warnings_of(caplog, call):
     caplog.clear()
-    logger = logging.getLogger("diffusers_ctm.pipeline_ctm")
-    logger.addHandler(caplog.handler)
-    try:
-        call()
-    finally:
-        logger.removeHandler(caplog.handler)
-    return [record.getMessage() for record in caplog.records]
+    call()
+    return [record.getMessage() for record in caplog.records if record.name == "diffusers_ctm.pipeline_ctm"]
 
 
 def test_a_checkpoint_that_requires_a_checker_warns_without(caplog, make_unet, tmp_path):
@@ -329,7 +323,7 @@ def test_checkpoints_from_before_load_as_they_did(caplog, make_unet, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip():
-    """diffusers' own checker at tiny size with random weights, that flags what is like the embedding of a white image."""
+    """diffusers' own checker at tiny size with random weights, that flags what is more like a white image than like noise."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -340,11 +334,12 @@ def clip():
             CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=8)
         ).eval()
     extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    white = extractor([Image.new("RGB", (4, 4), "white")], return_tensors="pt").pixel_values
+    noise = np.random.default_rng(0).integers(0, 2, (8, 8, 3), dtype=np.uint8) * 255
+    pixels = extractor([Image.new("RGB", (8, 8), "white"), Image.fromarray(noise)], return_tensors="pt").pixel_values
     with torch.no_grad():
-        embedding = checker.visual_projection(checker.vision_model(white)[1])
-        checker.concept_embeds.copy_(embedding.expand(17, -1))
-        checker.concept_embeds_weights.fill_(0.999)
+        white, other = torch.nn.functional.normalize(checker.visual_projection(checker.vision_model(pixels)[1]))
+        checker.concept_embeds.copy_((white - other).expand(17, -1))
+        checker.concept_embeds_weights.fill_(0.0)
         checker.special_care_embeds_weights.fill_(2.0)
     return checker, extractor
 
@@ -376,6 +371,8 @@ def test_diffusers_own_checker(make_unet, clip, loader, dtype, tmp_path):
     assert (output.images[0] == 0).all() and output.images[1].std() > 0.1
     without = loader.from_pretrained(tmp_path, safety_checker=None)
     assert without.safety_checker is None and white_or_noise(without).images[0].min() == 1
+    other = Named()
+    assert loader.from_pretrained(tmp_path, safety_checker=other).safety_checker is other
 
 
 @pytest.mark.parametrize("loader", [CTMPipeline, DiffusionPipeline])

@@ -10,17 +10,23 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def read_images(
-    images, channels: int, size: tuple[int, int] | None, name: str = "image", bounded: bool = True
+    images,
+    channels: int,
+    size: tuple[int, int] | None,
+    name: str = "image",
+    bounded: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`images` as a float32 tensor of shape (B, C, H, W) in which 0 is black and 1 is white.
+    """`images` as a tensor of shape (B, C, H, W) in which 0 is black and 1 is white. Nothing is resized, converted or guessed.
 
     Args:
         images: a PIL image of mode "L" (one channel), "RGB" or "RGBA"; a numpy array of shape (H, W), (H, W, C) or (B, H, W, C)
-            or a tensor of shape (H, W), (C, H, W) or (B, C, H, W), of floats in [0, 1]; or a list of these.
+            or a tensor of shape (H, W), (C, H, W) or (B, C, H, W), of floats in [0, 1] or of uint8; or a list of these.
         channels: C.
         size: (H, W) that the images must have; None is any.
         name: of the argument, for messages.
         bounded: refuse values outside [0, 1].
+        dtype: of the result, a float type.
 
     Raises:
         ValueError: for anything else, and for values that are NaN or infinite.
@@ -28,7 +34,7 @@ def read_images(
     if isinstance(images, (list, tuple)):
         if not images:
             raise ValueError(f"{name} is an empty list.")
-        parts = [read_images(image, channels, size, name, bounded) for image in images]
+        parts = [read_images(image, channels, size, name, bounded, dtype) for image in images]
         if len({part.shape[1:] for part in parts}) > 1:
             raise ValueError(f"{name} holds images of different sizes: {[tuple(part.shape[2:]) for part in parts]}.")
         return torch.cat(parts)
@@ -48,8 +54,10 @@ def read_images(
             f"{name} must be a PIL image, an array, a tensor or a list of these, got {type(images).__name__}."
         )
 
+    if images.dtype == torch.uint8:
+        images = images.to(dtype) / 255
     if not images.is_floating_point():
-        raise ValueError(f"{name} holds {images.dtype}; pass floats in [0, 1], e.g. 8-bit values divided by 255.")
+        raise ValueError(f"{name} holds {images.dtype}; pass floats in [0, 1], or 0..255 as uint8.")
     if images.shape[1] != channels:
         raise ValueError(f"{name} has {images.shape[1]} channels; this network makes images with {channels}.")
     if size is not None and tuple(images.shape[2:]) != tuple(size):
@@ -64,13 +72,13 @@ def read_images(
     if bounded and not ((images >= 0) & (images <= 1)).all():
         raise ValueError(
             f"{name} has values from {images.min():g} to {images.max():g}; floats must lie in [0, 1]. Pass (x + 1) / 2 of an "
-            "image x in [-1, 1]."
+            "image x in [-1, 1], and 0..255 as uint8."
         )
-    return images.to(torch.float32)
+    return images.to(dtype)
 
 
 def _read_pil(image: Image.Image, channels: int, name: str) -> np.ndarray:
-    """A PIL image as floats of shape (H, W, C)."""
+    """A PIL image as uint8 of shape (H, W, C)."""
     mode = PIL_MODES.get(channels)
     if mode is None:
         raise ValueError(f"{name}: no PIL image has {channels} channels; pass a tensor.")
@@ -78,14 +86,14 @@ def _read_pil(image: Image.Image, channels: int, name: str) -> np.ndarray:
         raise ValueError(
             f"{name} has mode {image.mode!r}; this network makes images of mode {mode!r}. Pass `image.convert({mode!r})`."
         )
-    pixels = np.asarray(image, dtype=np.float32) / 255
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return np.asarray(image).reshape(image.height, image.width, channels)
 
 
 def read_masks(masks, size: tuple[int, int] | None, name: str = "mask_image") -> torch.Tensor:
     """`masks` as a bool tensor of shape (B, 1, H, W), true from the middle of the range on (white).
 
-    PIL images of mode "1", "L" or "RGB", arrays and tensors as in `read_images` with one channel, also of bools; or a list.
+    PIL images of mode "1", "L" or "RGB", arrays and tensors as in `read_images` with one channel, of bools or floats; or a list.
+    Integers are refused: 1 may mean white or almost black.
 
     Raises:
         ValueError: for anything else.
@@ -103,8 +111,8 @@ def _float_mask(mask, name: str):
                 f"{name} has mode {mask.mode!r}; pass '1', 'L' or 'RGB', white where pixels are repainted."
             )
         return mask.convert("L")
-    if isinstance(mask, np.ndarray) and mask.dtype == bool:
-        return mask.astype(np.float32)
-    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
-        return mask.float()
+    if isinstance(mask, (np.ndarray, torch.Tensor)):
+        if "int" in str(mask.dtype):
+            raise ValueError(f"{name} holds {mask.dtype}; pass bools, or floats in [0, 1].")
+        return mask * 1.0 if "bool" in str(mask.dtype) else mask
     return mask

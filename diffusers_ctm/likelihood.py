@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
-from .pipeline_ctm_inversion import exact_denoiser, pipeline_condition, pipeline_images
+from .pipeline_ctm_inversion import exact_denoiser, pipeline_condition
 from .trajectory import append_dims, check_count, check_positive
 
 
@@ -78,7 +79,7 @@ def log_likelihood(
     Args:
         pipe: a `CTMPipeline` (a CTM or an EDM teacher) with `CTMScheduler` or `EDMHeunScheduler`; its network in eval mode. For
             a CTM it is the likelihood of its exact score g(x, t, t), not of its jumps.
-        images: 8-bit images: PIL, uint8, or floats on the 256 levels in [0, 1] (or in [-1, 1], see `images_to_tensor`).
+        images: 8-bit images: PIL, uint8, or floats k / 255 in [0, 1], of the network's channels and size.
         class_labels: class of each image, or one for all; numbers or names. Needed by a class-conditional network, whose density given
             the class this is.
         method: "ode", or "elbo", a lower bound of the likelihood and so an upper bound of the bits.
@@ -87,7 +88,7 @@ def log_likelihood(
         num_probes: Hutchinson probes (random signs) per draw, each kept along the trajectory.
         trace: "hutchinson" (default of "ode") or "exact" (n backward passes per evaluation, for small images). The bound needs no
             trace: by default it is the denoising form, of the same mean as the "hutchinson" one and much less spread.
-        dequantize: False takes the images as continuous values that are dequantised already.
+        dequantize: False takes the images as continuous values that are dequantised already, and may leave [0, 1].
         rtol, atol: tolerances of the ODE solver, relative and absolute; see `dormand_prince`. Steps are shared by the batch.
         generator: source of dequantisation, probes, levels and noise.
 
@@ -112,7 +113,8 @@ def log_likelihood(
         raise ValueError(
             "The network is in training mode, where dropout changes the likelihood; call `pipe.unet.eval()`."
         )
-    clean = pipeline_images(pipe, images)
+    size, channels = pipe._image_size(), unet.config.in_channels
+    clean = 2 * read_images(images, channels, size, "images", bounded=dequantize, dtype=torch.float64) - 1
 
     # 2. Prepare
     device = pipe._execution_device
@@ -170,10 +172,9 @@ def log_likelihood(
 
 
 def _on_grid(x: torch.Tensor) -> torch.Tensor:
-    """The nearest 8-bit values of `x` in [-1, 1]. Raises ValueError if they are not near."""
-    level = ((x.double() + 1) * LEVELS_PER_UNIT).round()
-    value = level / LEVELS_PER_UNIT - 1
-    if (value - x.double()).abs().max() > HALF_WIDTH / 20 or level.min() < 0 or level.max() > 255:
+    """The nearest 8-bit values of `x` in [-1, 1], float64. Raises ValueError if they are not near."""
+    value = ((x + 1) * LEVELS_PER_UNIT).round() / LEVELS_PER_UNIT - 1
+    if (value - x).abs().max() > HALF_WIDTH / 20:
         raise ValueError(
             "The images are not 8-bit: values k / 255 in [0, 1], k = 0..255, are asked. Round them, pass uint8, or pass dequantize=False "
             "for continuous values."

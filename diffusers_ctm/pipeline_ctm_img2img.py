@@ -45,8 +45,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
         """Edit images.
 
         Args:
-            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) with values
-                in [0, 1], or a list of these, of the network's size. One image serves a whole batch.
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) of floats in
+                [0, 1] or of uint8, or a list of these, of the network's size. One image serves a whole batch.
             strength: in (0, 1], how far up the Karras schedule to go: the level is (a + strength (b - a))^rho with
                 a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5, the default, is 2.5
                 for levels from 0.002 to 80.

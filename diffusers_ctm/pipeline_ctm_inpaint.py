@@ -42,8 +42,8 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         """Repaint images.
 
         Args:
-            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) with values
-                in [0, 1], or a list of these, of the network's size. What lies under the white of the mask has no influence.
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) of floats in
+                [0, 1] or of uint8, or a list of these, of the network's size. What lies under the white of the mask has no influence.
             mask_image: white (from 0.5 on) where to repaint, black where to keep: a PIL image of mode "1", "L" or "RGB", an array
                 (B, H, W, 1) or tensor (B, 1, H, W), or a list of these, of the size of the image. One image or mask serves a whole batch.
             num_inference_steps: N, and the number of network evaluations. Default 18.

@@ -8,7 +8,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from .encoding_inputs import images_to_tensor
+from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
@@ -54,8 +54,8 @@ class CTMInversionPipeline(CTMPipeline):
         """Encode images.
 
         Args:
-            image: PIL image(s), arrays (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), or a list; uint8, or floats in
-                [0, 1], or in [-1, 1] if the batch has a negative value (see `images_to_tensor`). Of the network's size.
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) of floats in
+                [0, 1] or of uint8, or a list of these, of the network's size.
             class_labels: class of each image, or one for all; numbers or names. Needed by a class-conditional network.
             num_inference_steps: N, on the Karras schedule with N + 1 levels; 2N network evaluations.
             return_dict: return a `CTMInversionOutput` rather than a tuple.
@@ -71,7 +71,7 @@ class CTMInversionPipeline(CTMPipeline):
                 package.
         """
         device = self._execution_device
-        x = pipeline_images(self, image).to(device=device, dtype=torch.float32)
+        x = self._read(image, "image").to(device)
         condition = pipeline_condition(self, class_labels, len(x), device)
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         levels = self._ode_levels(num_inference_steps).flip(0)
@@ -134,7 +134,7 @@ class CTMInversionPipeline(CTMPipeline):
             output_type: "pil", "np", "pt" or "latent", as in `CTMPipeline`.
             return_dict: return an `CTMPipelineOutput` rather than a tuple.
         """
-        pair = [pipeline_images(self, picture) for picture in (image, other_image)]
+        pair = [self._read(picture, name) for picture, name in ((image, "image"), (other_image, "other_image"))]
         if any(len(picture) != 1 for picture in pair):
             raise ValueError("interpolate takes one image and one other_image; call it once per pair.")
         weights = torch.as_tensor(weights, dtype=torch.float32)
@@ -143,11 +143,15 @@ class CTMInversionPipeline(CTMPipeline):
         device = self._execution_device
         condition = pipeline_condition(self, class_labels, 2, device)
         levels = self._ode_levels(num_inference_steps).flip(0)
-        states = self._follow(torch.cat(pair).to(device=device, dtype=torch.float32), levels, condition)
+        states = self._follow(torch.cat(pair).to(device), levels, condition)
         first, second = (state.expand(len(weights), *state.shape) for state in states / self.scheduler.config.sigma_max)
         labels = condition.get("class_labels")
         labels = None if labels is None else labels[(weights >= 0.5).long().to(device)]
         return self.decode(slerp(first, second, weights), labels, num_inference_steps, output_type, return_dict)
+
+    def _read(self, image, name: str) -> torch.Tensor:
+        """`image` as (B, C, H, W) in [-1, 1], of the channels and size of the network."""
+        return 2 * read_images(image, self.unet.config.in_channels, self._image_size(), name) - 1
 
     def _ode_levels(self, num_steps: int) -> torch.Tensor:
         """The scheduler's N + 1 Karras levels from sigma_max to sigma_min, float64."""
@@ -178,12 +182,6 @@ class CTMInversionPipeline(CTMPipeline):
                     x = (callback(self, i, self.scheduler.sigma_to_t(t_next), {"latents": x}) or {}).get("latents", x)
                 progress_bar.update()
         return x
-
-
-def pipeline_images(pipe: CTMPipeline, image) -> torch.Tensor:
-    """`image` as (B, C, H, W) in [-1, 1], of the channels and size of the network of `pipe`."""
-    config = pipe.unet.config
-    return images_to_tensor(image, config.in_channels, config.sample_size)
 
 
 def pipeline_condition(pipe: CTMPipeline, class_labels, batch_size: int, device) -> dict[str, torch.Tensor]:

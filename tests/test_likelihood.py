@@ -369,15 +369,17 @@ def test_standard_errors_are_those_of_the_estimates(options):
     mixture = mixture_problem()
     x = draw(mixture, 100).float()[..., None, None]
     pipe = pipeline(ExactDenoiserNetwork(Flat(mixture), 0.6, size=1, channels=2), 0.6)
-    true = log_likelihood(pipe, x, dequantize=False, trace="exact", rtol=1e-5, atol=1e-5).nats
+    true = log_likelihood(pipe, (x + 1) / 2, dequantize=False, trace="exact", rtol=1e-5, atol=1e-5).nats
     close(true, mixture_log_density(mixture, x.flatten(1).double(), LOW), 0, 2e-2)
-    found = log_likelihood(pipe, x, dequantize=False, generator=seeded(), **options)
+    found = log_likelihood(pipe, (x + 1) / 2, dequantize=False, generator=seeded(), **options)
     per_bit = 2 * math.log(2)
     close(found.bits_per_dim, -found.nats / per_bit + math.log2(127.5), 1e-9, 1e-9)
     deviation = (found.nats - true) / per_bit / (found.standard_error + 2e-3)  # the solver's error
     assert 0.75 < deviation.square().mean().sqrt() < 1.4 and deviation.mean().abs() < 0.35
     name = "num_probes" if options["method"] == "ode" else "num_draws"
-    more = log_likelihood(pipe, x, dequantize=False, generator=seeded(1), **{**options, name: 4 * options[name]})
+    more = log_likelihood(
+        pipe, (x + 1) / 2, dequantize=False, generator=seeded(1), **{**options, name: 4 * options[name]}
+    )
     assert 1.6 < found.standard_error.mean() / more.standard_error.mean() < 2.5
 
 
@@ -419,7 +421,7 @@ def test_images_come_as_they_are(exact_teacher):
     hwc = images.permute(0, 2, 3, 1).numpy()
     few = {"method": "elbo", "num_draws": 2}
     expected = log_likelihood(pipe, images, generator=seeded(), **few).nats
-    for kind in (images / 255, images.float() / 127.5 - 1, [Image.fromarray(each) for each in hwc], hwc):
+    for kind in (images / 255, images.double() / 255, [Image.fromarray(each) for each in hwc], hwc):
         close(log_likelihood(pipe, kind, generator=seeded(), **few).nats, expected, 0, 1e-3)
     low = pipeline(exact_teacher(sample_size=4).to(torch.bfloat16))
     close(log_likelihood(low, images, generator=seeded(), **few).nats, expected, 0, 1e-3)  # F = 0 in any precision
@@ -446,10 +448,10 @@ BAD = {
     "tolerance": ({"rtol": 0.0}, "rtol"),
     "labels": ({"class_labels": 1}, "unconditional"),
     "not 8-bit": ({"images": torch.full((1, 3, 8, 8), 0.5)}, "8-bit"),
-    "outside": ({"images": torch.full((1, 3, 8, 8), 260 / 255)}, "8-bit"),
+    "outside": ({"images": torch.full((1, 3, 8, 8), 260 / 255)}, r"must lie in \[0, 1\]"),
     "NaN": ({"images": torch.full((1, 3, 8, 8), math.nan)}, "NaN"),
     "NaN, continuous": ({"images": torch.full((1, 3, 8, 8), math.nan), "dequantize": False}, "NaN"),
-    "size": ({"images": pixels(1, size=4)}, "work"),
+    "size": ({"images": pixels(1, size=4)}, "images is 4x4 pixels"),
     "mode": ({"images": Image.new("L", (8, 8))}, "mode"),
 }
 

@@ -25,15 +25,16 @@ from loopback_hub import LoopbackHub, Repo
 
 from training import hub
 from training.card import make_card
-from training.config import UserError, parse_config, run_program
+from training.config import CTMConfig, UserError, parse_config, run_program
 from training.hub import LAST_CHECKPOINT, without_token
-from training.publish import PublishConfig, check_inheritance, stage
-from training.record import Licence, changed_options, public_name, teacher_record
+from training.publish import PublishConfig, check_inheritance, choose_licence, stage
+from training.record import Licence, changed_options, origin_record, public_name, training_record, write_record
 
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_loopbackABCDEFGHIJKLMNOPQRSTUV"
 NC = "cc-by-nc-sa-4.0"
+NETWORK = {"block_out_channels": [8, 16], "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
 SMALL = {
     "label_column": "label",
     "train_batch_size": 4,
@@ -74,10 +75,9 @@ def author(work: Path) -> dict:
     def command(*arguments: str):
         return attempt(publish.main, parse_config(PublishConfig, [str(argument) for argument in arguments]))
 
-    network = {"block_out_channels": [8, 16], "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4}
     teacher = Path(
         train_edm.main(
-            EDMConfig(output_dir=str(work / "edm"), max_train_steps=2, **{**SMALL, "checkpointing_steps": 0}, **network)
+            EDMConfig(output_dir=str(work / "edm"), max_train_steps=2, **{**SMALL, "checkpointing_steps": 0}, **NETWORK)
         )
     )
     (teacher / "notes.txt").write_text(f"remember {TOKEN}")
@@ -482,6 +482,7 @@ def test_one_other_licence_is_not_another():
         ({"license": "mit", "teacher": {"name": "t", "license": NC}}, {}, "", NC),  # whatever the run called it
         ({"license": NC, "teacher": {"name": "t", "license": "mit"}}, {}, "", NC),
         ({"license": "mit", "teacher": {"name": "t", "license": "apache-2.0"}}, {}, "", "mit"),
+        ({"license": "mit", "teacher": None, "first_stage": {"name": "f", "license": NC}}, {}, "", NC),
         ({"teacher": {"name": "t"}}, {"license": NC}, "mit", NC),
         ({"teacher": None}, {}, "openrail", "openrail"),
         ({}, {"license": None}, "unknown", None),
@@ -492,8 +493,25 @@ def test_a_student_of_a_student_inherits_from_both(record, conversion, card, exp
     (tmp_path / "conversion.json").write_text(json.dumps(conversion))
     if card:
         (tmp_path / "README.md").write_text(f"---\nlicense: {card}\n---\nA card.\n")
-    found = teacher_record(str(tmp_path), None)
+    found = origin_record(str(tmp_path), None)
     assert (found.get("license"), found["name"], found["on_hub"]) == (expected, tmp_path.name, False)
+
+
+@pytest.mark.parametrize("teacher", [None, {"name": "t", "license": "mit"}])
+def test_what_starts_from_a_first_stage_inherits_its_licence_and_says_so(teacher, tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "training.json").write_text(json.dumps({"license": NC}))
+    options = CTMConfig(output_dir="r", init_from=str(tmp_path / "first"), teacher="t")
+    record = training_record(options, 1, str(tmp_path / "first")) | {"teacher": teacher}
+    assert (record["license"], record["first_stage"]["name"]) == (NC, "first")
+    assert "init_from" not in record["options"] and training_record(options, 1)["first_stage"] is None
+    write_record(record | {"license": "mit"}, 3, str(tmp_path))  # by --hub_license
+    with pytest.raises(UserError, match=f"mit contradicts {NC}.*its first stage first has that"):
+        choose_licence(str(tmp_path), None)
+    (tmp_path / "unet").mkdir()
+    card = make_card(str(tmp_path), "a/b", Licence(NC))
+    assert f"started from the weights of `first`, whose licence is {NC}." in card
+    assert ("Distilled from `t`." in card) == (teacher is not None) and "from scratch" not in card
 
 
 def test_other_licences_are_published_afterwards(tmp_path):
@@ -517,8 +535,6 @@ def test_positional_arguments_and_their_names_are_the_same(capsys):
 
 
 def test_names_that_may_be_published(tmp_path):
-    from training.config import CTMConfig
-
     assert public_name("user/name") == "user/name"
     assert (
         public_name(str(tmp_path / "run" / "pipeline")) == "run"
@@ -529,6 +545,10 @@ def test_names_that_may_be_published(tmp_path):
     )
     expected = {"dataset_name": tmp_path.name, "learning_rate": 1.0}
     assert changed_options(options) == expected
+    assert (
+        public_name(str(tmp_path / "run" / "checkpoint-20")) == "run"
+        and public_name("checkpoint-20") == "checkpoint-20"
+    )
 
 
 def test_tokens_are_hidden(monkeypatch, capsys):

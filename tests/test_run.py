@@ -257,7 +257,7 @@ def test_resuming_wins_over_a_first_stage(tmp_path, first_stage):
     part = learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options))
     assert same(state(part.bare_network), state(whole.bare_network))
     assert same(state(part.ema.module), state(whole.ema.module))
-    assert part.record["options"]["init_from"] == "run"  # what it came from in truth
+    assert part.record["first_stage"]["name"] == "run"  # what it came from in truth
 
 
 @pytest.mark.parametrize(

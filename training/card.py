@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import diffusers_ctm
 
-from .record import CONVERSION, RECORD, Licence, is_hub_id, licence_fields, licence_of, public_name, read_json
+from .record import CONVERSION, ORIGINS, RECORD, Licence, is_hub_id, licence_fields, licence_of, public_name, read_json
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
@@ -63,7 +63,9 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "licence": _licence_text(licence),
         "samples": samples,
         "teacher": _source_text(record, conversion),
-        "teacher_licence": (licence_of(record.get("teacher") or {}) or licence_of(conversion) or ""),
+        "teacher_licence": licence_of(record.get("teacher") or {}) or licence_of(conversion) or "",
+        "first_stage": _origin_text(record.get("first_stage") or {}),
+        "first_stage_licence": licence_of(record.get("first_stage") or {}) or "",
         "conversion": f"Converted from {conversion['family']} weights." if conversion.get("family") else "",
         "dataset": _dataset_text(dataset),
         "trained": bool(record),
@@ -85,9 +87,10 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
 
 def base_model(record: dict, conversion: dict) -> str | None:
     """The Hub id that the weights come from, if it is known."""
-    teacher = record.get("teacher") or {}
-    if teacher.get("on_hub"):
-        return teacher["name"]
+    for role in ORIGINS:
+        origin = record.get(role) or {}
+        if origin.get("on_hub"):
+            return origin["name"]
     return conversion_repo(conversion)
 
 
@@ -103,7 +106,9 @@ def card_data(
 ) -> ModelCardData:
     """The metadata, as the Hub reads it."""
     source = base_model(record, conversion)
-    trained = bool(record.get("teacher"))  # the Hub has no relation "distilled"; a student starts as its teacher
+    trained = any(
+        record.get(role) for role in ORIGINS
+    )  # the Hub has no relation "distilled"; a student starts as its teacher
     results = _results(evaluation, dataset)
     return ModelCardData(
         **licence_fields(licence),
@@ -173,12 +178,18 @@ def _class_names(names: dict[str, str]) -> str:
 
 
 def _source_text(record: dict, conversion: dict) -> str:
-    teacher = record.get("teacher") or {}
-    if teacher.get("name"):
-        name = teacher["name"]
-        text = f"[{name}](https://huggingface.co/{name})" if teacher.get("on_hub") else f"`{name}`"
-        return text + (f", commit `{teacher['revision']}`" if teacher.get("revision") else "")
+    if record.get("teacher"):
+        return _origin_text(record["teacher"])
     return f"`{conversion['source']}`" if conversion.get("source") else ""
+
+
+def _origin_text(origin: dict) -> str:
+    """A teacher or a first stage, as a link if it is on the Hub."""
+    if not origin.get("name"):
+        return ""
+    name = origin["name"]
+    text = f"[{name}](https://huggingface.co/{name})" if origin.get("on_hub") else f"`{name}`"
+    return text + (f", commit `{origin['revision']}`" if origin.get("revision") else "")
 
 
 def _dataset_text(dataset: dict) -> str:

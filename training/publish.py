@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.hub import write_loading_code
 
-from .card import base_model, is_generated, make_card
+from .card import conversion_repo, is_generated, make_card
 from .config import Checked, UserError, option, run_program
 from .hub import card_licence, commit_folder, error_text, open_repo, read_card, retried
-from .record import CONVERSION, HUB_ID, PERMISSIVE, RECORD, Licence, licence_of, read_json
+from .record import CONVERSION, HUB_ID, ORIGINS, PERMISSIVE, RECORD, Licence, licence_of, read_json, strictest
 
 
 # What of a folder is the pipeline: files of a component, and files beside the components.
@@ -85,19 +85,22 @@ def check_licence_name(name: str | None, field: str) -> None:
 
 
 def teachers_licence(folder: str) -> tuple[Licence | None, str]:
-    """What the weights in `folder` inherit and where that is said: the run's record, the conversion's, or the source's card."""
+    """The strictest of what the weights in `folder` inherit, and where that is said: records of the run or the conversion, or a card."""
     record, conversion = read_json(folder, RECORD), read_json(folder, CONVERSION)
-    teacher = record.get("teacher") or {}
-    if (found := licence_of(teacher)) is not None:
-        return found, f"its teacher {teacher['name']} has that"
-    if (found := licence_of(conversion)) is not None:
-        return found, f"{CONVERSION} says so of {conversion.get('source')}"
-    source = base_model(record, conversion)
-    if source is not None:
-        revision = teacher.get("revision") if teacher.get("on_hub") else conversion.get("revision")
-        if (found := card_licence(source, revision)) is not None:
-            return found, f"the card of {source} says so"
-    return None, ""
+    origins = []
+    for role, title in ORIGINS.items():
+        origin = record.get(role) or {}
+        repo = origin["name"] if origin.get("on_hub") else None
+        origins.append((origin, repo, f"its {title} {origin.get('name')} has that"))
+    origins.append((conversion, conversion_repo(conversion), f"{CONVERSION} says so of {conversion.get('source')}"))
+    reasons = []
+    for origin, repo, reason in origins:
+        if (found := licence_of(origin)) is not None:
+            reasons.append((found, reason))
+        elif repo is not None and (found := card_licence(repo, origin.get("revision"))) is not None:
+            reasons.append((found, f"the card of {repo} says so"))
+    inherited = strictest(found for found, _ in reasons)
+    return next(((found, reason) for found, reason in reasons if found is inherited), (None, ""))
 
 
 def choose_licence(folder: str, wanted: Licence | None, option_name: str = "license") -> Licence:

@@ -46,7 +46,7 @@ class Pusher:
             )
         with tempfile.TemporaryDirectory() as folder:
             write_record(record, 0, folder)
-            self.licence = choose_licence(folder, None, "hub_license")
+            choose_licence(folder, None, "hub_license")
         self.opened, self.failing = False, False
         try:
             self._open()
@@ -133,7 +133,7 @@ class Pusher:
             if os.path.isdir(checkpoint):
                 write_manifest(checkpoint)
                 link_folder(checkpoint, os.path.join(target, LAST_CHECKPOINT))
-            upload(target, self.repo, self.licence, f"Training in progress, step {step}")
+            upload(target, self.repo, choose_licence(target, None, "hub_license"), f"Training in progress, step {step}")
 
     # At the end -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -25,10 +26,13 @@ PERMISSIVE = {
     "cc0-1.0", "pddl", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "afl-3.0", "bsl-1.0", "ecl-2.0", "ncsa", "postgresql",
 }  # fmt: skip
 
+# Whose licence the weights of a run inherit, as `training.json` names them, and as a reader does.
+ORIGINS = {"teacher": "teacher", "first_stage": "first stage"}
+
 # Options that say where, how and what is shown, not what the weights are. None of them is recorded.
 LOCAL_OPTIONS = {
     "config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
-    "sample_every", "logging_steps", "report_to", "teacher", "posthoc_ema_every", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
+    "sample_every", "logging_steps", "report_to", "teacher", "init_from", "posthoc_ema_every", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
 }  # fmt: skip
 
 
@@ -65,11 +69,11 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def public_name(name: str) -> str:
-    """`name` as it may be published: a Hub id as it is, of a local path its last part, or of `run/pipeline` the run."""
+    """`name` as it may be published: a Hub id as it is, of a local path its last part, of `run/pipeline` and `run/checkpoint-5` the run."""
     if is_hub_id(name):
         return name
     parts = [part for part in re.split(r"[/\\]", os.path.abspath(name) if name.startswith(".") else name) if part]
-    if len(parts) > 1 and parts[-1] == "pipeline":
+    if len(parts) > 1 and re.fullmatch(r"pipeline|checkpoint-\d+", parts[-1]):
         parts.pop()
     return parts[-1] if parts else name
 
@@ -85,23 +89,28 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
 
 
 def recorded_licence(folder: str) -> Licence | None:
-    """The licence that a student inherits from a local pipeline's folder: the first that is said there and is not permissive, else the first.
+    """The licence that a student inherits from a local pipeline's folder, or from a checkpoint.
 
-    It is said in the run's record, of the weights and of their teacher, in the conversion's, and in the card.
+    It is said in the run's record, of the weights, their teacher and their first stage, in the conversion's, and in the card.
     """
     record = read_json(folder, RECORD)
-    said = [record, record.get("teacher") or {}, read_json(folder, CONVERSION)]
+    said = [record, *(record.get(role) or {} for role in ORIGINS), read_json(folder, CONVERSION)]
     card = os.path.join(folder, "README.md")
     if os.path.isfile(card):
         from huggingface_hub import ModelCard
 
         said.append(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict())
-    known = [licence for licence in map(licence_of, said) if licence is not None]
+    return strictest(map(licence_of, said))
+
+
+def strictest(licences: Iterable[Licence | None]) -> Licence | None:
+    """Of the licences that are known the first that is not permissive, else the first. (Two such conditions are not weighed.)"""
+    known = [licence for licence in licences if licence is not None]
     return next((licence for licence in known if licence.id not in PERMISSIVE), known[0] if known else None)
 
 
-def teacher_record(name: str, revision: str | None) -> dict[str, Any]:
-    """Name, commit and licence of a teacher, as far as they can be found out."""
+def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Name, commit and licence of a teacher or a first stage, as far as they can be found out."""
     commit, licence = None, None
     if os.path.isdir(name):
         licence = recorded_licence(name)
@@ -137,13 +146,18 @@ def changed_options(options: RunOptions) -> dict[str, Any]:
     return changed
 
 
-def training_record(options: RunOptions, num_processes: int) -> dict[str, Any]:
-    """What `training.json` says of a run, but for the number of steps done. Names no folder of this machine and no secret."""
+def training_record(options: RunOptions, num_processes: int, first_stage: str | None = None) -> dict[str, Any]:
+    """What `training.json` says of a run, but for the number of steps done. Names no folder of this machine and no secret.
+
+    Args:
+        first_stage: what `find_first_stage` found.
+    """
     teacher = getattr(options, "teacher", None)
     dataset = options.dataset_name
     record: dict[str, Any] = {
         "program": options.PROGRAM,
-        "teacher": None if teacher is None else teacher_record(teacher, getattr(options, "teacher_revision", None)),
+        "teacher": None if teacher is None else origin_record(teacher, getattr(options, "teacher_revision", None)),
+        "first_stage": None if first_stage is None else origin_record(first_stage),
         "dataset": {
             "name": public_name(dataset),
             "on_hub": dataset != "digits" and not dataset.endswith(".parquet") and is_hub_id(dataset),
@@ -160,7 +174,7 @@ def training_record(options: RunOptions, num_processes: int) -> dict[str, Any]:
         },
     }
     own = licence_of({"license": options.hub_license})
-    return {**record, **licence_fields(own or licence_of(record["teacher"] or {}))}
+    return {**record, **licence_fields(own or strictest(licence_of(record[role] or {}) for role in ORIGINS))}
 
 
 def write_json(value: dict[str, Any], name: str, folder: str) -> None:

@@ -41,7 +41,7 @@ from .data import ImageDataset, StepSampler, load_batches, to_sample
 from .ema import EMA, power_decay, snapshot_folder
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
 from .interruption import Interruption
-from .record import training_record, write_record
+from .record import RECORD, read_json, training_record, write_record
 from .trained import Means, TrainedNetwork
 
 
@@ -125,7 +125,7 @@ class TrainingRun:
         self.accelerator = make_accelerator(options)
         self.record, self.pusher = {}, None
         if self.accelerator.is_main_process:
-            self.record = training_record(options, self.accelerator.num_processes)
+            self.record = training_record(options, self.accelerator.num_processes, self._first_stage)
             if options.push_to_hub:
                 from .push import Pusher
 
@@ -425,10 +425,10 @@ class TrainingRun:
                     "averages": {name: average.state_dict() for name, average in self.averages.items()},
                     "networks": {name: trained.state_dict() for name, trained in self.networks.items()},
                     "means": means,
-                    "init_from": self.record["options"].get("init_from"),
                     "options": decisive_options(options, accelerator.num_processes),
                 }
                 torch.save(state, os.path.join(draft, STATE))
+                write_record(self.record, self.step, draft)
                 os.replace(draft, path)
         except WRITE_ERRORS as error:
             shutil.rmtree(draft, ignore_errors=True)
@@ -497,9 +497,7 @@ class TrainingRun:
         if self.step > self.options.max_train_steps:
             raise UserError(f"--max_train_steps {self.options.max_train_steps} is below step {self.step} of {path}.")
         if accelerator.is_main_process:
-            self.record["options"].pop("init_from", None)
-            if state.get("init_from") is not None:
-                self.record["options"]["init_from"] = state["init_from"]
+            self.record["first_stage"] = read_json(path, RECORD).get("first_stage")  # whatever --init_from is now
         accelerator.print(f"Resumed from {path} at step {self.step}.")
 
     def _load_first_stage(self, source: str) -> None:

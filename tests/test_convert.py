@@ -208,6 +208,13 @@ def test_nvidias_other_preconditionings_are_not_taken_for_edm(name, tmp_path, ca
     assert f"holds a {name}, not an EDMPrecond" in fails(capsys, tmp_path / "net.pkl", tmp_path / "out")
 
 
+def test_names_that_say_huge_images_are_refused(student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "MAX_SIDE", 7)
+    assert "images of 8 pixels a side" in fails(capsys, student[1], tmp_path / "out")
+    monkeypatch.setattr(convert, "MAX_SIDE", 8)
+    run(student[1], tmp_path / "out")
+
+
 def test_overrides_reach_network_and_scheduler(student, tmp_path):
     _, source = student
     options = ["--num_head_channels", 4, "--dropout", 0, "--sigma_data", 0.6, "--timestep_scale", 1]
@@ -483,7 +490,8 @@ def test_downloads_are_whole_or_refused(website, student, tmp_path, capsys, monk
         ("file:///etc/passwd", "is not there"),
         ("http://example.com:none/x", "no https"),
         ("https://someone:secret@example.com/x", "a user or a password"),
-        ("https://example.com:none/x", "cannot be downloaded"),
+        ("https://example.com:none/x", "no proper address"),
+        ("https://example.com/a b.pt?token=secret a", "no proper address"),
     ],
 )
 def test_other_addresses_are_never_opened(address, word, tmp_path, capsys):

@@ -439,6 +439,14 @@ def test_copies_may_not_add_up_to_more_than_the_file(tmp_path):
     content = b"\x80\x04B" + struct.pack("<I", len(blob)) + blob + b"\x94ctorch.storage\n_load_from_bytes\n\x94(0"
     content += b"(" + b"h\x01h\x00\x85R" * 10_000 + b"l."
     refuse(tmp_path, content, "more bytes than it has")
+    text = saved(1, _use_new_zipfile_serialization=False).decode("latin-1") + "x" * 2**20  # as Python 2 writes bytes
+    content = (
+        b"\x80\x02X"
+        + struct.pack("<I", len(text.encode()))
+        + text.encode()
+        + b"q\x01ctorch.storage\n_load_from_bytes\nq\x00(0("
+    )
+    refuse(tmp_path, content + b"h\x00h\x01\x85R" * 10_000 + b"l.", "more bytes than it has")
     encode = (
         b"\x80\x02c_codecs\nencode\nq\x00X"
         + struct.pack("<I", 2**20)
@@ -539,6 +547,8 @@ def test_zip_files_of_others(tmp_path):
     position = many.rfind(b"PK\5\6")
     many[position + 12 : position + 16] = struct.pack("<I", 2**31)
     refuse(tmp_path, bytes(many), "list of entries")
+    locator = b"PK\6\7" + bytes(16)  # of a record of large files that is none: zipfile does not go by it
+    refuse(tmp_path, bytes(many[:position] + bytes(100) + locator + many[position:]), "list of entries")
 
 
 # Broken files ---------------------------------------------------------------------------------------------------------

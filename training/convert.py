@@ -56,6 +56,7 @@ FAMILIES = {
 WRAPPERS = ("", "module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 FORMATS = (".pt", ".pth", ".safetensors")
 MAX_DOWNLOAD = 2**35  # bytes
+MAX_SIDE = 1024  # pixels; names that say more would make the check of the result cost any amount of memory
 CHUNK = 2**20
 TOLERANCE = 1e-3  # of the output: equal weights at other addresses in memory may be summed in another order
 
@@ -245,6 +246,8 @@ def download(address: str, folder: str) -> str:
                         raise UserError(f"SOURCE {name} is larger than {MAX_DOWNLOAD / 2**30:.0f} GiB.")
                     file.write(chunk)
                     progress.update(len(chunk))
+    except http.client.InvalidURL as error:  # whose text repeats the address, query and all
+        raise UserError(f"SOURCE {name} is no proper address; spaces, for instance, are written as %20.") from error
     except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
         reason = f"{error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else error
         raise UserError(f"SOURCE {name} cannot be downloaded: {reason}.") from error
@@ -315,6 +318,8 @@ def network_of(family: str, state_dict: dict[str, torch.Tensor], config: Convert
         state_dict = module.without_variances(state_dict)
     overrides = {name: said[name] for name in ("dropout",) if name in said} | config.network_overrides(family)
     network = module.to_diffusers(state_dict, **overrides).eval()
+    if max(_size(network)) > MAX_SIDE:
+        raise UserError(f"The names say images of {max(_size(network))} pixels a side; up to {MAX_SIDE} are converted.")
     if network.config.out_channels == 2 * network.config.in_channels:
         raise UserError(
             f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts variances too, as "

@@ -180,6 +180,8 @@ def _load_from_bytes(machine, data) -> Any:
     """What a storage that is pickled on its own becomes: a file of torch.save within the pickle."""
     if machine.depth:
         raise _Refused("a storage lies within a storage")
+    if type(data) is str:
+        machine.budget.copy(len(data))
     return _read_legacy(memoryview(_bytes(data)), machine.budget, depth=1)
 
 
@@ -663,12 +665,12 @@ def _read_zip(path: str, data: torch.UntypedStorage, view: memoryview) -> Any:
 
 
 def _directory_size(view: memoryview) -> int:
-    """Bytes of a zip file's list of entries, from its last record."""
+    """Bytes of a zip file's list of entries, from the record that `zipfile` goes by."""
     tail = bytes(view[-66_000:])
     end = tail.rfind(b"PK\5\6")
     if end < 0:
         raise _Refused("it is a zip file whose end is missing: the download was cut off")
-    if end >= 76 and tail[end - 20 : end - 16] == b"PK\6\7":
+    if end >= 76 and tail[end - 20 : end - 16] == b"PK\6\7" and tail[end - 76 : end - 72] == b"PK\6\6":
         return struct.unpack_from("<Q", tail, end - 76 + 40)[0]
     return struct.unpack_from("<I", tail, end + 12)[0]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import TINY
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, Value
 from diffusers import (
     AutoencoderKL,
     CMStochasticIterativeScheduler,
@@ -464,6 +464,74 @@ def test_precision_is_left_alone_where_rounding_is_not_magnified(layouts):
         config.mixed_precision = "bf16"
         train_ctm.choose_precision(load_teacher(str(layouts.root / name)), config)
         assert config.mixed_precision == "bf16"  # asked for
+
+
+# The program ------------------------------------------------------------------------------------------------------------
+
+TO_END = {"matching": "global", "dsm_adaptive": False}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("google/ddpm-cifar10-32", {}), ("user/ddpm-v", {}), ("user/ddpm-v", {"teacher_prediction_type": "sample"}), ("google/ncsnpp", {}),
+        ("user/flow", {}), ("user/edm", {}), ("dg845/diffusers-cm_edm_imagenet64_ema", {}), ("openai/diffusers-cd_imagenet64_l2", TO_END),
+    ],
+    ids=["epsilon", "v", "sample", "score", "flow", "edm 1", "edm 1000", "consistency"],
+)  # fmt: skip
+def test_the_program_distils_every_kind(layouts, name, options, tmp_path):
+    """Two small steps: what is saved is near the teacher's denoiser, has begun to look at the target time, and samples in one step.
+
+    Near: the error of the teacher's denoiser where it leaves the image as it is (F = 0) is its measure.
+    """
+    options = {"matching": "soft", "max_solver_steps": 2, **options}
+    if options["matching"] == "global":
+        del options["max_solver_steps"]
+    teacher = load_teacher(str(layouts.root / name), prediction_type=options.get("teacher_prediction_type"))
+    levels = teacher.scheduler.config
+    path = train_ctm.main(
+        CTMConfig(
+            **options,
+            teacher=str(layouts.root / name),
+            output_dir=str(tmp_path / "run"),
+            dataset_name="digits" if name != "user/edm" else few_classes(tmp_path / "three.parquet"),
+            image_mode="RGB",
+            label_column=None if teacher.network.config.num_class_embeds is None else "label",
+            num_train_timesteps=5,
+            sigma_max=min(levels.sigma_max, 80.0),
+            max_train_steps=2,
+            train_batch_size=4,
+            learning_rate=2e-5,
+            ema_decay=0.5,
+            checkpointing_steps=0,
+            sample_every=0,
+            report_to="none",
+        )
+    )
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    preconditioning = pipe.scheduler.preconditioning
+    assert preconditioning == teacher.preconditioning and pipe.scheduler.config.sigma_max == min(levels.sigma_max, 80.0)
+
+    t = torch.tensor([0.1, 0.5, 2.0])
+    x, labels = randn(3, 3, 8, 8, dtype=torch.float32), labels_for(teacher.network, 3)
+    condition = {} if labels is None else {"class_labels": labels}
+    with torch.no_grad():
+        g = preconditioning.g(pipe.unet, x, t, t, **condition)
+        other = preconditioning.g(pipe.unet, x, t, 0.3 * t, **condition)
+        before = preconditioning.g(teacher.network, x, t, **condition)
+    assert 0 < (g - before).abs().max() < 0.1 * (before - x).abs().max()
+    assert (g - other).abs().max() > 0 or teacher.is_consistency_model  # whose jumps have one end
+    image = pipe(class_labels=None if labels is None else [1], output_type="latent").images
+    assert image.shape == (1, 3, 8, 8) and image.isfinite().all() and image.std() > 0
+
+
+def few_classes(path: Path) -> str:
+    """Three small grey images of three classes."""
+    images = [PILImage.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 100, 200)] * 2
+    columns = {"image": images, "label": [0, 1, 2] * 2}
+    Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")})).to_parquet(path)
+    return str(path)
 
 
 # The Hub and the real command -------------------------------------------------------------------------------------------

@@ -611,8 +611,20 @@ def test_of_a_component_only_its_config_and_weights_are_staged(tmp_path):
     (tmp_path / "secret").write_text("a key")
     (folder / "unet" / "notes.json").symlink_to(tmp_path / "secret")
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"0")
+    checker = {
+        "safety_checker/model.safetensors",
+        "safety_checker/config.json",
+        "feature_extractor/preprocessor_config.json",
+    }
+    for path in checker:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text("{}")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"safety_checker": ["diffusers", "Some"], "feature_extractor": ["transformers", "Other"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     left = stage(str(folder), str(target))
-    assert "unet/notes.json" in left
+    assert "unet/notes.json" in left and not checker & set(left)
+    assert all((target / path).is_file() for path in checker)
     assert {path.name for path in (target / "unet").iterdir()} == {
         "config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
     }  # fmt: skip

@@ -24,7 +24,7 @@ from .record import CONVERSION, HUB_ID, ORIGINS, PERMISSIVE, RECORD, Licence, li
 
 # What of a folder is the pipeline: files of a component, and files beside the components.
 COMPONENT_FILES = re.compile(
-    r"(config|scheduler_config)\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|safetensors\.index\.json)"
+    r"(config|scheduler_config|preprocessor_config)\.json|(diffusion_pytorch_model|model)[\w.-]*\.safetensors(\.index\.json)?"
 )
 TOP_FILES = ("model_index.json", RECORD, CONVERSION)
 BRANCH = re.compile(r"[\w-][\w./-]*")

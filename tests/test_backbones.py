@@ -197,6 +197,12 @@ def save_model(kind, folder, processor=None):
     classes = {
         "deit": (transformers.DeiTModel, transformers.DeiTConfig, VIT),
         "mae": (transformers.ViTMAEModel, transformers.ViTMAEConfig, VIT),
+        "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config, {**VIT, "mlp_ratio": 1}),
+        "pvt": (
+            transformers.PvtV2Model,
+            transformers.PvtV2Config,
+            {"image_size": [64, 64], "hidden_sizes": [2, 4, 6, 8], "depths": [1] * 4, "num_attention_heads": [1] * 4},
+        ),
         "resnet": (transformers.ResNetForImageClassification, transformers.ResNetConfig, STAGES),
         "regnet": (
             transformers.RegNetModel,
@@ -354,6 +360,30 @@ def test_transformer_at_another_resolution(tmp_path):
     assert [tuple(m.shape) for m in network(images(1, 3, 8, 8))] == [(1, 8, 6, 6)] * 4
 
 
+@pytest.mark.parametrize("resolution", [None, 24])
+def test_backbone_class_of_a_transformer_gives_the_same_layers(tmp_path, resolution):
+    model = save_model("dinov2", tmp_path)
+    network = load_backbone(str(tmp_path), resolution)
+    side = resolution or 16
+    assert network.resolution == side and network.about["kind"] == "Dinov2Backbone"
+    x = images(2, 3, side, side)
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+    with torch.no_grad():
+        output = model(pixel_values=((x + 1) / 2 - mean) / std, output_hidden_states=True)
+        maps = network(x)
+        for found, layer in zip(maps, (2, 5, 8, 11), strict=True):
+            patches = model.layernorm(output.hidden_states[1 + layer])[:, 1:]  # without the class token
+            assert found.shape == (2, 8, side // 4, side // 4)
+            torch.testing.assert_close(found.flatten(2).transpose(1, 2), patches, rtol=1e-4, atol=1e-5)
+
+
+def test_backbone_class_without_a_stem_gives_all_its_stages(tmp_path):
+    save_model("pvt", tmp_path)
+    network = load_backbone(str(tmp_path))
+    assert network.resolution == 64 and network.num_channels == [2, 4, 6, 8]
+    assert [m.shape[-1] for m in network(images(1, 3, 32, 32))] == [16, 8, 4, 2]
+
+
 @pytest.mark.parametrize("kind", ["resnet", "regnet"])
 def test_convolutional_network_gives_its_stages(tmp_path, kind):
     model = save_model(kind, tmp_path)
@@ -398,7 +428,7 @@ def test_networks_without_feature_maps(tmp_path, kind, message):
 
 def test_images_too_small_for_the_network(tmp_path):
     save_model("deit", tmp_path)
-    with pytest.raises(UserError, match="no feature maps of images of 2x2 pixels; show it larger ones"):
+    with pytest.raises(UserError, match="no feature maps of images of 2x2 pixels .*; show it larger ones"):
         load_backbone(str(tmp_path), 2)
     with pytest.raises(UserError, match="no feature maps of images of 1x1 pixels"):
         load_backbone("digits", 1)

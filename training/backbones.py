@@ -65,8 +65,8 @@ class Backbone(nn.Module):
             reason = "" if maps and all(m.ndim == 4 and min(m.shape) > 0 for m in maps) else "an empty one"
         if reason:
             raise UserError(
-                f"the network gives no feature maps of images of {self.resolution}x{self.resolution} pixels; "
-                f"show it larger ones. ({reason})"
+                f"the network gives no feature maps of images of {self.resolution}x{self.resolution} pixels ({reason}); "
+                "show it larger ones, or those of the size it was trained on"
             )
         self.num_channels = [m.shape[1] for m in maps]
 
@@ -171,8 +171,8 @@ class TransformersBackbone(Backbone):
             mean, std, side = processing.mean / 255, processing.std / 255, processing.side[0]
             normalisation = "of its image processor"
         except OSError:  # there is none
-            side = getattr(network.config, "image_size", None)
-            mean, std, side = IMAGENET_MEAN, IMAGENET_STD, side if isinstance(side, int) else 224
+            side = getattr(network.config, "image_size", None) or 224
+            mean, std, side = IMAGENET_MEAN, IMAGENET_STD, side if isinstance(side, int) else side[0]
             normalisation = "ImageNet's (it has no image processor)"
         about = {"kind": type(network).__name__, "normalisation": normalisation}
         super().__init__(resolution or side, mean, std, about, getattr(network.config, "num_channels", 3))
@@ -226,7 +226,8 @@ def load_transformers(name: str) -> nn.Module:
     model_class = AutoModel
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
         model_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        config.out_indices = [1 + index for index in evenly_spaced(len(config.stage_names) - 1)]  # 0 is the stem
+        stages = [index for index, stage in enumerate(config.stage_names) if stage != "stem"]
+        config.out_indices = [stages[index] for index in evenly_spaced(len(stages))]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it reports heads and poolers, which are not used; what is missing is checked below
     try:

@@ -1,0 +1,66 @@
+"""The README as a newcomer uses it: its Python runs in the order in which it stands, its commands have the options that they name."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.config import DataOptions, parse_config
+from training.data import ImageDataset, to_sample
+from training.features import load_feature_network
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = [line for line in SHELL.splitlines() if "-m training." in line]
+
+
+def test_python_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    digits, _ = ImageDataset(DataOptions())[[3, 13]]
+    grey = digits / 255
+    network = load_feature_network("digits")
+    names = {
+        "image": Image.fromarray(digits[0, 0].numpy()),
+        "other": Image.fromarray(digits[1, 0].numpy()),
+        "noisy": (to_sample(digits[:1]) + 0.5 * torch.randn(1, 1, 8, 8) + 1) / 2,
+        "mask_image": Image.fromarray(np.uint8(255) * np.tri(8, dtype=np.uint8)),
+        "small": torch.nn.functional.avg_pool2d(grey[:1], 2),
+        "classifier": lambda x: network.classifier(network.body(x)),
+    }
+    sampling, loading = [block for block in PYTHON if "user/name" not in block], PYTHON[-1]
+    assert len(sampling) == 3 and "trust_remote_code=True" in loading  # tests/test_hub.py runs what the last block says
+    for block in sampling:
+        for statement in re.split(r"\n(?=\S)(?![)\]}])", block):  # one at a time, to say which fails
+            if "--label_dropout" in statement:  # the shipped CTM was trained without
+                with pytest.raises(ValueError, match="needs a network trained with label dropout"):
+                    exec(statement, names)
+            else:
+                exec(statement, names)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"three-{gamma}.png" for gamma in (0.0, 0.5, 1.0)]
+    assert names["latents"].shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_options_that_they_name(command):
+    words = shlex.split(command, comments=True)
+    module = importlib.import_module(words[words.index("-m") + 1])
+    arguments = words[words.index("-m") + 2 :]
+    name = re.search(r"run_program\(main, (\w+)\)", Path(module.__file__).read_text())[1]
+    if "..." in arguments:  # the rest stands in an earlier command
+        index = arguments.index("...")
+        arguments[index : index + 1] = ["--teacher", "runs/teacher/pipeline", "--output_dir", "runs/student"]
+    parse_config(getattr(module, name), arguments)
+
+
+def test_there_are_commands():
+    programs = set(re.findall(r"-m training\.(\w+)", "\n".join(COMMANDS)))
+    assert {"train_edm", "train_ctm", "evaluate", "convert", "publish"} <= programs

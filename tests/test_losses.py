@@ -8,6 +8,7 @@ from exact import ExactNetwork, GaussianData, randn
 
 from diffusers_ctm import CTMUNet2DModel
 from diffusers_ctm.trajectory import Preconditioning, heun_step, karras_sigmas
+from training.ema import EMA
 from training.losses import (
     DISTANCES,
     adaptive_weight,
@@ -20,8 +21,9 @@ from training.losses import (
     pseudo_huber_distance,
     solve_paths,
 )
-from training.solver import heun_solve
+from training.solver import dpm_solve, heun_solve, unipc_solve
 from training.time_sampling import TimeSampler
+from training.trained import Means, clip_gradient
 
 
 SIGMA_DATA = 0.5
@@ -278,6 +280,29 @@ def test_no_jump_is_computed_where_all_are_identities(networks):
         class_labels=LABELS,
     )  # fmt: skip
     assert loss.trajectory > 0
+
+
+@pytest.mark.parametrize("times", [TIMES, OWN_STEPS, SHARED], ids=["one number of steps", "its own", "shared paths"])
+@pytest.mark.parametrize("solver", [heun_solve, dpm_solve, unipc_solve])
+def test_a_step_does_not_wait_for_the_device(networks, times, solver):
+    """On the device "meta" whoever reads a value, or a shape that depends on values, raises."""
+    student, ema, teacher = (network.to("meta") for network in networks)
+    values = {name: value.to("meta") for name, value in inputs().items()}
+    labels, average, means = LABELS.to("meta"), EMA(student, 0.9), Means()
+
+    def denoiser(x, sigma, labels):
+        return PRECONDITIONING.denoise(teacher, x, sigma, class_labels=labels)
+
+    loss = ctm_loss(
+        student, ema, functools.partial(solver, denoiser), PRECONDITIONING, times, **values, last_weight=student.conv_out.weight,
+        class_labels=labels, generator_loss=adversary,
+    )  # fmt: skip
+    finite = means.add({"trajectory_loss": loss.trajectory, "dsm_loss": loss.dsm})
+    (loss.backward * torch.where(finite, 1.0, float("nan"))).backward()
+    norm = clip_gradient(list(student.parameters()), 1.0)
+    average.step(student, norm.isfinite())
+    jumps = make_jumps(student, ema, PRECONDITIONING, times, values["x_0"], labels)
+    assert ctm_estimate(jumps, values["x_0"], values["noise"]).device.type == "meta"
 
 
 def test_untrained_student_is_the_euler_step_of_its_teacher(exact_teacher):

@@ -73,8 +73,12 @@ def assert_same_weights(a, b, **tolerance):
         )
 
 
-def test_saved_pipelines_load_and_sample(teacher, tmp_path):
+def test_saved_pipelines_load_and_sample(teacher, tmp_path, capfd):
     student = distil(teacher, tmp_path / "run", sample_every=2, checkpointing_steps=2, report_to="tensorboard")
+    bar = capfd.readouterr().err.splitlines()[-1]
+    assert "4/4" in bar and all(
+        f"{name}=" in bar for name in ("trajectory_loss", "dsm_loss", "dsm_weight", "grad_norm")
+    )
     pipe = DiffusionPipeline.from_pretrained(student)
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe, diffusers_ctm.CTMPipeline)

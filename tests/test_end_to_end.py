@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import TINY
 from diffusers import UNet2DModel
-from loopback_hub import LoopbackHub
+from loopback_hub import LoopbackHub, Repo
 
 from diffusers_ctm import CTMPipeline, EDMHeunScheduler
+from training.data import digits
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,11 @@ def test_from_a_published_teacher_to_an_evaluated_student(tmp_path):
     unet = UNet2DModel(**{**TINY, "in_channels": 1, "out_channels": 1, "num_class_embeds": 10})
     names = {number: str(number) for number in range(10)}
     CTMPipeline(unet, EDMHeunScheduler(sigma_data=0.75), id2label=names).save_pretrained(str(tmp_path / "teacher"))
+    images = digits().select(range(200)).rename_columns({"image": "scan", "label": "digit"})
+    images.to_parquet(tmp_path / "images.parquet")
     with LoopbackHub() as hub:
+        hub.repos["datasets/team/scans"] = Repo()
+        hub.repos["datasets/team/scans"].commit({"data/train.parquet": (tmp_path / "images.parquet").read_bytes()})
         environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
         def command(*arguments):
@@ -36,16 +41,8 @@ def test_from_a_published_teacher_to_an_evaluated_student(tmp_path):
             return done.stdout
 
         command("training.publish", tmp_path / "teacher", "team/teacher", "--license", "cc-by-nc-sa-4.0")
-        options = [
-            "--teacher",
-            "team/teacher",
-            "--label_column",
-            "label",
-            "--max_train_steps",
-            2,
-            "--train_batch_size",
-            4,
-        ]
+        data = ["--dataset_name", "team/scans", "--image_column", "scan", "--label_column", "digit"]
+        options = ["--teacher", "team/teacher", *data, "--max_train_steps", 2, "--train_batch_size", 4]
         options += ["--checkpointing_steps", 1, "--sample_every", 0, "--output_dir", tmp_path / "run"]
         launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", "training.train_ctm"]
         command(*launcher, *options, "--push_to_hub", "--hub_model_id", "team/student")
@@ -54,9 +51,10 @@ def test_from_a_published_teacher_to_an_evaluated_student(tmp_path):
         card = files["README.md"].decode()
         assert "license: cc-by-nc-sa-4.0" in card and "base_model: team/teacher" in card
 
-        evaluation = ["--label_column", "label", "--num_samples", 80, "--seeds", 0, "--kid", "false"]
+        evaluation = [*data, "--num_samples", 80, "--seeds", 0, "--kid", "false"]
         evaluation += ["--steps", 1, "--gammas", 0, "--teacher_steps", 2, "--output_dir", tmp_path / "evaluation"]
         command("training.evaluate", "--model", "team/student", "--teacher", "team/teacher", *evaluation)
-    results = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["results"]
-    assert {row["sampler"] for row in results} == {"ctm", "heun"}
+    report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert {row["sampler"] for row in report["results"]} == {"ctm", "heun"}
+    assert report["reference"]["dataset_name"] == "team/scans" and report["reference"]["num_images"] == 200
     assert os.path.getsize(tmp_path / "evaluation" / "evaluation.png") > 5000

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -361,6 +362,28 @@ def test_a_failure_keeps_the_former_result(config, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         evaluate.main(config(seeds=[1], steps=[1]))
     assert {path: path.read_bytes() for path in Path(options.output_dir).iterdir()} == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_keeps_the_former_result(config):
+    options = config(seeds=[0], steps=[1])
+    evaluate.main(options)
+    folder = Path(options.output_dir)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (folder / ".gammas.draft.png").symlink_to("/dev/full")  # where the last file is written
+    with pytest.raises(UserError, match="gammas.png could not be written: .*No space left"):
+        evaluate.main(config(seeds=[1], steps=[1]))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_corrupted_weights_are_no_model(gaussian, config, tmp_path):
+    shutil.copytree(gaussian["ctm"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    options = config(model=str(tmp_path / "cut"))
+    with pytest.raises(UserError, match="--model .*cut cannot be loaded"):
+        evaluate.main(options)
+    assert not os.path.exists(options.output_dir)
 
 
 def test_few_images_are_noted(config):

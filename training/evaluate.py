@@ -1,5 +1,6 @@
 """Measure a CTM over steps and gamma, beside its teacher: `python -m training.evaluate --model runs/digits/pipeline`."""
 
+import contextlib
 import datetime
 import io
 import json
@@ -516,9 +517,11 @@ def main(config: EvaluateConfig) -> dict:
         "evaluation.png": plot(report),
         "gammas.png": gammas_picture(config, pipelines),
     }
-    for name, content in files.items():
-        with atomic_file(os.path.join(config.output_dir, name)) as draft, open(draft, "wb") as file:
-            file.write(content)
+    with contextlib.ExitStack() as results:  # all are written before the first replaces a former one
+        for name, content in files.items():
+            draft = results.enter_context(atomic_file(os.path.join(config.output_dir, name)))
+            with open(draft, "wb") as file:
+                file.write(content)
     print(f"\n{table}")
     return report
 

@@ -134,7 +134,7 @@ def test_gamma_split_keeps_the_level(gamma, sigma_min):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gamma_ends_to_the_last_digit(dtype):
-    t_next = LEVELS.to(dtype)
+    t_next = torch.cat([LEVELS, karras_sigmas(200, dtype=torch.float64)]).to(dtype)
     s, std = gamma_split(t_next, 0.0, 0.002)
     assert torch.equal(s, t_next) and torch.equal(std, torch.zeros_like(t_next))
     s, std = gamma_split(t_next, 1.0, 0.002)
@@ -528,6 +528,7 @@ def test_levels_of_diffusers_timesteps(name):
     close(preconditioning.c_noise((finite[1:] * finite[:-1]).sqrt()), between, rtol=0, atol=1e-7)
     ends = torch.tensor([low / 7, high * 7], dtype=torch.float64)  # beyond, the network is shown what it knows
     close(preconditioning.c_noise(ends), [0.0, len(finite) - 1])
+    close(preconditioning.sigma_of_c_noise(torch.tensor([-3.0, len(finite) + 3.0], dtype=torch.float64)), [low, high])
     assert preconditioning.c_noise(finite.float()).dtype == torch.float32
     assert (preconditioning.c_noise(finite.float()) - whole).abs().max() < 0.01  # float32, as training has it
 

@@ -245,6 +245,14 @@ def test_start_in_the_middle(cls, by):
 
 
 @BOTH
+def test_the_index_that_a_pipeline_sets_goes_before_the_timestep(cls):
+    scheduler, x = set_to(cls(), 6), randn(1, 3, 4, 4)
+    scheduler.set_begin_index(2)
+    scheduler.step(x, scheduler.timesteps[4], x)
+    assert scheduler.step_index == 3
+
+
+@BOTH
 def test_types_and_places(cls):
     scheduler = set_to(cls(), 5)
     assert scheduler.num_inference_steps == 5 and len(scheduler.sigmas) == 6
@@ -454,6 +462,16 @@ def test_step_is_jump_and_renoise(gamma):
             close(s**2 + std**2, scheduler.sigmas[i + 1].double() ** 2, rtol=1e-6)
             x = x + std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
         close(output.prev_sample, x)
+
+
+@pytest.mark.parametrize("gamma, draws", [(0.0, 0), (0.5, 3), ([0.0, 0.4, 0.0, 1.0], 1)])
+def test_noise_is_drawn_where_it_is_added_only(gamma, draws):
+    scheduler, x, generator, plain = CTMScheduler(), 80 * randn(1, 3, 4, 4), seeded(), seeded()
+    scheduler.set_timesteps(4, gamma=gamma)
+    sampling_loop(scheduler, some_network, x, generator)
+    for _ in range(draws):  # the last step ends at sigma_min, whatever gamma
+        torch.randn(x.shape, generator=plain, dtype=x.dtype)
+    assert torch.equal(generator.get_state(), plain.get_state())
 
 
 def test_clip_sample_clamps_g():
@@ -812,7 +830,9 @@ def test_levels_that_do_not_descend(cls, source, levels):
 def test_levels_outside_the_range(cls, source):
     def give(*levels):
         values = levels if source == "sigmas" else [c_noise(torch.tensor(level)).item() for level in levels]
-        cls().set_timesteps(**{source: values})
+        scheduler = cls()
+        scheduler.set_timesteps(**{source: values})
+        return scheduler.sigmas[0]
 
     with pytest.raises(ValueError, match=f"{source} ends at noise level 0.001.*leave it out"):
         give(80.0, 0.001)
@@ -825,7 +845,7 @@ def test_levels_outside_the_range(cls, source):
             give(80.0, 0.002)
     else:  # there its last step starts, and leads to 0
         give(80.0, 0.002)
-    give(80.0 * (1 + 1e-6), 0.0021)  # rounding is no error
+    assert 79.99 < give(80.0 * (1 + 3e-5), 0.0021) <= 80  # rounding is no error and does not leave the range
 
 
 @BOTH

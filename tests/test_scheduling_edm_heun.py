@@ -184,6 +184,9 @@ def test_churn_acts_between_its_bounds_only():
     close(told / level, torch.where(inside, 1 + math.sqrt(2) - 1, 1.0), rtol=1e-5)  # 8 / 8 is more than its limit
     assert torch.equal(scheduler.call_sigmas[1::2], level[1:])  # a corrector is where its step ends
     assert scheduler.init_noise_sigma == 80.0
+    scheduler = EDMHeunScheduler(s_churn=0.3, s_tmin=0.5, s_tmax=5.0)
+    scheduler.set_timesteps(sigmas=[80.0, 5.0, 0.5])
+    close(scheduler.call_sigmas[::2], [80.0, 5.5, 0.55], rtol=1e-6)  # the bounds are levels at which noise is added
     scheduler = EDMHeunScheduler(s_churn=0.8, s_noise=1.1)
     scheduler.set_timesteps(8)
     close(scheduler.call_sigmas[0], 88.0, rtol=1e-6)

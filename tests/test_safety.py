@@ -323,7 +323,7 @@ def test_checkpoints_from_before_load_as_they_did(caplog, make_unet, tmp_path):
 
 @pytest.fixture(scope="module")
 def clip():
-    """diffusers' own checker at tiny size with random weights, that flags what is more like a white image than like noise."""
+    """diffusers' own checker at tiny size with random weights, that flags what is more like a white image than like a half white one."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -334,8 +334,9 @@ def clip():
             CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=8)
         ).eval()
     extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    noise = np.random.default_rng(0).integers(0, 2, (8, 8, 3), dtype=np.uint8) * 255
-    pixels = extractor([Image.new("RGB", (8, 8), "white"), Image.fromarray(noise)], return_tensors="pt").pixel_values
+    half = np.zeros((8, 8, 3), dtype=np.uint8)
+    half[:, 4:] = 255
+    pixels = extractor([Image.new("RGB", (8, 8), "white"), Image.fromarray(half)], return_tensors="pt").pixel_values
     with torch.no_grad():
         white, other = torch.nn.functional.normalize(checker.visual_projection(checker.vision_model(pixels)[1]))
         checker.concept_embeds.copy_((white - other).expand(17, -1))
@@ -344,12 +345,13 @@ def clip():
     return checker, extractor
 
 
-def white_or_noise(pipe):
-    """Two images, of which the first is white."""
+def white_and_half(pipe):
+    """Two images, a white one and one of which the left half is black."""
 
     def callback(pipe, step, timestep, tensors):
         images = tensors["latents"]
-        images[0], images[1] = 1.0, images[1].sign()
+        images[:] = 1.0
+        images[1, ..., : images.shape[-1] // 2] = -1.0
         return {"latents": images}
 
     pipe.set_progress_bar_config(disable=True)
@@ -366,11 +368,11 @@ def test_diffusers_own_checker(make_unet, clip, loader, dtype, tmp_path):
     assert index["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]
     again = loader.from_pretrained(tmp_path, dtype=dtype)
     assert again.safety_checker.dtype == dtype and again.config.requires_safety_checker
-    output = white_or_noise(again)
+    output = white_and_half(again)
     assert output.nsfw_content_detected == [True, False]
     assert (output.images[0] == 0).all() and output.images[1].std() > 0.1
     without = loader.from_pretrained(tmp_path, safety_checker=None)
-    assert without.safety_checker is None and white_or_noise(without).images[0].min() == 1
+    assert without.safety_checker is None and white_and_half(without).images[0].min() == 1
     other = Named()
     assert loader.from_pretrained(tmp_path, safety_checker=other).safety_checker is other
 
@@ -379,9 +381,9 @@ def test_diffusers_own_checker(make_unet, clip, loader, dtype, tmp_path):
 def test_a_checker_put_in_place_later_is_saved(make_unet, clip, loader, tmp_path):
     pipe = CTMPipeline(make_unet(), CTMScheduler())
     pipe.safety_checker, pipe.feature_extractor = clip
-    assert white_or_noise(pipe).nsfw_content_detected == [True, False]
+    assert white_and_half(pipe).nsfw_content_detected == [True, False]
     pipe.save_pretrained(tmp_path)
-    assert white_or_noise(loader.from_pretrained(tmp_path)).nsfw_content_detected == [True, False]
+    assert white_and_half(loader.from_pretrained(tmp_path)).nsfw_content_detected == [True, False]
     pipe.safety_checker = None
     pipe.save_pretrained(tmp_path / "without")
     assert loader.from_pretrained(tmp_path / "without").safety_checker is None

@@ -670,10 +670,10 @@ def test_options_make_the_discriminator(monkeypatch):
         discriminator_channels=4,
         discriminator_augment=False,
     )
-    discriminator = make_discriminator(options, 1, 3, "cpu")
+    discriminator = make_discriminator(options, 1, 3)
     assert asked == [("one", 48), ("two", 48)] and list(discriminator.backbones) == ["one", "two"]
     backbones = {name: TinyBackbone(48) for name in ("one", "two")}
     assert equal(state(discriminator), state(ProjectedDiscriminator(backbones, 3, 1, channels=4)))
     assert discriminator.draw_augment(uniform(), 8, 8) is None
     with pytest.raises(UserError, match="4 channels"):
-        make_discriminator(options, 4, 3, "cpu")
+        make_discriminator(options, 4, 3)

@@ -541,9 +541,11 @@ def test_names_that_may_be_published(tmp_path):
         and public_name("/a/b/images.parquet") == "images.parquet"
     )
     options = CTMConfig(
-        teacher="t", dataset_name=str(tmp_path), output_dir="/secret/place", learning_rate=1.0, hub_model_id="a/b"
-    )
+        teacher="t", dataset_name=str(tmp_path), output_dir="/secret/place", learning_rate=1.0, hub_model_id="a/b",
+        discriminator_weight=1.0, discriminator_backbones=["/secret/features", "user/name"],
+    )  # fmt: skip
     expected = {"dataset_name": tmp_path.name, "learning_rate": 1.0}
+    expected |= {"discriminator_weight": 1.0, "discriminator_backbones": ["features", "user/name"]}
     assert changed_options(options) == expected
     assert (
         public_name(str(tmp_path / "run" / "checkpoint-20")) == "run"

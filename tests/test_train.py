@@ -416,18 +416,25 @@ def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path
     whole = distil(teacher, tmp_path / "whole", **options)
 
     def saved(step):
+        """Student, discriminator, the student's average."""
         folder = tmp_path / "whole" / f"checkpoint-{step}"
         files = sorted(folder.glob("model*.safetensors"))
         assert len(files) == 2, sorted(os.listdir(folder))
-        return [load_file(file) for file in files]
+        schedule = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
+        assert schedule["last_epoch"] == step  # the learning rate's schedule counts the turns of both
+        (average,) = torch.load(folder / "run_state.pt", weights_only=True)["averages"].values()
+        return [*map(load_file, files), average["weights"]]
 
-    def moved(before, after, network):
-        names = saved(before)[network]
-        return any(not torch.equal(value, saved(after)[network][name]) for name, value in names.items())
+    def moved(step):
+        return [
+            any(not torch.equal(value, after[name]) for name, value in before.items())
+            for before, after in zip(saved(step), saved(step + 1), strict=True)
+        ]
 
     # Steps 1 and 2 are the student's; from then on it and the discriminator take turns.
-    turns = [(moved(step, step + 1, 0), moved(step, step + 1, 1)) for step in range(1, 6)]
-    assert turns == [(True, False), (True, False), (False, True), (True, False), (False, True)]
+    of_student, of_discriminator = [True, False, True], [False, True, False]
+    turns = [of_student, of_student, of_discriminator, of_student, of_discriminator]
+    assert [moved(step) for step in range(1, 6)] == turns
     frozen = [name for name in saved(1)[1] if "projections" in name or "fingerprints" in name]
     assert frozen and all(torch.equal(saved(1)[1][name], saved(6)[1][name]) for name in frozen)
 
@@ -442,8 +449,9 @@ def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path
 
 
 def test_the_adversarial_term_moves_the_student_and_its_weight_counts(teacher, tmp_path):
-    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 1}
-    without = distil(teacher, tmp_path / "without", max_train_steps=1, dropout=0.0)
+    # With dropout: the discriminator draws nothing from the random numbers of the student.
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 1, "dropout": 0.1}
+    without = distil(teacher, tmp_path / "without", max_train_steps=1, dropout=0.1)
     students = [
         distil(teacher, tmp_path / f"weight-{weight}", **{**options, "discriminator_weight": weight})
         for weight in (1e-12, 1.0)
@@ -452,9 +460,65 @@ def test_the_adversarial_term_moves_the_student_and_its_weight_counts(teacher, t
     assert not torch.allclose(weights(without)["conv_out.weight"], weights(students[1])["conv_out.weight"], atol=1e-7)
 
 
-def test_adversarial_options_need_their_stage():
+def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
+    events, seen = [], {}
+
+    def watch(owner, name, event):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            events.append(event)
+            seen[event] = args
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Teacher, "denoise", "teacher")
+    watch(train_ctm, "generator_loss", "generator")
+    watch(train_ctm, "discriminator_loss", "discriminator")
+    distil(teacher, tmp_path / "run", **{**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2})
+    # The student's step asks the teacher before the discriminator; the discriminator's step does not ask it at all.
+    assert "teacher" in events[:-2] and events[-2:] == ["generator", "discriminator"]
+    _, real, fake, augment = seen["discriminator"]
+    assert not fake.requires_grad and fake.shape == real.shape and not torch.equal(fake, real)
+    assert all(not torch.equal(*parameters.brightness.chunk(2)) for parameters in augment)  # fakes and data
+
+
+@pytest.mark.slow
+def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_path):
+    """Batch statistics are those of a pass, so a process is compared with an accumulation step of as many images."""
+    options = {
+        **SMALL, **ADVERSARIAL, "teacher": teacher, "max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, "ema_decay": 0.0,
+        "train_batch_size": 4, "checkpointing_steps": 4, "discriminator_start": 0,
+        # Constant weights: those of gradients are of a pass with accumulation, of all processes without.
+        "dsm_adaptive": False, "discriminator_weight_min": 1.0, "discriminator_weight_max": 1.0,
+    }  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        config = CTMConfig(**options, output_dir=str(folder), gradient_accumulation_steps=2 // processes)
+        save_config(config, str(tmp_path / "config.yaml"))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*launch, "-m", "training.train_ctm", "--config", str(tmp_path / "config.yaml")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(glob.glob(str(folder / "checkpoint-4" / "random_states_*.pkl"))) == processes
+    assert_same_weights(str(tmp_path / "1" / "pipeline"), str(tmp_path / "2" / "pipeline"), rtol=1e-4, atol=2e-5)
+    one, two = (load_file(tmp_path / name / "checkpoint-4" / "model_1.safetensors") for name in "12")
+    assert one.keys() == two.keys()
+    # What batch norm keeps of the passes it saw is of the first process, and training does not use it.
+    for name in (name for name in one if "running_" not in name and "num_batches" not in name):
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_adversarial_options_need_their_stage(teacher, tmp_path):
     with pytest.raises(UserError, match="--discriminator_start needs a --discriminator_weight"):
         CTMConfig(teacher="folder", discriminator_start=5)
+    with pytest.raises(UserError, match="The feature network nowhere cannot be"):
+        distil(teacher, tmp_path / "run", discriminator_weight=1.0, discriminator_backbones=["nowhere"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_stage_starts_from_the_first(teacher, tmp_path):

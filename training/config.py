@@ -391,8 +391,8 @@ class DiscriminatorOptions(Checked):
     )
     discriminator_backbones: list[str] = option(
         ["efficientnet_lite0"],
-        "Frozen networks whose features the discriminator sees, each 'efficientnet_lite0' or an image model of transformers, by its "
-        "folder or Hub id. The authors' are efficientnet_lite0 and facebook/deit-base-distilled-patch16-224.",
+        "Frozen networks whose features the discriminator sees, each 'efficientnet_lite0', 'digits', a folder of training.features, or an image "
+        "model of transformers by its folder or Hub id. The authors' are efficientnet_lite0 and facebook/deit-base-distilled-patch16-224.",
     )
     discriminator_resolution: int | None = option(
         None, "Height and width at which these networks are shown images. Default: each network's own."

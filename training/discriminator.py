@@ -376,10 +376,11 @@ class ProjectedDiscriminator(nn.Module):
             discriminator.update_spectral_norm()
 
 
-def make_discriminator(
-    options: DiscriminatorOptions, image_channels: int, seed: int, device: torch.device | str
-) -> ProjectedDiscriminator:
-    """The discriminator that the options describe, for images with 1 or 3 channels. Raises UserError for a backbone that cannot be had."""
+def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed: int) -> ProjectedDiscriminator:
+    """The discriminator that the options describe, on the CPU, for images with 1 or 3 channels.
+
+    Raises UserError for a backbone that cannot be had.
+    """
     from .backbones import load_backbone
 
     if image_channels not in (1, 3):
@@ -390,7 +391,7 @@ def make_discriminator(
     backbones = {name: load_backbone(name, options.discriminator_resolution) for name in names}
     return ProjectedDiscriminator(
         backbones, seed, image_channels, options.discriminator_channels, options.discriminator_augment
-    ).to(device)
+    )
 
 
 def discriminator_optimizer(

@@ -131,6 +131,12 @@ def licence_fields(licence: Licence | None) -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
+def _without_folders(value: Any) -> Any:
+    """`value`, or its public name if it is a path."""
+    is_path = isinstance(value, str) and (os.path.isabs(value) or ("/" in value and os.path.exists(value)))
+    return public_name(value) if is_path else value
+
+
 def changed_options(options: RunOptions) -> dict[str, Any]:
     """The options that differ from the defaults and decide what the weights are, paths by their last part."""
     values = asdict(options)
@@ -140,9 +146,9 @@ def changed_options(options: RunOptions) -> dict[str, Any]:
         value = values[entry.name]
         if entry.name in LOCAL_OPTIONS or value == default:
             continue
-        if isinstance(value, str) and (os.path.isabs(value) or ("/" in value and os.path.exists(value))):
-            value = public_name(value)
-        changed[entry.name] = value
+        changed[entry.name] = (
+            [_without_folders(item) for item in value] if isinstance(value, list) else _without_folders(value)
+        )
     return changed
 
 

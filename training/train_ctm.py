@@ -201,7 +201,9 @@ def main(config: CTMConfig) -> str:
     choose_precision(teacher, config)
     scheduler = student_scheduler(teacher, config)
     leave_out = label_dropout(teacher, config)
-    distance = make_distance(config)  # before the run, which writes to its folder
+    # Feature networks that cannot be had are told of before the run exists, and what loading draws at random is drawn before the seed is set.
+    distance = make_distance(config)
+    judge = make_discriminator(config, dataset.channels, config.seed) if config.discriminator_weight > 0 else None
     torch.manual_seed(config.seed)
     try:
         student = make_student(teacher.network)
@@ -224,8 +226,8 @@ def main(config: CTMConfig) -> str:
     solver = make_solver(config, teacher, run.ema.module)
     last_weight = run.bare_network.last_layer.weight
     discriminator = None
-    if config.discriminator_weight > 0:
-        judge = run.place(make_discriminator(config, dataset.channels, config.seed, run.device))
+    if judge is not None:
+        judge = run.place(judge)
         discriminator = run.add_network("discriminator", judge, discriminator_optimizer(config, judge))
     size = (dataset.resolution, dataset.resolution)
 

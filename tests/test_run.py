@@ -433,6 +433,19 @@ def test_a_reading_process_that_dies(tmp_path, monkeypatch):
     assert same(state(part.bare_network), state(whole.bare_network))
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_reading_process_that_died_with_images_to_fetch(tmp_path, monkeypatch, error):
+    def fetch(*args, **kwargs):
+        raise error
+
+    run = start(tmp_path / "run", dataloader_num_workers=1)
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_try_get_data", fetch)
+    with pytest.raises(
+        UserError, match=f"died .*({'reset' if error.args else 'EOFError'}).*Lower --dataloader_num_workers 1"
+    ):
+        learn(run)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
     """In this process, or in another."""

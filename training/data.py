@@ -229,11 +229,16 @@ def load_batches(
                 return
             except UserError as error:  # with the other process's traceback before it
                 raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                # Torch notices the death, or this process had begun to fetch what the dead one offered.
+                fetching = isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and "Caught " not in str(
+                    error
+                )
+                if not num_workers or not (fetching or "DataLoader worker (" in str(error)):
                     raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(
-                    f"A process that reads images died ({str(error).splitlines()[0]}), mostly for want of memory, or of shared memory in a "
+                    f"A process that reads images died ({reason}), mostly for want of memory, or of shared memory in a "
                     f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with --resume_from_checkpoint latest."
                 ) from error
             yield batch

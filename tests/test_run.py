@@ -1,27 +1,33 @@
 """What every run does around its loss: several averages, second networks, skipped steps, signals, trackers; interrupted at any step."""
 
 import functools
+import io
+import json
 import math
 import os
 import shutil
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ctm import CTMPipeline
-from training import interruption, train_edm
+from training import evaluate, interruption, train_edm
 from training import run as run_module
 from training.config import EDMConfig, UserError
 from training.data import ImageDataset, StepSampler
 from training.ema import EMA
+from training.evaluate import EvaluateConfig
 from training.networks import build_scheduler, build_unet
 from training.run import TrainingRun
-from training.trained import TrainedNetwork
+from training.time_sampling import draw_lognormal_sigma
+from training.trained import SIGMA_BINS, Means, TrainedNetwork
 
 
 TINY = {
@@ -127,6 +133,24 @@ def start(folder, judges=torch.optim.SGD, **options):
     judge = run.place(Judge())
     run.add_network("judge", judge, judges(judge.parameters(), lr=0.1))
     return run
+
+
+def start_edm(folder, **options):
+    """A run of `train` before its first step."""
+    runs = []
+
+    class Started(Exception):
+        pass
+
+    def first(self):
+        runs.append(self)
+        raise Started
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "batches", first)
+        with pytest.raises(Started):
+            train(folder, **options)
+    return runs[0]
 
 
 def learn(run, until=None, broken=lambda step: False):
@@ -473,12 +497,165 @@ def test_samples_and_logs_that_cannot_be_written_end_nothing(tmp_path, capsys, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_module.Accelerator, "log", full)
-    monkeypatch.setattr(run_module, "enlarged_grid", lambda *given: full(None, None, None))
+
+    def unsavable(*given):
+        picture = Image.new("RGB", (4, 4))
+        picture.save = lambda draft: full(None, None, None)
+        return picture
+
+    monkeypatch.setattr(run_module, "enlarged_grid", unsavable)
     path = train(tmp_path / "run", sample_every=2, logging_steps=1, report_to="tensorboard")
     said = capsys.readouterr().err
     for what in ("the samples", "the logs"):
         assert said.count(f"Warning: {what}: ") == 1
     assert weights(path) and not os.listdir(tmp_path / "run" / "samples")
+
+
+# What a run shows of itself ---------------------------------------------------------------------------------------------
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_distance_measured_during_training_is_that_of_evaluate(tmp_path, capsys):
+    options = {"eval_every": 3, "eval_samples": 100}
+    path = train(tmp_path / "run", **options)
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [3, 4]
+    last = lines_of(tmp_path / "run")[-1]
+    config = EvaluateConfig(
+        teacher=path, label_column="label", output_dir=str(tmp_path / "out"), num_samples=100, seeds=[0], kid=False
+    )
+    expected = evaluate.main(config)["results"][0]["frechet"]["mean"]
+    assert last["frechet"]["heun-18"] == pytest.approx(expected, rel=1e-4)
+    assert (last["num_samples"], last["num_reference"], last["features"]) == (100, 1797, "digits")
+    assert f"Step 4: Frechet distance {expected:.4g} (heun-18)" in capsys.readouterr().err
+    plain = train(tmp_path / "plain")
+    assert_same(plain, path)  # measuring changes nothing
+
+
+def test_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path):
+    options = {"eval_every": 1, "eval_samples": 70, "max_train_steps": 5, "ema_decay": 0.5, "learning_rate": 0.01}
+    train(tmp_path / "run", checkpointing_steps=2, checkpoints_total_limit=0, **options)
+    whole = lines_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # as if killed at step 3, with two more lines written
+    interrupted = start_edm(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    for _ in interrupted.batches():
+        assert lines_of(tmp_path / "run") == whole[:2]
+        break
+    train(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    assert lines_of(tmp_path / "run") == whole and [line["step"] for line in whole] == [1, 2, 3, 4, 5]
+
+
+def test_measurements_that_cannot_be_made_are_refused_at_the_start(tmp_path):
+    for options, message in (
+        ({"eval_samples": 60}, "--eval_samples: 60 samples are too few for 64 features.*--eval_features with fewer"),
+        ({"resolution": 16}, "--eval_features is a network for 8x8 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "run", eval_every=1, **options)
+    with pytest.raises(UserError, match="--eval_features must be given with --eval_every"):
+        EDMConfig(dataset_name="cifar10", eval_every=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_samples_are_a_missing_number(tmp_path):
+    run = start_edm(tmp_path / "run", eval_every=1, eval_samples=70)
+    with torch.no_grad():
+        run.ema.module.conv_in.bias.fill_(float("nan"))
+    run.measure()
+    assert lines_of(tmp_path / "run")[0]["frechet"] == {"heun-18": None}
+
+
+def test_tensorboard_has_each_step_once_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {
+        "report_to": "tensorboard",
+        "logging_steps": 1,
+        "max_train_steps": 5,
+        "eval_every": 5,
+        "eval_samples": 70,
+    }
+    train(tmp_path / "run", checkpointing_steps=2, checkpoints_total_limit=0, **options)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(tmp_path / "run", resume_from_checkpoint="latest", sample_every=5, **options)
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "diffusers-ctm")).Reload()
+    names = {"dsm_loss", "grad_norm", "learning_rate", "skipped_steps", "images_per_second"}
+    by_level = {f"dsm_loss_by_sigma/{name}" for name in SIGMA_BINS}
+    shown = {f"train/{name}" for name in names} | {"frechet/heun-18"}
+    assert shown == set(events.Tags()["scalars"]) - by_level and by_level & set(events.Tags()["scalars"])
+    for name in names:
+        assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3, 4, 5]
+    assert all(event.value > 0 for event in events.Scalars("train/images_per_second"))
+    (picture,) = events.Images("samples/heun-18")
+    saved = Image.open(tmp_path / "run" / "samples" / "step-000005-heun-18.png")
+    assert (picture.width, picture.height) == saved.size
+    drawn = Image.open(io.BytesIO(picture.encoded_image_string))
+    assert np.array_equal(np.asarray(drawn), np.asarray(saved))
+
+
+def test_gradient_norm_is_that_before_clipping(tmp_path, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.update({step: values}))
+    norms = []
+    for folder, clip in (("free", 0.0), ("clipped", 1e-3)):
+        train(tmp_path / folder, max_train_steps=1, logging_steps=1, max_grad_norm=clip)
+        norms.append(logged[1]["train/grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 1e-3
+
+
+def test_losses_by_noise_level(tmp_path, monkeypatch):
+    sigma = torch.tensor([0.002, 0.1, 0.2999, 0.3, 2.0, 9.0, 10.0, 80.0, 0.05, 0.5])
+    values = torch.tensor([1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 12.0, math.nan, math.inf])
+    means, accelerator = Means(), run_module.Accelerator()
+    means.add_by_level("x", values[:4], sigma[:4])
+    means.add_by_level("x", values[4:], sigma[4:])
+    saved, other = means.state_dict(accelerator), Means()
+    other.load_state_dict(saved, torch.device("cpu"), True)
+    expected = {"below_0.1": 1, "0.1_to_0.3": 3, "0.3_to_1": 5, "1_to_3": 6, "3_to_10": 7, "from_10": 10}
+    for each in (means, other):
+        assert each.read(accelerator) == ({f"x/{name}": value for name, value in expected.items()}, [])
+    Means().add_by_level("x", values.to("meta"), sigma.to("meta"))  # whose numbers nothing can read
+
+    drawn, logged = [], []
+
+    def record(*given):
+        drawn.append(draw_lognormal_sigma(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(train_edm, "draw_lognormal_sigma", record)
+    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.append(values))
+    train(tmp_path / "run", gradient_accumulation_steps=2)
+    for number, values in enumerate(logged):
+        bins = np.digitize(torch.cat(drawn[4 * number : 4 * number + 4]), [0.1, 0.3, 1, 3, 10])
+        shares = {f"dsm_loss_by_sigma/{SIGMA_BINS[index]}": np.mean(bins == index) for index in set(bins)}
+        assert shares.keys() == {name for name in values if name.startswith("dsm")}
+        total = sum(share * values[name] for name, share in shares.items())
+        assert total == pytest.approx(values["train/dsm_loss"], rel=1e-5)
+    assert len(logged) == 2
+
+
+def test_the_trackers_run_is_kept_when_resumed(tmp_path, monkeypatch):
+    """Of Weights & Biases by its id."""
+    begun = []
+    monkeypatch.setattr(run_module.Accelerator, "init_trackers", lambda self, *given: begun.append(given[2]["wandb"]))
+    monkeypatch.setattr(run_module, "get_available_trackers", lambda: ["wandb"])
+    options = {"report_to": "wandb", "checkpointing_steps": 2}
+    train(tmp_path / "run", max_train_steps=2, **options)
+    train(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    train(tmp_path / "other", max_train_steps=1, **options)
+    ids = [settings["id"] for settings in begun]
+    assert ids[0] == ids[1] != ids[2] and begun[0]["resume"] == "allow" and begun[0]["name"] == "run"
+
+    def refuse(self, *given):
+        raise ValueError("api_key not configured")
+
+    monkeypatch.setattr(run_module.Accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match="--report_to wandb cannot start: api_key not configured.*WANDB_MODE=offline"):
+        train(tmp_path / "third", **options)
 
 
 # Checkpoints of older code ----------------------------------------------------------------------------------------------

@@ -241,9 +241,20 @@ class RunOptions(DataOptions):
         500, "Keep a snapshot of each every so many steps, and at the end; for --posthoc_ema."
     )
 
-    checkpointing_steps: int = option(500, "Save a checkpoint every so many steps, and at the end; 0 is never.")
+    checkpointing_steps: int = option(
+        500, "Save a checkpoint every so many steps, and at the end; 0 is never, but when a signal stops the run."
+    )
     checkpoints_total_limit: int = option(2, "Keep at most this many checkpoints, the newest; 0 keeps all.")
     sample_every: int = option(500, "Draw a grid of samples every so many steps; 0 is never.")
+    eval_every: int = option(
+        0,
+        "Measure the Frechet distance of samples to the data every so many steps, and at the end, into the tracker and output_dir/metrics.jsonl; "
+        "0 is never.",
+    )
+    eval_samples: int = option(2000, "Images of each such measurement; compare only equal numbers.")
+    eval_features: str | None = option(
+        None, "Network whose features are compared, as --features of training.evaluate. Default: 'digits' for digits."
+    )
     logging_steps: int = option(20, "Show and track the losses every so many steps; each is a mean over them.")
     report_to: str = option(
         "tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"]
@@ -282,8 +293,17 @@ class RunOptions(DataOptions):
             "checkpointing_steps",
             "checkpoints_total_limit",
             "sample_every",
+            "eval_every",
             "seed",
             "adam_weight_decay",
+        )
+        self.check(self.eval_samples > 1, "eval_samples", "2 or more")
+        if self.eval_features is None and self.dataset_name == "digits":
+            self.eval_features = "digits"
+        self.check(
+            self.eval_every == 0 or self.eval_features is not None,
+            "eval_features",
+            "given with --eval_every: a folder that training.features saved, FID's Inception, or an image model of transformers",
         )
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")

@@ -112,6 +112,10 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def labels(self) -> torch.Tensor | None:
+        """Class of each image, int64 of shape (N,), or None without classes."""
+        return torch.tensor(self.source[self.label_column][:]) if self.label_column else None
+
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
             rows = self.source[indices]

@@ -42,7 +42,10 @@ def adaptive_weight(reference_gradient: torch.Tensor, gradient: torch.Tensor, la
 
 @dataclass
 class CTMLoss:
-    """Named terms of a step. `backward` has the gradient of `trajectory + generator_weight * generator + dsm_weight * dsm`, not its value."""
+    """Named terms of a step. `backward` has the gradient of `trajectory + generator_weight * generator + dsm_weight * dsm`, not its value.
+
+    `dsm_samples`, shape (B,), are the losses of which `dsm` is the mean; None without score matching.
+    """
 
     trajectory: torch.Tensor
     dsm: torch.Tensor
@@ -50,6 +53,7 @@ class CTMLoss:
     generator: torch.Tensor
     generator_weight: torch.Tensor
     backward: torch.Tensor
+    dsm_samples: torch.Tensor | None = None
 
 
 def jump_where_needed(
@@ -262,9 +266,11 @@ def ctm_loss(
     backward = (x_s * gradient).sum()
 
     # 3. Score matching.
-    dsm, weight_of_dsm = zero, zero
+    dsm, weight_of_dsm, dsm_samples = zero, zero, None
     if with_dsm:
-        dsm = (preconditioning.loss_weight(dsm_sigma) * l2_distance(denoised, x_0)).mean()
+        dsm_samples = preconditioning.loss_weight(dsm_sigma) * l2_distance(denoised, x_0)
+        dsm = dsm_samples.mean()
+        dsm_samples = dsm_samples.detach()
         weight_of_dsm = torch.full_like(dsm, dsm_weight)  # made on the device: nothing waits for it
         if dsm_adaptive:
             weight_of_dsm = weight_of_dsm * adaptive_weight(
@@ -272,4 +278,4 @@ def ctm_loss(
             )
         backward = backward + weight_of_dsm * dsm
     terms = (trajectory, dsm, weight_of_dsm, generator, weight_of_generator)
-    return CTMLoss(*(term.detach() for term in terms), backward)
+    return CTMLoss(*(term.detach() for term in terms), backward, dsm_samples)

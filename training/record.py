@@ -32,7 +32,7 @@ ORIGINS = {"teacher": "teacher", "first_stage": "first stage"}
 # Options that say where, how and what is shown, not what the weights are. None of them is recorded.
 LOCAL_OPTIONS = {
     "config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
-    "sample_every", "logging_steps", "report_to", "teacher", "init_from", "posthoc_ema_every", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
+    "sample_every", "logging_steps", "eval_every", "eval_samples", "eval_features", "report_to", "teacher", "init_from", "posthoc_ema_every", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import glob
+import math
 import os
 import shutil
 import signal
@@ -42,6 +43,7 @@ from .ema import EMA, power_decay, snapshot_folder
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
 from .interruption import Interruption
 from .record import RECORD, read_json, training_record, write_record
+from .tracking import Expendable, Stopwatch, Tracking
 from .trained import Means, TrainedNetwork
 
 
@@ -157,7 +159,13 @@ class TrainingRun:
         self.step = self._saved_step = 0
         self._means = Means()
         self._save_due = False
-        self._failing: set[str] = set()
+        self._optional = Expendable()
+        self._tracking = Tracking(self.accelerator, options, self._optional)
+        self._measure = None
+        if options.eval_every:
+            from .metrics import DistanceToData  # which imports this module
+
+            self._measure = DistanceToData(options, dataset, self.accelerator)
 
     @property
     def device(self) -> torch.device:
@@ -207,9 +215,13 @@ class TrainingRun:
             name: value if isinstance(value, (int, float, str, bool)) else str(value)
             for name, value in asdict(self.options).items()
         }
-        if self.options.report_to != "none":
-            with self._optional("the logs"):
-                self.accelerator.init_trackers("diffusers-ctm", config=values)
+        self._tracking.start(self.step, values)
+        if self._measure is not None and self.accelerator.is_main_process:
+            from .metrics import read_metrics, write_metrics
+
+            with self._optional("metrics.jsonl"):  # of later steps than this the run will measure again
+                if kept := read_metrics(self.options.output_dir, self.step + 1):
+                    write_metrics(self.options.output_dir, kept)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -232,6 +244,7 @@ class TrainingRun:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
+        self._stopwatch = Stopwatch()
         with Interruption(accelerator) as interruption, progress, contextlib.closing(loaded):
             while self.step < options.max_train_steps:
                 for part in parts:
@@ -286,11 +299,16 @@ class TrainingRun:
             for average in self.averages.values():
                 average.step(self.bare_network, None if applied is True else applied)
 
+    def note_by_level(self, name: str, values: torch.Tensor, sigma: torch.Tensor) -> None:
+        """Log the mean of `values` in each of a few bins of noise levels, as "name/bin"; both of shape (B,), on the device."""
+        self._means.add_by_level(name, values, sigma)
+
     def _after_step(self, progress: tqdm, signum: int) -> None:
         """Log, sample, evaluate, save what is due; for a signal save at once, and end."""
         options, step = self.options, self.step
         last = step == options.max_train_steps
         progress.update()
+        self._stopwatch.steps += 1
         with warnings.catch_warnings():  # about a first step that was left out
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
@@ -299,17 +317,20 @@ class TrainingRun:
             self._check_skipped(last)
         if logs:
             self._log(progress)
-        if signum and not last:
-            self._save_if_new()  # first: who sent it may not wait for the rest
-        if options.sample_every and (step % options.sample_every == 0 or last):
-            self.save_samples()
-        if options.posthoc_ema and (step % options.posthoc_ema_every == 0 or last):
-            self.save_snapshots()
-        if options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last):
-            self._save_due = True
-        if self._save_due and (last or not self._skipping()):  # a network that may be broken replaces no good one
-            self._save_if_new()
-            self._save_due = False
+        with self._stopwatch.out():
+            if signum and not last:
+                self._save_if_new()  # first: who sent it may not wait for the rest
+            if options.sample_every and (step % options.sample_every == 0 or last):
+                self.save_samples()
+            if options.eval_every and (step % options.eval_every == 0 or last):
+                self.measure()
+            if options.posthoc_ema and (step % options.posthoc_ema_every == 0 or last):
+                self.save_snapshots()
+            if options.checkpointing_steps and (step % options.checkpointing_steps == 0 or last):
+                self._save_due = True
+            if self._save_due and (last or not self._skipping()):  # a network that may be broken replaces no good one
+                self._save_if_new()
+                self._save_due = False
         if signum and not last:
             self._end_for(signum)
 
@@ -321,7 +342,7 @@ class TrainingRun:
         )
         if self.accelerator.is_main_process:
             print(text, file=sys.stderr)
-        self._end_tracking()
+        self._tracking.finish()
         sys.exit(128 + signum)
 
     def _skipping(self) -> int:
@@ -347,11 +368,19 @@ class TrainingRun:
         """Means since the last call. The only place that waits for the device."""
         means, _ = self._means.read(self.accelerator)
         skipped = sum(int(trained.skipped) for trained in self.networks.values())
-        shown = {name: f"{value:.3g}" for name, value in means.items()}
+        shown = {name: f"{value:.3g}" for name, value in means.items() if "/" not in name}
         progress.set_postfix({**shown, "skipped": skipped} if skipped else shown)
-        values = {**means, "learning_rate": self.lr_scheduler.get_last_lr()[0], "skipped_steps": skipped}
-        with self._optional("the logs"):
-            self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=self.step)
+        options = self.options
+        images = options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+        values = {
+            **means,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "skipped_steps": skipped,
+            "images_per_second": images * self._stopwatch.read(),
+        }
+        self._tracking.log(
+            {name if "/" in name else f"train/{name}": value for name, value in values.items()}, self.step
+        )
 
     def _broken(self, what: str) -> UserError:
         return UserError(
@@ -365,7 +394,7 @@ class TrainingRun:
         """Draw the averaged network's samples from fixed noise to output_dir/samples, one picture per setting."""
         if not self.accelerator.is_main_process:
             return
-        pipe = self.make_pipeline(self.ema.module)
+        pipe, grids = self.make_pipeline(self.ema.module), {}
         pipe.set_progress_bar_config(disable=True)
         columns, rows = 10, 4
         labels = None
@@ -375,25 +404,31 @@ class TrainingRun:
             generator = torch.Generator(self.device).manual_seed(0)
             images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images
             path = os.path.join(self.options.output_dir, "samples", f"step-{self.step:06d}-{name}.png")
+            grids[f"samples/{name}"] = enlarged_grid(images, rows, columns)
             with self._optional("the samples"), atomic_file(path) as draft:
-                enlarged_grid(images, rows, columns).save(draft)
+                grids[f"samples/{name}"].save(draft)
+        self._tracking.show(grids, self.step)
 
-    @contextlib.contextmanager
-    def _optional(self, what: str) -> Iterator[None]:
-        """Around writing what the training can do without: a failure is said once and ends nothing."""
-        try:
-            yield
-        except (UserError, *WRITE_ERRORS) as error:
-            if what not in self._failing:
-                tqdm.write(f"Warning: {what}: {error}. The training goes on without.", file=sys.stderr)
-            self._failing.add(what)
+    def measure(self) -> None:
+        """Measure the Frechet distance of the averaged network's samples, into the tracker and output_dir/metrics.jsonl."""
+        from .metrics import read_metrics, write_metrics
 
-    def _end_tracking(self) -> None:
-        with self._optional("the logs"):
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-        self.accelerator.trackers = []
-        self.accelerator.end_training()
+        options, measure = self.options, self._measure
+        distances = measure(self.make_pipeline(self.ema.module), self.sample_settings)
+        if not self.accelerator.is_main_process:
+            return
+        shown = ", ".join(f"{value:.4g} ({name})" for name, value in distances.items())
+        tqdm.write(f"Step {self.step}: Frechet distance {shown}", file=sys.stderr)
+        self._tracking.log({f"frechet/{name}": value for name, value in distances.items()}, self.step)
+        line = {
+            "step": self.step,
+            "frechet": {name: value if math.isfinite(value) else None for name, value in distances.items()},
+            "num_samples": options.eval_samples,
+            "num_reference": measure.num_reference,
+            "features": options.eval_features,
+        }
+        with self._optional("metrics.jsonl"):
+            write_metrics(options.output_dir, [*read_metrics(options.output_dir, self.step), line])
 
     def _check_weights(self) -> None:
         """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
@@ -425,6 +460,7 @@ class TrainingRun:
                     "averages": {name: average.state_dict() for name, average in self.averages.items()},
                     "networks": {name: trained.state_dict() for name, trained in self.networks.items()},
                     "means": means,
+                    "tracker_run": self._tracking.run_id,
                     "options": decisive_options(options, accelerator.num_processes),
                 }
                 torch.save(state, os.path.join(draft, STATE))
@@ -496,6 +532,7 @@ class TrainingRun:
         self.step = self._saved_step = state["step"]
         if self.step > self.options.max_train_steps:
             raise UserError(f"--max_train_steps {self.options.max_train_steps} is below step {self.step} of {path}.")
+        self._tracking.run_id = state.get("tracker_run", self._tracking.run_id)
         if accelerator.is_main_process:
             self.record["first_stage"] = read_json(path, RECORD).get("first_stage")  # whatever --init_from is now
         accelerator.print(f"Resumed from {path} at step {self.step}.")
@@ -524,7 +561,7 @@ class TrainingRun:
                 if decay != self.options.ema_decay:
                     with atomic_folder(f"{path}-ema-{decay}") as draft:
                         self.save_pipeline(draft, self.averages[str(decay)], {"decay": decay})
-        self._end_tracking()
+        self._tracking.finish()
         if self.pusher is not None:
             self.pusher.finish(path)
         return path

@@ -270,6 +270,8 @@ def main(config: CTMConfig) -> str:
             terms = {"trajectory_loss": loss.trajectory, "dsm_loss": loss.dsm, "dsm_weight": loss.dsm_weight}
             if adversarial:
                 terms |= {"generator_loss": loss.generator, "generator_weight": loss.generator_weight}
+            if loss.dsm_samples is not None:
+                run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, dsm_sigma)
             run.update(loss.backward, terms)
     path = run.finish()
     run.accelerator.print(f"Saved {path}")

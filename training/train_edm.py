@@ -37,7 +37,9 @@ def main(config: EDMConfig) -> str:
             labels = batch.dropped_labels(config.label_dropout, null_class)
             condition = {} if labels is None else {"class_labels": labels}
             denoised = preconditioning.denoise(run.network, x_sigma, sigma, **condition)
-            loss = dsm_loss(denoised, batch.images, sigma, config.sigma_data).mean()
+            losses = dsm_loss(denoised, batch.images, sigma, config.sigma_data)
+            run.note_by_level("dsm_loss_by_sigma", losses.detach(), sigma)
+            loss = losses.mean()
             run.update(loss, {"dsm_loss": loss})
     path = run.finish()
     run.accelerator.print(f"Saved {path}")

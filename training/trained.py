@@ -4,6 +4,11 @@ import torch
 from accelerate import Accelerator
 
 
+# Between them the levels whose score-matching losses are told apart; about a factor of 3 each.
+SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+SIGMA_BINS = ("below_0.1", *(f"{low:g}_to_{high:g}" for low, high in zip(SIGMA_EDGES, SIGMA_EDGES[1:])), "from_10")
+
+
 class TrainedNetwork:
     """A network, prepared by Accelerate, with its optimiser and, in fp16, a loss scale of its own.
 
@@ -120,6 +125,15 @@ class Means:
             self.passes[name] = self.passes.get(name, 0) + 1
         return finite.all()
 
+    @torch.no_grad()
+    def add_by_level(self, name: str, values: torch.Tensor, sigma: torch.Tensor) -> None:
+        """Add each of `values`, shape (B,), to the mean of its noise level's bin, "name/bin" of `SIGMA_BINS`. Nothing waits for the device."""
+        above = torch.stack([sigma >= edge for edge in SIGMA_EDGES]).sum(0)
+        inside = (above == torch.arange(len(SIGMA_BINS), device=sigma.device)[:, None]) & values.isfinite()
+        row = torch.stack([torch.where(inside, values.float(), 0).sum(1), inside.sum(1).float()])
+        names = tuple(f"{name}/{bin}" for bin in SIGMA_BINS)
+        self.sums[names] = self.sums[names] + row if names in self.sums else row
+
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         """The means, and the names that were not always finite. Waits for the device, and starts anew."""
         names = [name for group in self.sums for name in group]
@@ -129,7 +143,7 @@ class Means:
             for name, total, count in zip(names, *accelerator.reduce(sums, "sum").tolist(), strict=True):
                 if count > 0:
                     means[name] = total / count
-                if count < passes[name] * accelerator.num_processes:
+                if count < passes.get(name, 0) * accelerator.num_processes:
                     broken.append(name)
         self.sums, self.passes = {}, {}
         return means, broken
@@ -137,7 +151,7 @@ class Means:
     def state_dict(self, accelerator: Accelerator) -> list:
         """What is summed so far, over all processes: for one of them to load."""
         return [
-            (list(names), accelerator.reduce(row, "sum").cpu(), [self.passes[name] for name in names])
+            (list(names), accelerator.reduce(row, "sum").cpu(), [self.passes.get(name, 0) for name in names])
             for names, row in self.sums.items()
         ]
 

@@ -6,6 +6,7 @@ from PIL import Image as PILImage
 
 from training.config import DataOptions, UserError
 from training.data import ImageDataset, StepSampler, to_sample
+from training.streaming import ImageStream, ahead, stream_batches
 
 
 def picture(size, mode="RGB", seed=0):
@@ -139,3 +140,108 @@ def test_order_depends_on_seed_and_step_alone():
     assert whole[:10] != whole[10:20] and indices(8, 1, seed=1) != whole
     own = list(StepSampler(10, 4, 0, 0, 2, [1], 2))  # what the second of two processes gets
     assert own[0] == whole[4:8] and own[1] == whole[12:16]
+
+
+# Streams ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(parquet):
+    """Options of 23 images whose grey says which they are; their class is that modulo 3."""
+    path = parquet([PILImage.new("L", (2, 2), index) for index in range(23)], [index % 3 for index in range(23)])
+    return DataOptions(dataset_name=path, label_column="kind")
+
+
+def drawn(options, batch_size=4, parts=(0,), num_parts=1, first=0, last=12, position=None, window=5, workers=0, seed=0):
+    """Numbers of the images of each batch, and the positions."""
+    stream = ImageStream(options, window)
+    given = (batch_size, seed, first, last, list(parts), num_parts, position, workers)
+    numbers, positions = [], []
+    for images, labels, at in stream_batches(stream, *given):
+        numbers.append(images[:, 0, 0, 0].tolist())
+        assert labels.tolist() == [number % 3 for number in numbers[-1]]
+        positions.append(at)
+    return numbers, positions
+
+
+def test_a_stream_is_shuffled_in_windows_and_has_every_image_once_an_epoch(numbered):
+    whole, _ = drawn(numbered)
+    order = [number for batch in whole for number in batch]
+    assert len(order) == 48
+    for epoch in range(2):
+        for begin in range(0, 23, 5):
+            window = order[23 * epoch + begin : 23 * epoch + min(begin + 5, 23)]
+            assert sorted(window) == list(range(begin, min(begin + 5, 23)))
+    assert order[:23] != sorted(order[:23]) and order[:23] != order[23:46]
+    assert order != [number for batch in drawn(numbered, seed=1)[0] for number in batch]
+    stream = ImageStream(numbered, 5)
+    assert (stream.mode, stream.resolution, stream.num_classes, stream.id2label[2]) == ("L", 2, 3, "eel")
+
+
+def test_a_stream_is_resumed_at_any_step(numbered, tmp_path):
+    whole, positions = drawn(numbered)
+    for step in range(1, 12):
+        torch.save(positions[step - 1], tmp_path / "position")
+        position = torch.load(tmp_path / "position", weights_only=True)
+        assert drawn(numbered, first=step, position=position)[0] == whole[step:]
+        assert 4 * step - position["first"] <= 5 + 4  # no more than a window is read again
+
+
+def test_processes_accumulation_and_threads_share_a_stream(numbered):
+    whole = [number for batch in drawn(numbered)[0] for number in batch]
+    shares = [drawn(numbered, 2, (part,), 2) for part in (0, 1)]
+    together = [number for pair in zip(shares[0][0], shares[1][0]) for batch in pair for number in batch]
+    assert together == whole
+    assert [number for batch in drawn(numbered, 2, (0, 1), 2)[0] for number in batch] == whole
+    assert drawn(numbered, workers=2)[0] == drawn(numbered)[0]
+    resumed, _ = drawn(numbered, 2, (1,), 2, first=5, position=shares[0][1][4])  # by the place of the first process
+    assert resumed == shares[1][0][5:]
+
+
+def test_a_folder_is_streamed(tmp_path):
+    for index in range(7):
+        folder = tmp_path / "images" / ("cat", "dog")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        PILImage.new("L", (2, 2), index).save(folder / f"{index}.png")
+    stream = ImageStream(DataOptions(dataset_name=str(tmp_path / "images"), label_column="label"), 100)
+    assert stream.id2label == {0: "cat", 1: "dog"}
+    ((images, labels, _),) = stream_batches(stream, 7, 0, 0, 1, [0], 1, None, 0)
+    numbers = images[:, 0, 0, 0].tolist()
+    assert sorted(numbers) == list(range(7)) and labels.tolist() == [number % 2 for number in numbers]
+
+
+def test_what_a_stream_cannot_be(parquet, tmp_path):
+    path = parquet([picture((4, 4))] * 2, [0, None], note=["x", "y"])
+    with pytest.raises(UserError, match="--image_column photo is not a column.*img"):
+        ImageStream(DataOptions(dataset_name=path, image_column="photo"), 5)
+    with pytest.raises(UserError, match="--label_column kind has no class"):
+        drawn(DataOptions(dataset_name=path, label_column="kind"))
+    plain = str(tmp_path / "plain.parquet")
+    features = Features({"img": Image(), "kind": Value("int64")})
+    Dataset.from_dict({"img": [picture((4, 4))], "kind": [0]}, features=features).to_parquet(plain)
+    with pytest.raises(UserError, match="--label_column kind holds plain numbers.*ClassLabel"):
+        ImageStream(DataOptions(dataset_name=plain, label_column="kind"), 5)
+    features = Features({"img": Image(decode=False)})
+    broken = {"img": [{"bytes": b"no image", "path": "a.png"}]}
+    Dataset.from_dict(broken, features=features).cast_column("img", Image()).to_parquet(plain)
+    with pytest.raises(UserError, match="cannot be read"):
+        ImageStream(DataOptions(dataset_name=plain), 5)
+
+
+def test_reading_ahead_passes_errors_on_and_ends_its_thread():
+    def numbers():
+        try:
+            yield from range(3)
+            raise ValueError("no more")
+        finally:
+            ended.append(True)
+
+    ended = []
+    made = ahead(numbers(), 1)
+    assert [next(made) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="no more"):
+        next(made)
+    made = ahead(numbers(), 1)
+    next(made)
+    made.close()
+    assert ended == [True, True]

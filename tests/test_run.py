@@ -26,6 +26,7 @@ from training.ema import EMA
 from training.evaluate import EvaluateConfig
 from training.networks import build_scheduler, build_unet
 from training.run import TrainingRun
+from training.streaming import load_images
 from training.time_sampling import draw_lognormal_sigma
 from training.trained import SIGMA_BINS, Means, TrainedNetwork
 
@@ -125,7 +126,7 @@ class Judge(torch.nn.Module):
 def start(folder, judges=torch.optim.SGD, **options):
     """A run with a network and its judge, before its first step."""
     config = EDMConfig(output_dir=str(folder), **{**TINY, "dropout": 0.0, **options})
-    dataset = ImageDataset(config)
+    dataset = load_images(config)
     torch.manual_seed(config.seed)
     network = build_unet(config, dataset, config.dropout, 0.0)
     scheduler = build_scheduler(config, 0.002, 80.0)
@@ -407,10 +408,11 @@ def test_half_precision_scales_its_loss_and_each_network_has_its_own_scale(tmp_p
 # What happens to a run --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(tmp_path, signum, capsys):
+@pytest.mark.parametrize("signum, streaming", [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(tmp_path, signum, streaming, capsys):
     """In the middle of an accumulated step, with no checkpoint due."""
     options = {"max_train_steps": 5, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "optimizer": "adam"}
+    options |= {"streaming": streaming, "shuffle_buffer": 11}
     whole = learn(start(tmp_path / "whole", **options))
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     run = start(tmp_path / "part", **options)
@@ -509,6 +511,20 @@ def test_samples_and_logs_that_cannot_be_written_end_nothing(tmp_path, capsys, m
     for what in ("the samples", "the logs"):
         assert said.count(f"Warning: {what}: ") == 1
     assert weights(path) and not os.listdir(tmp_path / "run" / "samples")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers):
+    options = {"streaming": True, "shuffle_buffer": 9, "gradient_accumulation_steps": 2, "max_train_steps": 5}
+    whole = train(tmp_path / "whole", checkpointing_steps=3, **options)
+    interrupt(tmp_path / "whole", tmp_path / "part", 3)
+    options["dataloader_num_workers"] = workers
+    part = train(tmp_path / "part", resume_from_checkpoint="latest", **options)
+    assert_same(whole, part)
+    plain = train(tmp_path / "plain", **{**options, "streaming": False})
+    assert any(not torch.equal(value, weights(plain)[name]) for name, value in weights(part).items())
+    with pytest.raises(UserError, match="--eval_every must be 0 with --streaming"):
+        EDMConfig(streaming=True, eval_every=1)
 
 
 # What a run shows of itself ---------------------------------------------------------------------------------------------

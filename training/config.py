@@ -191,6 +191,12 @@ class RunOptions(DataOptions):
         "either. Optimiser and steps start anew. Ignored if there is something to resume.",
     )
     seed: int = option(0, "Seed of weights, data order and noise.")
+    streaming: bool = option(
+        False,
+        "Read the data set as it comes, without downloading or holding it. Each process reads all of it; --dataloader_num_workers are threads. "
+        "The order is shuffled within --shuffle_buffer images only: what is stored class by class needs to be stored in another order.",
+    )
+    shuffle_buffer: int = option(10_000, "Images that are shuffled together, and held in memory, with --streaming.")
     max_train_steps: int = option(1000, "Optimiser steps in all.")
     train_batch_size: int = option(
         128, "Images per process and forward pass. A step uses this times processes times gradient_accumulation_steps."
@@ -283,6 +289,7 @@ class RunOptions(DataOptions):
             "gradient_accumulation_steps",
             "learning_rate",
             "logging_steps",
+            "shuffle_buffer",
             "posthoc_ema_every",
             "max_skipped_steps",
             "adam_epsilon",
@@ -296,6 +303,11 @@ class RunOptions(DataOptions):
             "eval_every",
             "seed",
             "adam_weight_decay",
+        )
+        self.check(
+            self.eval_every == 0 or not self.streaming,
+            "eval_every",
+            "0 with --streaming: the real images are not at hand",
         )
         self.check(self.eval_samples > 1, "eval_samples", "2 or more")
         if self.eval_features is None and self.dataset_name == "digits":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -27,30 +27,95 @@ def digits() -> Dataset:
     return Dataset.from_dict(columns, features=features)
 
 
-def _load(options: DataOptions) -> Dataset:
+def load_source(options: DataOptions, streaming: bool = False) -> Dataset | IterableDataset:
+    """The data set that the options name. Raises UserError if it is not there."""
     name = options.dataset_name
     if name == "digits" and not os.path.exists(name):
         if options.dataset_split != "train" or options.dataset_config_name is not None:
             raise UserError("--dataset_name digits has the split 'train' only, and no configurations.")
-        return digits()
+        return digits().to_iterable_dataset() if streaming else digits()
     try:
         if name.endswith(".parquet"):
-            return load_dataset("parquet", data_files={options.dataset_split: name}, split=options.dataset_split)
-        return load_dataset(name, options.dataset_config_name, split=options.dataset_split)
+            files = {options.dataset_split: name}
+            return load_dataset("parquet", data_files=files, split=options.dataset_split, streaming=streaming)
+        return load_dataset(name, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds for a name, split or configuration that is not there
         raise UserError(f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _column(dataset: Dataset, option: str, name: str) -> str:
-    if name not in dataset.column_names:
-        raise UserError(f"--{option} {name} is not a column of the data set; it has {', '.join(dataset.column_names)}.")
+def _column(features: Features, option: str, name: str) -> str:
+    if name not in features:
+        raise UserError(f"--{option} {name} is not a column of the data set; it has {', '.join(features)}.")
+    return name
+
+
+def find_image_column(options: DataOptions, features: Features) -> str:
+    """The column of the images. Raises UserError if it is not there, holds none, or is not named among several."""
+    image_columns = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if options.image_column is not None:
+        name = _column(features, "image_column", options.image_column)
+        if name not in image_columns:
+            raise UserError(f"--image_column {name} holds no images; image columns: {image_columns}.")
+        return name
+    if len(image_columns) == 1:
+        return image_columns[0]
+    if image_columns:
+        raise UserError(f"--image_column is needed: the data set has the image columns {', '.join(image_columns)}.")
+    raise UserError(
+        f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns are {', '.join(features)}."
+    )
+
+
+def find_label_column(options: DataOptions, features: Features) -> str | None:
+    """The column of the classes, or None. Raises UserError if it is not there or holds something else."""
+    if options.label_column is None:
+        return None
+    name = _column(features, "label_column", options.label_column)
+    if not str(getattr(features[name], "dtype", "")).startswith(("int", "uint")):
+        raise UserError(f"--label_column {name} must hold classes or whole numbers, it holds {features[name]}.")
     return name
 
 
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class Images:
+    """Size, mode and classes of a data set's images, and how each is made to fit.
+
+    Args:
+        options: of the data.
+        first: one of the images.
+        image_column, label_column: their names; the latter may be None.
+    """
+
+    def __init__(self, options: DataOptions, first: PILImage.Image, image_column: str, label_column: str | None):
+        self.image_column, self.label_column = image_column, label_column
+        self.num_classes, self.id2label = None, None
+        self.mode = options.image_mode or ("L" if first.mode in GREY_MODES else "RGB")
+        self.resolution = options.resolution or min(first.size)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.mode == "L" else 3
+
+    def stack(self, images: list[PILImage.Image]) -> torch.Tensor:
+        """uint8 of shape (n, C, H, W)."""
+        pixels = np.stack([np.asarray(self._fit(image)) for image in images])
+        pixels = torch.from_numpy(pixels.reshape(len(images), self.resolution, self.resolution, self.channels))
+        return pixels.permute(0, 3, 1, 2).contiguous()
+
+    def _fit(self, image: PILImage.Image) -> PILImage.Image:
+        """Scale the shorter side to the resolution and keep the centre."""
+        image = eight_bit(image).convert(self.mode)
+        size = self.resolution
+        if image.size != (size, size):
+            smaller = min(image.size) > size
+            method = PILImage.Resampling.BOX if smaller else PILImage.Resampling.BICUBIC
+            image = ImageOps.fit(image, (size, size), method)
+        return image
+
+
+class ImageDataset(Images, torch.utils.data.Dataset):
     """Images of one size and mode, and their classes.
 
     `dataset[[3, 7]]` is `(images, labels)`: uint8 of shape (n, C, H, W) and int64 of shape (n,), or None without classes.
@@ -59,55 +124,27 @@ class ImageDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, options: DataOptions):
-        self.source = _load(options)
+        self.source = load_source(options)
         if len(self.source) == 0:
             raise UserError(f"--dataset_name {options.dataset_name} holds no images.")
         features = self.source.features
-        image_columns = [name for name, feature in features.items() if isinstance(feature, Image)]
-        if options.image_column is not None:
-            self.image_column = _column(self.source, "image_column", options.image_column)
-            if self.image_column not in image_columns:
-                raise UserError(f"--image_column {self.image_column} holds no images; image columns: {image_columns}.")
-        elif len(image_columns) == 1:
-            self.image_column = image_columns[0]
-        elif image_columns:
-            raise UserError(f"--image_column is needed: the data set has the image columns {', '.join(image_columns)}.")
-        else:
-            raise UserError(
-                f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns are "
-                f"{', '.join(features)}."
-            )
-
-        self.label_column, self.num_classes, self.id2label = None, None, None
-        if options.label_column is not None:
-            self.label_column = _column(self.source, "label_column", options.label_column)
-            feature = features[self.label_column]
-            if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
-                raise UserError(
-                    f"--label_column {self.label_column} must hold classes or whole numbers, it holds {feature}."
-                )
-            labels = self.source[self.label_column]
+        image_column = find_image_column(options, features)
+        label_column = find_label_column(options, features)
+        super().__init__(options, self.source[0][image_column], image_column, label_column)
+        if label_column is not None:
+            labels = self.source[label_column]
             unlabelled = sum(label is None or label < 0 for label in labels)
             if unlabelled:
                 raise UserError(
-                    f"--label_column {self.label_column} has no class (null or negative) for {unlabelled} of {len(labels)} images; "
+                    f"--label_column {label_column} has no class (null or negative) for {unlabelled} of {len(labels)} images; "
                     "remove those images, or leave --label_column out."
                 )
-            if isinstance(feature, ClassLabel):
-                self.num_classes = feature.num_classes
-                self.id2label = dict(enumerate(feature.names))
+            if isinstance(features[label_column], ClassLabel):
+                self.num_classes = features[label_column].num_classes
+                self.id2label = dict(enumerate(features[label_column].names))
             else:
                 self.num_classes = max(labels) + 1
-
-        first = self.source[0][self.image_column]
-        self.mode = options.image_mode or ("L" if first.mode in GREY_MODES else "RGB")
-        self.resolution = options.resolution or min(first.size)
-        columns = [self.image_column] + ([self.label_column] if self.label_column else [])
-        self.source = self.source.select_columns(columns)
-
-    @property
-    def channels(self) -> int:
-        return 1 if self.mode == "L" else 3
+        self.source = self.source.select_columns([image_column] + ([label_column] if label_column else []))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -121,10 +158,8 @@ class ImageDataset(torch.utils.data.Dataset):
             rows = self.source[indices]
         except Exception as error:  # PIL and datasets raise many kinds for a broken file
             raise UserError(f"{self._unreadable(indices)} cannot be read: {type(error).__name__}: {error}") from error
-        images = np.stack([np.asarray(self._fit(image)) for image in rows[self.image_column]])
-        images = torch.from_numpy(images.reshape(len(images), self.resolution, self.resolution, self.channels))
         labels = torch.tensor(rows[self.label_column]) if self.label_column else None
-        return images.permute(0, 3, 1, 2).contiguous(), labels
+        return self.stack(rows[self.image_column]), labels
 
     def _unreadable(self, indices: list[int]) -> str:
         for index in indices:
@@ -135,16 +170,6 @@ class ImageDataset(torch.utils.data.Dataset):
         return f"One of the images {', '.join(map(str, indices))} of the data set"
 
     __getitems__ = __getitem__  # torch's DataLoader then asks for a whole batch at once
-
-    def _fit(self, image: PILImage.Image) -> PILImage.Image:
-        """Scale the shorter side to the resolution and keep the centre."""
-        image = eight_bit(image).convert(self.mode)
-        size = self.resolution
-        if image.size != (size, size):
-            smaller = min(image.size) > size
-            method = PILImage.Resampling.BOX if smaller else PILImage.Resampling.BICUBIC
-            image = ImageOps.fit(image, (size, size), method)
-        return image
 
 
 def eight_bit(image: PILImage.Image) -> PILImage.Image:

@@ -43,6 +43,7 @@ from .ema import EMA, power_decay, snapshot_folder
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
 from .interruption import Interruption
 from .record import RECORD, read_json, training_record, write_record
+from .streaming import ImageStream, stream_batches
 from .tracking import Expendable, Stopwatch, Tracking
 from .trained import Means, TrainedNetwork
 
@@ -113,7 +114,7 @@ class TrainingRun:
     def __init__(
         self,
         options: RunOptions,
-        dataset: ImageDataset,
+        dataset: ImageDataset | ImageStream,
         network: torch.nn.Module,
         make_pipeline: Callable[[torch.nn.Module], CTMPipeline],
         sample_settings: dict[str, dict],
@@ -157,6 +158,7 @@ class TrainingRun:
         )
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.step = self._saved_step = 0
+        self._position = None  # in a streamed data set
         self._means = Means()
         self._save_due = False
         self._optional = Expendable()
@@ -233,10 +235,12 @@ class TrainingRun:
         num_parts = accumulation * processes
         parts = [index * processes + accelerator.process_index for index in range(accumulation)]
         size = options.train_batch_size
-        sampler = StepSampler(
-            len(self.dataset), size, options.seed, self.step, options.max_train_steps, parts, num_parts
-        )
-        loaded = load_batches(self.dataset, sampler, options.dataloader_num_workers, self.device.type == "cuda")
+        split = (options.seed, self.step, options.max_train_steps, parts, num_parts)
+        if isinstance(self.dataset, ImageStream):
+            loaded = stream_batches(self.dataset, size, *split, self._position, options.dataloader_num_workers)
+        else:
+            sampler = StepSampler(len(self.dataset), size, *split)
+            loaded = load_batches(self.dataset, sampler, options.dataloader_num_workers, self.device.type == "cuda")
         progress = tqdm(
             total=options.max_train_steps,
             initial=self.step,
@@ -249,12 +253,13 @@ class TrainingRun:
             while self.step < options.max_train_steps:
                 for part in parts:
                     try:
-                        images, labels = next(loaded)
+                        images, labels, *position = next(loaded)
                     except UserError as error:
                         if part > 0 or processes > 1 or self.step == 0:
                             raise
                         self._save_if_new()  # between two steps, and nobody else need agree
                         raise UserError(f"{error} {newest_checkpoint(options.output_dir)} is saved.") from error
+                    self._position = position[0] if position else None
                     own = slice(part * size, (part + 1) * size)
                     random = StepRandom(options.seed, self.step, num_parts * size, own, self.device)
                     yield self._batch(images, labels, random)
@@ -460,6 +465,7 @@ class TrainingRun:
                     "averages": {name: average.state_dict() for name, average in self.averages.items()},
                     "networks": {name: trained.state_dict() for name, trained in self.networks.items()},
                     "means": means,
+                    "position": self._position,
                     "tracker_run": self._tracking.run_id,
                     "options": decisive_options(options, accelerator.num_processes),
                 }
@@ -532,6 +538,7 @@ class TrainingRun:
         self.step = self._saved_step = state["step"]
         if self.step > self.options.max_train_steps:
             raise UserError(f"--max_train_steps {self.options.max_train_steps} is below step {self.step} of {path}.")
+        self._position = state.get("position")
         self._tracking.run_id = state.get("tracker_run", self._tracking.run_id)
         if accelerator.is_main_process:
             self.record["first_stage"] = read_json(path, RECORD).get("first_stage")  # whatever --init_from is now

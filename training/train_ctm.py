@@ -26,6 +26,7 @@ from .losses import Solver, ctm_estimate, ctm_loss, make_jumps
 from .networks import build_scheduler, build_unet, make_student, set_dropout
 from .run import StepRandom, TrainingRun
 from .solver import SOLVERS
+from .streaming import load_images
 from .teacher import Teacher, teacher_of
 from .time_sampling import TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
 
@@ -194,7 +195,7 @@ def adversarial_terms(
 
 def main(config: CTMConfig) -> str:
     """Distil, and save the averaged student as a pipeline; return its folder."""
-    dataset = ImageDataset(config)
+    dataset = load_images(config)
     teacher = untrained(config, dataset) if config.teacher is None else teacher_of(config)
     check_fit(teacher, dataset)
     check_consistency_teacher(teacher, config)

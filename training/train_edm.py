@@ -8,16 +8,16 @@ from diffusers import UNet2DModel
 from diffusers_ctm import CTMPipeline
 
 from .config import EDMConfig, run_program
-from .data import ImageDataset
 from .losses import dsm_loss
 from .networks import build_scheduler, build_unet
 from .run import TrainingRun
+from .streaming import load_images
 from .time_sampling import draw_lognormal_sigma
 
 
 def main(config: EDMConfig) -> str:
     """Train, and save the averaged network as a pipeline; return its folder."""
-    dataset = ImageDataset(config)
+    dataset = load_images(config)
     torch.manual_seed(config.seed)
     network = build_unet(config, dataset, config.dropout, config.label_dropout)
     scheduler = build_scheduler(config, config.sigma_min, config.sigma_max)

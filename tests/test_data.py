@@ -1,3 +1,4 @@
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -5,7 +6,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from training.config import DataOptions, UserError
-from training.data import ImageDataset, StepSampler, to_sample
+from training.data import ImageDataset, StepSampler, digits, to_sample
 from training.streaming import ImageStream, ahead, stream_batches
 
 
@@ -77,7 +78,12 @@ def test_images_are_scaled_and_cropped_to_the_centre(parquet):
         ({"label_column": "species"}, "--label_column species is not a column.*kind"),
         ({"label_column": "note"}, "--label_column note must hold"),
         ({"dataset_split": "test"}, "--dataset_name"),
-        ({"dataset_name": "digits", "dataset_split": "train[:9]"}, "digits has the split 'train' only"),
+        (
+            {"dataset_name": "digits", "dataset_split": "valid"},
+            r"--dataset_split valid: .*'train\[-10%:\]'.*Unknown split",
+        ),
+        ({"dataset_name": "digits", "dataset_split": "train[1,2]"}, r"--dataset_split train\[1,2\]: the digits have"),
+        ({"dataset_name": "digits", "dataset_split": "train[2000:]"}, r"no images in --dataset_split train\[2000:\]"),
         ({"dataset_name": "digits", "dataset_config_name": "small"}, "no configurations"),
     ],
 )
@@ -88,6 +94,20 @@ def test_wrong_columns_are_named(parquet, options, message):
         options["dataset_name"] = "nowhere/at-all"
     with pytest.raises(UserError, match=message):
         ImageDataset(DataOptions(**options))
+
+
+@pytest.mark.parametrize("split", ["train[:1500]", "train[1500:]", "train[-25%:]", "train[3:7]+train[:2]"])
+def test_parts_of_a_split_are_those_of_datasets(split, tmp_path):
+    """The digits are cut as a data set on the Hub is, and a parquet file too, whatever its split is called."""
+    path = str(tmp_path / "digits.parquet")
+    digits().to_parquet(path)
+    theirs = datasets.load_dataset("parquet", data_files={"train": path}, split=split)
+    named = split.replace("train", "test")
+    for options in ({}, {"dataset_name": path}, {"dataset_name": path, "dataset_split": named}):
+        data = ImageDataset(DataOptions(**{"label_column": "label", "dataset_split": split, **options}))
+        images, labels = data[list(range(len(data)))]
+        assert labels.tolist() == theirs["label"][:]
+        assert torch.equal(images[-1, 0], torch.from_numpy(np.array(theirs[-1]["image"])))
 
 
 def test_data_without_images_and_labels_of_any_whole_type(tmp_path):

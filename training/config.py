@@ -69,7 +69,7 @@ class DataOptions(Checked):
         "parquet files, or one parquet file.",
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.")
-    dataset_split: str = option("train", "Split of the data set.")
+    dataset_split: str = option("train", "Split of the data set, or a part: 'train[:1500]', 'train[-10%:]'.")
     image_column: str | None = option(None, "Column that holds the images. Default: the only image column.")
     label_column: str | None = option(
         None, "Column that holds the class of each image, for class-conditional training. Default: no classes."

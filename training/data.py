@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, ReadInstruction, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageOps
 
@@ -31,16 +31,28 @@ def load_source(options: DataOptions, streaming: bool = False) -> Dataset | Iter
     """The data set that the options name. Raises UserError if it is not there."""
     name = options.dataset_name
     if name == "digits" and not os.path.exists(name):
-        if options.dataset_split != "train" or options.dataset_config_name is not None:
-            raise UserError("--dataset_name digits has the split 'train' only, and no configurations.")
-        return digits().to_iterable_dataset() if streaming else digits()
+        if options.dataset_config_name is not None:
+            raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
+        part = _part(digits(), options.dataset_split)
+        return part.to_iterable_dataset() if streaming else part
     try:
-        if name.endswith(".parquet"):
-            files = {options.dataset_split: name}
+        if name.endswith(".parquet"):  # the file is whatever split is asked for
+            files = {options.dataset_split.partition("[")[0]: name}
             return load_dataset("parquet", data_files=files, split=options.dataset_split, streaming=streaming)
         return load_dataset(name, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds for a name, split or configuration that is not there
         raise UserError(f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _part(dataset: Dataset, split: str) -> Dataset:
+    """The part of a data set in memory, whose one split is "train", that `load_dataset` would take by `split`."""
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"--dataset_split {split}: the digits have 'train' and its parts, such as 'train[:1500]' or 'train[-10%:]'. {error}"
+        ) from error
+    return dataset.select([index for part in parts for index in range(part.from_, part.to)])
 
 
 def _column(features: Features, option: str, name: str) -> str:
@@ -126,7 +138,9 @@ class ImageDataset(Images, torch.utils.data.Dataset):
     def __init__(self, options: DataOptions):
         self.source = load_source(options)
         if len(self.source) == 0:
-            raise UserError(f"--dataset_name {options.dataset_name} holds no images.")
+            raise UserError(
+                f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
+            )
         features = self.source.features
         image_column = find_image_column(options, features)
         label_column = find_label_column(options, features)

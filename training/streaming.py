@@ -61,7 +61,9 @@ class ImageStream(Images):
                 f"--dataset_name {options.dataset_name} cannot be read: {type(error).__name__}: {error}"
             ) from error
         if first is None:
-            raise UserError(f"--dataset_name {options.dataset_name} holds no images.")
+            raise UserError(
+                f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
+            )
         image_column, label_column = find_image_column(options, features), find_label_column(options, features)
         super().__init__(options, first[image_column], image_column, label_column)
         if label_column is not None:

@@ -181,24 +181,28 @@ def load_pipelines(
             teacher.network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class
         )
     for sampler, pipe in pipelines.items():
-        name = "--model" if sampler == "ctm" else "--teacher"
-        network = pipe.unet.config
-        size = network.sample_size
-        makes = (network.out_channels, *((size, size) if isinstance(size, int) or size is None else size))
-        found = (dataset.channels, dataset.resolution, dataset.resolution)
-        if makes != found:
-            raise UserError(
-                f"--dataset_name {config.dataset_name} gives images of shape {found}, {name} makes {makes}; set --resolution "
-                "and --image_mode, or choose another data set."
-            )
-        if pipe.num_classes is not None and (dataset.num_classes or 0) > pipe.num_classes:
-            raise UserError(
-                f"--label_column {dataset.label_column} has {dataset.num_classes} classes, {name} knows {pipe.num_classes}."
-            )
-        pipe.to(device)
-        pipe.unet.to(memory_format=torch.channels_last)
-        pipe.set_progress_bar_config(disable=True)
+        prepare(pipe, "--model" if sampler == "ctm" else "--teacher", config, dataset, device)
     return pipelines
+
+
+def prepare(pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDataset, device: torch.device) -> None:
+    """Check the pipeline of the option `name` against the data, and put it on the device, silent. Raises UserError."""
+    network = pipe.unet.config
+    size = network.sample_size
+    makes = (network.out_channels, *((size, size) if isinstance(size, int) or size is None else size))
+    found = (dataset.channels, dataset.resolution, dataset.resolution)
+    if makes != found:
+        raise UserError(
+            f"--dataset_name {config.dataset_name} gives images of shape {found}, {name} makes {makes}; set --resolution "
+            "and --image_mode, or choose another data set."
+        )
+    if pipe.num_classes is not None and (dataset.num_classes or 0) > pipe.num_classes:
+        raise UserError(
+            f"--label_column {dataset.label_column} has {dataset.num_classes} classes, {name} knows {pipe.num_classes}."
+        )
+    pipe.to(device)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
 
 
 def class_labels(num_classes: int | None, real_labels: torch.Tensor | None, count: int) -> torch.Tensor | None:

@@ -61,6 +61,9 @@ class Guidance:
             raise ValueError(f"on={on!r} is not known; use one of {GUIDANCE_INPUTS}.")
         self.scale, self.on = scale, on
 
+    def prepare(self, num_classes: int | None) -> None:
+        """Called by the pipeline before the first step, with the number of classes of its network, None if it has none."""
+
     def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         """How far each sample is from what is wanted, -log p(y | x_0) up to a constant; shape (B,), differentiable.
 
@@ -94,7 +97,8 @@ class ClassifierGuidance(Guidance):
     Args:
         classifier: in evaluation mode, called as `classifier(x_0)` with images in [-1, 1], or as `classifier(x_t, sigma)`, sigma of
             shape (B,), if `on="noisy"`: a classifier of noisy images. Returns logits of shape (B, classes), or an object with `logits`.
-        target: class of each image by the classifier's numbers, one for all or one each. None: the pipeline's `class_labels`.
+        target: class of each image by the classifier's numbers, one for all or one each. None: the pipeline's `class_labels`, for a
+            classifier of as many classes as the network has.
         scale, on: see `Guidance`.
     """
 
@@ -108,6 +112,10 @@ class ClassifierGuidance(Guidance):
         super().__init__(scale, on)
         self.classifier = classifier
         self.target = None if target is None else torch.as_tensor(target)
+        self.num_classes = None
+
+    def prepare(self, num_classes: int | None) -> None:
+        self.num_classes = num_classes
 
     def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         logits = classifier_logits(self.classifier, x_0, *([sigma] if self.on == "noisy" else []))
@@ -116,6 +124,8 @@ class ClassifierGuidance(Guidance):
             raise ValueError(
                 "ClassifierGuidance needs a `target`: the network is unconditional, there are no class_labels."
             )
+        if self.target is None:
+            check_same_classes(logits, self.num_classes, "Pass `target` in the classifier's own numbers")
         target = check_classes(target, len(x_0), logits.shape[1]).to(logits.device)
         return F.cross_entropy(logits, target, reduction="none")
 
@@ -128,6 +138,15 @@ def classifier_logits(classifier: Callable[..., Any], x: torch.Tensor, *sigma: t
         found = f"{logits.dtype} of shape {tuple(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"The classifier must return logits, floats of shape ({len(x)}, classes), got {found}.")
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def check_same_classes(logits: torch.Tensor, num_classes: int | None, remedy: str) -> None:
+    """ValueError if `logits` (B, classes) are of another number of classes than the network's, whose numbers then mean other things."""
+    if num_classes is not None and logits.shape[1] != num_classes:
+        raise ValueError(
+            f"The classifier knows {logits.shape[1]} classes and the network {num_classes}, so that a number means another class to each. {remedy}, or "
+            "a classifier of the network's classes."
+        )
 
 
 def check_classes(target: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
@@ -403,7 +422,7 @@ def rejection_sample(
         drawn.update(labels)
         batches += 1
         for label, score, image, flagged in zip(
-            *_judged(classifier, x_0, labels, conditional), x_0, unsafe, strict=True
+            *_judged(classifier, x_0, labels, pipe.num_classes), x_0, unsafe, strict=True
         ):
             if label in kept and score >= (threshold or 0.0) and not flagged:
                 accepted += 1
@@ -448,15 +467,20 @@ def _wanted_labels(
 
 
 def _judged(
-    classifier: Callable[[torch.Tensor], torch.Tensor], x_0: torch.Tensor, labels: list[int | None], conditional: bool
+    classifier: Callable[[torch.Tensor], torch.Tensor],
+    x_0: torch.Tensor,
+    labels: list[int | None],
+    num_classes: int | None,
 ) -> tuple[list[int | None], list[float]]:
-    """The class and the score of each image: of the class that was asked, or of the likeliest."""
-    probabilities = classifier_logits(classifier, x_0.clamp(-1, 1)).softmax(1)
+    """The class and the score of each image: of the class that was asked, or (of an unconditional network) of the likeliest."""
+    logits = classifier_logits(classifier, x_0.clamp(-1, 1))
+    check_same_classes(logits, num_classes, "Pass one that gives the logits of the network's classes in their order")
+    probabilities = logits.softmax(1)
     if not probabilities.isfinite().all():
         raise ValueError("The classifier returned NaN or infinite logits.")
     if labels[0] is not None:
         targets = check_classes(torch.tensor(labels), len(x_0), probabilities.shape[1])
-    if not conditional:
+    if num_classes is None:
         scores, found = probabilities.max(1)
         return labels if labels[0] is None else found.tolist(), scores.tolist()
     return labels, probabilities.gather(1, targets.to(probabilities.device)[:, None])[:, 0].tolist()

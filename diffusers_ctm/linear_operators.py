@@ -120,13 +120,23 @@ def check_operator(
     """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(image_shape, generator=generator).to(y) for _ in range(2))
-    of_a, of_b = operator(a), operator(b)
+    try:
+        of_a, of_b = operator(a), operator(b)
+    except Exception as error:  # of whatever it is made
+        raise ValueError(
+            f"operator fails for images of shape {tuple(image_shape)}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(of_a, torch.Tensor) or of_a.shape != y.shape:
         shape = tuple(of_a.shape) if isinstance(of_a, torch.Tensor) else type(of_a).__name__
         raise ValueError(
             f"measurement has shape {tuple(y.shape)}, but the operator gives {shape} for images of shape {image_shape}."
         )
-    back = pseudo_inverse(of_a)
+    try:
+        back = pseudo_inverse(of_a)
+    except Exception as error:
+        raise ValueError(
+            f"pseudo_inverse fails for a measurement of shape {tuple(of_a.shape)}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(back, torch.Tensor) or back.shape != a.shape:
         shape = tuple(back.shape) if isinstance(back, torch.Tensor) else type(back).__name__
         raise ValueError(f"pseudo_inverse gives {shape} for a measurement of an image of shape {image_shape}.")

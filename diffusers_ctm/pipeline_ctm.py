@@ -266,7 +266,8 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
     def _guided_network(self, guidance_scale: float, guidance: Guidance | None) -> Callable:
         """The network with classifier-free guidance, if asked; checks both guidances."""
         if guidance is not None:
-            if getattr(guidance, "on", None) not in GUIDANCE_INPUTS or not callable(getattr(guidance, "loss", None)):
+            methods = (getattr(guidance, name, None) for name in ("loss", "prepare"))
+            if getattr(guidance, "on", None) not in GUIDANCE_INPUTS or not all(map(callable, methods)):
                 raise ValueError(
                     f"guidance must be an object of a subclass of Guidance, got {type(guidance).__name__}."
                 )
@@ -279,6 +280,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                     f'guidance on the "image" needs a network that jumps, a CTM, and this is a {type(self.unet).__name__}. Use '
                     'on="prediction".'
                 )
+            guidance.prepare(self.num_classes)
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}.")
         if guidance_scale == 1:
@@ -409,6 +411,8 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
             if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
                 got = f"shape {tuple(latents.shape)}" if isinstance(latents, torch.Tensor) else type(latents).__name__
                 raise ValueError(f"latents must be a tensor of shape (B, C, H, W), got {got}.")
+            if not latents.isfinite().all():
+                raise ValueError("latents hold values that are NaN or infinite.")
             batch_size = batch_size or latents.shape[0]
         generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
         if not all(isinstance(one, torch.Generator) for one in generators):

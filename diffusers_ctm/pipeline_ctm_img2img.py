@@ -2,6 +2,7 @@
 """Image to image: noise an image to a level and come down with a consistency trajectory model."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -113,7 +114,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
         schedule = (config.sigma_min, config.sigma_max, config.rho)
         if sigma is None:
             strength = 0.5 if strength is None else strength
-            if not 0 < strength <= 1:
+            if not isinstance(strength, Real) or not 0 < strength <= 1:
                 raise ValueError(f"strength must lie in (0, 1], got {strength!r}.")
             sigma = config.sigma_max
             if strength < 1:

@@ -12,6 +12,7 @@ from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .scheduling_utils_ctm import as_float64
 from .trajectory import append_dims, check_count, heun_step, karras_sigmas
 
 
@@ -137,7 +138,7 @@ class CTMInversionPipeline(CTMPipeline):
         pair = [self._read(picture, name) for picture, name in ((image, "image"), (other_image, "other_image"))]
         if any(len(picture) != 1 for picture in pair):
             raise ValueError("interpolate takes one image and one other_image; call it once per pair.")
-        weights = torch.as_tensor(weights, dtype=torch.float32)
+        weights = as_float64(weights, "weights").float()
         if weights.ndim != 1 or len(weights) == 0 or not ((weights >= 0) & (weights <= 1)).all():
             raise ValueError(f"weights must be a list of numbers in [0, 1], got {weights.tolist()}.")
         device = self._execution_device

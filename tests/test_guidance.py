@@ -468,9 +468,17 @@ def test_classifiers_that_do_not_fit(classifier, target, message):
         pipeline()(latents=latents(2), guidance=ClassifierGuidance(classifier, target))
 
 
-def test_a_class_of_the_network_that_the_classifier_does_not_know():
-    with pytest.raises(ValueError, match="knows classes 0 to 2, and 4 was asked"):
-        pipeline(gaussian(class_shift=[0.0] * 5))(class_labels=4, guidance=ClassifierGuidance(by_mean))
+def test_a_classifier_of_other_classes_than_the_networks():
+    pipe = pipeline(gaussian(class_shift=[0.0] * 5))
+    for label in (1, 4):  # 1 is a number of both, of different classes
+        with pytest.raises(
+            ValueError, match="knows 3 classes and the network 5, .* Pass `target` in the classifier's own"
+        ):
+            pipe(class_labels=label, guidance=ClassifierGuidance(by_mean))
+        with pytest.raises(ValueError, match="knows 3 classes and the network 5, .* Pass one that gives the logits"):
+            rejection_sample(pipe, by_mean, 2, label, threshold=0.1)
+    pipe(class_labels=4, guidance=ClassifierGuidance(by_mean, target=2))
+    with_null()(class_labels=1, guidance=ClassifierGuidance(lambda x: by_mean(x)[:, :2]))  # the null class is none
 
 
 # Classifier-free guidance ---------------------------------------------------------------------------------------------
@@ -725,7 +733,7 @@ def test_rejection_passes_the_samplers_arguments_on():
         ({"threshold": 0.5, "latents": 1}, "takes no latents"),
         ({"threshold": 0.5, "class_labels": [0, 1]}, "class_labels has 2 entries for batch_size=4"),
         ({"threshold": 0.5, "class_labels": 9}, "is not a class"),
-        ({"threshold": 0.5, "classifier": lambda x: by_mean(x)[:, :1], "class_labels": 2}, "knows classes 0 to 0, and 2 was asked"),
+        ({"threshold": 0.5, "classifier": lambda x: by_mean(x)[:, :1], "class_labels": 2}, "knows 1 classes and the network 3"),
         ({"threshold": 0.5, "classifier": lambda x: by_mean(x) * torch.nan}, "NaN"),
     ],
 )  # fmt: skip

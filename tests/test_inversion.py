@@ -289,7 +289,7 @@ def test_interpolation_starts_and_ends_at_the_images():
     close(images[0], torch.full((3, 4, 4), 0.6), 0, 5e-3)
     with pytest.raises(ValueError, match="one image"):
         pipe.interpolate(image, image)
-    for weights in ([], [1.5], 0.5, [math.nan]):
+    for weights in ([], [1.5], 0.5, [math.nan], ["half"]):
         with pytest.raises(ValueError, match="weights"):
             pipe.interpolate(image[0], image[1], weights)
 

@@ -122,6 +122,16 @@ def fill(y):
         (lambda x: halves(x)[:1], fill, r"but the operator gives \(1, 3, 4, 3\)"),
         (lambda x: 3.0, fill, "but the operator gives float"),
         (lambda x: halves(x) * float("nan"), fill, "operator is not linear"),
+        (
+            BlockAverageOperator(4),
+            fill,
+            r"operator fails for images of shape \(2, 3, 4, 6\): ValueError: factor=4 does not",
+        ),
+        (
+            halves,
+            lambda y: y @ torch.eye(2),
+            r"pseudo_inverse fails for a measurement of shape \(2, 3, 4, 3\): RuntimeError",
+        ),
     ],
 )
 def test_what_is_no_operator(operator, pseudo_inverse, message):

@@ -20,14 +20,16 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import make_unet_2d
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, Repo
 
+from diffusers_ctm import CTMPipeline, CTMScheduler
 from training import hub
 from training.card import make_card
 from training.config import CTMConfig, UserError, parse_config, run_program
 from training.hub import LAST_CHECKPOINT, without_token
-from training.publish import PublishConfig, check_inheritance, choose_licence, stage
+from training.publish import PublishConfig, check_inheritance, choose_licence, draw_samples, stage
 from training.record import Licence, changed_options, origin_record, public_name, training_record, write_record
 
 
@@ -586,6 +588,40 @@ def test_the_card_names_no_folder_of_features(tmp_path):
     (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(report))
     card = make_card(str(tmp_path), "a/b", Licence("mit"))
     assert "features `features`" in card and "someone" not in card
+
+
+def test_the_card_says_memorisation_attribution_and_the_classes_that_can_be_asked(tmp_path):
+    rows = [
+        {"name": "1 step", "num_images": 1000, "pixels": {"median": 31.26, "percentile_5": 9.0, "min": 1.0, "copies": 0.012}},
+        {"name": "held-out images", "num_images": 50, "pixels": {"median": 40.0, "percentile_5": 9, "min": 1, "copies": 0.0}},
+    ]  # fmt: skip
+    (tmp_path / "evaluation").mkdir()
+    report = {"results": rows, "num_training_images": 1865}
+    (tmp_path / "evaluation" / "memorisation.json").write_text(json.dumps(report))
+    (tmp_path / "evaluation" / "memorisation.png").write_bytes(b"0")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"num_class_embeds": 3, "sample_size": 16}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"null_class": 2, "id2label": {"0": "a", "1": "b"}}))
+    (tmp_path / "training.json").write_text(json.dumps({"dataset": {"name": "twemoji.parquet", "split": "train"}}))
+    card = make_card(str(tmp_path), "a/b", Licence("cc-by-4.0"))
+    assert "| Classes | 2 |" in card and "from 0 to 1" in card
+    assert "1 step: 31.3, 1.2% of 1,000; held-out images: 40.0, 0.0% of 50." in card and "1,865 training images" in card
+    assert "](evaluation/memorisation.png)" in card
+    assert "Twitter, Inc and other contributors" in card and "made smaller" in card
+    (tmp_path / "evaluation" / "memorisation.json").unlink()
+    assert "nearest to" not in make_card(str(tmp_path), "a/b", Licence("cc-by-4.0"))
+
+
+def test_a_null_class_is_not_sampled(monkeypatch):
+    asked, call = [], CTMPipeline.__call__
+
+    def listening(self, **options):
+        asked.append(options["class_labels"])
+        return call(self, **options)
+
+    monkeypatch.setattr(CTMPipeline, "__call__", listening)
+    draw_samples(CTMPipeline(make_unet_2d(num_class_embeds=3), CTMScheduler(), null_class=2), 4, "x", "cpu")
+    assert asked == [[0, 1, 0, 1]]
 
 
 def test_staging_the_embedded_pipelines(tmp_path):

@@ -16,6 +16,7 @@ from .record import CONVERSION, ORIGINS, RECORD, Licence, is_hub_id, licence_fie
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
 MARK = re.compile(r"\n<!-- diffusers-ctm card ([0-9a-f]{16}): replaced when published again, kept if edited -->\n$")
+TWEMOJI = "twemoji.parquet"  # as the README has training.emoji write it
 CLASS_NAMES = 20  # most that are listed
 
 
@@ -41,12 +42,16 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
     unet = read_json(os.path.join(folder, "unet"), "config.json")
     record, conversion = read_json(folder, RECORD), read_json(folder, CONVERSION)
     evaluation = read_json(os.path.join(folder, "evaluation"), "evaluation.json")
-    names = read_json(folder, "model_index.json").get("id2label") or {}
+    memorisation = read_json(os.path.join(folder, "evaluation"), "memorisation.json")
+    index = read_json(folder, "model_index.json")
+    names = index.get("id2label") or {}
     is_ctm = unet.get("_class_name") == "CTMUNet2DModel" or scheduler.get("_class_name") == "CTMScheduler"
     dataset = record.get("dataset") or {}
     size = unet.get("sample_size")
     height, width = (size, size) if isinstance(size, int) or size is None else size
     num_classes = unet.get("num_class_embeds") or len(names) or None
+    if unet.get("num_class_embeds") and index.get("null_class") is not None:
+        num_classes -= 1  # the label that means "no class"
     steps, images = record.get("steps"), record.get("images_per_step")
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     values = {
@@ -77,6 +82,8 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "num_samples": f"{evaluation.get('num_samples', 0):,}",
         "plot": os.path.isfile(os.path.join(folder, "evaluation", "evaluation.png")),
         "gammas": os.path.isfile(os.path.join(folder, "evaluation", "gammas.png")),
+        "memorisation": _memorisation_text(memorisation),
+        "neighbours": os.path.isfile(os.path.join(folder, "evaluation", "memorisation.png")),
         "version": diffusers_ctm.__version__,
     }
     data = card_data(repo, licence, is_ctm, record, conversion, dataset, evaluation)
@@ -166,6 +173,23 @@ def _table(evaluation: dict) -> str:
     return "\n".join(distance_table(evaluation, "frechet"))
 
 
+def _memorisation_text(report: dict) -> str:
+    """What training.memorisation measured, on pixels, in sentences."""
+    if not report:
+        return ""
+
+    def values(row: dict) -> str:
+        pixels = row["pixels"]
+        copies = f"{pixels['copies']:.1%} of {row['num_images']:,}"
+        return f"{row['name']}: {pixels['median']:.1f}, {copies}"
+
+    rows = "; ".join(values(row) for row in report["results"])
+    return (
+        f"Median distance to the nearest of {report['num_training_images']:,} training images (root mean square of pixels in 0..255), and share "
+        f"of copies, which are nearer than a third of the distance to the second nearest: {rows}."
+    )
+
+
 def _licence_text(licence: Licence) -> str:
     name = licence.name or licence.id
     return f"[{name}]({licence.link})" if licence.link else name
@@ -198,6 +222,11 @@ def _dataset_text(dataset: dict) -> str:
     name = dataset["name"]
     if name == "digits":
         return "scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0)"
+    if name == TWEMOJI:
+        return (
+            "[Twemoji](https://github.com/jdecked/twemoji)'s graphics, copyright Twitter, Inc and other contributors, "
+            "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), made smaller and laid on white"
+        )
     text = f"[{name}](https://huggingface.co/datasets/{name})" if dataset.get("on_hub") else f"`{name}`"
     return text + (f", split `{dataset['split']}`" if dataset.get("split") else "")
 

@@ -28,8 +28,11 @@ COMPONENT_FILES = re.compile(
 )
 TOP_FILES = ("model_index.json", RECORD, CONVERSION)
 BRANCH = re.compile(r"[\w-][\w./-]*")
-PICTURES = ("evaluation.png", "gammas.png")
-EVALUATION = "evaluation/evaluation.json"  # read for the card, not uploaded: it names folders of the machine
+PICTURES = ("evaluation.png", "gammas.png", "memorisation.png")
+REPORTS = (
+    "evaluation/evaluation.json",
+    "evaluation/memorisation.json",
+)  # read for the card, not uploaded: they name folders of the machine
 
 
 @dataclass
@@ -54,7 +57,7 @@ class PublishConfig(Checked):
     revision: str | None = option(None, "Branch to publish on, created if it is not there. Default: main.")
     evaluation: str | None = option(
         None,
-        "Folder that training.evaluate wrote. Default: `evaluation` in FOLDER, or beside it if FOLDER is a run's `pipeline`.",
+        "Folder that training.evaluate, and maybe training.memorisation, wrote. Default: `evaluation` in FOLDER, or beside it if FOLDER is a run's `pipeline`.",
     )
     num_samples: int = option(16, "Samples in the card's picture; 0 is no picture. One is always drawn, as a check.")
     device: str = option("auto", "Where they are drawn: 'auto', 'cpu', 'cuda', 'mps'.")
@@ -153,7 +156,7 @@ def stage(folder: str, target: str, evaluation: str | None = None) -> list[str]:
     sources = {path: os.path.join(folder, path) for path in taken}
     evaluation = evaluation or os.path.join(folder, "evaluation")
     sources |= {
-        f"evaluation/{name}": os.path.join(evaluation, name) for name in (*PICTURES, os.path.basename(EVALUATION))
+        f"evaluation/{name}": os.path.join(evaluation, name) for name in (*PICTURES, *map(os.path.basename, REPORTS))
     }
     for path, source in sources.items():
         if os.path.isfile(source):
@@ -213,7 +216,7 @@ def draw_samples(pipe: CTMPipeline, count: int, name: str, device: str) -> tuple
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     is_ctm = hasattr(pipe.scheduler, "target_timesteps")
-    num_classes = pipe.unet.config.get("num_class_embeds")
+    num_classes = pipe.num_classes
     settings: dict = {"num_inference_steps": 1 if is_ctm else 18, "output_type": "np"}
     if num_classes:
         settings["class_labels"] = [index % num_classes for index in range(max(1, count))]
@@ -272,7 +275,7 @@ def upload(
 ) -> tuple[str, bool]:
     """Add the card to the staged pipeline and commit all; return the commit's address and whether the card is new."""
     written = add_card(target, repo, licence, samples, overwrite, revision)
-    return commit_folder(repo, target, message, components(target), revision, left_out=(EVALUATION,)), written
+    return commit_folder(repo, target, message, components(target), revision, left_out=REPORTS), written
 
 
 def main(config: PublishConfig) -> str:

@@ -379,6 +379,7 @@ def test_a_checkpoint_waits_for_the_first_good_step(tmp_path):
 def test_half_precision_scales_its_loss_and_each_network_has_its_own_scale(tmp_path):
     """The scaler of fp16, on the CPU: the step is that without it, and an overflow halves the scale."""
     accelerator = SimpleNamespace(
+        is_fsdp2=False,
         prepare=lambda *given: (given[0], SimpleNamespace(optimizer=given[1])), device=torch.device("cpu"),
         gradient_accumulation_steps=1, scaler=None,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from .config import RunOptions, UserError
 from .record import LOCAL_OPTIONS, is_hub_id
+from .sharding import load_whole
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -123,6 +124,9 @@ def load_first_stage(folder: str) -> FirstStage:
         state = load_run_state(folder)
         averages = {decay: average["weights"] for decay, average in state["averages"].items()}
         averages[None] = averages[state["options"]["ema_decay"]]
+        whole = os.path.join(folder, "pytorch_model_fsdp.bin")  # of a run with FSDP
+        if os.path.isfile(whole):
+            return FirstStage(torch.load(whole, map_location="cpu", weights_only=True), averages)
         return FirstStage(load_file(os.path.join(folder, "model.safetensors")), averages)
     except Exception as error:  # torch, safetensors, diffusers and huggingface_hub each raise their own
         raise UserError(f"--init_from {folder} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -137,4 +141,4 @@ def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], sou
         parts = {"missing": missing, "unknown": unknown, "of another shape": sorted(other)}
         listed = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in parts.items() if names)
         raise UserError(f"--init_from {source} is not of the network that this run trains: {listed}.")
-    network.load_state_dict(weights)
+    load_whole(network, weights)

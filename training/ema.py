@@ -19,6 +19,7 @@ import diffusers_ctm  # noqa: F401  (lets diffusers load what this project saves
 from .config import Checked, UserError, option, run_program
 from .files import atomic_folder
 from .record import RECORD, read_json, write_json
+from .sharding import whole
 
 
 Decay = Callable[[int], float]
@@ -75,7 +76,7 @@ class EMA:
         self.updates += 1
         weight = 1 - self.decay(self.updates)
         averages = [parameter.data for parameter in self.module.parameters()]
-        current = [parameter.data for parameter in network.parameters()]
+        current = [whole(parameter.data) for parameter in network.parameters()]
         if applied is None:
             torch._foreach_lerp_(averages, current, weight)
         else:

@@ -177,7 +177,7 @@ def ctm_loss(
     noise: torch.Tensor,
     dsm_sigma: torch.Tensor,
     dsm_noise: torch.Tensor,
-    last_weight: torch.Tensor,
+    last_weight: torch.Tensor | Callable[[], torch.Tensor],
     class_labels: torch.Tensor | None = None,
     distance: Distance = l2_distance,
     inner_target: str = "ema",
@@ -205,7 +205,8 @@ def ctm_loss(
         times: of each sample.
         x_0: clean samples in [-1, 1], shape (B, C, H, W). noise, dsm_noise: standard normal, likewise.
         dsm_sigma: levels of score matching, shape (B,).
-        last_weight: the weight at which gradients are compared.
+        last_weight: the weight at which gradients are compared. A function is asked for it after the student's pass: a network that is spread
+            over processes has it whole only then.
         distance: of two batches, shape (B,).
         inner_target: "ema" (the paper) or "live" (the authors' code), the network of the jump from u to s.
         dsm_weight: times the adaptive weight if `dsm_adaptive`. 0 leaves score matching out.
@@ -234,6 +235,7 @@ def ctm_loss(
     else:
         g = preconditioning.g(student, x_t, t, s, **condition(jumps.class_labels))
     x_s = jump(x_t, g, t, s)
+    last_weight = last_weight() if callable(last_weight) else last_weight
 
     # 2. The losses at time 0, and their gradients at the student's jump.
     target = jumps.target(x_u, inner_target)

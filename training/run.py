@@ -43,6 +43,7 @@ from .ema import EMA, power_decay, snapshot_folder
 from .files import WRITE_ERRORS, atomic_file, atomic_folder
 from .interruption import Interruption
 from .record import RECORD, read_json, training_record, write_record
+from .sharding import check_launch, check_sharding, whole
 from .streaming import ImageStream, stream_batches
 from .tracking import Expendable, Stopwatch, Tracking
 from .trained import Means, TrainedNetwork
@@ -185,7 +186,8 @@ class TrainingRun:
 
     @property
     def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.options.channels_last else torch.contiguous_format
+        channels_last = self.options.channels_last and not self.accelerator.is_fsdp2  # which spreads rows of memory
+        return torch.channels_last if channels_last else torch.contiguous_format
 
     def add_network(self, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainedNetwork:
         """Train a further network, such as a discriminator, by `update(..., network=name)`. Before the first batch.
@@ -200,6 +202,8 @@ class TrainingRun:
         """
         if name in self.networks:
             raise ValueError(f"There is a network {name!r} already.")
+        if self.networks and self.accelerator.is_fsdp2:
+            raise UserError(f"FSDP cannot train a second network ({name}). Use training/configs/accelerate/ddp.yaml.")
         scaler = copy.deepcopy(self.accelerator.scaler) if self.networks else self.accelerator.scaler
         self.networks[name] = TrainedNetwork(self.accelerator, module, optimizer, scaler)
         return self.networks[name]
@@ -438,7 +442,7 @@ class TrainingRun:
     def _check_weights(self) -> None:
         """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
         networks = [self.bare_network, *(average.module for average in self.averages.values())]
-        norms = [parameter.detach().norm() for network in networks for parameter in network.parameters()]
+        norms = [whole(parameter.detach().norm()) for network in networks for parameter in network.parameters()]
         if not torch.stack(norms).isfinite().all():
             raise self._broken("The weights")
 
@@ -586,12 +590,14 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         raise UserError(f"--report_to {tracker} needs the package {tracker}: pip install {tracker}, or choose 'none'.")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no.")
+    check_launch()
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=os.path.join(options.output_dir, "logs")),
     )
+    check_sharding(accelerator, options)
     set_seed(options.seed, device_specific=True)
     return accelerator
 

@@ -225,7 +225,6 @@ def main(config: CTMConfig) -> str:
     sampler = time_sampler(config, scheduler)
     draw_times = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
     solver = make_solver(config, teacher, run.ema.module)
-    last_weight = run.bare_network.last_layer.weight
     discriminator = None
     if judge is not None:
         judge = run.place(judge)
@@ -259,7 +258,7 @@ def main(config: CTMConfig) -> str:
                 noise=noise,
                 dsm_sigma=dsm_sigma,
                 dsm_noise=dsm_noise,
-                last_weight=last_weight,
+                last_weight=lambda: run.bare_network.last_layer.weight,
                 class_labels=labels,
                 distance=distance,
                 inner_target=config.inner_target or "ema",

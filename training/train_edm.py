@@ -29,7 +29,7 @@ def main(config: EDMConfig) -> str:
     run = TrainingRun(config, dataset, network, make_pipeline, {"heun-18": {"num_inference_steps": 18}})
     preconditioning = scheduler.preconditioning
     for batch in run.batches():
-        with run.accumulate():
+        with run.accumulate(), run.accelerator.autocast():
             # Karras et al. 2022, Table 1: log-normal levels, weight 1 / c_out^2.
             sigma = draw_lognormal_sigma(batch.random.normal(), config.p_mean, config.p_std)
             noise = batch.random.normal(*batch.images.shape[1:])

@@ -3,6 +3,8 @@
 import torch
 from accelerate import Accelerator
 
+from .sharding import whole
+
 
 # Between them the levels whose score-matching losses are told apart; about a factor of 3 each.
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -45,7 +47,10 @@ class TrainedNetwork:
         loss = loss / self.accelerator.gradient_accumulation_steps
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        loss.backward(inputs=self.parameters)
+        if self.accelerator.is_fsdp2:  # whose graph has other tensors; there is one network
+            loss.backward()
+        else:
+            loss.backward(inputs=self.parameters)
 
     def step(self, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor | bool]:
         """Take the optimiser's step if the gradient is finite, and forget the gradient.
@@ -59,13 +64,13 @@ class TrainedNetwork:
         optimizer = self.optimizer
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        norm = clip_gradient(self.parameters, max_grad_norm)
+        norm = whole(clip_gradient(self.parameters, max_grad_norm))
         # After the mean over processes the gradients are the same everywhere, so every process decides alike.
         broken = norm.isfinite().logical_not_()
         self.skipped += broken
         self.skipped_in_a_row += 1
         self.skipped_in_a_row *= broken
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.accelerator.is_fsdp2:
             # Fused Adam and AdamW read the flag on the device, as they do for torch's GradScaler: nothing waits for it.
             optimizer.found_inf = broken.float()
             optimizer.step()

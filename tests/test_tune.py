@@ -4,15 +4,17 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 
 from diffusers_ctm import CTMPipeline, CTMScheduler
-from training import tune
+from training import hub, tune
 from training.config import UserError
 from training.evaluate import Sampling
 from training.tune import Cache, Schedule, Space, TuneConfig, improvement, main, run_search
@@ -204,6 +206,25 @@ def test_what_is_not_better_is_not_saved_unless_forced(model, tmp_path, monkeypa
     assert report["results"][0]["saved"] and not report["results"][0]["improvement"]["better"]
     presets = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline").scheduler.config.presets
     assert presets["4"] == report["results"][0]["preset"] != BAD["4"]
+
+
+def test_what_a_model_on_the_hub_says_of_its_making_goes_with_it(model, tmp_path, monkeypatch):
+    """Its licence stands there, too."""
+
+    def download(repo, name):
+        if name == "conversion.json":
+            raise EntryNotFoundError("none")
+        assert repo == "user/name"
+        return os.path.join(model, name)
+
+    load = tune.load_model
+    monkeypatch.setattr(tune, "load_model", lambda name, gammas: load(model if name == "user/name" else name, gammas))
+    monkeypatch.setattr(hub, "api", lambda: SimpleNamespace(hf_hub_download=download))
+    tune.save_with_presets({"2": {"gamma": [0.5, 0.0]}}, small("user/name", tmp_path))
+    saved = tmp_path / "out" / "pipeline"
+    assert (saved / "training.json").read_bytes() == (tmp_path / "model" / "training.json").read_bytes()
+    assert not (saved / "conversion.json").exists()
+    assert set(json.loads((saved / "scheduler" / "scheduler_config.json").read_text())["presets"]) == {"2", "4", "7"}
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,17 @@ def read_card(repo: str, revision: str | None = None) -> str | None:
         return None
 
 
+def file_of(source: str, name: str) -> str | None:
+    """Local path of the file `name` in a folder or a repository on the Hub; None if there is no such file, or no way to get it."""
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    try:
+        return api().hf_hub_download(source, name)
+    except EntryNotFoundError:  # also while offline
+        return None
+
+
 def card_licence(repo: str, revision: str | None = None) -> Licence | None:
     """The licence in the card of a repository; None if there is none or it cannot be read."""
     try:

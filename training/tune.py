@@ -35,6 +35,7 @@ from .evaluate import (
 )
 from .features import FEATURES_HELP, load_feature_network
 from .files import WRITE_ERRORS, atomic_file, atomic_folder, check_writable
+from .hub import file_of
 from .record import CONVERSION, RECORD
 
 
@@ -459,8 +460,8 @@ def save_with_presets(presets: dict[str, dict[str, list[float]]], config: TuneCo
     with atomic_folder(config.pipeline_dir) as draft:
         pipe.save_pretrained(draft)
         for name in (RECORD, CONVERSION):
-            if os.path.isfile(os.path.join(config.model, name)):
-                shutil.copy(os.path.join(config.model, name), draft)
+            if found := file_of(config.model, name):
+                shutil.copyfile(found, os.path.join(draft, name))
 
 
 # What is written ----------------------------------------------------------------------------------------------------

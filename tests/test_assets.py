@@ -1,5 +1,6 @@
 """The embedded checkpoints: they load, they are what the README says, and the folder stays small."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_checkpoints_are_a_teacher_and_its_student():
     assert all(teacher.scheduler.config[name] == student.scheduler.config[name] for name in names)
 
 
+def test_student_has_the_schedules_that_were_found():
+    report = json.loads((ASSETS / "tune" / "tune.json").read_text())
+    student = load("digits-ctm")
+    assert student.scheduler.config.presets == {str(row["steps"]): row["preset"] for row in report["results"]}
+    assert all(row["improvement"]["better"] and not report["options"]["force"] for row in report["results"])
+    student(num_inference_steps=2)
+    assert student.scheduler.sigmas.tolist() == pytest.approx([*report["results"][0]["preset"]["sigmas"], 0.002])
+
+
 def nearest_class(images):
     """The class of the nearest digit of the data, and the distance to it, for images in [-1, 1]."""
     pixels, labels = ImageDataset(DataOptions(label_column="label"))[list(range(1797))]
@@ -41,7 +51,9 @@ def nearest_class(images):
     return labels[index], distance
 
 
-@pytest.mark.parametrize("options", [{"num_inference_steps": 1}, {"num_inference_steps": 4, "gamma": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"num_inference_steps": 1}, {"num_inference_steps": 4, "gamma": 0.5}, {"num_inference_steps": 2}]
+)
 def test_student_draws_the_digit_it_is_asked(options):
     labels = torch.arange(10).repeat(10)
     images = load("digits-ctm")(
@@ -59,7 +71,7 @@ def test_student_in_one_step_ends_where_its_teacher_does():
     options = {"class_labels": labels, "latents": latents, "output_type": "latent"}
     heun = load("digits-edm")(num_inference_steps=18, **options).images
     student = load("digits-ctm")
-    one, eight = (student(num_inference_steps=steps, **options).images for steps in (1, 8))
+    one, eight = (student(num_inference_steps=steps, gamma=0.0, **options).images for steps in (1, 8))
     euler = load("digits-edm")(num_inference_steps=1, **options).images  # the untrained student in one step
 
     def error(images):

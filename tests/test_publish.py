@@ -624,6 +624,15 @@ def test_a_null_class_is_not_sampled(monkeypatch):
     assert asked == [[0, 1, 0, 1]]
 
 
+def test_the_card_tells_of_presets(tmp_path):
+    presets = {"10": {"gamma": 0.2}, "2": {"sigmas": [80.0, 1.0]}}
+    for name, options in (("plain", {}), ("tuned", {"presets": presets})):
+        CTMScheduler(**options).save_pretrained(tmp_path / name / "scheduler")
+    plain, tuned = (make_card(str(tmp_path / name), "a/b", Licence("mit")) for name in ("plain", "tuned"))
+    assert "after each jump.\n- The exact score" in plain and "presets" not in plain
+    assert "after each jump.\n- 2, 10 steps have schedules of their own" in tuned
+
+
 def test_staging_the_embedded_pipelines(tmp_path):
     left = stage(str(ROOT / "assets" / "digits-ctm"), str(tmp_path))
     assert left == [] and "_name_or_path" not in json.loads((tmp_path / "unet" / "config.json").read_text())

@@ -59,6 +59,7 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "repo": repo,
         "revision": None if revision == "main" else revision,
         "is_ctm": is_ctm,
+        "presets": ", ".join(sorted(scheduler.get("presets") or {}, key=int)),
         "size": f"{width}x{height} pixels",
         "channels": unet.get("out_channels", 3),
         "num_classes": num_classes,

@@ -11,21 +11,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from diffusers_ctm import (
     BlockAverageOperator,
+    ClassifierGuidance,
     CTMImg2ImgPipeline,
     CTMInpaintPipeline,
+    CTMInversionPipeline,
     CTMPipeline,
     CTMRestorationPipeline,
+    LinearOperator,
+    gamma_seed_grid,
+    log_likelihood,
+    trajectory_strip,
 )
 from diffusers_ctm.trajectory import gamma_split, heun_step, karras_sigmas
 
 from .config import Checked, UserError, option, run_program
 from .data import digits
-from .evaluate import load_model
+from .evaluate import captioned, load_model
+from .features import load_feature_network
 from .files import atomic_file
+from .guide import without_classes
 from .run import enlarged_grid
 
 
@@ -150,24 +158,60 @@ def draw_three_gammas(pipe: CTMPipeline, path: str) -> None:
     for gamma in (0.0, 0.5, 1.0):
         generator = torch.Generator().manual_seed(0)
         images += pipe(class_labels=list(range(10)), num_inference_steps=4, gamma=gamma, generator=generator).images
+    save(enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=10), path)
+
+
+def digit_of_each_class(number: int = 0) -> torch.Tensor:
+    """One image of each class in the data, the first or with `number` = 1, 2, ... a later one, shape (10, 1, 8, 8), in [0, 1]."""
+    data = digits()
+    labels = np.array(data["label"])
+    indices = [int(np.flatnonzero(labels == k)[number]) for k in range(10)]
+    return torch.stack([torch.from_numpy(np.array(data["image"][i])) for i in indices])[:, None] / 255
+
+
+def silent(cls: type, pipe: CTMPipeline) -> CTMPipeline:
+    """`pipe` as a pipeline of another class, without progress bars."""
+    pipe = cls.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiles(images: torch.Tensor, columns: int) -> Image.Image:
+    """Images in [0, 1], shape (B, 1, 8, 8), in rows of `columns`, each with a white rim."""
+    pixels = (images[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    framed = [ImageOps.expand(Image.fromarray(image), 1, "white") for image in pixels]
+    return enlarged_grid(framed, len(framed) // columns, columns)
+
+
+def save(picture: Image.Image, path: str) -> None:
     with atomic_file(path) as draft:
-        enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=10).save(draft)
+        picture.save(draft, format="PNG")
+
+
+class RandomSums(LinearOperator):
+    """`count` sums of the pixels of 8x8 images with random weights: a linear operator of no particular structure."""
+
+    def __init__(self, count: int):
+        self.matrix = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))
+        self.inverse = torch.linalg.pinv(self.matrix)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.matrix.T
+
+    def pseudo_inverse(self, y: torch.Tensor) -> torch.Tensor:
+        return (y @ self.inverse.T).reshape(-1, 1, 8, 8)
 
 
 def draw_editing(pipe: CTMPipeline, path: str) -> None:
-    """One digit of each class, what is kept of it, and what the CTM makes of that; eight rows of ten."""
-    data = digits()
-    first = [data["label"].index(k) for k in range(10)]
-    image = torch.stack([torch.from_numpy(np.array(data["image"][i])) for i in first])[:, None] / 255
+    """One digit of each class, what is kept of it, and what the CTM makes of that; ten rows of ten."""
+    image = digit_of_each_class()
     edit, repair, inpaint = (
-        cls.from_pipe(pipe) for cls in (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
+        silent(cls, pipe) for cls in (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
     )
-    for one in (edit, repair, inpaint):
-        one.set_progress_bar_config(disable=True)
     lower_half = torch.zeros(8, 8)
     lower_half[4:] = 1
-    means = BlockAverageOperator(2)
-    coarse = means(2 * image - 1)
+    means, sums = BlockAverageOperator(2), RandomSums(24)
+    coarse, summed = means(2 * image - 1), sums(2 * image - 1)
 
     def seeded() -> dict:
         return {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
@@ -179,22 +223,131 @@ def draw_editing(pipe: CTMPipeline, path: str) -> None:
         inpaint(image, lower_half, class_labels=list(range(10)), **seeded()).images,
         means.pseudo_inverse(coarse) / 2 + 0.5,
         repair(coarse, means, class_labels=list(range(10)), **seeded()).images,
-        noisy.clamp(0, 1),
+        sums.pseudo_inverse(summed) / 2 + 0.5,
+        repair(summed, sums, class_labels=list(range(10)), **seeded()).images,
+        noisy,
         edit(noisy, sigma=0.5, add_noise=False, class_labels=list(range(10)), **seeded()).images,
         edit(image, 0.5, num_inference_steps=4, class_labels=[(k + 1) % 10 for k in range(10)], **seeded()).images,
     ]
-    images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(torch.cat(rows)))
+    save(tiles(torch.cat(rows), 10), path)
+
+
+def draw_encoding(pipe: CTMPipeline, path: str) -> None:
+    """How exactly images come back from their latents, against steps, and what lies between two latents."""
+    image, labels = digit_of_each_class(), list(range(10))
+    inverter = silent(CTMInversionPipeline, pipe)
+
+    def latents(steps: int) -> torch.Tensor:
+        return inverter(image, labels, steps).latents
+
+    def rms(x: torch.Tensor) -> float:
+        return x.square().mean().sqrt().item()
+
+    counts, finest = (2, 4, 8, 18), latents(72)
+    found = {steps: latents(steps) for steps in counts}
+    back = {steps: inverter.decode(x, labels, steps, "latent").images for steps, x in found.items()}
+    jumps = pipe(class_labels=labels, latents=found[18], output_type="latent").images
+    second = digit_of_each_class(1)
+    pairs = [(image[k], second[k], k) for k in (0, 2)] + [(image[i], image[j], [i, j]) for i, j in ((1, 7), (4, 9))]
+    between = [
+        inverter.interpolate(one, other, torch.linspace(0, 1, 9), classes, output_type="pt").images
+        for one, other, classes in pairs
+    ]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4), width_ratios=[1, 1.25], layout="constrained")
+    clean = 2 * image - 1
+    left.loglog(counts, [rms(found[n] - finest) for n in counts], "o-", label="latents, against 72 steps")
+    left.loglog(counts, [rms(back[n] - clean) for n in counts], "s-", label="image, encoded and decoded")
+    left.axhline(rms(jumps - clean), color=NOISE, linestyle=":", label="image, encoded in 18, decoded in 1 jump")
+    left.set_xticks(counts, [str(n) for n in counts])
+    left.minorticks_off()
+    left.set_xlabel("Heun steps N (2N evaluations each way)")
+    left.set_ylabel("RMS error")
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8, frameon=False)
+    right.imshow(np.asarray(tiles(torch.cat(between), 9)))
+    right.set_axis_off()
+    right.set_title("spherical interpolation of latents, 18 steps", fontsize=10)
     with atomic_file(path) as draft:
-        tiles = [ImageOps.expand(one, 1, "white") for one in images]
-        enlarged_grid(tiles, rows=len(rows), columns=10).save(draft)
+        figure.savefig(draft, dpi=110)
+    plt.close(figure)
+
+
+def draw_guidance(pipe: CTMPipeline, path: str) -> None:
+    """The ten classes asked of a network that is told none, by a classifier, at growing scale."""
+    network = load_feature_network("digits").requires_grad_(False)
+
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        return network.classifier(network.body(images))
+
+    unconditional, options = without_classes(pipe)
+    rows = []
+    for scale in (0.0, 1.0, 3.0, 10.0, 30.0):
+        guidance = ClassifierGuidance(classify, torch.arange(10), scale)
+        generator = torch.Generator().manual_seed(0)
+        images = unconditional(
+            10, num_inference_steps=8, gamma=1.0, generator=generator, guidance=guidance, output_type="pt", **options
+        ).images
+        rows.append([(f"scale {scale:g}", tiles(images, 10))])
+    save(captioned(rows, gap=6), path)
+
+
+def draw_trajectories(pipe: CTMPipeline, path: str) -> None:
+    """The states of a run and their jumps to the end, at two gammas; and one latent at three gammas with the noise of ten seeds."""
+    rows = []
+    for gamma in (0.0, 1.0):
+        strip = trajectory_strip(
+            pipe, 9, gamma, class_labels=5, generator=torch.Generator().manual_seed(3), output_type="pt"
+        )
+        for name, images in (("states", strip.states), ("their jumps to the end", strip.estimates)):
+            rows.append([(f"gamma {gamma:g}: {name}", tiles(torch.cat(images), 10))])
+    generator = torch.Generator().manual_seed(3)
+    gammas = (0.0, 0.5, 1.0)
+    grid = gamma_seed_grid(pipe, gammas, range(10), class_labels=5, generator=generator, output_type="pt")
+    for gamma, images in zip(gammas, grid, strict=True):
+        rows.append([(f"one latent, gamma {gamma:g}: ten seeds", tiles(images, 10))])
+    save(captioned(rows, gap=6), path)
+
+
+def draw_likelihood(pipe: CTMPipeline, path: str) -> None:
+    """Bits per dimension of ten digits, and of what is no longer that digit."""
+    image, labels = digit_of_each_class(), torch.arange(10)
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    shuffled = image.flatten(1)[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))].reshape(image.shape)
+    kinds = {
+        "digits": (image, labels),
+        "their class said wrongly": (image, (labels + 1) % 10),
+        "upside down": (image.flip(2), labels),
+        "with noise of 0.2": (image + 0.1 * noise, labels),
+        "pixels shuffled": (shuffled, labels),
+    }
+    images = torch.cat([(one.clamp(0, 1) * 255).round() / 255 for one, _ in kinds.values()])
+    classes = torch.cat([labels for _, labels in kinds.values()])
+    generator = torch.Generator().manual_seed(0)
+    bits = log_likelihood(pipe, images, classes, rtol=1e-3, atol=1e-3, generator=generator).bits_per_dim
+    rows = [
+        [(f"{name}: {own.mean():.1f} bits/dim", tiles(shown, 10))]
+        for name, shown, own in zip(kinds, images.split(10), bits.split(10), strict=True)
+    ]
+    save(captioned(rows, gap=6), path)
+
+
+PICTURES = {
+    "three_gammas": draw_three_gammas,
+    "editing": draw_editing,
+    "encoding": draw_encoding,
+    "guidance": draw_guidance,
+    "trajectories": draw_trajectories,
+    "likelihood": draw_likelihood,
+}
 
 
 def main(config: FiguresConfig) -> None:
     pipe = load_digits_model(config.model)
     draw_how_it_works(os.path.join(config.output_dir, "how_it_works.png"))
-    draw_three_gammas(pipe, os.path.join(config.output_dir, "three_gammas.png"))
-    draw_editing(pipe, os.path.join(config.output_dir, "editing.png"))
-    print(f"Drew {config.output_dir}/how_it_works.png, three_gammas.png and editing.png")
+    for name, draw in PICTURES.items():
+        draw(pipe, os.path.join(config.output_dir, f"{name}.png"))
+    print(f"Drew {', '.join(['how_it_works', *PICTURES])} (.png) in {config.output_dir}")
 
 
 if __name__ == "__main__":

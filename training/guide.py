@@ -63,6 +63,18 @@ class ClassAverage(nn.Module):
         return (output.unflatten(0, (self.num_classes, len(sample))).mean(0),)
 
 
+def without_classes(pipe: CTMPipeline) -> tuple[CTMPipeline, dict]:
+    """(a silent pipeline that samples without being told a class, what to call it with)."""
+    options = {}
+    pipe.unet.requires_grad_(False)
+    if pipe.config.null_class is not None or getattr(pipe.unet.config, "label_dropout", 0.0):
+        options["guidance_scale"] = 0.0
+    elif pipe.num_classes is not None:
+        pipe = CTMPipeline(ClassAverage(pipe.unet), pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, options
+
+
 def nearest_class(images: torch.Tensor, examples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Class of the nearest example of each image, shape (B,): a judge that the guidance did not see."""
     return labels[torch.cdist(images.flatten(1), examples.flatten(1)).argmin(1)]
@@ -79,13 +91,8 @@ def main(config: GuideConfig) -> dict[tuple[str, float], tuple[float, float]]:
     except Exception as error:  # json, torch and safetensors each raise their own
         raise UserError(f"--classifier cannot be loaded: {type(error).__name__}: {error}") from error
 
-    options = {"num_inference_steps": config.num_inference_steps, "gamma": config.gamma, "output_type": "latent"}
-    pipe.unet.requires_grad_(False)
-    if pipe.config.null_class is not None:
-        options["guidance_scale"] = 0.0
-    elif pipe.num_classes is not None:
-        pipe = CTMPipeline(ClassAverage(pipe.unet), pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
+    pipe, options = without_classes(pipe)
+    options |= {"num_inference_steps": config.num_inference_steps, "gamma": config.gamma, "output_type": "latent"}
 
     def classify(images: torch.Tensor) -> torch.Tensor:
         return features.classifier(features.body(images))

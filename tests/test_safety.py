@@ -236,7 +236,10 @@ def test_flags_of_numpy_and_torch_are_flags():
 def test_images_that_are_nan_are_not_passed():
     pipe = pipeline(safety_checker=lambda images: (images, [False]))
     with pytest.raises(RuntimeError, match="NaN or infinite and cannot be checked"):
-        pipe(class_labels=DARK, latents=torch.full((1, 3, 4, 4), torch.nan))
+        pipe(
+            class_labels=DARK,
+            callback_on_step_end=lambda pipe, step, timestep, tensors: {"latents": tensors["latents"] * torch.nan},
+        )
 
 
 # diffusers' manner ----------------------------------------------------------------------------------------------------

@@ -515,13 +515,17 @@ def test_samples_and_logs_that_cannot_be_written_end_nothing(tmp_path, capsys, m
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers):
+def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers, monkeypatch):
     options = {"streaming": True, "shuffle_buffer": 9, "gradient_accumulation_steps": 2, "max_train_steps": 5}
     whole = train(tmp_path / "whole", checkpointing_steps=3, **options)
     interrupt(tmp_path / "whole", tmp_path / "part", 3)
     options["dataloader_num_workers"] = workers
+    begun = []
+    read = run_module.stream_batches
+    monkeypatch.setattr(run_module, "stream_batches", lambda *given: begun.append(given[7]) or read(*given))
     part = train(tmp_path / "part", resume_from_checkpoint="latest", **options)
     assert_same(whole, part)
+    assert begun[0]["first"] == 18  # of 24 images: the third window of 9
     plain = train(tmp_path / "plain", **{**options, "streaming": False})
     assert any(not torch.equal(value, weights(plain)[name]) for name, value in weights(part).items())
     with pytest.raises(UserError, match="--eval_every must be 0 with --streaming"):

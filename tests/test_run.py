@@ -687,7 +687,7 @@ def test_a_checkpoint_that_lacks_a_new_option_resumes_if_that_has_its_default(tm
     interrupt(tmp_path / "whole", tmp_path / "part", 2)
     path = tmp_path / "part" / "checkpoint-2" / "run_state.pt"
     saved = torch.load(path, weights_only=True)
-    for name in ("p_mean", "extra_ema_decays", "timestep_scale"):
+    for name in ("p_mean", "extra_ema_decays", "timestep_scale", "streaming", "shuffle_buffer"):
         del saved["options"][name]
     torch.save({name: saved[name] for name in ("step", "averages", "options")}, path)  # all that there was once
     with pytest.raises(UserError, match="--p_mean was -1.2, is -1.0"):

@@ -49,6 +49,7 @@ def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
     small = {**SMALL, "train_batch_size": 8}
     teacher = train_edm.main(EDMConfig(output_dir=str(tmp_path / "teacher"), checkpointing_steps=0, **small, **NETWORK))
     options = {"teacher": teacher, "max_solver_steps": 2, "dropout": 0.0, "learning_rate": 1e-3, "max_grad_norm": 0.5}
+    options |= {"streaming": True, "shuffle_buffer": 50}  # which the processes share
     options |= {"ema_decay": 0.5, "optimizer": "adam", "adam_epsilon": 1e-3, "checkpointing_steps": 2}
     whole = train_ctm.main(CTMConfig(output_dir=str(tmp_path / "whole"), **{**small, **options}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}

@@ -210,11 +210,14 @@ def test_two_processes_are_one(teacher, tmp_path):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [*launch, "-m", "training.train_ctm", *arguments, "--output_dir", str(folder)]
         command += ["--train_batch_size", str(8 // processes), "--checkpointing_steps", "3"]
+        command += ["--eval_every", "3", "--eval_samples", "300"]  # in two batches
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
         states = glob.glob(str(folder / "checkpoint-3" / "random_states_*.pkl"))
         assert len(states) == processes  # so many took part
     assert_same_weights(str(folders[1] / "pipeline"), str(folders[2] / "pipeline"), rtol=1e-4, atol=2e-5)
+    one, two = (json.loads((folder / "metrics.jsonl").read_text())["frechet"] for folder in folders.values())
+    assert two == pytest.approx(one, rel=1e-3) and one.keys() == {"1-step", "4-steps"}
 
 
 def test_checkpoints_rotate_and_the_folder_is_not_overwritten(teacher, tmp_path):

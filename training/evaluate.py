@@ -320,15 +320,16 @@ class Distances:
     """
 
     def __init__(self, reference: torch.Tensor, kernel: bool = False):
-        given = _Given(reference.shape[1])
+        # Of several processes of a training one alone measures, and may not wait for the others.
+        settings = {"feature": _Given(reference.shape[1]), "reset_real_features": False, "sync_on_compute": False}
         self.num_reference = len(reference)
-        self.frechet = FrechetInceptionDistance(feature=given, reset_real_features=False)
+        self.frechet = FrechetInceptionDistance(**settings)
         self.frechet.update(reference.double(), real=True)
         self.kernel = None
         if kernel:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it says that it keeps the features in memory
-                self.kernel = KernelInceptionDistance(feature=given, subsets=1, reset_real_features=False)
+                self.kernel = KernelInceptionDistance(subsets=1, **settings)
             self.kernel.update(reference.float(), real=True)
 
     def __call__(self, features: torch.Tensor) -> dict[str, float]:

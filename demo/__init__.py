@@ -1,0 +1,2 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The page of `app.py`: checkpoints, uploads, what each tab does, pictures."""

@@ -1,0 +1,227 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The checkpoints of the page, with what lies beside them: teacher, evaluation, licence."""
+
+import copy
+import json
+import os
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, hf_hub_download
+from PIL import Image
+
+from diffusers_ctm import CTMPipeline
+
+
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "assets"
+CLASSIFIER = "assets/digits-features"  # of digits
+MOST_SIDE = 512  # pixels of a checkpoint's images
+SMALL = 10_000_000  # parameters, below which one thread is as fast as several, and much faster beside others
+EXAMPLES = 32  # real images whose likelihood is computed for comparison
+
+
+class UnfitCheckpoint(Exception):
+    """What does not fit the page, in a sentence for whoever starts it."""
+
+
+@dataclass
+class Checkpoint:
+    """A CTM as the page uses it.
+
+    Args:
+        source: what `from_pretrained` was given, as the shown Python names it: a Hub id, or a folder without where that lies.
+        pipe: never sampled with; `fresh` copies it.
+        teacher: (source, pipeline) of the model that it was distilled from, if that lies beside it.
+        evaluation: what `training.evaluate` measured, if the checkpoint carries it.
+        notice: licence, attribution and warnings, Markdown.
+        dataset: name of the data set that it was trained on, "" if it is not known.
+    """
+
+    source: str
+    pipe: CTMPipeline
+    teacher: tuple[str, CTMPipeline] | None = None
+    evaluation: dict | None = None
+    notice: str = ""
+    dataset: str = ""
+    calls: threading.local = field(default_factory=threading.local, repr=False)
+
+    def __post_init__(self):
+        for pipe in (self.pipe, self.teacher and self.teacher[1]):
+            if pipe is not None:
+                pipe.unet.register_forward_pre_hook(self._count)
+
+    def _count(self, *_):
+        self.calls.count = getattr(self.calls, "count", 0) + 1
+
+    @property
+    def name(self) -> str:
+        """In the page, its links and its API."""
+        return self.source.rstrip("/").rsplit("/", 1)[-1] if self.source.startswith("assets/") else self.source
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), as PIL has it."""
+        return tuple(reversed(self.pipe._image_size()))
+
+    @property
+    def channels(self) -> int:
+        return self.pipe.unet.config.in_channels
+
+    @property
+    def classes(self) -> list[str]:
+        """Name or number of each class; empty for an unconditional checkpoint."""
+        names = {int(k): str(v) for k, v in (self.pipe.config.id2label or {}).items()}
+        return [names.get(k, str(k)) for k in range(self.pipe.num_classes or 0)]
+
+    @property
+    def classifier_free(self) -> bool:
+        config = self.pipe.config
+        return self.pipe.num_classes is not None and (
+            config.null_class is not None or bool(getattr(self.pipe.unet.config, "label_dropout", 0.0))
+        )
+
+    @property
+    def classifier(self) -> str | None:
+        """The shipped classifier that knows these images, as a folder from the root of the repository."""
+        config = _json(ROOT / CLASSIFIER / "config.json") if self.dataset == "digits" else {}
+        fits = (config.get("channels"), (config.get("resolution"),) * 2) == (self.channels, self.size)
+        return CLASSIFIER if fits else None
+
+    @property
+    def classifier_classes(self) -> int:
+        return _json(ROOT / CLASSIFIER / "config.json")["num_classes"]
+
+    def fresh(self, pipe: CTMPipeline | None = None) -> CTMPipeline:
+        """A pipeline for one request: the networks are shared, the scheduler, which counts steps, is not."""
+        pipe = copy.copy(pipe or self.pipe)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        return pipe
+
+    @cached_property
+    def examples(self) -> tuple[str, list[Image.Image], list[int] | None]:
+        """(What they are, images, classes): of the data set where it is here, else the checkpoint's own in 18 steps."""
+        conditional = self.pipe.num_classes is not None
+        if self.dataset == "digits":
+            try:
+                from training.data import digits
+            except ImportError:
+                pass
+            else:
+                data = digits()[:EXAMPLES]
+                return "images of the data set", data["image"], data["label"] if conditional else None
+        labels = [k * self.pipe.num_classes // EXAMPLES for k in range(EXAMPLES)] if conditional else None
+        noise = [torch.Generator().manual_seed(seed) for seed in range(EXAMPLES)]
+        options = {"num_inference_steps": 18, "gamma": 0.0, "generator": noise}
+        images = self.fresh()(batch_size=EXAMPLES, class_labels=labels, **options).images
+        return "samples of this checkpoint", images, labels
+
+
+def shipped() -> list[str]:
+    """The CTMs in the folder assets, the digits first."""
+    found = []
+    for index in ASSETS.glob("*/model_index.json"):
+        scheduler = _json(index).get("scheduler") or [None, None]
+        if scheduler[1] == "CTMScheduler" and any(index.parent.glob("unet/*.safetensors")):
+            found.append(f"assets/{index.parent.name}")
+    return sorted(found, key=lambda name: (name != "assets/digits-ctm", name))
+
+
+def load(source: str) -> Checkpoint:
+    """The CTM in a folder or repository on the Hub. Code in it does not run.
+
+    Raises:
+        UnfitCheckpoint: it cannot be loaded, or its images are not what the page can show.
+    """
+    folder = ROOT / source if source.startswith("assets/") and not os.path.isdir(source) else Path(source)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else source)
+    except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
+        raise UnfitCheckpoint(
+            f"{source} cannot be loaded. It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time).\n"
+            f"{type(error).__name__}: {str(error).strip()}"
+        ) from error
+    if not isinstance(pipe, CTMPipeline) or not hasattr(pipe.scheduler, "target_timesteps"):
+        scheduler = type(getattr(pipe, "scheduler", None)).__name__
+        raise UnfitCheckpoint(
+            f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m training.train_ctm --teacher {source}"
+        )
+    size, channels = pipe._image_size(), pipe.unet.config.in_channels
+    if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:
+        raise UnfitCheckpoint(
+            f"{source} makes images of {channels} channels and {size or 'any'} pixels; the page shows grey and colour images of one size "
+            f"up to {MOST_SIDE} pixels."
+        )
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.unet.requires_grad_(False)
+
+    record = _json(_beside(source, folder, "training.json"))
+    teacher = None
+    if folder.is_dir():
+        name = Path(str((record.get("teacher") or {}).get("name") or "")).name
+        beside = folder.parent / name
+        if name and (beside / "model_index.json").is_file():
+            try:
+                teacher = (f"{os.path.dirname(_shown(source))}/{name}".lstrip("/"), _load_teacher(beside, pipe))
+            except Exception as error:
+                raise UnfitCheckpoint(
+                    f"The teacher {name} beside {source} cannot be loaded: {type(error).__name__}: {error}"
+                ) from error
+    evaluation = _json(_beside(source, folder, "evaluation/evaluation.json"))
+    notice = _notice(pipe, record, _beside(source, folder, "README.md"), _beside(source, folder, "NOTICE.md"))
+    dataset = str((record.get("dataset") or {}).get("name") or "")
+    return Checkpoint(_shown(source), pipe, teacher, evaluation or None, notice, dataset)
+
+
+def _load_teacher(folder: Path, student: CTMPipeline) -> CTMPipeline:
+    teacher = DiffusionPipeline.from_pretrained(str(folder))
+    fits = (student._image_size(), student.num_classes) == (teacher._image_size(), teacher.num_classes)
+    if not isinstance(teacher, CTMPipeline) or not fits:
+        raise ValueError("its images or classes are not those of the CTM")
+    return teacher.to(student.device)
+
+
+def _shown(source: str) -> str:
+    """`source` without where a folder lies on this machine, unless it was given relative to here."""
+    return os.path.basename(os.path.normpath(source)) if os.path.isabs(source) else source
+
+
+def _beside(source: str, folder: Path, name: str) -> Path | None:
+    """The file `name` of a checkpoint; None if it has none."""
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name))
+    except Exception:  # it has none, or there is no network
+        return None
+
+
+def _json(path: Path | None) -> dict:
+    try:
+        found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _notice(pipe: CTMPipeline, record: dict, card: Path | None, notice: Path | None) -> str:
+    lines = ["The images are synthetic: say so where you show them."]
+    licence = (record.get("options") or {}).get("hub_license")
+    if card is not None:
+        try:
+            licence = ModelCard.load(card).data.get("license") or licence
+        except Exception:  # not a card
+            pass
+    if licence:
+        lines.append(f"Licence of the weights: {licence}.")
+    if notice is not None:
+        lines.append(notice.read_text()[:2000].strip())
+    if pipe.safety_checker is not None:
+        lines.append("A safety checker looks at each image; what it flags is returned black.")
+    elif pipe.config.requires_safety_checker:
+        lines.append("**This checkpoint asks for a safety checker and has none: its images are shown unchecked.**")
+    return " ".join(lines)

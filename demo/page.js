@@ -1,0 +1,42 @@
+// The page's own log: milliseconds from a movement of a slider to the picture that follows from it.
+(() => {
+  let started = null;
+  const times = [];
+  document.addEventListener("input", (event) => {
+    if (event.target.closest(".live")) started = performance.now();
+  }, true);
+  document.addEventListener("load", (event) => {
+    const image = event.target;
+    if (started === null || image.tagName !== "IMG" || !image.closest(".pixels")) return;
+    requestAnimationFrame(() => {
+      if (started === null) return;
+      times.push(performance.now() - started);
+      started = null;
+      const last = times.slice(-50).sort((a, b) => a - b);
+      const text = `Slider to picture: ${times.at(-1).toFixed(0)} ms (middle of the last ${last.length}: ${last[last.length >> 1].toFixed(0)} ms).`;
+      const log = document.getElementById("latency");
+      if (log) log.textContent = text;
+      console.info(text);
+    });
+  }, true);
+
+  const press = (selector) => {
+    const button = [...document.querySelectorAll(selector)].find((one) => one.offsetParent !== null);
+    if (button) button.click();
+  };
+  window.ctmRun = () => press("button.run");
+  window.ctmRunLive = () => setTimeout(() => press("button.run.at-once"), 50);
+
+  const seeds = [];
+  window.ctmNewSeed = (seed) => { seeds.push(seed); return Math.floor(Math.random() * 2 ** 31); };
+  window.ctmLastSeed = (seed) => seeds.length ? seeds.pop() : seed;
+
+  window.ctmRemember = (tab, names, values) => {
+    const query = new URLSearchParams(location.search);
+    for (const name of [...query.keys()]) if (!name.startsWith("__")) query.delete(name);
+    query.set("tab", tab);
+    names.forEach((name, i) => { if (values[i] !== null && values[i] !== undefined) query.set(name, values[i]); });
+    history.replaceState(null, "", `${location.pathname}?${query}`);
+    return location.href;
+  };
+})();

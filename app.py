@@ -9,6 +9,7 @@ import functools
 import inspect
 import ipaddress
 import json
+import logging
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from demo.checkpoints import SMALL, UnfitCheckpoint, load, shipped
 from demo.uploads import CANVAS, MOST_BYTES, Drawing, Picture
 
 
+logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 WAITING = 64  # requests in the queue, of all visitors
 LIVE = {"concurrency_id": "live", "concurrency_limit": 1}  # short and long work in a line of its own each
@@ -49,16 +51,13 @@ def class_choices(model: str, every: bool) -> dict:
     return {"choices": [EVERY_CLASS] * every + names, "value": value, "visible": bool(names)}
 
 
-class ClassChoice(gr.Dropdown):
+def class_choice(label: str = "Class", every: bool = False) -> gr.Dropdown:
     """The class to draw; what can be chosen depends on the checkpoint."""
-
-    is_template = True
-
-    def __init__(self, label: str = "Class", every: bool = False):
-        self.every = every
-        super().__init__(
-            label=label, allow_custom_value=True, filterable=True, **class_choices(first_checkpoint(), every)
-        )
+    field = gr.Dropdown(
+        label=label, allow_custom_value=True, elem_classes="live", **class_choices(first_checkpoint(), every)
+    )
+    field.every_class = every
+    return field
 
 
 def steps(value: int, most: int = MOST_STEPS) -> gr.Slider:
@@ -102,8 +101,13 @@ def guarded(action: Callable, take: Callable) -> Callable:
     def call(*arguments):
         try:
             return take(action(*arguments))
+        except gr.Error:
+            raise
         except (ValueError, ImportError) as error:  # the pipelines' own checks; programs that are not installed
             raise gr.Error(str(error), print_exception=False) from error
+        except Exception as error:
+            logger.exception("%s failed", action.__name__)
+            raise gr.Error("That failed here. The page goes on working; its log says why.") from error
 
     return call
 
@@ -136,12 +140,13 @@ class Page:
             gr.Markdown(about)
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
+                    buttons = self.example_buttons(examples[1] if examples else ())
                     fields = controls()
                     if "seed" in fields:
                         seed_buttons(fields["seed"])
                     run = gr.Button("Run", variant="primary", elem_classes=["run"] + ["at-once"] * at_once)
-                    if examples is not None:
-                        self.examples(run, fields, *examples)
+                    if examples:
+                        self.wire_examples(buttons, fields, *examples)
                 with gr.Column(scale=3, min_width=300):
                     shown = (picture or result)()
                     report = gr.Markdown(elem_classes="report")
@@ -186,22 +191,26 @@ class Page:
                 tab.select(None, js="() => window.ctmRunLive()")
         self.controls[name] = fields
 
-    def examples(
-        self, run: gr.Button, fields: dict, function: Callable, names: Sequence[str], fills: Sequence[str]
-    ) -> None:
-        gr.Markdown("Examples:")
+    def example_buttons(self, names: Sequence[str]) -> list[gr.Button]:
+        if not names:
+            return []
         with gr.Row():
-            for which in names:
-                button = gr.Button(which.capitalize(), size="sm", min_width=80)
-                several = len(names) > 1
-                button.click(
-                    guarded(function, lambda found: found),
-                    [self.model, gr.State(which)] if several else self.model,
-                    [fields[name] for name in fills],
-                    api_name=function.__name__ if which == names[0] else None,
-                    api_visibility="public" if which == names[0] else "private",
-                    **LIVE,
-                ).success(None, js="() => setTimeout(window.ctmRun, 400)")
+            return [gr.Button(f"Example: {name}", size="sm", min_width=80) for name in names]
+
+    def wire_examples(
+        self, buttons: list, fields: dict, function: Callable, names: Sequence[str], fills: Sequence[str]
+    ) -> None:
+        """A press fills the controls and runs. One endpoint serves all: the name of the example is its argument."""
+        for button, which in zip(buttons, names, strict=True):
+            first = which == names[0]
+            button.click(
+                guarded(function, lambda found: found),
+                [self.model, gr.Textbox(which, visible=False)][: 1 + (len(names) > 1)],
+                [fields[name] for name in fills],
+                api_name=function.__name__ if first else None,
+                api_visibility="public" if first else "private",
+                **LIVE,
+            ).success(None, js="() => setTimeout(window.ctmRun, 400)")
 
     def linked(self, fields: dict) -> dict:
         """What a link can hold: no pictures."""
@@ -230,11 +239,11 @@ class Page:
                     found[field] = update
         return found
 
-    def class_fields(self) -> list[ClassChoice]:
-        return [one for fields in self.controls.values() for one in fields.values() if isinstance(one, ClassChoice)]
+    def class_fields(self) -> list[gr.Dropdown]:
+        return [one for fields in self.controls.values() for one in fields.values() if hasattr(one, "every_class")]
 
     def class_updates(self, model: str) -> dict:
-        return {field: gr.update(**class_choices(model, field.every)) for field in self.class_fields()}
+        return {field: gr.update(**class_choices(model, field.every_class)) for field in self.class_fields()}
 
     def every_control(self) -> list:
         return [one for fields in self.controls.values() for one in self.linked(fields).values()]
@@ -242,8 +251,8 @@ class Page:
 
 def restored(field: gr.components.Component, text: str, model: str):
     """`text` of a link as an update of `field`; None if it cannot be its value."""
-    if isinstance(field, ClassChoice):
-        choices = class_choices(model, field.every)
+    if hasattr(field, "every_class"):
+        choices = class_choices(model, field.every_class)
         return gr.update(**{**choices, "value": text}) if text in choices["choices"] else None
     try:
         value = float(text)
@@ -257,11 +266,11 @@ def restored(field: gr.components.Component, text: str, model: str):
 def result(**options) -> gr.Image:
     return gr.Image(
         label="Images",
+        show_label=False,
         format="png",
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_classes="pixels",
-        height=520,
         **options,
     )
 
@@ -276,16 +285,19 @@ def plot() -> None:
             features = checkpoint.evaluation["features"]["name"]
         except (KeyError, TypeError, IndexError):  # another program's
             continue
-        about = f"{name}: Frechet distance on the features '{features}' against network evaluations; lower is better"
-        gr.LinePlot(
+        gr.Markdown(
+            f"{name}: Frechet distance to real images on the features `{features}` against network evaluations; lower is better."
+        )
+        gr.ScatterPlot(
             table,
             x="evaluations",
             y="distance",
             color="sampler",
-            title=about,
             x_title="network evaluations",
             y_title="distance",
+            y_lim=[0, None],
             height=260,
+            buttons=[],
         )
 
 
@@ -322,6 +334,7 @@ def tabs_of(page: Page) -> None:
     def drawing(label: str, colors: list[str], size: int) -> Drawing:
         return Drawing(
             label=label,
+            show_label=False,
             type="pil",
             format="png",
             image_mode="RGBA",
@@ -337,7 +350,9 @@ def tabs_of(page: Page) -> None:
         )
 
     def picture(label: str) -> Picture:
-        return Picture(label=label, format="png", sources=["upload", "clipboard"], height=240, elem_classes="pixels", buttons=[])
+        return Picture(
+            label=label, format="png", sources=["upload", "clipboard"], height=240, elem_classes="pixels", buttons=[]
+        )
 
     page.tab(
         "Sample",
@@ -346,7 +361,7 @@ def tabs_of(page: Page) -> None:
         lambda: {
             "steps": steps(2),
             "gamma": gamma(0.0),
-            "label": ClassChoice(every=True),
+            "label": class_choice(every=True),
             "count": count(16),
             "seed": seed(),
         },
@@ -356,26 +371,26 @@ def tabs_of(page: Page) -> None:
         "Trajectory",
         "On the way from noise: every state, and below it where its jump to the end leads.",
         actions.trajectory,
-        lambda: {"label": ClassChoice(), "steps": steps(5, 8), "seed": seed()},
+        lambda: {"label": class_choice(), "steps": steps(5, 8), "seed": seed()},
         at_once=True,
     )
     page.tab(
         "Steps and gamma",
         "The same noise at several numbers of steps and gammas, computed in one batch.",
         actions.steps_and_gamma,
-        lambda: {"label": ClassChoice(), "seed": seed()},
+        lambda: {"label": class_choice(), "seed": seed()},
         at_once=True,
     )
     page.tab(
         "One step or many",
         "Drag the line: left the CTM, right the diffusion model that it came from, in 18 steps of Heun's method from the same noise.",
         actions.compare,
-        lambda: {"label": ClassChoice(every=True), "steps": steps(1), "seed": seed(), "count": count(9)},
+        lambda: {"label": class_choice(every=True), "steps": steps(1), "seed": seed(), "count": count(9)},
         picture=lambda: gr.ImageSlider(
-            label="CTM | diffusion model",
+            label="CTM, diffusion model",
+            show_label=False,
             format="png",
             interactive=False,
-            height=520,
             elem_classes="pixels",
             buttons=["fullscreen"],
         ),
@@ -388,7 +403,7 @@ def tabs_of(page: Page) -> None:
         actions.inpaint,
         lambda: {
             "drawing": drawing("Picture, with the part to repaint drawn over", ["#c83ca0"], 28),
-            "label": ClassChoice(),
+            "label": class_choice(),
             "steps": steps(18),
             "gamma": gamma(1.0),
             "seed": seed(),
@@ -402,7 +417,7 @@ def tabs_of(page: Page) -> None:
         actions.edit,
         lambda: {
             "drawing": drawing("Drawing", ["#ffffff", "#000000", "#f5c33b", "#c0392b", "#2e7d32", "#1565c0"], 28),
-            "label": ClassChoice(),
+            "label": class_choice(),
             "strength": gr.Slider(
                 0.05, 1, 0.5, step=0.05, label="Strength", info="How much noise; at 1 nothing of the drawing is left."
             ),
@@ -418,7 +433,7 @@ def tabs_of(page: Page) -> None:
         "From one noise to another, and what becomes of each on the way.",
         actions.interpolate_seeds,
         lambda: {
-            "label": ClassChoice(),
+            "label": class_choice(),
             "first": seed("First seed", 0),
             "second": seed("Last seed", 1),
             "steps": steps(4),
@@ -433,8 +448,8 @@ def tabs_of(page: Page) -> None:
         lambda: {
             "image": picture("First picture"),
             "other_image": picture("Last picture"),
-            "label": ClassChoice("Class of the first"),
-            "other_label": ClassChoice("Class of the last"),
+            "label": class_choice("Class of the first"),
+            "other_label": class_choice("Class of the last"),
             "count": count(9, least=2),
         },
         examples=(actions.interpolate_example, ("two samples",), ("image", "other_image", "label", "other_label")),
@@ -444,7 +459,7 @@ def tabs_of(page: Page) -> None:
         "The model is not told the class; a classifier's gradient pulls each step towards it. For checkpoints trained with label dropout, guidance needs no classifier.",
         actions.guide,
         lambda: {
-            "label": ClassChoice(),
+            "label": class_choice(),
             "scale": gr.Slider(0, 20, 3, step=0.5, label="Scale", info="0 is no guidance."),
             "steps": steps(8),
             "gamma": gamma(1.0),
@@ -456,7 +471,7 @@ def tabs_of(page: Page) -> None:
         "Likelihood",
         "How probable is a picture under the model? In bits per dimension, beside images that belong there; less is likelier. Seconds the first time.",
         actions.likelihood,
-        lambda: {"image": picture("Picture"), "label": ClassChoice(), "seed": seed()},
+        lambda: {"image": picture("Picture"), "label": class_choice(), "seed": seed()},
         examples=(actions.likelihood_example, ("image", "upside down", "noise"), ("image", "label")),
         files=False,
     )
@@ -483,6 +498,7 @@ def start(page: gr.Blocks, **options) -> tuple:
         state_session_capacity=256,
         footer_links=["api", "settings"],
         ssr_mode=False,
+        show_error=True,  # what a component refuses, in words; actions word their own
         allowed_paths=[],
         **options,
     )

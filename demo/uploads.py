@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Pictures from visitors: opened with limits on size and kind, made ready for the network, and never trusted."""
 
+import io
 import threading
 import warnings
 
@@ -97,16 +98,12 @@ class Drawing(gr.ImageEditor):
 
     is_template = True
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.blob_storage, self._lock = {}, threading.Lock()
+    lock = threading.Lock()
 
     def convert_and_format_image(self, file, flatten_on_white=False):
         if file is None:
             return None
         if isinstance(file, (bytes, bytearray, memoryview)):
-            import io
-
             return open_upload(io.BytesIO(file), "The drawing")
         return open_upload(file.path, "The drawing")
 
@@ -116,7 +113,7 @@ class Drawing(gr.ImageEditor):
             raise gr.Error("A drawing has 8 layers at most.", print_exception=False)
         if any(len(content) > MOST_BYTES for _, content in data.files):
             raise gr.Error("The drawing is too large.", print_exception=False)
-        with self._lock:
+        with self.lock:
             while len(self.blob_storage) >= MOST_DRAWINGS:
                 del self.blob_storage[next(iter(self.blob_storage))]
             return super().accept_blobs(data)

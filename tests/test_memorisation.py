@@ -59,7 +59,8 @@ def data(tmp_path_factory):
 def test_nearest_two_are_those_of_brute_force(data, mirror, batch_size):
     dataset = ImageDataset(DataOptions(dataset_name=data))
     images, _ = dataset[list(range(200))]
-    queries = torch.cat([images[[3, 50]], images[[9]].flip(-1), torch.full_like(images[:1], 60)])
+    ramp = (30 * torch.arange(8)).to(torch.uint8).expand(1, 3, 8, 8)
+    queries = torch.cat([images[[3, 50]], images[[9]].flip(-1), ramp])
     itself = torch.tensor([3, 50, 9, 17])
     found = find_neighbours(
         {"free": (queries, None), "others": (queries, itself)}, dataset, Pixels(), mirror, batch_size

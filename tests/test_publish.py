@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import make_unet_2d
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, Repo
 
@@ -612,7 +611,7 @@ def test_the_card_says_memorisation_attribution_and_the_classes_that_can_be_aske
     assert "nearest to" not in make_card(str(tmp_path), "a/b", Licence("cc-by-4.0"))
 
 
-def test_a_null_class_is_not_sampled(monkeypatch):
+def test_a_null_class_is_not_sampled(make_unet, monkeypatch):
     asked, call = [], CTMPipeline.__call__
 
     def listening(self, **options):
@@ -620,7 +619,7 @@ def test_a_null_class_is_not_sampled(monkeypatch):
         return call(self, **options)
 
     monkeypatch.setattr(CTMPipeline, "__call__", listening)
-    draw_samples(CTMPipeline(make_unet_2d(num_class_embeds=3), CTMScheduler(), null_class=2), 4, "x", "cpu")
+    draw_samples(CTMPipeline(make_unet(num_class_embeds=3), CTMScheduler(), null_class=2), 4, "x", "cpu")
     assert asked == [[0, 1, 0, 1]]
 
 

@@ -75,7 +75,9 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "conversion": f"Converted from {conversion['family']} weights." if conversion.get("family") else "",
         "dataset": _dataset_text(dataset),
         "trained": bool(record),
-        "training": f"{record.get('program')}, {steps:,} steps of {images:,} images; {versions}" if record else "",
+        "training": f"{record.get('program')}, {steps:,} steps of {images:,} images; {versions}"
+        if steps and images
+        else "",
         "distance": _distance_text(record.get("distance") or {}),
         "options": sorted((record.get("options") or {}).items()),
         "evaluation_table": _table(evaluation),

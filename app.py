@@ -53,22 +53,18 @@ def class_choices(model: str, every: bool) -> dict:
 
 def class_choice(label: str = "Class", every: bool = False) -> gr.Dropdown:
     """The class to draw; what can be chosen depends on the checkpoint."""
-    field = gr.Dropdown(
-        label=label, allow_custom_value=True, elem_classes="live", **class_choices(first_checkpoint(), every)
-    )
+    field = gr.Dropdown(label=label, allow_custom_value=True, **class_choices(first_checkpoint(), every))
     field.every_class = every
     return field
 
 
 def steps(value: int, most: int = MOST_STEPS) -> gr.Slider:
-    return gr.Slider(
-        1, most, value, step=1, label="Steps", info="Network evaluations for each image.", elem_classes="live"
-    )
+    return gr.Slider(1, most, value, step=1, label="Steps", info="Network evaluations for each image.")
 
 
 def gamma(value: float) -> gr.Slider:
     info = "0: the path is fixed. 1: each step forgets where it was. Counts from two steps on."
-    return gr.Slider(0, 1, value, step=0.05, label="gamma", info=info, elem_classes="live")
+    return gr.Slider(0, 1, value, step=0.05, label="gamma", info=info)
 
 
 def seed(label: str = "Seed", value: int = 0) -> gr.Number:
@@ -139,7 +135,7 @@ class Page:
         with gr.Tab(title, id=name) as tab:
             gr.Markdown(about)
             with gr.Row():
-                with gr.Column(scale=2, min_width=300):
+                with gr.Column(scale=2, min_width=300, elem_classes=["live"] * at_once):
                     buttons = self.example_buttons(examples[1] if examples else ())
                     fields = controls()
                     if "seed" in fields:
@@ -147,7 +143,7 @@ class Page:
                     run = gr.Button("Run", variant="primary", elem_classes=["run"] + ["at-once"] * at_once)
                     if examples:
                         self.wire_examples(buttons, fields, *examples)
-                with gr.Column(scale=3, min_width=300):
+                with gr.Column(scale=3, min_width=300, elem_classes=["first-on-phones"] * at_once):
                     shown = (picture or result)()
                     report = gr.Markdown(elem_classes="report")
                     if below is not None:
@@ -286,16 +282,18 @@ def plot() -> None:
         except (KeyError, TypeError, IndexError):  # another program's
             continue
         gr.Markdown(
-            f"{name}: Frechet distance to real images on the features `{features}` against network evaluations; lower is better."
+            f"{name}: Frechet distance to real images on the features `{features}` against network evaluations; lower is better. "
+            "The teacher is sampled by Heun's method."
         )
         gr.ScatterPlot(
             table,
             x="evaluations",
             y="distance",
-            color="sampler",
+            color="gamma",
             x_title="network evaluations",
             y_title="distance",
-            y_lim=[0, None],
+            x_lim=[0, 1.1 * table.evaluations.max()],
+            y_lim=[0, 1.1 * table.distance.max()],
             height=260,
             buttons=[],
         )
@@ -306,10 +304,10 @@ def distances(evaluation: dict) -> list[dict]:
     gammas = sorted({one["gamma"] for one in results if one["gamma"] is not None})
     for one in results:
         if one["sampler"] == "heun":
-            names = ["teacher, Heun"]
+            names = ["Heun"]
         else:
-            names = [f"gamma {gamma:g}" for gamma in (gammas if one["gamma"] is None else [one["gamma"]])]
-        rows += [{"evaluations": one["nfe"], "distance": one["frechet"]["mean"], "sampler": name} for name in names]
+            names = [f"{gamma:g}" for gamma in (gammas if one["gamma"] is None else [one["gamma"]])]
+        rows += [{"evaluations": one["nfe"], "distance": one["frechet"]["mean"], "gamma": name} for name in names]
     return rows
 
 

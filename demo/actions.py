@@ -223,7 +223,7 @@ def trajectory(
     images = run(recipes.trajectory, pipe, one_class(checkpoint, label), steps, list(STRIP_GAMMAS), seed)
     length = steps + 1
     table = [images[i : i + length] for i in range(0, len(images), length)]
-    left = [f"{what} at gamma = {gamma:g}" for gamma in STRIP_GAMMAS for what in ("state", "jump")]
+    left = [words for gamma in STRIP_GAMMAS for words in (f"gamma {gamma:g}", "its jumps")]
     pipe.value._set_timesteps(steps, "cpu", None, None, 0.0)
     above = [f"{level:.2g}" if level < 10 else f"{level:.0f}" for level in pipe.value.scheduler.sigmas.tolist()]
     report = (
@@ -252,7 +252,7 @@ def steps_and_gamma(
     images = run(recipes.steps_and_gamma, run.model(), label, list(GRID_STEPS), list(GRID_GAMMAS), seed)
     table = [images[i : i + len(GRID_STEPS)] for i in range(0, len(images), len(GRID_STEPS))]
     picture = captioned(
-        table, [f"gamma = {g:g}" for g in GRID_GAMMAS], [f"{n} steps" if n > 1 else "1 step" for n in GRID_STEPS], 88
+        table, [f"gamma {g:g}" for g in GRID_GAMMAS], [f"{n} steps" if n > 1 else "1 step" for n in GRID_STEPS], 88
     )
     report = f"{len(images)} images in {run.nfe} network evaluations, {1000 * run.seconds:.0f} ms in all. Seed {seed}."
     return run.made(picture, report, images)

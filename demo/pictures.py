@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 GAP_COLOR = (128, 128, 128)  # shows on light and dark pages, as the letters do
+HEADER = 28  # pixels above a table for its words
 TEXT_COLOR = (118, 118, 118)
 
 
@@ -36,19 +37,21 @@ def rows(table: Sequence[Sequence[Image.Image]], cell: int, gap: int = 4) -> Ima
 
 
 def captioned(
-    table: Sequence[Sequence[Image.Image]], left: Sequence[str], above: Sequence[str], cell: int = 64, gap: int = 4
+    table: Sequence[Sequence[Image.Image]], left: Sequence[str], above: Sequence[str], cell: int = 72, gap: int = 4
 ) -> Image.Image:
     """The images of a table with a word before each row and one above each column; its background is transparent."""
-    font = ImageFont.load_default(16)
+    font = ImageFont.load_default(20)
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
     width, height = enlarged(table[0][0], cell).size
     margin = int(max(measure.textlength(word, font) for word in left)) + 8
-    picture = Image.new("RGBA", (margin + len(above) * (width + gap), 24 + len(table) * (height + gap)), (0, 0, 0, 0))
+    picture = Image.new(
+        "RGBA", (margin + len(above) * (width + gap), HEADER + len(table) * (height + gap)), (0, 0, 0, 0)
+    )
     draw = ImageDraw.Draw(picture)
     for j, word in enumerate(above):
-        draw.text((margin + j * (width + gap) + width / 2, 12), word, TEXT_COLOR, font, anchor="mm")
+        draw.text((margin + j * (width + gap) + width / 2, HEADER / 2), word, TEXT_COLOR, font, anchor="mm")
     for i, (word, row) in enumerate(zip(left, table, strict=True)):
-        top = 24 + i * (height + gap)
+        top = HEADER + i * (height + gap)
         draw.text((margin - 8, top + height / 2), word, TEXT_COLOR, font, anchor="rm")
         for j, image in enumerate(row):
             picture.paste(enlarged(image, cell).convert("RGB"), (margin + j * (width + gap), top))

@@ -8,16 +8,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install distill test bench study lint format clean
+.PHONY: help install distill app test test-browser test-load bench study lint format clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training,test,safety]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[training,test,safety,demo,browser]"
 	@touch $@
 
 install: $(INSTALLED)  ## Make .venv and install everything, in the tested versions
@@ -31,8 +31,19 @@ distill: $(INSTALLED)  ## Distil the embedded teacher, evaluate, save, draw: a C
 		'  pipe(class_labels=[3, 7], num_inference_steps=2, gamma=0.5).images[0].save("three.png")' '' \
 		'Pictures: $(OUT)/evaluation/evaluation.png and gammas.png, $(OUT)/samples'
 
+app: $(INSTALLED)  ## Open the page of the shipped checkpoints on this machine: http://127.0.0.1:7860
+	$(BIN)/python app.py
+
 test: $(INSTALLED)  ## Run the tests, one process per core
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not browser"
+
+test-browser: $(INSTALLED)  ## Click through the page in Chromium, which is installed if it is missing; pictures in runs/screenshots
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
+
+test-load: $(INSTALLED)  ## Hold 20 visitors for a minute: latencies and errors
+	$(BIN)/python -m tests.load
 
 bench: $(INSTALLED)  ## Measure the cost of training and sampling as ratios; about 10 minutes
 	$(BIN)/python -m training.benchmark --output_dir runs/benchmark

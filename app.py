@@ -458,7 +458,7 @@ def tabs_of(page: Page) -> None:
         actions.guide,
         lambda: {
             "label": class_choice(),
-            "scale": gr.Slider(0, 20, 3, step=0.5, label="Scale", info="0 is no guidance."),
+            "scale": gr.Slider(0, 20, 10, step=0.5, label="Scale", info="0 is no guidance."),
             "steps": steps(8),
             "gamma": gamma(1.0),
             "seed": seed(),

@@ -445,7 +445,7 @@ def interpolate_images(
 def guide(
     model: str,
     label: str = "0",
-    scale: float = 3.0,
+    scale: float = 10.0,
     steps: float = 8,
     gamma: float = 1.0,
     seed: float = 0,

@@ -217,22 +217,24 @@ class Page:
 
     def restore(self, request: gr.Request) -> dict:
         """The settings that the page's address holds; what does not fit is left as it is, with a warning."""
-        query = dict(request.query_params)
+        query, strange = dict(request.query_params), []
         model, name = query.get("model", first_checkpoint()), query.get("tab")
         if model not in CHECKPOINTS:
-            gr.Warning("The link names a checkpoint that is not here.")
+            strange.append("model")
             model = first_checkpoint()
         found = {self.model: model, **self.class_updates(model)}
-        if name not in self.controls:
-            return found
-        found[self.tabs] = gr.Tabs(selected=name)
-        for key, field in self.linked(self.controls[name]).items():
-            if key in query:
+        if name in self.controls:
+            found[self.tabs] = gr.Tabs(selected=name)
+            for key, field in self.linked(self.controls[name]).items():
+                if key not in query:
+                    continue
                 update = restored(field, query[key], model)
                 if update is None:
-                    gr.Warning(f"The link's {key} does not fit and was left out.")
+                    strange.append(key)
                 else:
                     found[field] = update
+        if strange:
+            gr.Warning(f"What the link says of {', '.join(strange)} does not fit this page and was left out.")
         return found
 
     def class_fields(self) -> list[gr.Dropdown]:
@@ -479,8 +481,8 @@ def tabs_of(page: Page) -> None:
     )
     blocks = gr.context.Context.root_block
     blocks.load(
-        page.restore, None, [page.model, page.tabs, *page.every_control()], api_visibility="private", **LIVE
-    ).success(None, js="() => window.ctmRunLive()")
+        page.restore, None, [page.model, page.tabs, *page.every_control()], api_visibility="private", queue=False
+    ).then(None, js="() => window.ctmRestored()")
 
 
 def start(page: gr.Blocks, **options) -> tuple:

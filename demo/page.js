@@ -24,8 +24,11 @@
     const button = [...document.querySelectorAll(selector)].find((one) => one.offsetParent !== null);
     if (button) button.click();
   };
+  // Nothing runs, and the address stays, until the page has taken over what its address says.
+  let restored = false;
   window.ctmRun = () => press("button.run");
-  window.ctmRunLive = () => setTimeout(() => press("button.run.at-once"), 50);
+  window.ctmRunLive = () => restored && setTimeout(() => press("button.run.at-once"), 50);
+  window.ctmRestored = () => { restored = true; window.ctmRunLive(); };
 
   const seeds = [];
   window.ctmNewSeed = (seed) => { seeds.push(seed); return Math.floor(Math.random() * 2 ** 31); };

@@ -481,7 +481,11 @@ def tabs_of(page: Page) -> None:
     )
     blocks = gr.context.Context.root_block
     blocks.load(
-        page.restore, None, [page.model, page.tabs, *page.every_control()], api_visibility="private", queue=False
+        page.restore,
+        None,
+        [page.model, page.tabs, *page.every_control()],
+        api_visibility="private",
+        concurrency_limit=None,
     ).then(None, js="() => window.ctmRestored()")
 
 

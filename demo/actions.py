@@ -537,9 +537,9 @@ def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]
 def histogram(values: list[float], mark: float, image: Image.Image) -> Image.Image:
     """How many of `values` lie where, with a line at `mark`, upon which `image` stands."""
     low, high = min(*values, mark), max(*values, mark)
-    width, height, bins, base = 640, 260, 32, 225
+    width, height, bins, base = 640, 264, 32, 225
     picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
     span = max(high - low, 1e-6)
     place = [min(bins - 1, int((value - low) / span * bins)) for value in values]
     counts = [place.count(k) for k in range(bins)]
@@ -552,8 +552,8 @@ def histogram(values: list[float], mark: float, image: Image.Image) -> Image.Ima
     draw.line([x, 100, x, base], fill=(200, 60, 160, 255), width=3)
     picture.paste(image.convert("RGB"), (max(0, min(width - image.width, x - image.width // 2)), 0))
     for value, anchor, at in ((low, "lm", 0), (high, "rm", width)):
-        draw.text((at, base + 18), f"{value:.2f}", TEXT_COLOR, font, anchor=anchor)
-    draw.text((width / 2, base + 18), "bits per dimension", TEXT_COLOR, font, anchor="mm")
+        draw.text((at, base + 21), f"{value:.2f}", TEXT_COLOR, font, anchor=anchor)
+    draw.text((width / 2, base + 21), "bits per dimension", TEXT_COLOR, font, anchor="mm")
     return picture
 
 

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_pictures_of_the_readme_are_drawn(tmp_path):
-    main(FiguresConfig(model=str(ROOT / "assets" / "digits-ctm"), output_dir=str(tmp_path)))
+    models = {"model": str(ROOT / "assets" / "digits-ctm"), "emoji_model": str(ROOT / "assets" / "emoji-ctm")}
+    main(FiguresConfig(**models, output_dir=str(tmp_path)))
     assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(ROOT / "assets" / "figures"))
-    for name in ("three_gammas.png", "editing.png", "trajectories.png"):
+    for name in ("three_gammas.png", "editing.png", "trajectories.png", "emoji.png"):
         drawn, shipped = (
             np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, ROOT / "assets" / "figures")
         )
@@ -60,3 +61,6 @@ def test_a_ctm_of_something_else(make_unet, tmp_path):
     CTMPipeline(make_unet(num_class_embeds=10), CTMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="must be a CTM of the ten 8x8 digits"):
         main(FiguresConfig(model=str(tmp_path), output_dir=str(tmp_path / "figures")))
+    with pytest.raises(UserError, match="--emoji_model .* must be a CTM of 16x16 colour images"):
+        digits = str(ROOT / "assets" / "digits-ctm")
+        main(FiguresConfig(model=digits, emoji_model=str(tmp_path), output_dir=str(tmp_path / "figures")))

@@ -47,6 +47,7 @@ class FiguresConfig(Checked):
     model: str = option(
         "assets/digits-ctm", "The CTM of the digits whose samples are drawn: a folder or a repository on the Hub."
     )
+    emoji_model: str = option("assets/emoji-ctm", "The CTM of 16x16 emoji, likewise.")
     output_dir: str = option("assets/figures", "Folder for the pictures.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
 
@@ -150,6 +151,28 @@ def load_digits_model(name: str) -> CTMPipeline:
         raise UserError(f"--model {name} must be a CTM of the ten 8x8 digits: the pictures show them.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_emoji_model(name: str) -> CTMPipeline:
+    """The CTM in the folder or repository `name`; UserError if it does not draw 16x16 colour images of several classes."""
+    pipe = load_model(name, ())
+    config = pipe.unet.config
+    if (config.in_channels, config.sample_size) != (3, 16) or pipe.num_classes is None:
+        raise UserError(
+            f"--emoji_model {name} must be a CTM of 16x16 colour images in classes: the picture shows them."
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_emoji(pipe: CTMPipeline, path: str) -> None:
+    """Two of each class from the same noise, in 1, 4 and 18 steps at gamma = 0; three rows."""
+    classes = [label for label in range(pipe.num_classes) for _ in range(2)]
+    images = []
+    for steps in (1, 4, 18):
+        generator = torch.Generator().manual_seed(0)
+        images += pipe(class_labels=classes, num_inference_steps=steps, generator=generator).images
+    save(enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=len(classes)), path)
 
 
 def draw_three_gammas(pipe: CTMPipeline, path: str) -> None:
@@ -343,11 +366,12 @@ PICTURES = {
 
 
 def main(config: FiguresConfig) -> None:
-    pipe = load_digits_model(config.model)
+    pipe, emoji = load_digits_model(config.model), load_emoji_model(config.emoji_model)
     draw_how_it_works(os.path.join(config.output_dir, "how_it_works.png"))
     for name, draw in PICTURES.items():
         draw(pipe, os.path.join(config.output_dir, f"{name}.png"))
-    print(f"Drew {', '.join(['how_it_works', *PICTURES])} (.png) in {config.output_dir}")
+    draw_emoji(emoji, os.path.join(config.output_dir, "emoji.png"))
+    print(f"Drew {', '.join(['how_it_works', *PICTURES, 'emoji'])} (.png) in {config.output_dir}")
 
 
 if __name__ == "__main__":

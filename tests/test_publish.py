@@ -601,7 +601,8 @@ def test_the_card_says_memorisation_attribution_and_the_classes_that_can_be_aske
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps({"num_class_embeds": 3, "sample_size": 16}))
     (tmp_path / "model_index.json").write_text(json.dumps({"null_class": 2, "id2label": {"0": "a", "1": "b"}}))
-    (tmp_path / "training.json").write_text(json.dumps({"dataset": {"name": "twemoji.parquet", "split": "train"}}))
+    record = {"program": "training.train_ctm", "dataset": {"name": "twemoji.parquet"}, "steps": 9, "images_per_step": 4}
+    (tmp_path / "training.json").write_text(json.dumps(record))
     card = make_card(str(tmp_path), "a/b", Licence("cc-by-4.0"))
     assert "| Classes | 2 |" in card and "from 0 to 1" in card
     assert "1 step: 31.3, 1.2% of 1,000; held-out images: 40.0, 0.0% of 50." in card and "1,865 training images" in card

@@ -210,7 +210,7 @@ def _json(path: Path | None) -> dict:
 
 def _notice(pipe: CTMPipeline, record: dict, card: Path | None, notice: Path | None) -> str:
     lines = ["The images are synthetic: say so where you show them."]
-    licence = (record.get("options") or {}).get("hub_license")
+    licence = record.get("license") or (record.get("options") or {}).get("hub_license")
     if card is not None:
         try:
             licence = ModelCard.load(card).data.get("license") or licence

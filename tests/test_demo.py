@@ -482,6 +482,10 @@ def test_the_shipped_checkpoints():
     rows = app.distances(checkpoint.evaluation)
     assert {row["gamma"] for row in rows} == {"0", "0.5", "1", "Heun"}
     assert sum(row["evaluations"] == 1 for row in rows) == 3  # one step belongs to every gamma
+    emoji = load("assets/emoji-ctm")
+    assert emoji.teacher[0] == "assets/emoji-edm" and emoji.channels == 3 and emoji.size == (16, 16)
+    assert len(emoji.classes) == 9 and emoji.classes[8] == "flags"  # "no class" is not offered
+    assert "cc-by-4.0" in emoji.notice and "Twitter, Inc and other contributors" in emoji.notice
 
 
 @pytest.mark.parametrize(

@@ -637,6 +637,8 @@ def test_staging_the_embedded_pipelines(tmp_path):
     left = stage(str(ROOT / "assets" / "digits-ctm"), str(tmp_path))
     assert left == [] and "_name_or_path" not in json.loads((tmp_path / "unet" / "config.json").read_text())
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    assert stage(str(ROOT / "assets" / "emoji-ctm"), str(tmp_path / "emoji")) == []
+    assert "Twitter, Inc" in (tmp_path / "emoji" / "NOTICE.md").read_text()  # attribution goes along
 
 
 @pytest.mark.parametrize("part", ["../other", "/etc", "a b", ""])

@@ -26,7 +26,7 @@ from .record import CONVERSION, HUB_ID, ORIGINS, PERMISSIVE, RECORD, Licence, li
 COMPONENT_FILES = re.compile(
     r"(config|scheduler_config|preprocessor_config)\.json|(diffusion_pytorch_model|model)[\w.-]*\.safetensors(\.index\.json)?"
 )
-TOP_FILES = ("model_index.json", RECORD, CONVERSION)
+TOP_FILES = ("model_index.json", RECORD, CONVERSION, "NOTICE.md")  # the last: attribution, which the page shows too
 BRANCH = re.compile(r"[\w-][\w./-]*")
 PICTURES = ("evaluation.png", "gammas.png", "memorisation.png")
 REPORTS = (

@@ -273,7 +273,9 @@ def markdown(report: dict) -> str:
         cells = []
         for kind in kinds:
             values = row[kind]
-            cells += [number(values[name]) for name in ("median", "percentile_5", "min")] + [f"{values['copies']:.1%}"]
+            cells += [number(round(values[name], 3)) for name in ("median", "percentile_5", "min")] + [
+                f"{values['copies']:.1%}"
+            ]
         lines.append(f"| {row['name']} ({row['num_images']:,}) | " + " | ".join(cells) + " |")
     mirrored = ", and of their mirror images" if report["options"]["random_flip"] else ""
     notes = [

@@ -43,7 +43,7 @@ test-browser: $(INSTALLED)  ## Click through the page in Chromium, which is inst
 	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
 test-load: $(INSTALLED)  ## Hold 20 visitors for a minute: latencies and errors
-	$(BIN)/python -m tests.load
+	$(BIN)/python tests/load.py
 
 bench: $(INSTALLED)  ## Measure the cost of training and sampling as ratios; about 10 minutes
 	$(BIN)/python -m training.benchmark --output_dir runs/benchmark

@@ -469,8 +469,8 @@ def guide(
     scale = within("Scale", scale, 0, 20)
     run = Run(checkpoint)
     if checkpoint.classifier is not None:
-        folder = Shown(ROOT / checkpoint.classifier, repr(checkpoint.classifier))
-        target = one_class(checkpoint, label, [str(k) for k in range(checkpoint.classifier_classes)])
+        folder, known = checkpoint.classifier
+        target, folder = one_class(checkpoint, label, known), Shown(ROOT / folder, repr(folder))
         recipe, target_or_label = recipes.guide_by_classifier, (folder, target)
         how = "the gradient of a classifier"
     elif checkpoint.classifier_free:

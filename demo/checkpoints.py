@@ -19,7 +19,6 @@ from diffusers_ctm import CTMPipeline
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "assets"
-CLASSIFIER = "assets/digits-features"  # of digits
 MOST_SIDE = 512  # pixels of a checkpoint's images
 SMALL = 10_000_000  # parameters, below which one thread is as fast as several, and much faster beside others
 EXAMPLES = 32  # real images whose likelihood is computed for comparison
@@ -85,16 +84,19 @@ class Checkpoint:
             config.null_class is not None or bool(getattr(self.pipe.unet.config, "label_dropout", 0.0))
         )
 
-    @property
-    def classifier(self) -> str | None:
-        """The shipped classifier that knows these images, as a folder from the root of the repository."""
-        config = _json(ROOT / CLASSIFIER / "config.json") if self.dataset == "digits" else {}
-        fits = (config.get("channels"), (config.get("resolution"),) * 2) == (self.channels, self.size)
-        return CLASSIFIER if fits else None
-
-    @property
-    def classifier_classes(self) -> int:
-        return _json(ROOT / CLASSIFIER / "config.json")["num_classes"]
+    @cached_property
+    def classifier(self) -> tuple[str, list[str]] | None:
+        """(Folder, classes) of the shipped classifier that knows these images: of assets/digits-ctm, assets/digits-features."""
+        if not self.source.startswith("assets/"):
+            return None
+        folder = f"assets/{self.name.removesuffix('-ctm')}-features"
+        config = _json(ROOT / folder / "config.json")
+        if (config.get("channels"), (config.get("resolution"),) * 2) != (self.channels, self.size):
+            return None
+        count = config["num_classes"]
+        if self.classes and len(self.classes) != count:
+            return None
+        return folder, self.classes or [str(k) for k in range(count)]
 
     def fresh(self, pipe: CTMPipeline | None = None) -> CTMPipeline:
         """A pipeline for one request: the networks are shared, the scheduler, which counts steps, is not."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Twenty visitors for a minute: `python -m tests.load`. Prints latencies, errors and memory of the page's process."""
+"""Twenty visitors for a minute: `python tests/load.py`. Prints latencies, errors and memory of the page's process."""
 
 import argparse
 import random
@@ -9,8 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from gradio_client import Client
-
-from .serving import serving
+from serving import serving
 
 
 def visit(address: str, number: int, until: float, found: dict, errors: dict) -> None:

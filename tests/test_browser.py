@@ -300,3 +300,20 @@ def test_a_bad_upload_is_a_message(open_page, tmp_path):
     choose(page, "Sample")
     move(page, "gamma", ["End"])
     assert "16 images" in words(page)
+
+
+def test_another_checkpoint(open_page):
+    page = open_page()
+    digits = shown(page)
+    page.get_by_label("Checkpoint").click()
+    page.get_by_role("option", name="emoji-ctm").click()
+    settle(page)
+    emoji = shown(page)
+    assert emoji.shape != digits.shape or not np.array_equal(emoji, digits)
+    assert (emoji[..., 0] != emoji[..., 2]).any() and "model=emoji-ctm" in page.url  # it has colours
+    panel(page).get_by_label("Class").click()
+    page.get_by_role("option", name="flags").click()
+    settle(page)
+    assert not np.array_equal(shown(page), emoji)
+    other = open_page(page.url[page.url.index("/?") :])
+    assert np.array_equal(shown(page), shown(other)) and "CC BY 4.0" in other.locator("body").inner_text()

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 from gradio_client import Client, handle_file
 from PIL import Image
 
@@ -58,6 +59,14 @@ def server(tmp_path_factory):
     os.environ.pop("GRADIO_TEMP_DIR")
     if former is not None:
         os.environ["GRADIO_TEMP_DIR"] = former
+
+
+@pytest.fixture(autouse=True)
+def checkpoints_stay(server):
+    before = dict(CHECKPOINTS)
+    yield
+    CHECKPOINTS.clear()
+    CHECKPOINTS.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -522,7 +531,6 @@ def test_a_checkpoint_says_what_it_asks(tmp_path):
         app.main(["--model", str(tmp_path), "--host", "0.0.0.0"])
     with pytest.raises(SystemExit, match="asks for a safety checker and has none"):
         app.main(["--model", str(tmp_path), "--share"])
-    CHECKPOINTS.clear()
 
 
 def test_options(tmp_path, capsys):
@@ -543,3 +551,21 @@ def test_options(tmp_path, capsys):
 def test_nothing_is_sent_to_anybody(server):
     config = httpx.get(f"{server}/config").json()
     assert config["analytics_enabled"] is False
+
+
+def test_what_the_readme_says_of_a_space():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    readme, project = (ROOT / "README.md").read_text(), tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    header = yaml.safe_load(re.search(r"```yaml\n---\n(.*?)---\n```", readme, re.DOTALL)[1])
+    assert header["app_file"] == "app.py" and header["sdk_version"] == gr.__version__
+    listed = set(re.search(r"```text\n(torch\n.*?)```", readme, re.DOTALL)[1].split())
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["training"], *extras["demo"]]
+    assert listed == {re.split(r"[^\w-]", one)[0] for one in needed} - {"gradio"}  # which the sdk brings
+
+
+def test_the_classifiers_of_the_shipped_checkpoints(server):
+    assert CHECKPOINTS[DIGITS].classifier == ("assets/digits-features", [str(k) for k in range(10)])
+    folder, names = load("assets/emoji-ctm").classifier
+    assert folder == "assets/emoji-features" and "flags" in names
+    assert Checkpoint("assets/digits-ctm", tiny()).classifier is None  # colour images

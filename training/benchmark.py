@@ -26,7 +26,7 @@ from . import run, train_ctm
 from .config import Checked, CTMConfig, UserError, option, run_program
 from .ema import EMA
 from .evaluate import choose_device, hardware
-from .files import atomic_file
+from .files import write_files
 from .losses import ctm_loss, l2_distance
 from .solver import SOLVERS, heun_solve
 from .time_sampling import Times, TimeSampler, draw_half_lognormal_sigma
@@ -633,9 +633,8 @@ def main(config: BenchmarkConfig) -> dict:
             continue
         report[part] = measure(config, device)
         text = markdown(report)  # after each part: what is measured is kept
-        for name, content in (("benchmark.json", json.dumps(report, indent=1) + "\n"), ("benchmark.md", text)):
-            with atomic_file(os.path.join(config.output_dir, name)) as draft, open(draft, "w") as file:
-                file.write(content)
+        files = {"benchmark.json": json.dumps(report, indent=1) + "\n", "benchmark.md": text}
+        write_files(config.output_dir, {name: content.encode() for name, content in files.items()})
     print(f"\n{text}")
     return report
 

@@ -1,6 +1,5 @@
 """Measure a CTM over steps and gamma, beside its teacher: `python -m training.evaluate --model runs/digits/pipeline`."""
 
-import contextlib
 import datetime
 import io
 import json
@@ -31,7 +30,7 @@ from diffusers_ctm import CTMPipeline
 from .config import DataOptions, TeacherOptions, UserError, option, run_program
 from .data import ImageDataset
 from .features import FEATURES_HELP, load_feature_network
-from .files import atomic_file, check_writable
+from .files import check_writable, write_files
 from .run import enlarged_grid
 from .teacher import ctm_of_consistency_model, teacher_of
 
@@ -522,11 +521,7 @@ def main(config: EvaluateConfig) -> dict:
         "evaluation.png": plot(report),
         "gammas.png": gammas_picture(config, pipelines),
     }
-    with contextlib.ExitStack() as results:  # all are written before the first replaces a former one
-        for name, content in files.items():
-            draft = results.enter_context(atomic_file(os.path.join(config.output_dir, name)))
-            with open(draft, "wb") as file:
-                file.write(content)
+    write_files(config.output_dir, files)
     print(f"\n{table}")
     return report
 

@@ -84,6 +84,14 @@ def atomic_file(path: str) -> Iterator[str]:
             os.remove(draft)
 
 
+def write_files(folder: str, files: dict[str, bytes]) -> None:
+    """Write `files`, contents by name, into `folder`. All are written before the first replaces a former one."""
+    with contextlib.ExitStack() as results:
+        for name, content in files.items():
+            with open(results.enter_context(atomic_file(os.path.join(folder, name))), "wb") as file:
+                file.write(content)
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()

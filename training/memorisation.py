@@ -1,12 +1,10 @@
 """How near samples are to the training images: `python -m training.memorisation --model assets/emoji-ctm --dataset_name runs/twemoji.parquet`."""
 
-import contextlib
 import dataclasses
 import datetime
 import io
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,7 +18,7 @@ from .config import DataOptions, TeacherOptions, UserError, option, run_program
 from .data import ImageDataset
 from .evaluate import Setting, captioned, choose_device, class_labels, draw, load_pipelines, number
 from .features import FEATURES_HELP, load_feature_network
-from .files import atomic_file, check_writable
+from .files import check_writable, write_files
 from .run import enlarged_grid
 
 
@@ -255,10 +253,7 @@ def main(config: MemorisationConfig) -> dict:
         "memorisation.md": table.encode(),
         "memorisation.png": picture(groups, found[kind], dataset, config.num_pictures),
     }
-    with contextlib.ExitStack() as results:  # all are written before the first replaces a former one
-        for name, content in files.items():
-            with open(results.enter_context(atomic_file(os.path.join(config.output_dir, name))), "wb") as file:
-                file.write(content)
+    write_files(config.output_dir, files)
     print(f"\n{table}")
     return report
 

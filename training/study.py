@@ -33,7 +33,7 @@ from .evaluate import (
     summary,
 )
 from .features import load_feature_network
-from .files import atomic_file
+from .files import atomic_file, write_files
 from .run import StepRandom
 from .solver import evaluations
 
@@ -336,9 +336,7 @@ def main(config: StudyConfig) -> dict:
         "study.md": text.encode(),
         "study.png": plot(curves, config),
     }
-    for name, content in files.items():
-        with atomic_file(os.path.join(config.output_dir, name)) as draft, open(draft, "wb") as file:
-            file.write(content)
+    write_files(config.output_dir, files)
     print(f"\n{text}")
     return report
 

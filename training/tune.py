@@ -34,7 +34,7 @@ from .evaluate import (
     summary,
 )
 from .features import FEATURES_HELP, load_feature_network
-from .files import WRITE_ERRORS, atomic_file, atomic_folder, check_writable
+from .files import WRITE_ERRORS, atomic_folder, check_writable, write_files
 from .hub import file_of
 from .record import CONVERSION, RECORD
 
@@ -473,9 +473,7 @@ def write(report: dict, config: TuneConfig) -> None:
         "tune.md": markdown(report).encode(),
         "tune.png": plot(report),
     }
-    for name, content in files.items():
-        with atomic_file(os.path.join(config.output_dir, name)) as draft, open(draft, "wb") as file:
-            file.write(content)
+    write_files(config.output_dir, files)
 
 
 def markdown(report: dict) -> str:

@@ -207,9 +207,7 @@ def main(config: MemorisationConfig) -> dict:
         settings += [Setting("ctm", steps, None if steps == 1 else config.gamma) for steps in config.steps]
     if "heun" in pipelines:
         settings += [Setting("heun", steps) for steps in config.teacher_steps]
-    real_labels = None
-    if dataset.label_column is not None:
-        real_labels = torch.tensor(list(dataset.source[dataset.label_column]))
+    real_labels = dataset.labels()
     groups: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
     for setting in tqdm(settings, desc="Samples", unit="setting"):
         pipe = pipelines[setting.sampler]

@@ -96,13 +96,29 @@ class Images:
 
     Args:
         options: of the data.
+        features: of the data set.
         first: one of the images.
         image_column, label_column: their names; the latter may be None.
+
+    Attributes:
+        columns: the columns to read.
+        num_classes, id2label: None without classes; those of plain numbers the data set does not tell.
     """
 
-    def __init__(self, options: DataOptions, first: PILImage.Image, image_column: str, label_column: str | None):
+    def __init__(
+        self,
+        options: DataOptions,
+        features: Features,
+        first: PILImage.Image,
+        image_column: str,
+        label_column: str | None,
+    ):
         self.image_column, self.label_column = image_column, label_column
+        self.columns = [image_column] + ([label_column] if label_column else [])
         self.num_classes, self.id2label = None, None
+        if label_column is not None and isinstance(features[label_column], ClassLabel):
+            self.num_classes = features[label_column].num_classes
+            self.id2label = dict(enumerate(features[label_column].names))
         self.mode = options.image_mode or ("L" if first.mode in GREY_MODES else "RGB")
         self.resolution = options.resolution or min(first.size)
 
@@ -144,7 +160,7 @@ class ImageDataset(Images, torch.utils.data.Dataset):
         features = self.source.features
         image_column = find_image_column(options, features)
         label_column = find_label_column(options, features)
-        super().__init__(options, self.source[0][image_column], image_column, label_column)
+        super().__init__(options, features, self.source[0][image_column], image_column, label_column)
         if label_column is not None:
             labels = self.source[label_column]
             unlabelled = sum(label is None or label < 0 for label in labels)
@@ -153,12 +169,9 @@ class ImageDataset(Images, torch.utils.data.Dataset):
                     f"--label_column {label_column} has no class (null or negative) for {unlabelled} of {len(labels)} images; "
                     "remove those images, or leave --label_column out."
                 )
-            if isinstance(features[label_column], ClassLabel):
-                self.num_classes = features[label_column].num_classes
-                self.id2label = dict(enumerate(features[label_column].names))
-            else:
+            if self.num_classes is None:
                 self.num_classes = max(labels) + 1
-        self.source = self.source.select_columns([image_column] + ([label_column] if label_column else []))
+        self.source = self.source.select_columns(self.columns)
 
     def __len__(self) -> int:
         return len(self.source)

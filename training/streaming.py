@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
-from datasets import ClassLabel, Image
+from datasets import Image
 
 from .config import DataOptions, RunOptions, UserError
 from .data import ImageDataset, Images, find_image_column, find_label_column, load_source
@@ -65,18 +65,14 @@ class ImageStream(Images):
                 f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
             )
         image_column, label_column = find_image_column(options, features), find_label_column(options, features)
-        super().__init__(options, first[image_column], image_column, label_column)
-        if label_column is not None:
-            if not isinstance(features[label_column], ClassLabel):
-                raise UserError(
-                    f"--label_column {label_column} holds plain numbers, whose number of classes a stream does not tell; give the data set a "
-                    "feature ClassLabel there, or leave out --streaming."
-                )
-            self.num_classes = features[label_column].num_classes
-            self.id2label = dict(enumerate(features[label_column].names))
-        columns = [image_column] + ([label_column] if label_column else [])
+        super().__init__(options, features, first[image_column], image_column, label_column)
+        if label_column is not None and self.num_classes is None:
+            raise UserError(
+                f"--label_column {label_column} holds plain numbers, whose number of classes a stream does not tell; give the data set a "
+                "feature ClassLabel there, or leave out --streaming."
+            )
         # Decoded later, by whom it concerns.
-        self.source = source.select_columns(columns).cast_column(image_column, Image(decode=False))
+        self.source = source.select_columns(self.columns).cast_column(image_column, Image(decode=False))
         self.window = window
 
     def rows(self, seed: int, position: Position, begin: int) -> Iterator[tuple[int, Row, Position]]:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -33,6 +33,10 @@ from .features import FEATURES_HELP, load_feature_network
 from .files import check_writable, write_files
 from .run import enlarged_grid
 from .teacher import ctm_of_consistency_model, teacher_of
+
+
+if TYPE_CHECKING:
+    from .tune import TuneConfig
 
 
 logger = logging.get_logger(__name__)
@@ -448,16 +452,24 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-@torch.inference_mode()
-def main(config: EvaluateConfig) -> dict:
-    """Measure, write the four files, print the table; return what evaluation.json holds."""
-    began = time.perf_counter()
-    device = choose_device(config.device)
+def what_is_compared(
+    config: "EvaluateConfig | TuneConfig", device: torch.device
+) -> tuple[nn.Module, ImageDataset, int, list[str]]:
+    """The feature network, the real images, the number of samples, and remarks on these numbers. Raises UserError if they do not fit."""
     network = load_feature_network(config.features, device)
     dataset = ImageDataset(config)
     network.check_images(dataset.channels, dataset.resolution, dataset.resolution)
     num_samples = config.num_samples or min(len(dataset), MOST_SAMPLES)
     notes = check_counts(num_samples, len(dataset), network.num_features)
+    return network, dataset, num_samples, notes
+
+
+@torch.inference_mode()
+def main(config: EvaluateConfig) -> dict:
+    """Measure, write the four files, print the table; return what evaluation.json holds."""
+    began = time.perf_counter()
+    device = choose_device(config.device)
+    network, dataset, num_samples, notes = what_is_compared(config, device)
     pipelines = load_pipelines(config, dataset, device, config.gammas)
     check_writable(config.output_dir)
 

@@ -18,13 +18,11 @@ from diffusers_ctm import CTMScheduler
 from diffusers_ctm.trajectory import karras_sigma, karras_starts
 
 from .config import DataOptions, UserError, option, run_program
-from .data import ImageDataset
 from .evaluate import (
     MOST_SAMPLES,
     Distances,
     Sampling,
     cell,
-    check_counts,
     choose_device,
     hardware,
     load_model,
@@ -32,8 +30,9 @@ from .evaluate import (
     prepare,
     reference_features,
     summary,
+    what_is_compared,
 )
-from .features import FEATURES_HELP, load_feature_network
+from .features import FEATURES_HELP
 from .files import WRITE_ERRORS, atomic_folder, check_writable, write_files
 from .hub import file_of
 from .record import CONVERSION, RECORD
@@ -356,11 +355,7 @@ def improvement(now: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
 def main(config: TuneConfig) -> dict:
     """Search, confirm, write; return what tune.json holds."""
     device = choose_device(config.device)
-    network = load_feature_network(config.features, device)
-    dataset = ImageDataset(config)
-    network.check_images(dataset.channels, dataset.resolution, dataset.resolution)
-    num_samples = config.num_samples or min(len(dataset), MOST_SAMPLES)
-    notes = check_counts(num_samples, len(dataset), network.num_features)
+    network, dataset, num_samples, notes = what_is_compared(config, device)
     pipe = load_model(config.model, ())
     prepare(pipe, "--model", config, dataset, device)
     spaces = {steps: Space(steps, pipe.scheduler, config.first_level) for steps in config.steps}

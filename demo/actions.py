@@ -87,6 +87,11 @@ class Run:
         self.nfe, self.seconds = calls.count, time.perf_counter() - start
         return found
 
+    @property
+    def cost(self) -> str:
+        """Of the last recipe, in words."""
+        return f"{self.nfe} network evaluation{'s' * (self.nfe != 1)} each, {1000 * self.seconds:.0f} ms in all"
+
     def code(self, last: str = 'save_images(output, "samples/{index:03d}.png", overwrite=True)') -> str:
         body = "\n\n\n".join(inspect.getsource(function).strip() for function in self.functions.values())
         loads = [f'{name} = DiffusionPipeline.from_pretrained("{source}")' for name, source in self.sources.items()]
@@ -168,8 +173,7 @@ def seeds_from(seed: Any, count: Any) -> range:
 def words_of(run: Run, count: int, steps: int, seeds: range) -> str:
     images = "1 image" if count == 1 else f"{count} images"
     named = f"seed {seeds[0]}" if count == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    evaluations = f"{run.nfe} network evaluation{'s' * (run.nfe != 1)} each"
-    return f"{images}, {steps} step{'s' * (steps != 1)}: {evaluations}, {1000 * run.seconds:.0f} ms in all. {named.capitalize()}."
+    return f"{images}, {steps} step{'s' * (steps != 1)}: {run.cost}. {named.capitalize()}."
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -279,9 +283,7 @@ def compare(
     steps, labels = whole("Steps", steps, 1, MOST_STEPS), classes(checkpoint, label, len(seeds))
     run = Run(checkpoint)
     ctm = run(recipes.sample, run.model(), labels, steps, 0.0, seeds, variable="ctm")
-    report = (
-        f"Left: the CTM, {run.nfe} network evaluation{'s' * (run.nfe != 1)} each, {1000 * run.seconds:.0f} ms in all. "
-    )
+    report = f"Left: the CTM, {run.cost}. "
     if checkpoint.teacher is None:
         other, name = run.model("model"), "the CTM's own exact score, as its teacher is not here"
     else:
@@ -290,11 +292,10 @@ def compare(
             f"its teacher, {checkpoint.teacher[0].rsplit('/', 1)[-1]}",
         )
     slow = run(recipes.heun, other, labels, HEUN_STEPS, seeds, variable="heun_images")
-    report += f"Right: {name}, in {HEUN_STEPS} Heun steps, {run.nfe} network evaluations each, {1000 * run.seconds:.0f} ms in all."
+    report += f"Right: {name}, in {HEUN_STEPS} Heun steps, {run.cost}."
     run.lines.append("output = ctm.images + heun_images.images")
     images = list(ctm.images) + list(slow.images)
-    made = run.made((grid(ctm.images), grid(slow.images)), report, images)
-    return made
+    return run.made((grid(ctm.images), grid(slow.images)), report, images)
 
 
 # Editing --------------------------------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ def interpolate_seeds(
     shape = (1, checkpoint.channels, *reversed(checkpoint.size))
     label = one_class(checkpoint, label)
     output = run(recipes.between_seeds, run.model(), label, steps, shape, first, second, count)
-    report = f"From seed {first} to seed {second}: {run.nfe} network evaluation{'s' * (run.nfe != 1)} each, {1000 * run.seconds:.0f} ms in all."
+    report = f"From seed {first} to seed {second}: {run.cost}."
     return run.made(grid(output.images), report, output)
 
 

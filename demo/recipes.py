@@ -83,7 +83,7 @@ def guide_by_classifier(pipe, classifier, target, scale, steps, gamma, seeds):
     unet = pipe.unet if pipe.num_classes is None else ClassAverage(pipe.unet)
     checks = {"safety_checker": pipe.safety_checker, "feature_extractor": pipe.feature_extractor}
     free = CTMPipeline(unet, pipe.scheduler, **checks)
-    guidance = ClassifierGuidance(lambda x: network.classifier(network.body(x)), target, scale)
+    guidance = ClassifierGuidance(network.logits, target, scale)
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     return free(batch_size=len(seeds), num_inference_steps=steps, gamma=gamma, generator=noise, guidance=guidance)
 

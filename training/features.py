@@ -81,6 +81,10 @@ class FeatureNetwork(nn.Module):
             x = x.mean(1, keepdim=True).expand(-1, wanted, -1, -1)
         return self.body(x)
 
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits, shape (B, num_classes), of samples in [-1, 1] with the network's channels; differentiable, as guidance needs them."""
+        return self.classifier(self.body(x))
+
     def classify(self, images: torch.Tensor) -> torch.Tensor:
         """Class of each image, int64 of shape (B,)."""
         return self.classifier(self(images)).argmax(1)

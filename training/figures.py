@@ -299,14 +299,10 @@ def draw_encoding(pipe: CTMPipeline, path: str) -> None:
 def draw_guidance(pipe: CTMPipeline, path: str) -> None:
     """The ten classes asked of a network that is told none, by a classifier, at growing scale."""
     network = load_feature_network("digits").requires_grad_(False)
-
-    def classify(images: torch.Tensor) -> torch.Tensor:
-        return network.classifier(network.body(images))
-
     unconditional, options = without_classes(pipe)
     rows = []
     for scale in (0.0, 1.0, 3.0, 10.0, 30.0):
-        guidance = ClassifierGuidance(classify, torch.arange(10), scale)
+        guidance = ClassifierGuidance(network.logits, torch.arange(10), scale)
         generator = torch.Generator().manual_seed(0)
         images = unconditional(
             10, num_inference_steps=8, gamma=1.0, generator=generator, guidance=guidance, output_type="pt", **options

@@ -94,9 +94,6 @@ def main(config: GuideConfig) -> dict[tuple[str, float], tuple[float, float]]:
     pipe, options = without_classes(pipe)
     options |= {"num_inference_steps": config.num_inference_steps, "gamma": config.gamma, "output_type": "latent"}
 
-    def classify(images: torch.Tensor) -> torch.Tensor:
-        return features.classifier(features.body(images))
-
     target = torch.arange(config.num_samples) % dataset.num_classes
     shares = {}
     print(f"{'on':<12}{'scale':>7}{'classifier':>12}{'nearest':>9}")
@@ -105,10 +102,10 @@ def main(config: GuideConfig) -> dict[tuple[str, float], tuple[float, float]]:
             images = pipe(
                 batch_size=config.num_samples,
                 generator=torch.Generator().manual_seed(config.seed),
-                guidance=ClassifierGuidance(classify, target, scale, on),
+                guidance=ClassifierGuidance(features.logits, target, scale, on),
                 **options,
             ).images.clamp(-1, 1)
-            found = classify(images).argmax(1), nearest_class(images, examples, labels)
+            found = features.logits(images).argmax(1), nearest_class(images, examples, labels)
             shares[on, scale] = tuple((classes == target).float().mean().item() for classes in found)
             print(f"{on:<12}{scale:>7g}{shares[on, scale][0]:>12.2f}{shares[on, scale][1]:>9.2f}", flush=True)
     return shares

@@ -79,10 +79,7 @@ class Checkpoint:
 
     @property
     def classifier_free(self) -> bool:
-        config = self.pipe.config
-        return self.pipe.num_classes is not None and (
-            config.null_class is not None or bool(getattr(self.pipe.unet.config, "label_dropout", 0.0))
-        )
+        return self.pipe.num_classes is not None and self.pipe.knows_no_class
 
     @cached_property
     def classifier(self) -> tuple[str, list[str]] | None:

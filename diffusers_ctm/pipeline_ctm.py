@@ -256,6 +256,11 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         num_labels = self.unet.config.num_class_embeds
         return num_labels if num_labels is None or self.config.null_class is None else num_labels - 1
 
+    @property
+    def knows_no_class(self) -> bool:
+        """Whether the network was trained with label dropout, and so can be told no class, as `guidance_scale` needs."""
+        return self.config.null_class is not None or bool(getattr(self.unet.config, "label_dropout", 0.0))
+
     def _with_null_labels(self, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(class_labels, labels that mean "no class") in the form that the network takes."""
         if self.config.null_class is not None:
@@ -287,7 +292,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
             return self.unet
         if self.num_classes is None:
             raise ValueError("guidance_scale was given, but this network is unconditional.")
-        if self.config.null_class is None and not getattr(self.unet.config, "label_dropout", 0.0):
+        if not self.knows_no_class:
             raise ValueError(
                 "guidance_scale needs a network trained with label dropout, and this checkpoint names no `null_class`. Guide it by a classifier: "
                 "`guidance=ClassifierGuidance(...)`."

@@ -67,7 +67,7 @@ def without_classes(pipe: CTMPipeline) -> tuple[CTMPipeline, dict]:
     """(a silent pipeline that samples without being told a class, what to call it with)."""
     options = {}
     pipe.unet.requires_grad_(False)
-    if pipe.config.null_class is not None or getattr(pipe.unet.config, "label_dropout", 0.0):
+    if pipe.knows_no_class:
         options["guidance_scale"] = 0.0
     elif pipe.num_classes is not None:
         pipe = CTMPipeline(ClassAverage(pipe.unet), pipe.scheduler)

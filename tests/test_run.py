@@ -460,6 +460,25 @@ def test_a_reading_process_that_dies(tmp_path, monkeypatch):
     assert same(state(part.bare_network), state(whole.bare_network))
 
 
+def test_torch_hears_of_dead_reading_processes_only_once_they_are_gone(tmp_path, monkeypatch):
+    """Else it raises the death of one whose connection broke first, in whatever line runs then."""
+    handlers = []
+    loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    end = loader._shutdown_workers
+
+    def record(self):
+        if not self._shutdown:  # it is called again when this is collected
+            handlers.append(signal.getsignal(signal.SIGCHLD))
+        end(self)
+
+    monkeypatch.setattr(loader, "_shutdown_workers", record)
+    monkeypatch.setattr(loader, "_try_get_data", lambda *_: (_ for _ in ()).throw(ConnectionResetError(104, "reset")))
+    with pytest.raises(UserError, match="died"):
+        learn(start(tmp_path / "run", dataloader_num_workers=1))
+    assert handlers == [signal.SIG_DFL]
+    assert callable(signal.getsignal(signal.SIGCHLD))
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
 def test_a_reading_process_that_died_with_images_to_fetch(tmp_path, monkeypatch, error):
     def fetch(*args, **kwargs):

@@ -273,11 +273,12 @@ def load_batches(
     )
     with contextlib.ExitStack() as stack:
         loaded = iter(loader)
+        if num_workers and threading.current_thread() is threading.main_thread():
+            # Torch would raise the death of a process in whatever line runs at the moment. Without that it is found below. Torch's
+            # handler comes back last, since a connection breaks before the signal that its process died.
+            stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         if num_workers:  # without this a traceback that refers to them would keep the processes running
             stack.callback(loaded._shutdown_workers)
-        if num_workers and threading.current_thread() is threading.main_thread():
-            # Torch would raise the death of a process in whatever line runs at the moment. Without that it is found below.
-            stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         while True:
             try:
                 batch = next(loaded)

@@ -23,10 +23,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str) -> Iterator[tuple[str, int]]:
-    """(address, process id) of `python app.py` with these arguments, once it answers."""
+def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    """(address, process id) of `python app.py` with these arguments, once it answers. Without `environment`, no Hub is there."""
     port = free_port()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "GRADIO_ANALYTICS_ENABLED": "True"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if environment is None else environment
+    environment = {
+        **environment,
+        "PYTHONPATH": str(ROOT),
+        "GRADIO_ANALYTICS_ENABLED": "True",
+    }  # which the page overrules
     with tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), *arguments]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -38,7 +43,7 @@ def serving(*arguments: str) -> Iterator[tuple[str, int]]:
                     break
                 if process.poll() is not None:
                     log.seek(0)
-                    raise RuntimeError(f"app.py ended:\n{log.read()[-3000:]}")
+                    raise RuntimeError(f"app.py ended with {process.returncode}:\n{log.read()[-3000:]}")
                 time.sleep(0.1)
             yield address, process.pid
         finally:

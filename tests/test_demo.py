@@ -16,7 +16,9 @@ import pytest
 import torch
 import yaml
 from gradio_client import Client, handle_file
+from loopback_hub import LoopbackHub, Repo
 from PIL import Image
+from serving import serving
 
 import app
 from demo import actions, recipes, uploads
@@ -569,3 +571,32 @@ def test_the_classifiers_of_the_shipped_checkpoints(server):
     folder, names = load("assets/emoji-ctm").classifier
     assert folder == "assets/emoji-features" and "flags" in names
     assert Checkpoint("assets/digits-ctm", tiny()).classifier is None  # colour images
+
+
+def test_a_checkpoint_of_the_hub_behind_a_password(tmp_path):
+    """`python app.py --model user/name --auth FILE`, in a process of its own."""
+    pipe = tiny()
+    pipe.save_pretrained(tmp_path / "model")
+    files = {
+        str(p.relative_to(tmp_path / "model")): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()
+    }
+    files["README.md"] = b"---\nlicense: mit\n---\n"
+    (tmp_path / "users").write_text("ada:secret\n")
+    with LoopbackHub() as hub:
+        hub.repos["models/team/tiny"] = Repo()
+        hub.repos["models/team/tiny"].commit(files)
+        environment = hub.environment(tmp_path / "cache")
+        with serving("--model", "team/tiny", "--auth", str(tmp_path / "users"), environment=environment) as (
+            address,
+            _,
+        ):
+            assert httpx.get(f"{address}/config").status_code == 401
+            assert httpx.post(f"{address}/gradio_api/call/sample", json={"data": ["team/tiny"]}).status_code == 401
+            options = {"verbose": False, "analytics_enabled": False, "download_files": str(tmp_path)}
+            client = Client(address, auth=("ada", "secret"), **options)
+            picture, report, code = client.predict("team/tiny", "all", 1, 0.0, 0, 2, api_name="/sample")
+            assert "2 images" in report and 'from_pretrained("team/tiny")' in code
+            with pytest.raises(Exception, match="not in the list of choices"):
+                client.predict(DIGITS, "all", 1, 0.0, 0, 2, api_name="/sample")  # nothing but what was asked
+    expected = recipes.sample(pipe, None, 1, 0.0, range(2)).images
+    assert np.array_equal(np.asarray(grid(expected)), pixels(picture))

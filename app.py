@@ -261,16 +261,19 @@ def restored(field: gr.components.Component, text: str, model: str):
     return value if field.step and field.step < 1 else int(value)
 
 
-def result(**options) -> gr.Image:
+def result(*classes: str) -> gr.Image:
     return gr.Image(
         label="Images",
         show_label=False,
         format="png",
         interactive=False,
         buttons=["download", "fullscreen"],
-        elem_classes="pixels",
-        **options,
+        elem_classes=["pixels", *classes],
     )
+
+
+def with_captions() -> gr.Image:
+    return result("captions")
 
 
 def plot() -> None:
@@ -373,6 +376,7 @@ def tabs_of(page: Page) -> None:
         actions.trajectory,
         lambda: {"label": class_choice(), "steps": steps(5, 8), "seed": seed()},
         at_once=True,
+        picture=with_captions,
     )
     page.tab(
         "Steps and gamma",
@@ -380,6 +384,7 @@ def tabs_of(page: Page) -> None:
         actions.steps_and_gamma,
         lambda: {"label": class_choice(), "seed": seed()},
         at_once=True,
+        picture=with_captions,
     )
     page.tab(
         "One step or many",
@@ -474,6 +479,7 @@ def tabs_of(page: Page) -> None:
         lambda: {"image": picture("Picture"), "label": class_choice(), "seed": seed()},
         examples=(actions.likelihood_example, ("image", "upside down", "noise"), ("image", "label")),
         files=False,
+        picture=with_captions,
     )
 
     page.model.input(page.class_updates, page.model, page.class_fields(), api_visibility="private", **LIVE).success(

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP_COLOR = (128, 128, 128)  # shows on light and dark pages, as the letters do
 HEADER = 28  # pixels above a table for its words
-TEXT_COLOR = (118, 118, 118)
+TEXT_COLOR = (128, 128, 128)
 
 
 def enlarged(image: Image.Image, side: int) -> Image.Image:

@@ -572,6 +572,7 @@ class TrainingRun:
                 if decay != self.options.ema_decay:
                     with atomic_folder(f"{path}-ema-{decay}") as draft:
                         self.save_pipeline(draft, self.averages[str(decay)], {"decay": decay})
+        self.accelerator.wait_for_everyone()  # launchers end all processes if one fails, at its exit too
         self._tracking.finish()
         if self.pusher is not None:
             self.pusher.finish(path)

@@ -43,6 +43,9 @@ class Guidance:
     (Heun), 1.2 (18 jumps, gamma = 0) or 0.5 (gamma = 1; 0.1 in 80 jumps: renoising forgets) standard deviations of the
     posterior, which comes out 0.74, 0.67, 0.80 (0.94) times as wide. "image" keeps a bias at gamma = 0 however short the steps.
 
+    A loss without a gradient is an error. One whose gradient is 0 may have what it wants; where it is 0 for all images at all steps, the
+    pipeline warns that nothing was guided.
+
     Gradients are per sample and reach x_t alone, never the parameters of a network (`pipe.unet.requires_grad_(False)` saves
     their memory).
 
@@ -198,8 +201,8 @@ def guided_output(
     times: tuple[torch.Tensor, ...],
     class_labels: torch.Tensor | None,
     dtype: torch.dtype,
-) -> torch.Tensor:
-    """What `scheduler.step` is to be given for the network's output: F moved so that g is moved along the gradient.
+) -> tuple[torch.Tensor, bool]:
+    """What `scheduler.step` is to be given for the network's output: F moved so that g is moved along the gradient; whether it was moved.
 
     Args:
         guidance: what is minimised.
@@ -238,11 +241,11 @@ def guided_output(
             seen, estimate = scheduler._denoised(model_output, x, level), max(s, end)  # what the network was shown
 
         loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
-        gradient = _gradient(loss, seen, x, t)
+        gradient, moved = _gradient(loss, seen, x, t)
     one = torch.ones((), dtype=torch.float64)
     c_out = float(scheduler._denoised(one, torch.zeros_like(one), level))  # g is affine in F
     weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
-    return model_output.detach() - (weight / c_out) * gradient
+    return model_output.detach() - (weight / c_out) * gradient, moved
 
 
 def _levels_of_call(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float, float]:
@@ -253,8 +256,8 @@ def _levels_of_call(scheduler: Any, timestep: torch.Tensor) -> tuple[float, floa
     return t, s, min(t, scheduler.config.sigma_min)
 
 
-def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gradient of each sample's loss with respect to `x`, through `seen`, which the loss was given; `loss` has shape (B,)."""
+def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, bool]:
+    """Gradient of each sample's loss with respect to `x`, through `seen`, which the loss was given, and whether any of it is not 0."""
     if not torch.is_tensor(loss) or loss.shape != (len(x),):
         found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
         raise ValueError(
@@ -273,12 +276,13 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
         largest = slope.flatten(1).abs().amax(1).clamp(min=1e-30).reshape(-1, *[1] * (x.ndim - 1))
         (slope,) = torch.autograd.grad(seen, x, slope / largest)
         slope = slope * largest
-    if not (loss.isfinite().all() and slope.isfinite().all()):
+    finite, moved = torch.stack([loss.isfinite().all() & slope.isfinite().all(), slope.any()]).tolist()  # one transfer
+    if not finite:
         raise ValueError(
             f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth where it is singular (such as the "
             "root of 0 or log of 0), or lower the scale."
         )
-    return slope
+    return slope, moved
 
 
 # Classifier-free guidance ---------------------------------------------------------------------------------------------

@@ -453,7 +453,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         `network` is called in place of `unet`.
         """
         scheduler, network = self.scheduler, self.unet if network is None else network
-        guided = guidance is not None and guidance.scale != 0
+        guided, moved = guidance is not None and guidance.scale != 0, []
         timestep_factor = self._match_scheduler()
         targets = getattr(scheduler, "target_timesteps", None)
         condition = {} if class_labels is None else {"class_labels": class_labels}
@@ -466,9 +466,10 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                     break
                 times = (t * timestep_factor,) if targets is None else (t, targets[i])
                 if guided:
-                    model_output = guided_output(
+                    model_output, any_moved = guided_output(
                         guidance, network, scheduler, latents, t, times, class_labels, self.unet.dtype
                     )
+                    moved.append(any_moved)
                 else:
                     model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
                     model_output = network(model_input, *times, **condition, return_dict=False)[0]
@@ -481,6 +482,11 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                         callback_kwargs[name] = locals()[name]
                     latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
                 progress_bar.update()
+        if moved and not any(moved):
+            logging.get_logger(__name__).warning(
+                "The gradient of the guidance loss was 0 for every image at every step, so that nothing was guided. The loss is constant where it "
+                "was asked: reached already, cut off by clamp or relu, or rounded."
+            )
         return latents
 
     def _finish(

@@ -3,6 +3,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,6 +378,34 @@ def test_the_loss_is_told_level_and_classes():
 def test_losses_that_cannot_guide(make_pipe, fn, message):
     with pytest.raises(ValueError, match=message):
         make_pipe()(latents=latents(2), guidance=LossGuidance(fn))
+
+
+@pytest.mark.parametrize("make_pipe", [pipeline, heun])
+def test_a_loss_that_guides_nothing_at_all_warns(make_pipe, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "diffusers_ctm.pipeline_ctm.logging.get_logger", lambda name: SimpleNamespace(warning=said.append)
+    )
+    options = {"latents": latents(3), "num_inference_steps": 4, "output_type": "latent"}
+    plain = make_pipe()(**options).images
+
+    def run(fn, **more):
+        said.clear()
+        return make_pipe()(**options, guidance=LossGuidance(fn, **more)).images
+
+    assert torch.equal(run(lambda x: x.sum((1, 2, 3)).clamp(min=1e6)), plain)  # flat everywhere
+    assert len(said) == 1 and "0 for every image at every step, so that nothing was guided" in said[0]
+    first = torch.tensor([1.0, 0.0, 0.0])
+    assert not torch.equal(run(lambda x: first * x.sum((1, 2, 3))), plain) and not said  # one sample alone is guided
+    calls = []
+
+    def early(x):  # reached after the first step
+        calls.append(1)
+        return x.sum((1, 2, 3)) * (len(calls) == 1)
+
+    assert not torch.equal(run(early), plain) and len(calls) > 3 and not said
+    run(lambda x: x.sum((1, 2, 3)) * 0, scale=0.0)
+    assert not said  # no guidance was asked
 
 
 def test_guidance_that_does_not_fit():

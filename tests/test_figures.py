@@ -21,7 +21,7 @@ def test_the_pictures_of_the_readme_are_drawn(tmp_path):
     models = {"model": str(ROOT / "assets" / "digits-ctm"), "emoji_model": str(ROOT / "assets" / "emoji-ctm")}
     main(FiguresConfig(**models, output_dir=str(tmp_path)))
     assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(ROOT / "assets" / "figures"))
-    for name in ("three_gammas.png", "editing.png", "trajectories.png", "emoji.png"):
+    for name in ("three_gammas.png", "editing.png", "trajectories.png", "safety.png", "emoji.png", "emoji_editing.png"):
         drawn, shipped = (
             np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, ROOT / "assets" / "figures")
         )

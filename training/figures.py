@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from diffusers_ctm import (
     BlockAverageOperator,
@@ -21,6 +21,7 @@ from diffusers_ctm import (
     CTMInversionPipeline,
     CTMPipeline,
     CTMRestorationPipeline,
+    GrayscaleOperator,
     LinearOperator,
     gamma_seed_grid,
     log_likelihood,
@@ -154,12 +155,12 @@ def load_digits_model(name: str) -> CTMPipeline:
 
 
 def load_emoji_model(name: str) -> CTMPipeline:
-    """The CTM in the folder or repository `name`; UserError if it does not draw 16x16 colour images of several classes."""
+    """The CTM in the folder or repository `name`; UserError if it does not draw 16x16 colour images of classes or none."""
     pipe = load_model(name, ())
     config = pipe.unet.config
-    if (config.in_channels, config.sample_size) != (3, 16) or pipe.num_classes is None:
+    if (config.in_channels, config.sample_size) != (3, 16) or not pipe.knows_no_class:
         raise UserError(
-            f"--emoji_model {name} must be a CTM of 16x16 colour images in classes: the picture shows them."
+            f"--emoji_model {name} must be a CTM of 16x16 colour images in classes, trained with --label_dropout: the pictures show them."
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -173,6 +174,73 @@ def draw_emoji(pipe: CTMPipeline, path: str) -> None:
         generator = torch.Generator().manual_seed(0)
         images += pipe(class_labels=classes, num_inference_steps=steps, generator=generator).images
     save(enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=len(classes)), path)
+
+
+def strokes() -> list[Image.Image]:
+    """Nine drawings of 16x16 in a few flat strokes each: what somebody paints who wants an emoji of each of its nine groups."""
+    shapes = [
+        ("white", [("ellipse", (1, 1, 14, 14), "#fc4"), ("rectangle", (4, 5, 5, 7), "#642"), ("rectangle", (10, 5, 11, 7), "#642")]),
+        ("white", [("ellipse", (4, 2, 11, 10), "#fc8"), ("rectangle", (4, 1, 11, 4), "#642"), ("rectangle", (2, 11, 13, 15), "#48c")]),
+        ("white", [("ellipse", (2, 4, 13, 14), "#a63"), ("ellipse", (1, 1, 5, 6), "#a63"), ("ellipse", (10, 1, 14, 6), "#a63")]),
+        ("white", [("ellipse", (2, 4, 13, 14), "#d23"), ("rectangle", (7, 0, 8, 4), "#4a3")]),
+        ("white", [("rectangle", (1, 5, 14, 11), "#36b"), ("ellipse", (2, 9, 5, 14), "#333"), ("ellipse", (10, 9, 13, 14), "#333")]),
+        ("white", [("ellipse", (1, 1, 14, 14), "#f90"), ("rectangle", (1, 7, 14, 8), "#333")]),
+        ("white", [("rectangle", (3, 1, 12, 14), "#889"), ("rectangle", (5, 3, 10, 9), "#cde")]),
+        ("white", [("rectangle", (0, 0, 15, 15), "#39d"), ("ellipse", (4, 4, 11, 11), "white")]),
+        ("white", [("rectangle", (0, 3, 15, 6), "#d22"), ("rectangle", (0, 7, 15, 9), "#fff"), ("rectangle", (0, 10, 15, 12), "#26b")]),
+    ]  # fmt: skip
+    drawings = []
+    for background, parts in shapes:
+        drawings.append(Image.new("RGB", (16, 16), background))
+        brush = ImageDraw.Draw(drawings[-1])
+        for shape, box, colour in parts:
+            getattr(brush, shape)(box, fill=colour)
+    return drawings
+
+
+def draw_emoji_editing(pipe: CTMPipeline, path: str) -> None:
+    """Left: samples, their grey and two colourisations of it. Right: strokes, and what becomes of them at three strengths."""
+    repair, edit = silent(CTMRestorationPipeline, pipe), silent(CTMImg2ImgPipeline, pipe)
+    classes, grey = list(range(pipe.num_classes)), GrayscaleOperator()
+    options = {"class_labels": classes, "output_type": "pt"}
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    image = pipe(num_inference_steps=18, generator=seeded(1), **options).images
+    known = grey(2 * image - 1)
+    left = [("samples in 18 steps", image), ("their grey", (known / 2 + 0.5).expand_as(image))]
+    for seed in (0, 1):
+        left.append(("coloured, 18 evaluations", repair(known, grey, generator=seeded(seed), **options).images))
+
+    drawn = [strokes()[k % 9] for k in classes]
+    right = [("strokes", torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in drawn]))]
+    for strength in (0.3, 0.4, 0.5):
+        images = edit(drawn, strength, num_inference_steps=4, generator=seeded(0), **options).images
+        right.append((f"strength {strength:g}, 4 evaluations", images))
+    rows = [[(name, tiles(images, len(classes))) for name, images in row] for row in zip(left, right, strict=True)]
+    save(captioned(rows, gap=6), path)
+
+
+def draw_emoji_guidance(pipe: CTMPipeline, path: str) -> None:
+    """One of each class from the same noise at growing scale of classifier-free guidance, in one step and in four."""
+    classes = list(range(pipe.num_classes))
+    rows = []
+    for scale in (1.0, 1.5, 2.0, 3.0):
+        rows.append([])
+        for steps in (1, 4):
+            generator = torch.Generator().manual_seed(0)
+            images = pipe(
+                class_labels=classes,
+                num_inference_steps=steps,
+                guidance_scale=scale,
+                generator=generator,
+                output_type="pt",
+            ).images
+            rows[-1].append(
+                (f"{'1 step' if steps == 1 else f'{steps} steps'}, scale {scale:g}", tiles(images, len(classes)))
+            )
+    save(captioned(rows, gap=6), path)
 
 
 def draw_three_gammas(pipe: CTMPipeline, path: str) -> None:
@@ -200,15 +268,18 @@ def silent(cls: type, pipe: CTMPipeline) -> CTMPipeline:
 
 
 def tiles(images: torch.Tensor, columns: int) -> Image.Image:
-    """Images in [0, 1], shape (B, 1, 8, 8), in rows of `columns`, each with a white rim."""
-    pixels = (images[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    framed = [ImageOps.expand(Image.fromarray(image), 1, "white") for image in pixels]
+    """Images in [0, 1], shape (B, 1 or 3, H, W), in rows of `columns`, each with a white rim."""
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    framed = [
+        ImageOps.expand(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), 1, "white")
+        for image in pixels
+    ]
     return enlarged_grid(framed, len(framed) // columns, columns)
 
 
 def save(picture: Image.Image, path: str) -> None:
     with atomic_file(path) as draft:
-        picture.save(draft, format="PNG")
+        picture.save(draft, format="PNG", optimize=True)
 
 
 class RandomSums(LinearOperator):
@@ -351,6 +422,25 @@ def draw_likelihood(pipe: CTMPipeline, path: str) -> None:
     save(captioned(rows, gap=6), path)
 
 
+def draw_safety(pipe: CTMPipeline, path: str) -> None:
+    """Ten digits without a safety checker, and with one that flags what a classifier takes for a 7."""
+    network = load_feature_network("digits")
+
+    def no_sevens(images: np.ndarray) -> tuple[np.ndarray, list[bool]]:
+        grey = torch.from_numpy(images[..., :1]).permute(0, 3, 1, 2)
+        return images, (network.logits(2 * grey - 1).argmax(1) == 7).tolist()
+
+    checked = silent(CTMPipeline, pipe)
+    checked.safety_checker = no_sevens
+    outputs = [
+        one(class_labels=[3, 7, 1, 7, 5, 0, 7, 8, 2, 9], generator=torch.Generator().manual_seed(0), output_type="pt")
+        for one in (pipe, checked)
+    ]
+    flags = ", ".join(str(flag) for flag in outputs[1].nsfw_content_detected)
+    names = ("no safety checker", flags)
+    save(captioned([[(name, tiles(found.images, 10))] for name, found in zip(names, outputs)], gap=6), path)
+
+
 PICTURES = {
     "three_gammas": draw_three_gammas,
     "editing": draw_editing,
@@ -358,16 +448,18 @@ PICTURES = {
     "guidance": draw_guidance,
     "trajectories": draw_trajectories,
     "likelihood": draw_likelihood,
+    "safety": draw_safety,
 }
+EMOJI_PICTURES = {"emoji": draw_emoji, "emoji_editing": draw_emoji_editing, "emoji_guidance": draw_emoji_guidance}
 
 
 def main(config: FiguresConfig) -> None:
     pipe, emoji = load_digits_model(config.model), load_emoji_model(config.emoji_model)
     draw_how_it_works(os.path.join(config.output_dir, "how_it_works.png"))
-    for name, draw in PICTURES.items():
-        draw(pipe, os.path.join(config.output_dir, f"{name}.png"))
-    draw_emoji(emoji, os.path.join(config.output_dir, "emoji.png"))
-    print(f"Drew {', '.join(['how_it_works', *PICTURES, 'emoji'])} (.png) in {config.output_dir}")
+    for model, pictures in ((pipe, PICTURES), (emoji, EMOJI_PICTURES)):
+        for name, draw in pictures.items():
+            draw(model, os.path.join(config.output_dir, f"{name}.png"))
+    print(f"Drew {', '.join(['how_it_works', *PICTURES, *EMOJI_PICTURES])} (.png) in {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,46 +1,84 @@
-"""How often classifier guidance leads to the class that was asked: `python -m training.guide --model assets/digits-ctm`."""
+"""How often guidance and rejection lead to the class that was asked, and at what price: `python -m training.guide --model assets/digits-ctm`."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from diffusers_ctm import ClassifierGuidance, CTMPipeline
+from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
 from .config import DataOptions, UserError, option, run_program
 from .data import ImageDataset, to_sample
-from .evaluate import load_model
-from .features import EMBEDDED, load_saved
+from .evaluate import Distances, load_model
+from .features import EMBEDDED, FeatureNetwork, load_saved
 
 
 @dataclass
 class GuideConfig(DataOptions):
-    """Guide samples towards classes that the network is not told, and print how many arrive, against the guidance scale."""
+    """Ask samples for classes, by guidance or rejection, and print how many have them, against the scale or the threshold."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     label_column: str | None = option("label", "Column of the data set that holds the class of each image.")
-    model: str = option("assets/digits-ctm", "The CTM that is guided: a folder or a repository on the Hub.")
+    model: str = option("assets/digits-ctm", "The CTM: a folder or a repository on the Hub.")
     classifier: str = option(
-        "digits", "What guides: a network of training.features, its folder or 'digits' (embedded)."
+        "digits",
+        "What guides and rejects, and judges: a network of training.features, its folder or 'digits' (embedded).",
     )
-    scales: list[float] = option([0.0, 1.0, 3.0, 10.0], "Guidance scales; 0 is none.")
+    scales: list[float] = option(
+        [],
+        "Scales of classifier guidance, of a network that is not told the class; 0 is none. Default: 0, 1, 3 and 10, if neither of the next two is "
+        "given.",
+    )
+    guidance_scales: list[float] = option(
+        [],
+        "Scales of classifier-free guidance, of a network trained with --label_dropout that is told the class: 1 is none, 0 does not tell it.",
+    )
+    thresholds: list[float] = option(
+        [],
+        "Probabilities that the classifier must give to the class for an image to be kept, in [0, 1]; 0 keeps all.",
+    )
+    max_batches: int = option(10, "Most batches of --num_samples images that are drawn for each threshold.")
     on: list[str] = option(
-        ["prediction"], "What the classifier sees: 'prediction', 'image' (a second evaluation) or both."
+        ["prediction"],
+        "What the classifier sees in guidance: 'prediction', 'image' (a second evaluation) or both.",
     )
-    num_inference_steps: int = option(8, "Steps of the sampler.")
+    num_inference_steps: list[int] = option([8], "Numbers of steps of the sampler.")
     gamma: float = option(1.0, "gamma of the sampler.")
-    num_samples: int = option(100, "Images for each scale, the classes in turn.")
-    seed: int = option(0, "Seed of all noise.")
+    num_samples: int = option(100, "Images for each row, of the classes of as many images of the data set.")
+    seed: int = option(0, "Seed of the classes and of all noise.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (self.scales or self.guidance_scales or self.thresholds):
+            self.scales = [0.0, 1.0, 3.0, 10.0]
         self.check(self.label_column is not None, "label_column", "a column")
-        self.check(len(self.scales) > 0 and all(map(math.isfinite, self.scales)), "scales", "finite numbers")
+        for name in ("scales", "guidance_scales"):
+            self.check(all(map(math.isfinite, getattr(self, name))), name, "finite numbers")
+        self.check(all(0 <= threshold <= 1 for threshold in self.thresholds), "thresholds", "in [0, 1]")
         self.check(len(self.on) > 0 and set(self.on) <= {"prediction", "image"}, "on", "'prediction', 'image' or both")
-        self.check_positive("num_inference_steps", "num_samples")
+        steps = self.num_inference_steps
+        self.check(len(steps) > 0 and min(steps) > 0, "num_inference_steps", "positive")
+        self.check(self.num_samples > 1, "num_samples", "2 or more")
+        self.check_positive("max_batches")
+        self.check_not_negative("seed")
         self.check(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
+
+
+class Row(NamedTuple):
+    """What was asked, and what came of it."""
+
+    method: str  # what the classifier saw in guidance, "free" or "rejection"
+    value: float  # scale or threshold
+    steps: int
+    classifier: float  # share of images that have the class that was asked, by the classifier
+    nearest: float  # likewise, by the nearest real image
+    distance: float  # Frechet, in the classifier's features
+    outside: float  # share of pixels that left [-1, 1] by more than 0.05, which are clipped
+    kept: float  # share of the drawn images
 
 
 class ClassAverage(nn.Module):
@@ -80,35 +118,82 @@ def nearest_class(images: torch.Tensor, examples: torch.Tensor, labels: torch.Te
     return labels[torch.cdist(images.flatten(1), examples.flatten(1)).argmin(1)]
 
 
-def main(config: GuideConfig) -> dict[tuple[str, float], tuple[float, float]]:
-    """Print the table and return {(on, scale): (share by the classifier that guides, share by the nearest real image)}."""
+def samples(
+    config: GuideConfig, pipe: CTMPipeline, classifier: FeatureNetwork, target: torch.Tensor, steps: int
+) -> Iterator[tuple[str, float, torch.Tensor, torch.Tensor, float]]:
+    """(method, value, images unclipped, their classes, share kept) of each row of the table with this number of steps."""
+    options = {"num_inference_steps": steps, "gamma": config.gamma, "output_type": "latent"}
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(config.seed)
+
+    if config.scales:
+        unconditional, told_nothing = without_classes(pipe)
+        for on in config.on:
+            for scale in config.scales:
+                guidance = ClassifierGuidance(classifier.logits, target, scale, on)
+                images = unconditional(
+                    len(target), generator=seeded(), guidance=guidance, **options, **told_nothing
+                ).images
+                yield on, scale, images, target, 1.0
+    for scale in config.guidance_scales:
+        images = pipe(class_labels=target, guidance_scale=scale, generator=seeded(), **options).images
+        yield "free", scale, images, target, 1.0
+    for threshold in config.thresholds:
+        found = rejection_sample(
+            pipe, classifier.logits, len(target), target, threshold, batch_size=len(target),
+            max_batches=config.max_batches, generator=seeded(), **options,
+        )  # fmt: skip
+        if len(found.images) < 2:
+            raise UserError(
+                f"--thresholds {threshold:g} kept {len(found.images)} of {found.num_drawn} images. Give a lower one, or more --max_batches."
+            )
+        yield "rejection", threshold, found.images, found.class_labels, found.acceptance_rate
+
+
+@torch.no_grad()
+def main(config: GuideConfig) -> list[Row]:
+    """Print the table and return its rows."""
     dataset = ImageDataset(config)
-    examples, labels = dataset[list(range(len(dataset)))]
-    examples = to_sample(examples)
+    pixels, labels = dataset[list(range(len(dataset)))]
+    if config.random_flip:  # the model has learnt both
+        pixels, labels = torch.cat([pixels, pixels.flip(-1)]), labels.repeat(2)
+    examples = to_sample(pixels)
     pipe = load_model(config.model, ())
+    pipe.set_progress_bar_config(disable=True)
+    if config.guidance_scales and not pipe.knows_no_class:
+        raise UserError(
+            f"--guidance_scales need a network trained with --label_dropout; --model {config.model} is none."
+        )
+    if pipe.num_classes is not None and pipe.num_classes != dataset.num_classes:
+        raise UserError(
+            f"--model {config.model} knows {pipe.num_classes} classes, and the data set has {dataset.num_classes}."
+        )
     try:
-        features = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
+        classifier = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
     except Exception as error:  # json, torch and safetensors each raise their own
         raise UserError(f"--classifier cannot be loaded: {type(error).__name__}: {error}") from error
 
-    pipe, options = without_classes(pipe)
-    options |= {"num_inference_steps": config.num_inference_steps, "gamma": config.gamma, "output_type": "latent"}
-
-    target = torch.arange(config.num_samples) % dataset.num_classes
-    shares = {}
-    print(f"{'on':<12}{'scale':>7}{'classifier':>12}{'nearest':>9}")
-    for on in config.on:
-        for scale in config.scales:
-            images = pipe(
-                batch_size=config.num_samples,
-                generator=torch.Generator().manual_seed(config.seed),
-                guidance=ClassifierGuidance(features.logits, target, scale, on),
-                **options,
-            ).images.clamp(-1, 1)
-            found = features.logits(images).argmax(1), nearest_class(images, examples, labels)
-            shares[on, scale] = tuple((classes == target).float().mean().item() for classes in found)
-            print(f"{on:<12}{scale:>7g}{shares[on, scale][0]:>12.2f}{shares[on, scale][1]:>9.2f}", flush=True)
-    return shares
+    distances = Distances(classifier(pixels))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
+    target = labels[order].repeat(-(-config.num_samples // len(order)))[: config.num_samples]
+    rows = []
+    print("| method | value | steps | classifier | nearest | distance | outside | kept |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for steps in config.num_inference_steps:
+        for method, value, images, classes, kept in samples(config, pipe, classifier, target, steps):
+            shown = images.clamp(-1, 1)
+            found = classifier.logits(shown).argmax(1), nearest_class(shown, examples, labels)
+            shares = [(judged == classes).float().mean().item() for judged in found]
+            distance = distances(classifier(((shown + 1) * 127.5).round().to(torch.uint8)))["frechet"]
+            outside = (images.abs() > 1.05).float().mean().item()
+            row = Row(method, value, steps, *shares, distance, outside, kept)
+            rows.append(row)
+            print(
+                f"| {method} | {value:g} | {steps} | {row.classifier:.0%} | {row.nearest:.0%} | {distance:.2f} | {outside:.1%} | {kept:.0%} |",
+                flush=True,
+            )
+    return rows
 
 
 if __name__ == "__main__":

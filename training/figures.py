@@ -172,26 +172,26 @@ def draw_emoji(pipe: CTMPipeline, path: str) -> None:
     images = []
     for steps in (1, 4, 18):
         generator = torch.Generator().manual_seed(0)
-        images += pipe(class_labels=classes, num_inference_steps=steps, generator=generator).images
+        images += pipe(class_labels=classes, num_inference_steps=steps, gamma=0.0, generator=generator).images
     save(enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=len(classes)), path)
 
 
 def strokes() -> list[Image.Image]:
     """Nine drawings of 16x16 in a few flat strokes each: what somebody paints who wants an emoji of each of its nine groups."""
     shapes = [
-        ("white", [("ellipse", (1, 1, 14, 14), "#fc4"), ("rectangle", (4, 5, 5, 7), "#642"), ("rectangle", (10, 5, 11, 7), "#642")]),
-        ("white", [("ellipse", (4, 2, 11, 10), "#fc8"), ("rectangle", (4, 1, 11, 4), "#642"), ("rectangle", (2, 11, 13, 15), "#48c")]),
-        ("white", [("ellipse", (2, 4, 13, 14), "#a63"), ("ellipse", (1, 1, 5, 6), "#a63"), ("ellipse", (10, 1, 14, 6), "#a63")]),
-        ("white", [("ellipse", (2, 4, 13, 14), "#d23"), ("rectangle", (7, 0, 8, 4), "#4a3")]),
-        ("white", [("rectangle", (1, 5, 14, 11), "#36b"), ("ellipse", (2, 9, 5, 14), "#333"), ("ellipse", (10, 9, 13, 14), "#333")]),
-        ("white", [("ellipse", (1, 1, 14, 14), "#f90"), ("rectangle", (1, 7, 14, 8), "#333")]),
-        ("white", [("rectangle", (3, 1, 12, 14), "#889"), ("rectangle", (5, 3, 10, 9), "#cde")]),
-        ("white", [("rectangle", (0, 0, 15, 15), "#39d"), ("ellipse", (4, 4, 11, 11), "white")]),
-        ("white", [("rectangle", (0, 3, 15, 6), "#d22"), ("rectangle", (0, 7, 15, 9), "#fff"), ("rectangle", (0, 10, 15, 12), "#26b")]),
+        [("ellipse", (1, 1, 14, 14), "#fc4"), ("rectangle", (4, 5, 5, 7), "#642"), ("rectangle", (10, 5, 11, 7), "#642")],
+        [("ellipse", (4, 2, 11, 10), "#fc8"), ("rectangle", (4, 1, 11, 4), "#642"), ("rectangle", (2, 11, 13, 15), "#48c")],
+        [("ellipse", (2, 4, 13, 14), "#a63"), ("ellipse", (1, 1, 5, 6), "#a63"), ("ellipse", (10, 1, 14, 6), "#a63")],
+        [("ellipse", (2, 4, 13, 14), "#d23"), ("rectangle", (7, 0, 8, 4), "#4a3")],
+        [("rectangle", (1, 5, 14, 11), "#36b"), ("ellipse", (2, 9, 5, 14), "#333"), ("ellipse", (10, 9, 13, 14), "#333")],
+        [("ellipse", (1, 1, 14, 14), "#f90"), ("rectangle", (1, 7, 14, 8), "#333")],
+        [("rectangle", (3, 1, 12, 14), "#889"), ("rectangle", (5, 3, 10, 9), "#cde")],
+        [("rectangle", (0, 0, 15, 15), "#39d"), ("ellipse", (4, 4, 11, 11), "#fff")],
+        [("rectangle", (0, 3, 15, 6), "#d22"), ("rectangle", (0, 10, 15, 12), "#26b")],
     ]  # fmt: skip
     drawings = []
-    for background, parts in shapes:
-        drawings.append(Image.new("RGB", (16, 16), background))
+    for parts in shapes:
+        drawings.append(Image.new("RGB", (16, 16), "white"))
         brush = ImageDraw.Draw(drawings[-1])
         for shape, box, colour in parts:
             getattr(brush, shape)(box, fill=colour)
@@ -207,11 +207,11 @@ def draw_emoji_editing(pipe: CTMPipeline, path: str) -> None:
     def seeded(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
-    image = pipe(num_inference_steps=18, generator=seeded(1), **options).images
+    image = pipe(num_inference_steps=18, gamma=0.0, generator=seeded(1), **options).images
     known = grey(2 * image - 1)
     left = [("samples in 18 steps", image), ("their grey", (known / 2 + 0.5).expand_as(image))]
-    for seed in (0, 1):
-        left.append(("coloured, 18 evaluations", repair(known, grey, generator=seeded(seed), **options).images))
+    for seed, name in enumerate(("coloured, 18 evaluations", "coloured, from other noise")):
+        left.append((name, repair(known, grey, generator=seeded(seed), **options).images))
 
     drawn = [strokes()[k % 9] for k in classes]
     right = [("strokes", torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in drawn]))]
@@ -233,13 +233,12 @@ def draw_emoji_guidance(pipe: CTMPipeline, path: str) -> None:
             images = pipe(
                 class_labels=classes,
                 num_inference_steps=steps,
+                gamma=0.0,
                 guidance_scale=scale,
                 generator=generator,
                 output_type="pt",
             ).images
-            rows[-1].append(
-                (f"{'1 step' if steps == 1 else f'{steps} steps'}, scale {scale:g}", tiles(images, len(classes)))
-            )
+            rows[-1].append((f"steps: {steps}, guidance_scale {scale:g}", tiles(images, len(classes))))
     save(captioned(rows, gap=6), path)
 
 
@@ -279,7 +278,7 @@ def tiles(images: torch.Tensor, columns: int) -> Image.Image:
 
 def save(picture: Image.Image, path: str) -> None:
     with atomic_file(path) as draft:
-        picture.save(draft, format="PNG", optimize=True)
+        picture.save(draft, format="PNG")
 
 
 class RandomSums(LinearOperator):

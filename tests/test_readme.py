@@ -53,7 +53,7 @@ def test_python_runs_in_the_order_in_which_it_stands(tmp_path, monkeypatch, chec
         "checker": checker,
     }
     sampling, loading = [block for block in PYTHON if "user/name" not in block], PYTHON[-1]
-    assert len(sampling) == 6 and "trust_remote_code=True" in loading  # tests/test_hub.py runs what the last block says
+    assert len(sampling) == 7 and "trust_remote_code=True" in loading  # tests/test_hub.py runs what the last block says
     for block in sampling:
         for statement in re.split(r"\n(?=\S)(?![)\]}])", block):  # one at a time, to say which fails
             if "--label_dropout" in statement:  # the shipped CTM was trained without

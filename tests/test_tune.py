@@ -108,6 +108,7 @@ def model(tmp_path):
     pipe.scheduler = CTMScheduler.from_config(pipe.scheduler.config, presets={**BAD, "7": {"gamma": [0.5] * 7}})
     pipe.save_pretrained(tmp_path / "model")
     shutil.copy("assets/digits-ctm/training.json", tmp_path / "model")
+    shutil.copy("assets/emoji-ctm/NOTICE.md", tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -222,7 +223,8 @@ def test_what_a_model_on_the_hub_says_of_its_making_goes_with_it(model, tmp_path
     monkeypatch.setattr(hub, "api", lambda: SimpleNamespace(hf_hub_download=download))
     tune.save_with_presets({"2": {"gamma": [0.5, 0.0]}}, small("user/name", tmp_path))
     saved = tmp_path / "out" / "pipeline"
-    assert (saved / "training.json").read_bytes() == (tmp_path / "model" / "training.json").read_bytes()
+    for name in ("training.json", "NOTICE.md"):
+        assert (saved / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     assert not (saved / "conversion.json").exists()
     assert set(json.loads((saved / "scheduler" / "scheduler_config.json").read_text())["presets"]) == {"2", "4", "7"}
 

@@ -190,7 +190,7 @@ def main(config: GuideConfig) -> list[Row]:
             row = Row(method, value, steps, *shares, distance, outside, kept)
             rows.append(row)
             print(
-                f"| {method} | {value:g} | {steps} | {row.classifier:.0%} | {row.nearest:.0%} | {distance:.2f} | {outside:.1%} | {kept:.0%} |",
+                f"| {method} | {value:g} | {steps} | {row.classifier:.1%} | {row.nearest:.1%} | {distance:.2f} | {outside:.1%} | {kept:.0%} |",
                 flush=True,
             )
     return rows

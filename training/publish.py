@@ -19,14 +19,14 @@ from diffusers_ctm.hub import write_loading_code
 from .card import conversion_repo, is_generated, make_card
 from .config import Checked, UserError, option, run_program
 from .hub import card_licence, commit_folder, error_text, open_repo, read_card, retried
-from .record import CONVERSION, HUB_ID, ORIGINS, PERMISSIVE, RECORD, Licence, licence_of, read_json, strictest
+from .record import CONVERSION, HUB_ID, NOTICE, ORIGINS, PERMISSIVE, RECORD, Licence, licence_of, read_json, strictest
 
 
 # What of a folder is the pipeline: files of a component, and files beside the components.
 COMPONENT_FILES = re.compile(
     r"(config|scheduler_config|preprocessor_config)\.json|(diffusion_pytorch_model|model)[\w.-]*\.safetensors(\.index\.json)?"
 )
-TOP_FILES = ("model_index.json", RECORD, CONVERSION, "NOTICE.md")  # the last: attribution, which the page shows too
+TOP_FILES = ("model_index.json", RECORD, CONVERSION, NOTICE)
 BRANCH = re.compile(r"[\w-][\w./-]*")
 PICTURES = ("evaluation.png", "gammas.png", "memorisation.png")
 REPORTS = (

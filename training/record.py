@@ -18,6 +18,7 @@ from .config import RunOptions
 
 RECORD = "training.json"
 CONVERSION = "conversion.json"  # what training.convert knows
+NOTICE = "NOTICE.md"  # attribution, which the page shows too
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 # Who may be republished under another licence, as these allow. Whatever is not here is inherited as it is.

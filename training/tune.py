@@ -35,7 +35,7 @@ from .evaluate import (
 from .features import FEATURES_HELP
 from .files import WRITE_ERRORS, atomic_folder, check_writable, write_files
 from .hub import file_of
-from .record import CONVERSION, RECORD
+from .record import CONVERSION, NOTICE, RECORD
 
 
 FIRST_STRIDE, LAST_STRIDE = 0.25, 0.02  # of the search, in units of the whole range of a level or of gamma
@@ -448,13 +448,13 @@ def confirmed(
 
 
 def save_with_presets(presets: dict[str, dict[str, list[float]]], config: TuneConfig) -> None:
-    """Write the model with `presets` beside those that it has, and with what its folder says of how it was made."""
+    """Write the model with `presets` beside those that it has, and with what its folder says of how it was made and whose it is."""
     pipe = load_model(config.model, ())  # as it was: the other was moved to the device
     known = pipe.scheduler.config.presets or {}
     pipe.scheduler = CTMScheduler.from_config(pipe.scheduler.config, presets={**known, **presets})
     with atomic_folder(config.pipeline_dir) as draft:
         pipe.save_pretrained(draft)
-        for name in (RECORD, CONVERSION):
+        for name in (RECORD, CONVERSION, NOTICE):
             if found := file_of(config.model, name):
                 shutil.copyfile(found, os.path.join(draft, name))
 

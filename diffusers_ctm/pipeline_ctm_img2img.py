@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from .guidance import Guidance
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
@@ -42,6 +43,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance: Guidance | None = None,
+        guidance_scale: float = 1.0,
     ) -> CTMPipelineOutput | tuple:
         """Edit images.
 
@@ -64,6 +67,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             generator: source of all noise, or one per image.
             latents: unit normal noise of shape (B, C, H, W) to add, times the level.
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: as in `CTMPipeline`.
+            guidance, guidance_scale: as in `CTMPipeline`, at its costs.
 
         Raises:
             ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
@@ -78,6 +82,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         batch_size = self._batch_size_with(image, "image", batch_size)
+        network = self._guided_network(guidance_scale, guidance)
         sigmas = self._levels(strength, sigma, sigmas, num_inference_steps, add_noise)
 
         # 2. Prepare
@@ -89,7 +94,9 @@ class CTMImg2ImgPipeline(CTMPipeline):
             start = start + self.prepare_latents(batch_size, device, generator, latents, tuple(start.shape[-2:]))
 
         # 3. Sample
-        images = self._sample(start, class_labels, callback_on_step_end, callback_inputs, generator=generator)
+        images = self._sample(
+            start, class_labels, callback_on_step_end, callback_inputs, network, guidance, generator=generator
+        )
 
         # 4. Finish
         return self._finish(images, output_type, return_dict, class_labels)

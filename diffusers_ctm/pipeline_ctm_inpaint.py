@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from .guidance import Guidance
 from .image_inputs import read_images, read_masks
 from .linear_operators import MaskOperator
 from .pipeline_ctm_restoration import CTMRestorationPipeline
@@ -38,6 +39,8 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance: Guidance | None = None,
+        guidance_scale: float = 1.0,
     ) -> CTMPipelineOutput | tuple:
         """Repaint images.
 
@@ -54,6 +57,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
             generator: source of all noise, or one per image.
             latents: unit normal noise of shape (B, C, H, W) to start with, times the first level.
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: as in `CTMPipeline`.
+            guidance, guidance_scale: as in `CTMPipeline`, at its costs; what is known stays known.
 
         Raises:
             ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
@@ -72,7 +76,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         pixels = operator(2 * image - 1)
         latents, class_labels = self._restore(
             pixels, operator, operator.pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type,
-            callback,
+            callback, guidance, guidance_scale,
         )  # fmt: skip
         if output_type == "latent":
             return self._finish(latents, output_type, return_dict, class_labels)

@@ -10,6 +10,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
+from .guidance import Guidance
 from .image_inputs import read_images
 from .linear_operators import check_operator, consistent_image
 from .pipeline_ctm import CTMPipeline
@@ -62,6 +63,8 @@ class CTMRestorationPipeline(CTMPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance: Guidance | None = None,
+        guidance_scale: float = 1.0,
     ) -> CTMPipelineOutput | tuple:
         """Restore images.
 
@@ -80,6 +83,7 @@ class CTMRestorationPipeline(CTMPipeline):
             generator: source of all noise, or one per image.
             latents: unit normal noise of shape (B, C, H, W) to start with, times the first level.
             output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: as in `CTMPipeline`.
+            guidance, guidance_scale: as in `CTMPipeline`, at its costs; what is known stays known.
 
         Raises:
             ValueError: for an operator that is not linear, a pseudo-inverse that is not its own, a measurement of another shape, and
@@ -95,12 +99,24 @@ class CTMRestorationPipeline(CTMPipeline):
         levels = (num_inference_steps, timesteps, sigmas, gamma)
         images, class_labels = self._restore(
             _read_measurement(measurement), operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents,
-            output_type, callback,
+            output_type, callback, guidance, guidance_scale,
         )  # fmt: skip
         return self._finish(images, output_type, return_dict, class_labels)
 
     def _restore(
-        self, y, operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type, callback
+        self,
+        y,
+        operator,
+        pseudo_inverse,
+        levels,
+        batch_size,
+        class_labels,
+        generator,
+        latents,
+        output_type,
+        callback,
+        guidance,
+        guidance_scale,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The last sample, in [-1, 1], and its classes; `y` is a checked tensor, `levels` what `set_timesteps` takes."""
         # 1. Check
@@ -110,6 +126,7 @@ class CTMRestorationPipeline(CTMPipeline):
                 f"{type(self).__name__} works with CTMScheduler, not with {type(self.scheduler).__name__}: use "
                 "`CTMScheduler.from_config(pipe.scheduler.config)` and a CTM."
             )
+        network = self._guided_network(guidance_scale, guidance)
         batch_size = self._batch_size_with(y, self._given, batch_size)
         num_inference_steps, timesteps, sigmas, gamma = levels
         if num_inference_steps is None and timesteps is None and sigmas is None:
@@ -128,7 +145,9 @@ class CTMRestorationPipeline(CTMPipeline):
         project = partial(consistent_image, operator, pseudo_inverse, known=known)
 
         # 3. Sample
-        images = self._sample(start, class_labels, callback[0], callback_inputs, generator=generator, project=project)
+        images = self._sample(
+            start, class_labels, callback[0], callback_inputs, network, guidance, generator=generator, project=project
+        )
         return images, class_labels
 
 

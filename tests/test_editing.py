@@ -19,6 +19,7 @@ from diffusers_ctm import (
     CTMScheduler,
     EDMHeunScheduler,
     GrayscaleOperator,
+    LossGuidance,
     MaskOperator,
 )
 from diffusers_ctm.trajectory import Preconditioning
@@ -615,3 +616,56 @@ def test_other_schedulers_cannot_restore(cls):
     pipe = pipeline(cls, ExactNetwork(DATA, sigma_data=0.6, size=8), EDMHeunScheduler(sigma_data=0.6))
     with pytest.raises(ValueError, match=f"{cls.__name__} works with CTMScheduler, not with EDMHeunScheduler"):
         pipe(**EDITS[cls]())
+
+
+# Guidance -------------------------------------------------------------------------------------------------------------
+
+
+def bright():
+    return LossGuidance(lambda x_0: -(x_0 - 0.1 * x_0.square()).sum((1, 2, 3)), 0.4)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_edits_are_guided_as_samples_are(gamma):
+    """Where nothing is given, all editing pipelines are `CTMPipeline`, with both guidances."""
+    network = ExactNetwork(DATA, sigma_data=0.6, class_shift=SHIFTS)
+    options = {"class_labels": 1, "guidance": bright(), "guidance_scale": 2.5, "num_inference_steps": 4, "gamma": gamma}
+    options |= {"latents": unit_noise(2), "output_type": "latent"}
+
+    def made(cls, *arguments, **more):
+        return pipeline(cls, network, null_class=2)(*arguments, generator=seeded(), **options, **more).images
+
+    grey = torch.full((1, 3, 4, 4), 0.5)  # 0 in [-1, 1]
+    sample = made(CTMPipeline)
+    close(made(CTMImg2ImgPipeline, grey, 1.0), sample)
+    close(
+        made(CTMRestorationPipeline, torch.zeros(1, 3, 4, 4), MaskOperator(torch.zeros(1, 1, 4, 4))), sample, 1e-4, 1e-4
+    )
+    close(made(CTMInpaintPipeline, grey, torch.ones(4, 4)), sample, 1e-4, 1e-4)
+    plain = {**options, "guidance": None}
+    assert (
+        pipeline(CTMPipeline, network, null_class=2)(generator=seeded(), **plain).images - sample
+    ).abs().max() > 0.02
+    plain = {**options, "guidance_scale": 1.0}
+    assert (pipeline(CTMPipeline, network, null_class=2)(generator=seeded(), **plain).images - sample).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("cls", [CTMInpaintPipeline, CTMRestorationPipeline])
+def test_guidance_leaves_what_is_known(cls):
+    known = image(2)
+    given = (
+        (known, REPAINT)
+        if cls is CTMInpaintPipeline
+        else (2 * known * (1 - REPAINT) - (1 - REPAINT), MaskOperator(1 - REPAINT))
+    )
+    options = {"latents": unit_noise(2), "num_inference_steps": 3, "output_type": "pt"}
+    plain, guided = (
+        pipeline(cls)(*given, generator=seeded(), guidance=guidance, **options).images for guidance in (None, bright())
+    )
+    hidden = (REPAINT == 1).expand_as(known)
+    close(guided[~hidden], known[~hidden])
+    assert (guided - plain)[hidden].mean() > 0.02
+    with pytest.raises(ValueError, match="guidance_scale was given, but this network is unconditional"):
+        pipeline(cls)(*given, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="object of a subclass of Guidance, got function"):
+        pipeline(CTMImg2ImgPipeline)(known, guidance=lambda x: x)

@@ -431,7 +431,7 @@ def rejection_sample(
             if label in kept and score >= (threshold or 0.0) and not flagged:
                 accepted += 1
                 if top_fraction is not None or len(kept[label]) < needed[label]:
-                    kept[label].append((score, image))
+                    kept[label].append((score, image.clone()))  # a view would keep its whole batch
     if top_fraction is not None:
         for label, images in kept.items():
             images.sort(key=lambda pair: pair[0], reverse=True)

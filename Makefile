@@ -49,6 +49,7 @@ bench: $(INSTALLED)  ## Measure the cost of training and sampling as ratios; abo
 	$(BIN)/python -m training.benchmark --output_dir runs/benchmark
 
 study: $(INSTALLED)  ## Compare choices of training on the digits, three seeds each; about 2 hours of one core
+	test -d runs/digits-features-1 || $(BIN)/python -m training.features --seed 1 --output_dir runs/digits-features-1
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.study --output_dir runs/study
 
 lint: $(INSTALLED)  ## Check style with ruff

@@ -52,6 +52,47 @@ def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeyp
     assert again["curves"] == report["curves"]
 
 
+def test_a_variant_stands_beside_the_first_at_as_many_teacher_evaluations():
+    """Each as far as both go: neither at the least that any variant reaches, nor at the same iteration."""
+
+    def curve(evaluations, *distances):
+        points = [
+            {
+                "iteration": 10 * n,
+                "seconds": 1.0 * n,
+                "teacher_evaluations": evaluations * n,
+                "frechet": {"1": distance},
+            }
+            for n, distance in enumerate(distances, 1)
+        ]
+        return {"options": {"train_batch_size": 1}, "points": points}
+
+    curves = {
+        "soft": [curve(100, 8.0, 4.0, 2.0)],
+        "few": [curve(25, 9.0, 7.0, 5.0)],
+        "more": [curve(50, 9.0, 6.0, 3.0)],
+    }
+    config = StudyConfig(eval_steps=[1])
+    rows = study.tabulate(curves, {name: [0.1] for name in curves}, config)["rows"]
+    pairs = {name: (row["beside_first"]["value"], *row["beside_first"]["distances"]["1"]) for name, row in rows.items()}
+    assert pairs["more"][0] == 150 and pairs["few"][0] == 75
+    assert pairs["more"][1]["mean"] == pytest.approx(3) and pairs["more"][2]["mean"] == pytest.approx(math.sqrt(32))
+    assert pairs["few"][1]["mean"] == pytest.approx(5) and pairs["few"][2] is None  # first measured after that
+    table = {"common": {"iteration": 30, "seconds": 3.0}, "rows": rows}
+    lines = study.markdown(table, config, {"hardware": {"device": "cpu"}}).splitlines()
+    assert "| few | 75 | 5 | - |" in lines and not any(line.startswith("| soft | 75") for line in lines)
+
+
+def test_the_shipped_study_is_that_of_the_shipped_variants():
+    """`make study` repeats what assets/study and the README show."""
+    variants = read_variants("training/configs/study_digits_variants.yaml")
+    with open("assets/study/study.json") as file:
+        curves = json.load(file)["curves"]
+    for name, options in variants.items():
+        assert [curve["options"] for curve in curves.pop(name)] == [{**options, "seed": seed} for seed in (0, 1, 2)]
+    assert not curves
+
+
 def test_reading_between_measurements():
     points = [{"seconds": float(s), "frechet": {"1": d}} for s, d in ((1, 8.0), (3, 2.0), (4, 1.0))]
     assert at(points, "seconds", 2.0, "1") == pytest.approx(math.sqrt(16))

@@ -1,4 +1,4 @@
-"""Which choices train a CTM faster: `python -m training.study --config training/configs/study_digits.yaml`."""
+"""Which choices train a CTM faster: `python -m training.study`."""
 
 import dataclasses
 import io
@@ -203,12 +203,11 @@ def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
 
 
 def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], config: StudyConfig) -> dict[str, Any]:
-    """For each variant: seconds per iteration, and its distances at the iterations, seconds and teacher evaluations that all reach."""
+    """For each variant: time per iteration, its distances at the iterations and seconds that all reach, and at the teacher evaluations that
+    it and the first variant reach, beside those of the first."""
     points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
     every = [run for runs in points.values() for run in runs]
-    common = {
-        axis: min(run[-1][axis] for run in every) for axis in ("iteration", "seconds", "teacher_evaluations") if every
-    }
+    common = {axis: min(run[-1][axis] for run in every) for axis in ("iteration", "seconds") if every}
     rows = {}
     for name, runs in points.items():
         row = {
@@ -224,10 +223,23 @@ def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], con
         for axis, value in common.items():
             row[axis] = {}
             for steps in map(str, config.eval_steps):
-                found = [at(run, axis, value, steps) for run in runs]
-                row[axis][steps] = None if None in found else summary(found)
+                row[axis][steps] = distance_at(runs, axis, value, steps)
+        row["beside_first"] = beside(runs, next(iter(points.values())), "teacher_evaluations", config.eval_steps)
         rows[name] = row
     return {"common": common, "rows": rows}
+
+
+def distance_at(runs: list[list[dict]], axis: str, value: float, steps: str) -> dict | None:
+    """Mean and spread of `at` over runs; None where one of them does not go."""
+    found = [at(run, axis, value, steps) for run in runs]
+    return None if None in found else summary(found)
+
+
+def beside(runs: list[list[dict]], first: list[list[dict]], axis: str, eval_steps: list[int]) -> dict[str, Any]:
+    """As far along `axis` as all of `runs` and `first` go: their distances, `runs` and then `first`, by the number of steps."""
+    value = min(run[-1][axis] for run in (*runs, *first))
+    pairs = {str(n): [distance_at(each, axis, value, str(n)) for each in (runs, first)] for n in eval_steps}
+    return {"value": value, "distances": pairs}
 
 
 AXES = {
@@ -245,22 +257,28 @@ def markdown(table: dict[str, Any], config: StudyConfig, report: dict) -> str:
         "",
     ]
     steps = list(map(str, config.eval_steps))
-    for axis, words in AXES.items():
-        lines += [f"At equal {words}, {common[axis]:,.0f}:", ""]
-        head = [
-            "",
-            "runs",
-            "ms per iteration",
-            "teacher evaluations per image",
-            *(f"{n} step{'s' if n != '1' else ''}" for n in steps),
-        ]
+    rows, names = table["rows"], [f"{n} step{'s' if n != '1' else ''}" for n in steps]
+    for axis in ("iteration", "seconds"):
+        lines += [f"At equal {AXES[axis]}, {common[axis]:,.0f}:", ""]
+        head = ["", "runs", "ms per iteration", "teacher evaluations per image", *names]
         lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
-        for name, row in table["rows"].items():
+        for name, row in rows.items():
             cells = [name, str(row["runs"])]
             cells += [cell(row[column]) for column in ("milliseconds_per_iteration", "teacher_evaluations_per_image")]
             cells += [cell(row[axis][n]) if row[axis][n] else "-" for n in steps]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+    first, *others = rows
+    if others:  # At what all reach, those that ask the teacher most have hardly begun.
+        lines += [f"At equal {AXES['teacher_evaluations']}, as many as both a variant and {first} reach:", ""]
+        head = ["", AXES["teacher_evaluations"], *(f"{words}{of}" for words in names for of in ("", f", {first}"))]
+        lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for name in others:
+        beside_first = rows[name]["beside_first"]
+        pairs = [value for n in steps for value in beside_first["distances"][n]]
+        cells = [name, f"{beside_first['value']:,.0f}", *(cell(value) if value else "-" for value in pairs)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
     lines += [
         f"- {config.max_train_steps:,} iterations per run, measured every {config.eval_every}; between measurements along a line in the logarithm.",
         f"- Seconds: iterations times the median of {config.timing_rounds} timings of {config.timing_steps} iterations, all variants in turn, on "

@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from training.losses import ctm_loss
 from training.run import StepRandom
 from training.teacher import Teacher, load_teacher
 from training.time_sampling import TimeSampler
+from training.trained import SIGMA_BINS, SIGMA_EDGES
 
 
 ROOT = Path(__file__).parents[1]
@@ -202,8 +204,11 @@ def test_noise_levels_of_the_teacher_are_those_asked(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_are_one(teacher, tmp_path):
     arguments = ["--teacher", teacher, "--max_train_steps", "3", "--max_solver_steps", "2", "--dropout", "0"]
-    for name, value in {**SMALL, "learning_rate": 1e-3, "ema_decay": 0.0}.items():
+    # RAdam would hardly move in three steps.
+    options = {**SMALL, "learning_rate": 1e-3, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
+    for name, value in options.items():
         arguments += [f"--{name}", str(value)]
+    shown = {}
     folders = {1: tmp_path / "one", 2: tmp_path / "two"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for processes, folder in folders.items():
@@ -215,6 +220,9 @@ def test_two_processes_are_one(teacher, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         states = glob.glob(str(folder / "checkpoint-3" / "random_states_*.pkl"))
         assert len(states) == processes  # so many took part
+        shown[processes] = {n: float(v) for n, v in re.findall(r"(\w+)=([\d.e+-]+)", done.stderr)}  # the last of each
+    assert shown[1].keys() == shown[2].keys() >= {"trajectory_loss", "dsm_loss", "dsm_weight", "grad_norm"}
+    assert shown[2] == pytest.approx(shown[1], rel=0.006)  # three digits
     assert_same_weights(str(folders[1] / "pipeline"), str(folders[2] / "pipeline"), rtol=1e-4, atol=2e-5)
     one, two = (json.loads((folder / "metrics.jsonl").read_text())["frechet"] for folder in folders.values())
     assert two == pytest.approx(one, rel=1e-3) and one.keys() == {"1-step", "4-steps"}
@@ -252,6 +260,20 @@ def test_levels_of_score_matching_do_not_depend_on_the_split():
     for size in (1, 2, 3):
         parts = [draw(slice(begin, begin + size)) for begin in range(0, 6, size)]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+
+
+def test_score_matching_is_logged_by_noise_level(teacher, tmp_path, monkeypatch):
+    """Each loss with its own level: the shares of the bins make the mean."""
+    drawn, logged = [], []
+    draw = train_ctm.draw_dsm_sigma
+    monkeypatch.setattr(train_ctm, "draw_dsm_sigma", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.append(values))
+    distil(teacher, tmp_path / "run", max_train_steps=2)
+    bins = torch.bucketize(torch.cat(drawn), torch.tensor(SIGMA_EDGES), right=True)
+    shares = {f"dsm_loss_by_sigma/{SIGMA_BINS[index]}": (bins == index).float().mean() for index in set(bins.tolist())}
+    assert shares.keys() == {name for name in logged[0] if name.startswith("dsm")} and len(shares) > 2
+    total = sum(share * logged[0][name] for name, share in shares.items())
+    assert total.item() == pytest.approx(logged[0]["train/dsm_loss"], rel=1e-5)
 
 
 def test_random_numbers_of_a_step():
@@ -333,7 +355,14 @@ def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, opt
     monkeypatch.setattr(train_ctm, "ctm_loss", lambda **given: calls.append(given) or ctm_loss(**given))
     monkeypatch.setattr(train_ctm, "TimeSampler", lambda **given: calls.append(given) or TimeSampler(**given))
     live = {} if options.get("matching") == "global" else {"inner_target": "live"}
-    options = {"distance": "pseudo_huber", "dsm_sigma": "lognormal", **live, **options}
+    adaptive = not live
+    options |= {
+        "distance": "pseudo_huber",
+        "dsm_sigma": "lognormal",
+        "dsm_weight": 0.7,
+        "dsm_adaptive": adaptive,
+        **live,
+    }
     student = distil(teacher, tmp_path / "run", max_train_steps=2, **options)
     assert not torch.equal(weights(student)["conv_out.weight"], weights(teacher)["conv_out.weight"])
     given, loss = calls[:2]
@@ -341,6 +370,8 @@ def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, opt
     assert {name: given[name] for name in sampler} == sampler
     assert loss["times"].per_path == options.get("triples_per_path", 1)
     assert (loss["distance"].about["name"], loss["inner_target"]) == ("pseudo_huber", "live" if live else "ema")
+    assert (loss["dsm_weight"], loss["dsm_adaptive"]) == (0.7, adaptive)
+    assert loss["last_weight"]() is loss["student"].conv_out.weight
 
 
 def test_without_a_teacher_the_student_follows_its_own_average(tmp_path, monkeypatch):
@@ -461,6 +492,16 @@ def test_the_adversarial_term_moves_the_student_and_its_weight_counts(teacher, t
     ]
     assert_same_weights(without, students[0], rtol=1e-5, atol=1e-7)
     assert not torch.allclose(weights(without)["conv_out.weight"], weights(students[1])["conv_out.weight"], atol=1e-7)
+
+
+def test_weight_of_the_adversarial_term_is_that_of_its_options():
+    options = {"discriminator_weight": 0.5, "discriminator_weight_min": 2.0, "discriminator_weight_max": 3.0}
+    judge = SimpleNamespace(draw_augment=lambda *given: None)
+    config = CTMConfig(teacher="none", **options)
+    weight = train_ctm.adversarial_terms(config, judge, SimpleNamespace(uniform=None), (8, 8))["generator_weight"]
+    gradient = torch.ones(4)
+    for ratio, expected in ((1.0, 1.0), (2.5, 1.25), (9.0, 1.5)):
+        assert weight(ratio * gradient, gradient).item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):

@@ -40,6 +40,30 @@ def test_exact_step_is_the_plain_one_and_less_work(tmp_path, threads):
     assert "| exact |" in (tmp_path / "benchmark.md").read_text()
 
 
+def test_exact_turns_of_the_adversarial_stage_are_the_plain_ones_and_less_work(tmp_path, threads):
+    config = BenchmarkConfig(parts=["adversarial"], output_dir=str(tmp_path), **TINY)
+    report = benchmark.main(config)["adversarial"]
+    assert 0 < report["difference"]["losses"] < 1e-5 and 0 < report["difference"]["gradients"] < 1e-5
+    plain, exact = (report["variants"][name]["images"] for name in ("plain", "exact"))
+    # The student's turn: both losses; the discriminator's: its fake, with a graph for nobody.
+    assert plain["student"] == {"without_graph": 0, "with_graph": 3, "backward": 2}
+    assert exact["student"] == {"without_graph": 1, "with_graph": 2, "backward": 2}
+    # For each of two weights a pass of either loss that goes through the average, but score matching does not; and one for the update.
+    assert plain["average"] == {"without_graph": 2, "with_graph": 2, "backward": 4}
+    assert exact["average"]["backward"] == 2 * exact["average"]["with_graph"] < 2
+    assert exact["average"]["without_graph"] < 3
+    assert plain["features"] == {"without_graph": 2, "with_graph": 1, "backward": 2}
+    assert exact["features"] == {"without_graph": 2, "with_graph": 1, "backward": 1}
+    text = (tmp_path / "benchmark.md").read_text()
+    assert "| exact |" in text and "plain 3.00 forward, 2.00 backward; exact 3.00 forward, 1.00 backward" in text
+    problem = Problem(config, torch.device("cpu"), adversarial=True)
+    before = {name: value.clone() for name, value in problem.judge.state_dict().items()}
+    with benchmark.restored(problem):
+        benchmark.adversarial_variants()["plain"](problem, 2, 0, problem.inputs(0))
+        assert any(not torch.equal(value, before[name]) for name, value in problem.judge.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in problem.judge.state_dict().items())
+
+
 def test_a_step_leaves_the_networks_as_they_were():
     problem = Problem(BenchmarkConfig(**TINY), torch.device("cpu"))
     before = {name: value.clone() for name, value in problem.student.state_dict().items()}

@@ -213,9 +213,10 @@ def test_a_step_of_one_network_leaves_the_other(tmp_path):
     assert run.ema.updates == 0 and judge.optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_accumulation_and_clipping_of_the_second_network(tmp_path):
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_accumulation_and_clipping_of_the_second_network(tmp_path, clip):
     """One step of plain gradient descent, by hand."""
-    run = start(tmp_path / "run", max_train_steps=1, gradient_accumulation_steps=2, max_grad_norm=0.5)
+    run = start(tmp_path / "run", max_train_steps=1, gradient_accumulation_steps=2, max_grad_norm=clip)
     judge = run.networks["judge"].bare.eval()
     before, gradients = state(judge), []
     for batch in run.batches():
@@ -226,8 +227,9 @@ def test_accumulation_and_clipping_of_the_second_network(tmp_path):
     gradient = [(a + b) / 2 for a, b in zip(*gradients, strict=True)]
     norm = torch.cat([value.flatten() for value in gradient]).norm()
     assert norm > 0.5
+    factor = clip / norm if clip else 1.0
     for (name, parameter), value in zip(judge.named_parameters(), gradient, strict=True):
-        torch.testing.assert_close(parameter, before[name] - 0.1 * value * 0.5 / norm, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parameter, before[name] - 0.1 * value * factor, rtol=1e-4, atol=1e-6)
 
 
 def test_networks_of_a_checkpoint_must_be_those_of_the_run(tmp_path):
@@ -348,14 +350,16 @@ def test_skipped_steps_are_shown_and_counted_on_when_resumed(tmp_path, monkeypat
     logged = {}
     monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.update({step: values}))
     broken = {1, 2, 4}.__contains__
-    learn(start(tmp_path / "whole", checkpointing_steps=4, max_train_steps=6), broken=broken)
-    skipped = [logged[step]["train/skipped_steps"] for step in (2, 4, 6)]
-    losses = [logged[step]["train/loss"] for step in (2, 4, 6)]
-    assert skipped == [1, 2, 3] and all(map(math.isfinite, losses))
+    options = {"max_train_steps": 6, "logging_steps": 3}
+    learn(start(tmp_path / "whole", checkpointing_steps=4, **options), broken=broken)
+    skipped = [logged[step]["train/skipped_steps"] for step in (3, 6)]
+    losses = [logged[step]["train/loss"] for step in (3, 6)]
+    assert skipped == [2, 3] and all(map(math.isfinite, losses))
     interrupt(tmp_path / "whole", tmp_path / "part", 4)
     logged.clear()
-    learn(start(tmp_path / "part", resume_from_checkpoint="latest", max_train_steps=6), broken=broken)
-    assert logged[6]["train/skipped_steps"] == 3 and logged[6]["train/loss"] == losses[2]
+    learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options), broken=broken)
+    # The mean goes on from the checkpoint's, whose step is one of three.
+    assert logged[6]["train/skipped_steps"] == 3 and logged[6]["train/loss"] == losses[1]
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):

@@ -163,6 +163,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(teacher, tmp_path, program):
 
 def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path):
     options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0}  # what is saved is then the student itself
+    options |= {"optimizer": "adam", "adam_epsilon": 1e-3}  # RAdam would hardly move
     one = distil(teacher, tmp_path / "one", **options)
     two = distil(teacher, tmp_path / "two", **{**options, "train_batch_size": 4, "gradient_accumulation_steps": 2})
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
@@ -523,6 +524,8 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
     distil(teacher, tmp_path / "run", **{**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2})
     # The student's step asks the teacher before the discriminator; the discriminator's step does not ask it at all.
     assert "teacher" in events[:-2] and events[-2:] == ["generator", "discriminator"]
+    _, estimate, augment = seen["generator"]
+    assert estimate.requires_grad and [len(parameters.brightness) for parameters in augment] == [8]
     _, real, fake, augment = seen["discriminator"]
     assert not fake.requires_grad and fake.shape == real.shape and not torch.equal(fake, real)
     assert all(not torch.equal(*parameters.brightness.chunk(2)) for parameters in augment)  # fakes and data

@@ -23,11 +23,21 @@ from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunSche
 from diffusers_ctm.trajectory import Preconditioning, append_dims
 
 from . import run, train_ctm
-from .config import Checked, CTMConfig, UserError, option, run_program
+from .backbones import load_backbone
+from .config import Checked, CTMConfig, DiscriminatorOptions, UserError, option, run_program
+from .discriminator import (
+    ProjectedDiscriminator,
+    discriminator_hinge_loss,
+    discriminator_loss,
+    discriminator_optimizer,
+    generator_hinge_loss,
+    generator_loss,
+    generator_weight,
+)
 from .ema import EMA
 from .evaluate import choose_device, hardware
 from .files import write_files
-from .losses import ctm_loss, l2_distance
+from .losses import ctm_estimate, ctm_loss, l2_distance, make_jumps
 from .solver import SOLVERS, heun_solve
 from .time_sampling import Times, TimeSampler, draw_half_lognormal_sigma
 
@@ -42,7 +52,10 @@ class BenchmarkConfig(Checked):
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     output_dir: str = option("runs/benchmark", "Folder for benchmark.json and benchmark.md.")
-    parts: list[str] = option(["training", "sampling", "scaling"], "Which of 'training', 'sampling' and 'scaling'.")
+    parts: list[str] = option(
+        ["training", "adversarial", "sampling", "scaling"],
+        "Which of 'training', 'adversarial', 'sampling' and 'scaling'.",
+    )
     channels: int = option(16, "Channels of the network, EDM's DDPM++ for CIFAR-10: 128 there, 16 fits a CPU core.")
     resolution: int = option(32, "Height and width of the images.")
     batch_size: int = option(8, "Images of a training step.")
@@ -63,8 +76,8 @@ class BenchmarkConfig(Checked):
         self.check_positive(
             "channels", "resolution", "batch_size", "rounds", "strata", "sampling_batch_size", "threads"
         )
-        known = {"training", "sampling", "scaling"}
-        self.check(len(self.parts) > 0 and set(self.parts) <= known, "parts", "some of training, sampling, scaling")
+        known = self.__dataclass_fields__["parts"].default_factory()
+        self.check(len(self.parts) > 0 and set(self.parts) <= set(known), "parts", f"some of {', '.join(known)}")
         self.check(self.channels % 16 == 0, "channels", "a multiple of 16")
         self.check(self.resolution % 4 == 0, "resolution", "a multiple of 4")
         self.check(self.batch_size % 4 == 0, "batch_size", "a multiple of 4, which share a path")
@@ -78,11 +91,13 @@ class BenchmarkConfig(Checked):
 class Problem:
     """Networks and the inputs of a step, the same for both sides.
 
-    `averages` are the plain loop's: the target's network and the two that are evaluated, of which one has the target's rate.
+    `averages` are the plain loop's: the target's network and the two that are evaluated, of which one has the target's rate. `judge` is there
+    if `adversarial`: a discriminator on the features of the embedded classifier, without augmentation.
     """
 
     config: BenchmarkConfig
     device: torch.device
+    adversarial: bool = False
     student: torch.nn.Module = field(init=False)
     teacher: torch.nn.Module = field(init=False)
 
@@ -99,6 +114,13 @@ class Problem:
         self.target = EMA(self.student, 0.999)
         self.duplicate, self.slow = EMA(self.student, 0.999), EMA(self.student, 0.9999)
         self.optimizer = torch.optim.RAdam(self.student.parameters(), lr=1e-6)
+        self.judge = None
+        if self.adversarial:
+            backbones = {"digits": load_backbone("digits", config.resolution)}
+            judge = ProjectedDiscriminator(backbones, 0, channels=config.channels, augment=False)
+            self.judge = judge.to(self.device, memory_format=torch.channels_last)
+            options = DiscriminatorOptions(discriminator_learning_rate=1e-6)
+            self.judge_optimizer = discriminator_optimizer(options, self.judge)
         self.preconditioning = Preconditioning()
         self.call = {
             name: torch.compile(network) if config.compile else network
@@ -146,19 +168,25 @@ def _fill(network: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.05)
 
 
-def plain_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A step as the authors' loop orders it: every jump computed, gradients for the weight and for the update by passes of their own.
+def plain_estimate(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Both jumps of every sample, with graph."""
+    jump, call = problem.preconditioning.jump, problem.call
+    t, s = times.t.to(values["x_0"]), times.s.to(values["x_0"])
+    x_t = values["x_0"] + append_dims(t, 4) * values["noise"]
+    return jump(call["ema"], jump(call["student"], x_t, t, s), s, torch.full_like(s, times.end))
 
-    Teacher, student and average are called as there: 2k times, twice, and four times (once with graph); the averages are three.
+
+def plain_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """A step as the authors' loop orders it: every jump computed, gradients for each weight and for the update by passes of their own.
+
+    Teacher, student and average are called as there: 2k times, twice, and three times (once with graph); the averages are three.
     """
     precondition, call = problem.preconditioning, problem.call
     x_0 = values["x_0"]
     t, u, s = (level.to(x_0) for level in (times.t, times.u, times.s))
     end = torch.full_like(s, times.end)
-    last = problem.student.last_layer.weight
 
-    x_t = x_0 + append_dims(t, 4) * values["noise"]
-    x_u = x_t
+    x_u = x_0 + append_dims(t, 4) * values["noise"]
     path = times.path.to(x_0)
     for row in range(int(times.steps[0])):
         level, next_level = path[row], path[row + 1]
@@ -166,7 +194,7 @@ def plain_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) 
         euler = x_u + append_dims(next_level - level, 4) * slope
         next_slope = (euler - problem.denoise(euler, next_level)) / append_dims(next_level, 4)
         x_u = x_u + append_dims(next_level - level, 4) * (slope + next_slope) / 2
-    estimate = precondition.jump(call["ema"], precondition.jump(call["student"], x_t, t, s), s, end)
+    estimate = plain_estimate(problem, times, values)
     with torch.no_grad():
         target = precondition.jump(call["ema"], precondition.jump(call["ema"], x_u, u, s), s, end)
     trajectory = l2_distance(estimate, target).mean()
@@ -175,12 +203,34 @@ def plain_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) 
     x_sigma = x_0 + append_dims(sigma, 4) * values["dsm_noise"]
     denoised = precondition.g(call["student"], x_sigma, sigma, sigma)
     dsm = (precondition.loss_weight(sigma) * l2_distance(denoised, x_0)).mean()
-    lengths = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (trajectory, dsm)]
-    weight = (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4).detach()
-    (trajectory + weight * dsm).backward()
+
+    def weigh(loss: torch.Tensor, smallest: float, largest: float) -> torch.Tensor:
+        last = problem.student.last_layer.weight
+        lengths = [torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (trajectory, loss)]
+        return (lengths[0] / (lengths[1] + 1e-4)).clamp(smallest, largest).detach()
+
+    weight = weigh(dsm, 0.0, 1e4)
+    total = trajectory + weight * dsm
     terms = {"trajectory": trajectory.item(), "dsm": dsm.item(), "weight": weight.item()}  # read to log them
+    if problem.judge is not None:
+        with problem.judge.frozen():
+            generator = generator_hinge_loss(problem.judge(estimate))
+        weight = weigh(generator, 0.01, 10.0)
+        total = total + weight * generator
+        terms |= {"generator": generator.item(), "generator_weight": weight.item()}
+    total.backward()
     _finish(problem, [problem.target, problem.duplicate, problem.slow])
     return terms
+
+
+def plain_discriminator_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The discriminator's turn in that order: fakes made with a graph that nobody goes back through; fakes and data by passes of their own."""
+    fake = plain_estimate(problem, times, values).detach()
+    fake_logits, real_logits = problem.judge(fake), problem.judge(values["x_0"])
+    loss = discriminator_hinge_loss(real_logits, fake_logits)
+    loss.backward()
+    problem.judge_optimizer.step()
+    return {"discriminator": loss.item()}
 
 
 def our_step(
@@ -194,11 +244,26 @@ def our_step(
         preconditioning=problem.preconditioning,
         times=times,
         last_weight=problem.student.last_layer.weight,
+        generator_loss=None if problem.judge is None else functools.partial(generator_loss, problem.judge),
+        generator_weight=generator_weight,
         **values,
     )
     loss.backward.backward()
     _finish(problem, [problem.target, problem.slow])
-    return {"trajectory": loss.trajectory, "dsm": loss.dsm, "weight": loss.dsm_weight}
+    terms = {"trajectory": loss.trajectory, "dsm": loss.dsm, "weight": loss.dsm_weight}
+    if problem.judge is not None:
+        terms |= {"generator": loss.generator, "generator_weight": loss.generator_weight}
+    return terms
+
+
+def our_discriminator_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The discriminator's turn of `training.train_ctm`."""
+    x_0, call = values["x_0"], problem.call
+    jumps = make_jumps(call["student"], call["ema"], problem.preconditioning, times, x_0, None)
+    loss = discriminator_loss(problem.judge, x_0, ctm_estimate(jumps, x_0, values["noise"]))
+    loss.backward()
+    problem.judge_optimizer.step()
+    return {"discriminator": loss.detach()}
 
 
 def _finish(problem: Problem, averages: list[EMA]) -> None:
@@ -211,23 +276,21 @@ def _finish(problem: Problem, averages: list[EMA]) -> None:
 @contextlib.contextmanager
 def restored(problem: Problem) -> Iterator[None]:
     """Run a step whose changes to the networks are taken back."""
-    networks = [problem.student, problem.target.module]
+    networks = [problem.student, problem.target.module] + ([problem.judge] if problem.judge is not None else [])
     before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
-    problem.optimizer.zero_grad(set_to_none=True)
+    for network in networks:
+        network.zero_grad(set_to_none=True)
     yield
     for network, state in zip(networks, before):
         network.load_state_dict(state)
 
 
 class Counter:
-    """Images through a network: forward without and with graph, and backward."""
+    """Images through a network, of which `first` is the first layer: forward without and with graph, and backward."""
 
-    def __init__(self, network: torch.nn.Module):
+    def __init__(self, network: torch.nn.Module, first: torch.nn.Module):
         self.without_graph = self.with_graph = self.backward = 0
-        self.handles = [
-            network.register_forward_hook(self._forward),
-            network.conv_in.register_forward_hook(self._watch),
-        ]
+        self.handles = [network.register_forward_hook(self._forward), first.register_forward_hook(self._watch)]
 
     def _forward(self, module, args, output):
         if output[0].requires_grad:
@@ -302,15 +365,12 @@ def compare(problem: Problem, variants: dict[str, Callable], config: BenchmarkCo
         run(name, strata[-1], 0)
         progress.update()
     counts, memory = {}, {}
+    networks = {"teacher": problem.teacher, "student": problem.student, "average": problem.target.module}
     for name in variants:
-        counters = {
-            kind: Counter(network)
-            for kind, network in (
-                ("teacher", problem.teacher),
-                ("student", problem.student),
-                ("average", problem.target.module),
-            )
-        }
+        counters = {kind: Counter(network, network.conv_in) for kind, network in networks.items()}
+        if problem.judge is not None:
+            features = problem.judge.backbones["digits"]
+            counters["features"] = Counter(features, features.body[0])
         for seed, k in enumerate(strata):
             run(name, k, seed)
         images = len(strata) * config.batch_size
@@ -373,30 +433,51 @@ def training_variants() -> dict[str, Callable]:
     }
 
 
-def same_result(problem: Problem) -> dict[str, float]:
-    """How far losses and gradients of the exact step are from those of the plain one, relative to the largest."""
-    variants, found = training_variants(), {}
+def adversarial_variants() -> dict[str, Callable]:
+    """A turn of the student and one of the discriminator, likewise."""
+
+    def turns(student, discriminator):
+        def run(problem, k, seed, values):
+            times = problem.times(k, seed)
+            return {**student(problem, times, values), **discriminator(problem, times, values)}
+
+        return run
+
+    return {"plain": turns(plain_step, plain_discriminator_step), "exact": turns(our_step, our_discriminator_step)}
+
+
+def same_result(problem: Problem, variants: dict[str, Callable]) -> dict[str, float]:
+    """How far losses and gradients of the exact step are from those of the plain one, relative to the largest of a network."""
+    found = {}
     k = problem.strata()[0]
     for name in ("plain", "exact"):
         values = problem.inputs(0)
         with restored(problem):
             terms = variants[name](problem, k, 0, values)
-            gradients = [parameter.grad.clone() for parameter in problem.student.parameters()]
+            gradients = [
+                [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
+                for network in (problem.student, problem.judge)
+                if network is not None
+            ]
         found[name] = (torch.tensor([float(value) for value in terms.values()]), gradients)
     (plain_terms, plain_gradients), (terms, gradients) = found["plain"], found["exact"]
-    largest = max(gradient.abs().max() for gradient in plain_gradients)
+    differences = [
+        max((a - b).abs().max() for a, b in zip(ours, plain, strict=True)) / max(b.abs().max() for b in plain)
+        for ours, plain in zip(gradients, plain_gradients, strict=True)
+    ]
     return {
         "losses": float(((terms - plain_terms) / plain_terms).abs().max()),
-        "gradients": float(max((a - b).abs().max() for a, b in zip(gradients, plain_gradients)) / largest),
+        "gradients": float(max(differences)),
     }
 
 
-def measure_training(config: BenchmarkConfig, device: torch.device) -> dict:
-    problem = Problem(config, device)
-    variants = training_variants()
-    with tqdm(total=2 * len(variants) + config.rounds, desc="Training steps", unit="pass") as progress:
+def measure_training(config: BenchmarkConfig, device: torch.device, adversarial: bool = False) -> dict:
+    problem = Problem(config, device, adversarial)
+    variants = adversarial_variants() if adversarial else training_variants()
+    words = "Adversarial steps" if adversarial else "Training steps"
+    with tqdm(total=2 * len(variants) + config.rounds, desc=words, unit="pass") as progress:
         return {
-            "difference": same_result(problem),
+            "difference": same_result(problem, variants),
             "solver_steps": problem.strata(),
             "variants": compare(problem, variants, config, progress),
         }
@@ -570,6 +651,28 @@ def spread(values: dict, digits: int = 3) -> str:
     return f"{values['mean']:.{digits}f}" + (f" ± {values['std']:.{digits}f}" if values["std"] is not None else "")
 
 
+def step_table(training: dict) -> list[str]:
+    """The lines of a table of steps, and how far both results are apart."""
+    lines = [
+        "| step | time over plain | teacher forward | student forward | average forward, with graph | backward through student, average | peak memory |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in training["variants"].items():
+        teacher, student, average = (row["images"][kind] for kind in ("teacher", "student", "average"))
+        memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f} MiB"
+        lines.append(
+            f"| {name} | {spread(row['ratio'])} | {teacher['without_graph']:.2f} | {student['with_graph'] + student['without_graph']:.2f} "
+            f"| {average['without_graph']:.2f} + {average['with_graph']:.2f} | {student['backward']:.2f}, {average['backward']:.2f} | {memory} |"
+        )
+    difference = training["difference"]
+    return [
+        *lines,
+        "",
+        f"- The exact step's losses differ from the plain one's by {difference['losses']:.1e}, its gradients by {difference['gradients']:.1e} of the largest.",
+        "",
+    ]
+
+
 def markdown(report: dict) -> str:
     options, lines = report["options"], []
     if "training" in report:
@@ -579,20 +682,19 @@ def markdown(report: dict) -> str:
             f"{options['batch_size']}, N = {options['num_train_timesteps']}, k = {', '.join(map(str, training['solver_steps']))}. The plain step "
             "computes everything in the order of the authors' loop. Images are those of the batch, per image of it:",
             "",
-            "| step | time over plain | teacher forward | student forward | average forward, with graph | backward through student, average | peak memory |",
-            "|---|--:|--:|--:|--:|--:|--:|",
+            *step_table(training),
         ]
-        for name, row in training["variants"].items():
-            teacher, student, average = (row["images"][kind] for kind in ("teacher", "student", "average"))
-            memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f} MiB"
-            lines.append(
-                f"| {name} | {spread(row['ratio'])} | {teacher['without_graph']:.2f} | {student['with_graph'] + student['without_graph']:.2f} "
-                f"| {average['without_graph']:.2f} + {average['with_graph']:.2f} | {student['backward']:.2f}, {average['backward']:.2f} | {memory} |"
-            )
-        difference = training["difference"]
+    if "adversarial" in report:
+        features = {name: row["images"]["features"] for name, row in report["adversarial"]["variants"].items()}
+        each = (
+            f"{name} {count['without_graph'] + count['with_graph']:.2f} forward, {count['backward']:.2f} backward"
+            for name, count in features.items()
+        )
         lines += [
+            "Of the adversarial stage a turn of the student and one of the discriminator, on the features of the small embedded classifier:",
             "",
-            f"- The exact step's losses differ from the plain one's by {difference['losses']:.1e}, its gradients by {difference['gradients']:.1e} of the largest.",
+            *step_table(report["adversarial"])[:-1],
+            f"- Through the feature network: {'; '.join(each)}.",
             "",
         ]
     if "sampling" in report:
@@ -627,7 +729,12 @@ def main(config: BenchmarkConfig) -> dict:
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     report = {"options": asdict(config), "hardware": hardware(device)}
-    measures = {"training": measure_training, "sampling": measure_sampling, "scaling": measure_scaling}
+    measures = {
+        "training": measure_training,
+        "adversarial": functools.partial(measure_training, adversarial=True),
+        "sampling": measure_sampling,
+        "scaling": measure_scaling,
+    }
     for part, measure in measures.items():
         if part not in config.parts:
             continue

@@ -43,7 +43,7 @@ def test_exact_step_is_the_plain_one_and_less_work(tmp_path, threads):
 def test_exact_turns_of_the_adversarial_stage_are_the_plain_ones_and_less_work(tmp_path, threads):
     config = BenchmarkConfig(parts=["adversarial"], output_dir=str(tmp_path), **TINY)
     report = benchmark.main(config)["adversarial"]
-    assert 0 < report["difference"]["losses"] < 1e-5 and 0 < report["difference"]["gradients"] < 1e-5
+    assert report["difference"]["losses"] < 1e-5 and report["difference"]["gradients"] < 1e-5
     plain, exact = (report["variants"][name]["images"] for name in ("plain", "exact"))
     # The student's turn: both losses; the discriminator's: its fake, with a graph for nobody.
     assert plain["student"] == {"without_graph": 0, "with_graph": 3, "backward": 2}

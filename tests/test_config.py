@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffusers_ctm import CTMScheduler
 from training.config import CTMConfig, EDMConfig, UserError, parse_config, save_config
 from training.evaluate import EvaluateConfig
+from training.train_ctm import time_sampler
 
 
 def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path):
@@ -141,7 +143,49 @@ def test_shipped_stages_fit_together():
             assert getattr(first, name) == getattr(second, name), (path.stem, name)
         assert second.discriminator_weight == 1 and first.discriminator_weight == 0
         assert path.stem.startswith("digits") or second.init_from == first.output_dir
-    sizes = {"cifar10_cond": 256, "cifar10_uncond_adversarial": 528, "imagenet64": 1440, "imagenet64_adversarial": 2112}
-    for stem, images in sizes.items():
-        config = parse_config(CTMConfig, ["--config", str(SHIPPED[0].parent / f"{stem}.yaml")])
-        assert config.train_batch_size * config.gradient_accumulation_steps == images
+
+
+# Of the authors' commands, and their code's defaults for what the commands leave out: images of an iteration and of a pass, N, M, learning
+# rate, rate of the target's average, other rates, dropout.
+CIFAR, IMAGENET = (18, 17, 4e-4), ([0.9999, 0.9999432189950708], None)
+AUTHORS = {
+    "cifar10_cond": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_uncond": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_cond_adversarial": (528, 11, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_uncond_adversarial": (528, 11, *CIFAR, 0.9999, [0.999], 0.13),
+    "imagenet64": (1440, 18, 40, 39, 4e-4, 0.999, *IMAGENET),
+    "imagenet64_adversarial": (2112, 11, 40, 20, 8e-6, 0.999, *IMAGENET),
+}
+
+
+@pytest.mark.parametrize("stem", AUTHORS)
+def test_the_authors_configs_have_their_numbers(stem):
+    config = parse_config(CTMConfig, ["--config", f"training/configs/{stem}.yaml"])
+    sampler = time_sampler(config, CTMScheduler())
+    assert AUTHORS[stem] == (
+        config.train_batch_size * config.gradient_accumulation_steps, config.train_batch_size, config.num_train_timesteps, sampler.max_steps,
+        config.learning_rate, config.ema_decay, config.extra_ema_decays, config.dropout,
+    )  # fmt: skip
+    assert (sampler.matching, sampler.distribution, sampler.per_sample, sampler.continuous) == ("soft", "weighted", False, False)  # fmt: skip
+    assert (config.optimizer, config.adam_beta1, config.adam_beta2, config.adam_weight_decay) == ("radam", 0.9, 0.999, 0)  # fmt: skip
+    assert (config.lr_scheduler, config.lr_warmup_steps, config.max_grad_norm) == ("constant_with_warmup", 0, 0)
+    assert (config.solver, config.inner_target, config.random_flip, config.ema_warmup) == ("heun", "live", True, False)
+    assert (config.dsm_weight, config.dsm_adaptive, config.dsm_sigma) == (1, True, "half_lognormal")
+    assert (config.distance, config.distance_network, config.distance_pooling) == ("lpips", "vgg", "average")
+    judge = {
+        "period": 2, "start": 0, "channels": 64, "augment": True, "learning_rate": 2e-3, "beta1": 0.5, "beta2": 0.9, "weight_min": 0.01,
+        "weight_max": 10,
+    }  # fmt: skip
+    assert {name: getattr(config, f"discriminator_{name}") for name in judge} == judge
+    if config.discriminator_weight:
+        backbones = {"facebook/deit-base-distilled-patch16-224", "efficientnet_lite0"}
+        assert set(config.discriminator_backbones) == backbones
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_say_how_long_and_whose_the_result_is(path):
+    if path.stem.endswith(("_variants", "_evaluate")):
+        return
+    words = " ".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"\b(minutes?|hours?|days|night)\b|assets/README.md", words), "how long"
+    assert re.search(r"[Mm]easured by us|not run by us|assets/README.md", words), "whose"

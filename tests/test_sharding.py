@@ -82,8 +82,8 @@ def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("DEEPSPEED", "DeepSpeed makes the backward pass.*ddp.yaml and fsdp.yaml"),
-        ("MEGATRON_LM", "Megatron-LM makes the backward pass"),
+        ("DEEPSPEED", "DeepSpeed resumes from pickles.*ddp.yaml and fsdp.yaml"),
+        ("MEGATRON_LM", "Megatron-LM trains networks of its own.*ddp.yaml"),
         ("FSDP", "FSDP for several processes on GPUs only"),
     ],
 )

@@ -413,6 +413,10 @@ def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp
         ({"matching": "global", "inner_target": "ema"}, "--inner_target does not go with --matching global"),
         ({"triples_per_path": 3, "train_batch_size": 8}, "--triples_per_path must be a divisor"),
         ({"max_solver_steps": 0}, "--max_solver_steps must be in 1..17"),
+        ({"dsm_weight": 0, "dsm_sigma": "lognormal"}, "--dsm_sigma needs a --dsm_weight above 0; leave it out"),
+        ({"dsm_weight": 0, "dsm_adaptive": False}, "--dsm_adaptive needs a --dsm_weight"),
+        ({"posthoc_ema_every": 7}, "--posthoc_ema_every needs --posthoc_ema; leave it out"),
+        ({"shuffle_buffer": 7}, "--shuffle_buffer needs --streaming"),
         ({"teacher": None, "solver_model": "ema", "label_dropout": 0.1}, "--label_dropout must be 0 without"),
     ],
 )

@@ -53,6 +53,13 @@ class Checked:
         for name in names:
             self.check(getattr(self, name) >= 0, name, "0 or more")
 
+    def refuse(self, names: list[str], reason: str) -> None:
+        """Raise UserError if one of these options is not as by default."""
+        for entry in dataclasses.fields(self):
+            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+            if entry.name in names and getattr(self, entry.name) != default:
+                raise UserError(f"--{entry.name} {reason}; leave it out.")
+
     def check_folder(self, name: str) -> None:
         """Of a folder that is to be written."""
         folder = getattr(self, name)
@@ -323,6 +330,10 @@ class RunOptions(DataOptions):
         widths = self.posthoc_ema
         self.check(all(0 < width < 12**-0.5 for width in widths), "posthoc_ema", "in (0, 0.288]")
         self.check(not widths or len(set(widths)) > 1, "posthoc_ema", "two different widths or more")
+        if not widths:
+            self.refuse(["posthoc_ema_every"], "needs --posthoc_ema")
+        if not self.streaming:
+            self.refuse(["shuffle_buffer"], "needs --streaming true")
         self.check_folder("output_dir")
         if self.push_to_hub or self.hub_model_id is not None:
             well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
@@ -547,7 +558,9 @@ class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOp
         self._check_teacher()
         self._check_times()
         if self.discriminator_weight == 0:
-            self._refuse([f.name for f in dataclasses.fields(DiscriminatorOptions)], "needs a --discriminator_weight")
+            self.refuse([f.name for f in dataclasses.fields(DiscriminatorOptions)], "needs a --discriminator_weight")
+        if self.dsm_weight == 0:
+            self.refuse(["dsm_adaptive", "dsm_sigma"], "needs a --dsm_weight above 0")
         for name in ("sigma_min", "sigma_max"):
             self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
         self.check_positive("solver_substeps")
@@ -566,18 +579,11 @@ class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOp
         unused, reason = (
             (of_teacher, "needs --teacher") if self.teacher is None else (of_network, "is for a run without --teacher")
         )
-        self._refuse(unused, reason)
+        self.refuse(unused, reason)
         if self.teacher is None:
             self.check(
                 not self.label_dropout or self.label_column is not None, "label_dropout", "0 without --label_column"
             )
-
-    def _refuse(self, names: list[str], reason: str) -> None:
-        """Raise UserError if one of these options is not as by default."""
-        for entry in dataclasses.fields(self):
-            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
-            if entry.name in names and getattr(self, entry.name) != default:
-                raise UserError(f"--{entry.name} {reason}; leave it out.")
 
     def _check_times(self) -> None:
         """Refuse what another choice makes meaningless. Nothing is filled in: what is saved must be read again."""

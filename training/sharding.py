@@ -20,7 +20,7 @@ def check_launch() -> None:
     """Raise UserError if the launcher asks for what this training cannot do."""
     if _asked("DEEPSPEED"):
         raise UserError(
-            f"DeepSpeed resumes from pickles, which run code, and its engine takes one network and makes the step its own. {WHAT_WORKS}"
+            f"DeepSpeed resumes from pickles, which can run code, and makes clipping and the step its own. {WHAT_WORKS}"
         )
     if _asked("MEGATRON_LM"):
         raise UserError(f"Megatron-LM trains networks of its own. {WHAT_WORKS}")

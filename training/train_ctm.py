@@ -73,7 +73,7 @@ def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
         raise UserError(
             f"--teacher {config.teacher} is a consistency model: no solver runs. Leave out {', '.join(given)}."
         )
-    if config.dsm_adaptive or config.dsm_weight == 0:
+    if config.dsm_adaptive:  # as it must be without score matching
         raise UserError(
             f"--teacher {config.teacher} is a consistency model, and the student starts as its copy: at first the trajectory loss has no gradient "
             "to weigh score matching by, and without score matching nothing would be learnt. Give --dsm_adaptive false and a "

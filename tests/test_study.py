@@ -71,12 +71,14 @@ def test_a_variant_stands_beside_the_first_at_as_many_teacher_evaluations():
         "soft": [curve(100, 8.0, 4.0, 2.0)],
         "few": [curve(25, 9.0, 7.0, 5.0)],
         "more": [curve(50, 9.0, 6.0, 3.0)],
+        "most": [curve(200, 7.0, 1.75, 1.0)],
     }
     config = StudyConfig(eval_steps=[1])
     rows = study.tabulate(curves, {name: [0.1] for name in curves}, config)["rows"]
     pairs = {name: (row["beside_first"]["value"], *row["beside_first"]["distances"]["1"]) for name, row in rows.items()}
     assert pairs["more"][0] == 150 and pairs["few"][0] == 75
     assert pairs["more"][1]["mean"] == pytest.approx(3) and pairs["more"][2]["mean"] == pytest.approx(math.sqrt(32))
+    assert pairs["most"][0] == 300 and [pair["mean"] for pair in pairs["most"][1:]] == pytest.approx([3.5, 2])
     assert pairs["few"][1]["mean"] == pytest.approx(5) and pairs["few"][2] is None  # first measured after that
     table = {"common": {"iteration": 30, "seconds": 3.0}, "rows": rows}
     lines = study.markdown(table, config, {"hardware": {"device": "cpu"}}).splitlines()

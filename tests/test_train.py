@@ -373,6 +373,7 @@ def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, opt
     assert (loss["distance"].about["name"], loss["inner_target"]) == ("pseudo_huber", "live" if live else "ema")
     assert (loss["dsm_weight"], loss["dsm_adaptive"]) == (0.7, adaptive)
     assert loss["last_weight"]() is loss["student"].conv_out.weight
+    assert torch.equal(loss["student_ema"].conv_out.weight, weights(student)["conv_out.weight"])  # what is saved
 
 
 def test_without_a_teacher_the_student_follows_its_own_average(tmp_path, monkeypatch):
@@ -525,9 +526,12 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
     watch(Teacher, "denoise", "teacher")
     watch(train_ctm, "generator_loss", "generator")
     watch(train_ctm, "discriminator_loss", "discriminator")
-    distil(teacher, tmp_path / "run", **{**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2})
+    watch(train_ctm, "make_jumps", "jumps")
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
+    student = distil(teacher, tmp_path / "run", **options)
     # The student's step asks the teacher before the discriminator; the discriminator's step does not ask it at all.
-    assert "teacher" in events[:-2] and events[-2:] == ["generator", "discriminator"]
+    assert "teacher" in events[:-3] and events[-3:] == ["generator", "jumps", "discriminator"]
+    assert torch.equal(seen["jumps"][1].conv_out.weight, weights(student)["conv_out.weight"])  # the average's
     _, estimate, augment = seen["generator"]
     assert estimate.requires_grad and [len(parameters.brightness) for parameters in augment] == [8]
     _, real, fake, augment = seen["discriminator"]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -76,6 +76,25 @@ def interrupt(whole, part, step):
     """Make `part` what `whole` was after its checkpoint of `step`, as if it had been killed there."""
     os.makedirs(part)
     os.rename(whole / f"checkpoint-{step}", part / f"checkpoint-{step}")
+
+
+def test_each_process_drops_out_other_units(tmp_path, monkeypatch):
+    """What torch draws by itself depends on the seed and the process."""
+    start_accelerator = run_module.Accelerator
+
+    def first_number(process, seed):
+        def started(*args, **options):
+            accelerator = start_accelerator(*args, **options)
+            PartialState._shared_state["process_index"] = process
+            return accelerator
+
+        monkeypatch.setattr(run_module, "Accelerator", started)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run_module.make_accelerator(EDMConfig(output_dir=str(tmp_path), seed=seed, report_to="none"))
+        return torch.rand(()).item()
+
+    numbers = [first_number(process, seed) for process, seed in ((0, 5), (1, 5), (0, 9), (0, 5))]
+    assert numbers[0] == numbers[3] and len(set(numbers)) == 3
 
 
 # Averages ---------------------------------------------------------------------------------------------------------------

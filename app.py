@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -532,6 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     torch.set_num_threads(options.threads or threads())
     os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="ctm-page-")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder goes, too
     try:
         start(
             build(),

@@ -585,7 +585,8 @@ def test_a_checkpoint_of_the_hub_behind_a_password(tmp_path):
     with LoopbackHub() as hub:
         hub.repos["models/team/tiny"] = Repo()
         hub.repos["models/team/tiny"].commit(files)
-        environment = hub.environment(tmp_path / "cache")
+        environment = hub.environment(tmp_path / "cache") | {"TMPDIR": str(tmp_path / "made")}
+        (tmp_path / "made").mkdir()
         with serving("--model", "team/tiny", "--auth", str(tmp_path / "users"), environment=environment) as (
             address,
             _,
@@ -598,5 +599,7 @@ def test_a_checkpoint_of_the_hub_behind_a_password(tmp_path):
             assert "2 images" in report and 'from_pretrained("team/tiny")' in code
             with pytest.raises(Exception, match="not in the list of choices"):
                 client.predict(DIGITS, "all", 1, 0.0, 0, 2, api_name="/sample")  # nothing but what was asked
+            assert list((tmp_path / "made").glob("ctm-page-*/*"))
+    assert not list((tmp_path / "made").glob("ctm-page-*"))  # what it made is gone with it
     expected = recipes.sample(pipe, None, 1, 0.0, range(2)).images
     assert np.array_equal(np.asarray(grid(expected)), pixels(picture))

@@ -52,11 +52,38 @@ def class_choices(model: str, every: bool) -> dict:
     return {"choices": [EVERY_CLASS] * every + names, "value": value, "visible": bool(names)}
 
 
-def class_choice(label: str = "Class", every: bool = False) -> gr.Dropdown:
-    """The class to draw; what can be chosen depends on the checkpoint."""
-    field = gr.Dropdown(label=label, allow_custom_value=True, **class_choices(first_checkpoint(), every))
-    field.every_class = every
+class ClassChoice(gr.Dropdown):
+    """gr.Dropdown that the API does not bind to the classes of the first checkpoint; actions check the class."""
+
+    is_template = True
+
+    def api_info(self) -> dict:
+        return {"type": "string"}
+
+
+def following(make: Callable[..., gr.components.Component], properties: Callable[[str], dict]):
+    """What `make` makes with the `properties` of a checkpoint, by name; they change when another one is chosen."""
+    field = make(**properties(first_checkpoint()))
+    field.properties_for = properties
     return field
+
+
+def class_choice(label: str = "Class", every: bool = False) -> gr.Dropdown:
+    """The class to draw."""
+    make = functools.partial(ClassChoice, label=label, allow_custom_value=True)
+    return following(make, lambda model: class_choices(model, every))
+
+
+def own_schedule(instead_of: str) -> gr.Checkbox:
+    """Whether to use what `training.tune` found; seen where the checkpoint carries it."""
+
+    def properties(model: str) -> dict:
+        steps = [str(number) for number in CHECKPOINTS[model].presets]
+        numbers = " and ".join(filter(None, [", ".join(steps[:-1]), *steps[-1:]]))
+        info = f"Noise levels and gamma that were tuned for {numbers} steps, instead of {instead_of}."
+        return {"value": False, "visible": bool(steps), "info": info}
+
+    return following(functools.partial(gr.Checkbox, label="The checkpoint's own schedule"), properties)
 
 
 def steps(value: int, most: int = MOST_STEPS) -> gr.Slider:
@@ -106,6 +133,15 @@ def guarded(action: Callable, take: Callable) -> Callable:
             logger.exception("%s failed", action.__name__)
             raise gr.Error("That failed here. The page goes on working; its log says why.") from error
 
+    return call
+
+
+def as_files(action: Callable) -> Callable:
+    """`action` for an endpoint of its own, whose result is a .zip."""
+    name = action.__name__
+    call = guarded(action, lambda made: actions.zipped(made, name))
+    call.__name__ = f"{name}_files"  # what MCP calls it
+    call.__doc__ = f"{actions.FILES.format(name=name)}\n\n{action.__doc__}"
     return call
 
 
@@ -178,7 +214,7 @@ class Page:
             ).success(None, [self.model, *self.linked(fields).values()], link, js=self.remember(name, fields))
             if files:
                 save.click(
-                    guarded(action, lambda made: actions.zipped(made, name)),
+                    as_files(action),
                     inputs,
                     file,
                     api_name=f"{name}_files",
@@ -223,7 +259,7 @@ class Page:
         if model not in CHECKPOINTS:
             strange.append("model")
             model = first_checkpoint()
-        found = {self.model: model, **self.class_updates(model)}
+        found = {self.model: model, **self.follow(model)}
         if name in self.controls:
             found[self.tabs] = gr.Tabs(selected=name)
             for key, field in self.linked(self.controls[name]).items():
@@ -238,11 +274,11 @@ class Page:
             gr.Warning(f"What the link says of {', '.join(strange)} does not fit this page and was left out.")
         return found
 
-    def class_fields(self) -> list[gr.Dropdown]:
-        return [one for fields in self.controls.values() for one in fields.values() if hasattr(one, "every_class")]
+    def followers(self) -> list[gr.components.Component]:
+        return [one for fields in self.controls.values() for one in fields.values() if hasattr(one, "properties_for")]
 
-    def class_updates(self, model: str) -> dict:
-        return {field: gr.update(**class_choices(model, field.every_class)) for field in self.class_fields()}
+    def follow(self, model: str) -> dict:
+        return {field: gr.update(**field.properties_for(model)) for field in self.followers()}
 
     def every_control(self) -> list:
         return [one for fields in self.controls.values() for one in self.linked(fields).values()]
@@ -250,9 +286,13 @@ class Page:
 
 def restored(field: gr.components.Component, text: str, model: str):
     """`text` of a link as an update of `field`; None if it cannot be its value."""
-    if hasattr(field, "every_class"):
-        choices = class_choices(model, field.every_class)
-        return gr.update(**{**choices, "value": text}) if text in choices["choices"] else None
+    if hasattr(field, "properties_for"):
+        properties = field.properties_for(model)
+        if isinstance(field, gr.Dropdown):
+            values = {one: one for one in properties["choices"]}
+        else:
+            values = {"false": False, "true": True} if properties["visible"] else {"false": False}
+        return gr.update(**{**properties, "value": values[text]}) if text in values else None
     try:
         value = float(text)
     except ValueError:
@@ -365,6 +405,7 @@ def tabs_of(page: Page) -> None:
         lambda: {
             "steps": steps(2),
             "gamma": gamma(0.0),
+            "own_schedule": own_schedule("the gamma above"),
             "label": class_choice(every=True),
             "count": count(16),
             "seed": seed(),
@@ -391,7 +432,13 @@ def tabs_of(page: Page) -> None:
         "One step or many",
         "Drag the line: left the CTM, right the diffusion model that it came from, in 18 steps of Heun's method from the same noise.",
         actions.compare,
-        lambda: {"label": class_choice(every=True), "steps": steps(1), "seed": seed(), "count": count(9)},
+        lambda: {
+            "label": class_choice(every=True),
+            "steps": steps(1),
+            "own_schedule": own_schedule("gamma 0 on the usual levels"),
+            "seed": seed(),
+            "count": count(9),
+        },
         picture=lambda: gr.ImageSlider(
             label="CTM, diffusion model",
             show_label=False,
@@ -483,7 +530,7 @@ def tabs_of(page: Page) -> None:
         picture=with_captions,
     )
 
-    page.model.input(page.class_updates, page.model, page.class_fields(), api_visibility="private", **LIVE).success(
+    page.model.input(page.follow, page.model, page.followers(), api_visibility="private", **LIVE).success(
         None, js="() => window.ctmRunLive()"
     )
     blocks = gr.context.Context.root_block

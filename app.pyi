@@ -50,15 +50,12 @@ def class_choices(model: str, every: bool) -> dict:
 from gradio.events import Dependency
 
 class ClassChoice(gr.Dropdown):
-    """The class to draw; what can be chosen depends on the checkpoint."""
+    """gr.Dropdown that the API does not bind to the classes of the first checkpoint; actions check the class."""
 
     is_template = True
 
-    def __init__(self, label: str = "Class", every: bool = False):
-        self.every = every
-        super().__init__(
-            label=label, allow_custom_value=True, filterable=True, **class_choices(first_checkpoint(), every)
-        )
+    def api_info(self) -> dict:
+        return {"type": "string"}
     from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
     if TYPE_CHECKING:

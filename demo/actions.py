@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import diffusers_ctm
-from diffusers_ctm import save_images
+from diffusers_ctm import CTMPipeline, save_images
 
 from . import recipes
 from .checkpoints import ROOT, Checkpoint
@@ -33,6 +33,7 @@ EVERY_CLASS = "all"
 GRID_STEPS, GRID_GAMMAS = (1, 2, 4, 8, 16), (0.0, 0.25, 0.5, 0.75, 1.0)
 STRIP_GAMMAS = (0.0, 0.5, 1.0)
 HEUN_STEPS = 18
+FILES = "The images of `{name}` one by one, each with how it was made in it, and the Python that makes them: a .zip."
 CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
 
 
@@ -170,6 +171,22 @@ def seeds_from(seed: Any, count: Any) -> range:
     return range(first, first + count)
 
 
+def gamma_or_own(checkpoint: Checkpoint, steps: int, gamma: float, own_schedule: Any) -> tuple[float | None, str]:
+    """What recipes take for gamma, None for the checkpoint's own schedule; and words if there is none for `steps`."""
+    if not isinstance(own_schedule, bool):
+        raise refuse("own_schedule must be true or false.")
+    if not own_schedule or steps in checkpoint.presets:
+        return None if own_schedule else gamma, ""
+    return gamma, f" The checkpoint carries no schedule for {steps} step{'s' * (steps != 1)}: this is gamma {gamma:g}."
+
+
+def schedule_words(pipe: CTMPipeline) -> str:
+    """The levels and gammas of the last run of `pipe`."""
+    levels, gammas = pipe.scheduler.sigmas[:-1].tolist(), pipe.scheduler.gammas[:-1].tolist()
+    said = f" Its own schedule: noise levels {', '.join(f'{level:.3g}' for level in levels)}"
+    return said + (f"; gamma {', '.join(f'{one:.3g}' for one in gammas)}." if gammas else ".")
+
+
 def words_of(run: Run, count: int, steps: int, seeds: range) -> str:
     images = "1 image" if count == 1 else f"{count} images"
     named = f"seed {seeds[0]}" if count == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
@@ -186,6 +203,7 @@ def sample(
     gamma: float = 0.0,
     seed: float = 0,
     count: float = 16,
+    own_schedule: bool = False,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008 gradio looks for it here
 ) -> Made:
     """Draw images with a consistency trajectory model. The same seed is the same noise at every gamma and number of steps.
@@ -197,12 +215,16 @@ def sample(
         gamma: 0 is deterministic, 1 is multistep sampling of consistency models; counts from two steps on.
         seed: of the first image, which has the number seed; the next has seed + 1 and so on.
         count: images, 1 to 36.
+        own_schedule: noise levels and gamma that were tuned for this checkpoint and number of steps, instead of gamma, if it carries them.
     """
     checkpoint, seeds = chosen(model), seeds_from(seed, count)
     steps, gamma = whole("Steps", steps, 1, MOST_STEPS), within("gamma", gamma, 0, 1)
+    gamma, missing = gamma_or_own(checkpoint, steps, gamma, own_schedule)
     run = Run(checkpoint)
-    output = run(recipes.sample, run.model(), classes(checkpoint, label, len(seeds)), steps, gamma, seeds)
-    return run.made(grid(output.images), words_of(run, len(seeds), steps, seeds), output)
+    pipe = run.model()
+    output = run(recipes.sample, pipe, classes(checkpoint, label, len(seeds)), steps, gamma, seeds)
+    report = words_of(run, len(seeds), steps, seeds) + (schedule_words(pipe.value) if gamma is None else missing)
+    return run.made(grid(output.images), report, output)
 
 
 def trajectory(
@@ -268,6 +290,7 @@ def compare(
     steps: float = 1,
     seed: float = 0,
     count: float = 9,
+    own_schedule: bool = False,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008
 ) -> Made:
     """The CTM in few steps and the diffusion model in 18 Heun steps, from the same noise.
@@ -278,12 +301,15 @@ def compare(
         steps: of the CTM, 1 to 40.
         seed: of the first image.
         count: images, 1 to 36.
+        own_schedule: of the CTM, noise levels and gamma that were tuned for this number of steps, instead of gamma 0, if it carries them.
     """
     checkpoint, seeds = chosen(model), seeds_from(seed, count)
     steps, labels = whole("Steps", steps, 1, MOST_STEPS), classes(checkpoint, label, len(seeds))
+    gamma, missing = gamma_or_own(checkpoint, steps, 0.0, own_schedule)
     run = Run(checkpoint)
-    ctm = run(recipes.sample, run.model(), labels, steps, 0.0, seeds, variable="ctm")
-    report = f"Left: the CTM, {run.cost}. "
+    pipe = run.model()
+    ctm = run(recipes.sample, pipe, labels, steps, gamma, seeds, variable="ctm")
+    report = f"Left: the CTM, {run.cost}.{schedule_words(pipe.value) if gamma is None else missing} "
     if checkpoint.teacher is None:
         other, name = run.model("model"), "the CTM's own exact score, as its teacher is not here"
     else:

@@ -78,6 +78,11 @@ class Checkpoint:
         return [names.get(k, str(k)) for k in range(self.pipe.num_classes or 0)]
 
     @property
+    def presets(self) -> list[int]:
+        """Numbers of steps for which the checkpoint carries a schedule of its own."""
+        return sorted(map(int, self.pipe.scheduler.config.get("presets") or {}))
+
+    @property
     def classifier_free(self) -> bool:
         return self.pipe.num_classes is not None and self.pipe.knows_no_class
 

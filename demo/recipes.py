@@ -21,6 +21,7 @@ from diffusers_ctm import (
 
 
 def sample(pipe, class_labels, steps, gamma, seeds):
+    """gamma None: the checkpoint's own schedule for this number of steps."""
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(
         batch_size=len(seeds), class_labels=class_labels, num_inference_steps=steps, gamma=gamma, generator=noise

@@ -100,7 +100,7 @@ def drawings(client):
 def arguments_of(name, drawings):
     """Arguments of an endpoint that are not its defaults."""
     return {
-        "sample": (DIGITS, "all", 3, 0.5, 7, 12),
+        "sample": (DIGITS, "all", 4, 0.5, 7, 12, True),
         "trajectory": (DIGITS, "3", 4, 5),
         "steps_and_gamma": (DIGITS, "8", 2),
         "compare": (DIGITS, "all", 1, 3, 4),
@@ -166,6 +166,30 @@ def test_noise_and_gamma(client):
     assert np.array_equal(
         first[:half, half + 2 :], second[:half, : half - 2]
     )  # the second image of one is the first of the other
+
+
+def test_the_checkpoints_own_schedule(client, monkeypatch):
+    def run(steps, gamma, own, name="sample"):
+        arguments = (DIGITS, "3", steps, gamma, 0, 4, own) if name == "sample" else (DIGITS, "3", steps, 0, 4, own)
+        path, report, _ = client.predict(*arguments, api_name=f"/{name}")
+        return pixels(path if name == "sample" else path[0]), report
+
+    pipe = CHECKPOINTS[DIGITS].fresh()
+    noise = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    tuned = np.asarray(grid(pipe(batch_size=4, class_labels=3, num_inference_steps=2, generator=noise).images))
+    picture, report = run(2, 0.0, True)
+    assert np.array_equal(picture[..., 0], tuned[..., 0]) and not np.array_equal(picture, run(2, 0.5, False)[0])
+    assert "Its own schedule: noise levels 80, 0.17; gamma 0.5." in report
+    assert np.array_equal(run(2, 0.0, True, "compare")[0], picture)
+    picture, report = run(3, 0.25, True)  # for which there is none
+    assert np.array_equal(picture, run(3, 0.25, False)[0]) and "no schedule for 3 steps: this is gamma 0.25" in report
+    with pytest.raises(gr.Error, match="true or false"):
+        actions.sample(DIGITS, own_schedule="yes")
+    monkeypatch.setitem(CHECKPOINTS, "plain", Checkpoint("plain", tiny()))
+    with gr.Blocks():
+        field = app.own_schedule("gamma")
+    assert field.properties_for("plain")["visible"] is False
+    assert app.restored(field, "true", "plain") is None and app.restored(field, "false", "plain")["value"] is False
 
 
 def test_evaluations_are_counted(client, drawings):
@@ -262,12 +286,13 @@ def test_every_action_is_an_endpoint_with_words(client, server):
     assert {name.lstrip("/") for name in endpoints} == {*ACTIONS, *files, *examples}
     for name, endpoint in endpoints.items():
         assert len(endpoint["description"]) > 20, name
-    tools = httpx.get(f"{server}/gradio_api/mcp/schema").json()
-    tool = next(one for one in tools if one["name"].endswith("sample"))
-    assert (
-        "noise" in tool["description"]
-        and "0 is deterministic" in tool["inputSchema"]["properties"]["gamma"]["description"]
-    )
+    tools = {one["name"]: one for one in httpx.get(f"{server}/gradio_api/mcp/schema").json()}
+    assert sorted(tools) == sorted(name.lstrip("/") for name in endpoints)  # each once, by the name of its endpoint
+    assert len({tool["description"] for tool in tools.values()}) == len(tools)
+    tool = tools["sample"]["inputSchema"]["properties"]
+    assert "noise" in tools["sample"]["description"] and "0 is deterministic" in tool["gamma"]["description"]
+    assert ".zip" in tools["sample_files"]["description"] and tools["sample_files"]["inputSchema"]["properties"] == tool
+    assert "enum" in tool["model"] and "enum" not in tool["label"]  # other checkpoints have other classes
 
 
 ABSURD = [
@@ -420,10 +445,13 @@ def test_drawing_over_a_third_of_a_pixel_hides_it():
 def test_values_of_a_link(server):
     with gr.Blocks():
         slider, number, label = app.gamma(0.0), app.seed(), app.class_choice(every=True)
+        own = app.own_schedule("gamma")
     assert app.restored(slider, "0.35", DIGITS) == 0.35 and app.restored(number, "12", DIGITS) == 12
     assert [app.restored(slider, text, DIGITS) for text in ("2", "nan", "x", "-0.1")] == [None] * 4
     assert app.restored(number, "1e99", DIGITS) is None and app.restored(number, "inf", DIGITS) is None
     assert app.restored(label, "7", DIGITS)["value"] == "7" and app.restored(label, "<b>", DIGITS) is None
+    assert [app.restored(own, text, DIGITS)["value"] for text in ("true", "false")] == [True, False]
+    assert own.visible and "tuned for 2, 4 and 8 steps" in own.info and app.restored(own, "yes", DIGITS) is None
 
 
 class Flagging:

@@ -522,7 +522,7 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Likelihood",
-        "How probable is a picture under the model? In bits per dimension, beside images that belong there; less is likelier. Seconds the first time.",
+        "How probable is a picture under the model? In bits per dimension, beside images that belong there; less is likelier. It takes seconds.",
         actions.likelihood,
         lambda: {"image": picture("Picture"), "label": class_choice(), "seed": seed()},
         examples=(actions.likelihood_example, ("image", "upside down", "noise"), ("image", "label")),

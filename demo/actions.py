@@ -33,6 +33,7 @@ EVERY_CLASS = "all"
 GRID_STEPS, GRID_GAMMAS = (1, 2, 4, 8, 16), (0.0, 0.25, 0.5, 0.75, 1.0)
 STRIP_GAMMAS = (0.0, 0.5, 1.0)
 HEUN_STEPS = 18
+LONGEST_COMPARISON = 60  # seconds for the likelihood of images to compare with, after which fewer do
 FILES = "The images of `{name}` one by one, each with how it was made in it, and the Python that makes them: a .zip."
 CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
 
@@ -548,17 +549,19 @@ def likelihood(
 
 
 def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]:
-    """What the examples of a checkpoint are, and the bits per dimension of each; computed once."""
-    if not hasattr(checkpoint, "example_bits"):
+    """What images to compare with, and the bits per dimension of each: those the checkpoint carries, else its examples, computed once."""
+    if checkpoint.likelihood is None:
         what, images, labels = checkpoint.examples
-        bits = []
+        bits, until = [], time.monotonic() + LONGEST_COMPARISON
         for i in range(0, len(images), 8):
+            if i and time.monotonic() > until:  # a large network
+                break
             progress(i / len(images), desc=f"Comparing with {len(images)} {what}, once")
             part = slice(i, i + 8)
             found = recipes.likelihood(checkpoint.fresh(), images[part], labels and labels[part], 0)
             bits += found.bits_per_dim.tolist()
-        checkpoint.example_bits = what, bits
-    return checkpoint.example_bits
+        checkpoint.likelihood = what, bits
+    return checkpoint.likelihood
 
 
 def histogram(values: list[float], mark: float, image: Image.Image) -> Image.Image:

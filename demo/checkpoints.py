@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 import os
 import threading
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Checkpoint:
         pipe: never sampled with; `fresh` copies it.
         teacher: (source, pipeline) of the model that it was distilled from, if that lies beside it.
         evaluation: what `training.evaluate` measured, if the checkpoint carries it.
+        likelihood: (what they are, bits per dimension of each) of images that `training.likelihood` measured, likewise.
         notice: licence, attribution and warnings, Markdown.
         dataset: name of the data set that it was trained on, "" if it is not known.
     """
@@ -45,6 +47,7 @@ class Checkpoint:
     pipe: CTMPipeline
     teacher: tuple[str, CTMPipeline] | None = None
     evaluation: dict | None = None
+    likelihood: tuple[str, list[float]] | None = None
     notice: str = ""
     dataset: str = ""
     calls: threading.local = field(default_factory=threading.local, repr=False)
@@ -178,7 +181,19 @@ def load(source: str) -> Checkpoint:
     evaluation = _json(_beside(source, folder, "evaluation/evaluation.json"))
     notice = _notice(pipe, record, _beside(source, folder, "README.md"), _beside(source, folder, "NOTICE.md"))
     dataset = str((record.get("dataset") or {}).get("name") or "")
-    return Checkpoint(_shown(source), pipe, teacher, evaluation or None, notice, dataset)
+    likelihood = _likelihood(_json(_beside(source, folder, "evaluation/likelihood.json")))
+    return Checkpoint(_shown(source), pipe, teacher, evaluation or None, likelihood, notice, dataset)
+
+
+def _likelihood(report: dict) -> tuple[str, list[float]] | None:
+    """What `Checkpoint.likelihood` holds, of likelihood.json; None if there is none, or it is another program's."""
+    try:
+        row = next(one for one in report["results"] if (one["sampler"], one["method"]) == ("ctm", "ode"))
+        bits = [float(one) for one in row["images"]]
+        name = Path(str(report["options"]["dataset_name"])).stem
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return None
+    return (f"images of the data set {name}", bits) if bits and all(map(math.isfinite, bits)) else None
 
 
 def _load_teacher(folder: Path, student: CTMPipeline) -> CTMPipeline:

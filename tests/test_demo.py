@@ -23,7 +23,7 @@ from serving import serving
 import app
 from demo import actions, recipes, uploads
 from demo.actions import CHECKPOINTS
-from demo.checkpoints import Checkpoint, UnfitCheckpoint, load, shipped
+from demo.checkpoints import Checkpoint, UnfitCheckpoint, _likelihood, load, shipped
 from demo.pictures import grid
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, read_provenance
 
@@ -258,7 +258,7 @@ def test_a_digit_is_likelier_than_noise(client):
     def bits(which):
         image, label = client.predict(DIGITS, which, api_name="/likelihood_example")
         report = client.predict(DIGITS, handle_file(image), label, 0, api_name="/likelihood")[1]
-        assert "of 32 images of the data set" in report
+        assert "of 200 images of the data set digits" in report  # which it carries
         return float(re.search(r"\*\*([\d.]+) bits", report)[1])
 
     assert bits("image") + 1 < bits("noise")
@@ -524,6 +524,8 @@ def test_the_shipped_checkpoints():
     emoji = load("assets/emoji-ctm")
     assert emoji.teacher[0] == "assets/emoji-edm" and emoji.channels == 3 and emoji.size == (16, 16)
     assert len(emoji.classes) == 9 and emoji.classes[8] == "flags"  # "no class" is not offered
+    what, bits = emoji.likelihood
+    assert what == "images of the data set twemoji" and len(bits) == 200 and 2 < min(bits) < max(bits) < 8
     assert "cc-by-4.0" in emoji.notice and "Twitter, Inc and other contributors" in emoji.notice
 
 
@@ -545,6 +547,20 @@ def test_a_checkpoint_that_does_not_fit(pipe, message, tmp_path):
         load(name)
     with pytest.raises(SystemExit, match=message):
         app.main(["--model", name])
+
+
+@pytest.mark.parametrize("images", [[], ["x"], [float("nan")], None, 3])
+def test_a_strange_report_of_likelihoods_is_left_out(images, server):
+    report = {"results": [{"sampler": "ctm", "method": "ode", "images": images}], "options": {"dataset_name": "a/b.c"}}
+    assert _likelihood(report) is None and _likelihood({}) is None and _likelihood({"results": 1}) is None
+    report["results"][0]["images"] = [1, 2.5]
+    assert _likelihood(report) == ("images of the data set b", [1.0, 2.5])
+
+
+def test_a_large_network_compares_with_fewer(server, monkeypatch):
+    monkeypatch.setattr(actions, "LONGEST_COMPARISON", 0)
+    what, bits = actions.among(Checkpoint("colour", tiny()), lambda *_, **__: None)
+    assert what == "samples of this checkpoint" and len(bits) == 8
 
 
 def test_a_checkpoint_says_what_it_asks(tmp_path):

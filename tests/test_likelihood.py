@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Likelihoods against densities that are known: normals, mixtures, a uniform distribution, the authors' bound."""
 
+import json
 import math
 
 import pytest
@@ -299,7 +300,9 @@ def test_bound_uses_the_authors_numbers_as_they_do(oracle):
 
 def test_program_measures_a_teacher_on_the_digits(exact_teacher, tmp_path, capsys):
     pipeline(exact_teacher(in_channels=1, out_channels=1), 0.75).save_pretrained(tmp_path)
-    config = LikelihoodConfig(teacher=str(tmp_path), num_images=12, num_draws=2, batch_size=8)
+    config = LikelihoodConfig(
+        teacher=str(tmp_path), num_images=12, num_draws=2, batch_size=8, output_dir=str(tmp_path / "evaluation")
+    )
     rows = main(config)
     order = torch.randperm(1797, generator=seeded()).tolist()[:12]
     images, _ = ImageDataset(config)[order]
@@ -309,6 +312,9 @@ def test_program_measures_a_teacher_on_the_digits(exact_teacher, tmp_path, capsy
         assert abs(row.bits_per_dim - bits.mean()) < 2e-3
         assert abs(row.standard_error - bits.std() / 12**0.5) < 2e-3
     shown = capsys.readouterr().out
+    written = json.loads((tmp_path / "evaluation" / "likelihood.json").read_text())
+    assert written["indices"] == order and [one["sampler"] for one in written["results"]] == ["heun", "heun"]
+    assert (torch.tensor(written["results"][0]["images"]) - bits).abs().max() < 0.02  # one number of each image
     assert "12 images" in shown and f"| teacher | elbo | {rows[1].bits_per_dim:.3f} ±" in shown
 
 

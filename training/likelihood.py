@@ -1,16 +1,21 @@
 """Bits per dimension of a CTM's and a teacher's density on a data set: `python -m training.likelihood --model assets/digits-ctm`."""
 
+import dataclasses
+import datetime
+import json
 from dataclasses import dataclass
 
 import torch
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
+import diffusers_ctm
 from diffusers_ctm import CTMPipeline, log_likelihood
 
 from .config import DataOptions, TeacherOptions, UserError, option, run_program
 from .data import ImageDataset
 from .evaluate import load_pipelines
+from .files import check_writable, write_files
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +38,11 @@ class LikelihoodConfig(TeacherOptions, DataOptions):
     atol: float = option(1e-4, "Absolute tolerance, of images and of nats per dimension.")
     seed: int = option(0, "Seed of the images' choice, dequantisation, probes and noise.")
     batch_size: int = option(100, "Most images per network evaluation.")
+    output_dir: str | None = option(
+        None,
+        "Folder for likelihood.json, with the bits per dimension of each image: `evaluation` in the checkpoint's own folder is where "
+        "the page looks for it. Default: none.",
+    )
     device: str = option("auto", "'cpu', 'cuda', 'cuda:1', ..., or 'auto': a GPU if there is one.")
 
     def __post_init__(self) -> None:
@@ -45,17 +55,23 @@ class LikelihoodConfig(TeacherOptions, DataOptions):
         for name in ("num_images", "num_draws"):
             self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
         self.check_not_negative("seed")
+        if self.output_dir is not None:
+            self.check_folder("output_dir")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Mean over images of `bits_per_dim`, its standard error (over images, estimates' noise included), evaluations per image."""
+    """Mean over images of `bits_per_dim`, its standard error (over images, estimates' noise included), evaluations per image.
+
+    `images` holds the bits per dimension of each.
+    """
 
     name: str
     method: str
     bits_per_dim: float
     standard_error: float
     nfe: float
+    images: list[float]
 
 
 def measure(
@@ -73,11 +89,11 @@ def measure(
         evaluations += found.nfe * len(images)
     bits = torch.cat(bits)
     error = (bits.std() / len(bits) ** 0.5).item()
-    return Measurement(name, method, bits.mean().item(), error, evaluations / len(bits))
+    return Measurement(name, method, bits.mean().item(), error, evaluations / len(bits), bits.tolist())
 
 
 def main(config: LikelihoodConfig) -> list[Measurement]:
-    """Measure and print a table."""
+    """Measure, print a table, and write likelihood.json if `output_dir` says where."""
     logging.set_verbosity_info()
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -93,6 +109,8 @@ def main(config: LikelihoodConfig) -> list[Measurement]:
     if len(indices) < 2:
         raise UserError("--num_images must leave 2 images or more.")
 
+    if config.output_dir is not None:
+        check_writable(config.output_dir)
     rows = [
         measure(names[sampler], method, pipe, dataset, indices, config)
         for sampler, pipe in pipelines.items()
@@ -102,7 +120,26 @@ def main(config: LikelihoodConfig) -> list[Measurement]:
     print("| density | method | bits/dim | evaluations per image |\n|---|---|--:|--:|")
     for row in rows:
         print(f"| {row.name} | {row.method} | {row.bits_per_dim:.3f} ± {row.standard_error:.3f} | {row.nfe:.0f} |")
+    if config.output_dir is not None:
+        write_files(config.output_dir, {"likelihood.json": report(config, indices, list(pipelines), rows)})
     return rows
+
+
+def report(config: LikelihoodConfig, indices: list[int], samplers: list[str], rows: list[Measurement]) -> bytes:
+    """likelihood.json. "sampler" is "ctm" for the CTM and "heun" for the teacher, as in evaluation.json."""
+    of_rows = [sampler for sampler in samplers for _ in config.methods]
+    results = []
+    for sampler, row in zip(of_rows, rows, strict=True):
+        images = [round(bits, 4) for bits in row.images]
+        results.append({"sampler": sampler, **dataclasses.asdict(row), "images": images})
+    content = {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "options": dataclasses.asdict(config),
+        "indices": indices,
+        "results": results,
+        "version": diffusers_ctm.__version__,
+    }
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
 
 
 if __name__ == "__main__":

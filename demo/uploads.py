@@ -15,7 +15,10 @@ MOST_BYTES = 8 * 2**20  # of a file
 MOST_SIDE = 4096  # pixels
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 CANVAS = 256  # pixels of the drawing area, which is square
+MOST_LAYERS = 8  # of a drawing
 MOST_DRAWINGS = 32  # kept in memory between their upload and their use
+
+TOO_MANY_LAYERS = f"A drawing has {MOST_LAYERS} layers at most."
 
 
 def open_upload(source, name: str = "The picture") -> Image.Image:
@@ -94,23 +97,31 @@ class Picture(gr.Image):
 
 
 class Drawing(gr.ImageEditor):
-    """gr.ImageEditor whose pictures are opened by `open_upload` and of which few wait in memory."""
+    """gr.ImageEditor whose pictures are opened by `open_upload`, layers at the size of the canvas, and of which few wait in memory."""
 
     is_template = True
 
     lock = threading.Lock()
 
+    def preprocess(self, payload):
+        if payload is not None:
+            if len(payload.layers) > MOST_LAYERS:
+                raise gr.Error(TOO_MANY_LAYERS, print_exception=False)
+            payload = payload.model_copy(update={"composite": None})  # is made of the others
+        return super().preprocess(payload)
+
     def convert_and_format_image(self, file, flatten_on_white=False):
         if file is None:
             return None
-        if isinstance(file, (bytes, bytearray, memoryview)):
-            return open_upload(io.BytesIO(file), "The drawing")
-        return open_upload(file.path, "The drawing")
+        source = io.BytesIO(file) if isinstance(file, (bytes, bytearray, memoryview)) else file.path
+        image = open_upload(source, "The drawing")
+        is_layer = not flatten_on_white  # so gradio calls it: of all layers none stays large in memory
+        return ImageOps.fit(image, (CANVAS, CANVAS), Image.Resampling.NEAREST) if is_layer else image
 
     @server
     def accept_blobs(self, data: AcceptBlobs):
-        if str(data.data.get("index")) not in ("None", "null", "", *map(str, range(8))):
-            raise gr.Error("A drawing has 8 layers at most.", print_exception=False)
+        if str(data.data.get("index")) not in ("None", "null", "", *map(str, range(MOST_LAYERS))):
+            raise gr.Error(TOO_MANY_LAYERS, print_exception=False)
         if any(len(content) > MOST_BYTES for _, content in data.files):
             raise gr.Error("The drawing is too large.", print_exception=False)
         with self.lock:

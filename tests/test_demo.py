@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gradio.components.image_editor import EditorData
+from gradio.data_classes import FileData
 from gradio_client import Client, handle_file
 from loopback_hub import LoopbackHub, Repo
 from PIL import Image
@@ -429,6 +431,18 @@ def test_drawings_in_memory_are_few(server):
         data = {"type": "layer", "index": changes.get("index", 0), "file": b"", "id": "100"}
         with pytest.raises(gr.Error, match=message):
             drawing.accept_blobs(uploads.AcceptBlobs(data=data, files=changes.get("files", [("file", b"x")])))
+
+
+def test_layers_are_few_and_small(server, tmp_path):
+    Image.new("1", (2000, 1000)).save(tmp_path / "layer.png")
+    with gr.Blocks():
+        drawing = uploads.Drawing()
+    file = FileData(path=str(tmp_path / "layer.png"))
+    found = drawing.preprocess(EditorData(background=file, layers=[file] * 8, composite=file))
+    assert [layer.size for layer in found["layers"]] == [(uploads.CANVAS, uploads.CANVAS)] * 8
+    assert found["background"].size == (2000, 1000) and found["composite"] is None
+    with pytest.raises(gr.Error, match="8 layers at most"):
+        drawing.preprocess(EditorData(layers=[file] * 9))
 
 
 def test_drawing_over_a_third_of_a_pixel_hides_it():

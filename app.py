@@ -80,10 +80,10 @@ def own_schedule(instead_of: str) -> gr.Checkbox:
     def properties(model: str) -> dict:
         steps = [str(number) for number in CHECKPOINTS[model].presets]
         numbers = " and ".join(filter(None, [", ".join(steps[:-1]), *steps[-1:]]))
-        info = f"Noise levels and gamma that were tuned for {numbers} steps, instead of {instead_of}."
+        info = f"Noise levels and gamma that the checkpoint carries for {numbers} steps, instead of {instead_of}."
         return {"value": False, "visible": bool(steps), "info": info}
 
-    return following(functools.partial(gr.Checkbox, label="The checkpoint's own schedule"), properties)
+    return following(functools.partial(gr.Checkbox, label="Tuned schedule"), properties)
 
 
 def steps(value: int, most: int = MOST_STEPS) -> gr.Slider:
@@ -151,6 +151,7 @@ class Page:
     def __init__(self, model: gr.Dropdown, tabs: gr.Tabs):
         self.model, self.tabs = model, tabs
         self.controls: dict[str, dict[str, gr.components.Component]] = {}
+        self.parts: list[gr.Column] = []  # that follow the checkpoint, too
 
     def tab(
         self,
@@ -162,7 +163,7 @@ class Page:
         at_once: bool = False,
         examples: tuple[Callable, Sequence[str], Sequence[str]] | None = None,
         files: bool = True,
-        below: Callable[[], None] | None = None,
+        below: Callable[[], list[gr.Column]] | None = None,
     ) -> None:
         """One tab: `controls` by the names of the action's arguments, and its picture, words, Python, files and link.
 
@@ -183,8 +184,8 @@ class Page:
                 with gr.Column(scale=3, min_width=300, elem_classes=["first-on-phones"] * at_once):
                     shown = (picture or result)()
                     report = gr.Markdown(elem_classes="report")
-                    if below is not None:
-                        below()
+            if below is not None:
+                self.parts += below()
             with gr.Accordion("Python that makes the same, files, link", open=False):
                 code = gr.Code(language="python", label="Python", interactive=False, lines=8, max_lines=24)
                 link = gr.Textbox(
@@ -274,14 +275,16 @@ class Page:
             gr.Warning(f"What the link says of {', '.join(strange)} does not fit this page and was left out.")
         return found
 
-    def followers(self) -> list[gr.components.Component]:
-        return [one for fields in self.controls.values() for one in fields.values() if hasattr(one, "properties_for")]
+    def followers(self) -> list[gr.components.Component | gr.Column]:
+        fields = [one for fields in self.controls.values() for one in fields.values()]
+        return [one for one in fields if hasattr(one, "properties_for")] + self.parts
 
     def follow(self, model: str) -> dict:
         return {field: gr.update(**field.properties_for(model)) for field in self.followers()}
 
-    def every_control(self) -> list:
-        return [one for fields in self.controls.values() for one in self.linked(fields).values()]
+    def restorable(self) -> list:
+        fields = [one for fields in self.controls.values() for one in self.linked(fields).values()]
+        return [self.model, self.tabs, *fields, *self.parts]
 
 
 def restored(field: gr.components.Component, text: str, model: str):
@@ -317,8 +320,9 @@ def with_captions() -> gr.Image:
     return result("captions")
 
 
-def plot() -> None:
-    """Distance against network evaluations, of the checkpoints that carry an evaluation."""
+def plots() -> list[gr.Column]:
+    """Distance against network evaluations, of the checkpoints that carry an evaluation; that of the chosen one is seen."""
+    found = []
     for name, checkpoint in CHECKPOINTS.items():
         if checkpoint.evaluation is None:
             continue
@@ -327,22 +331,29 @@ def plot() -> None:
             features = checkpoint.evaluation["features"]["name"]
         except (KeyError, TypeError, IndexError):  # another program's
             continue
-        gr.Markdown(
-            f"{name}: Frechet distance to real images on the features `{features}` against network evaluations; lower is better. "
-            "The teacher is sampled by Heun's method."
-        )
-        gr.ScatterPlot(
-            table,
-            x="evaluations",
-            y="distance",
-            color="gamma",
-            x_title="network evaluations",
-            y_title="distance",
-            x_lim=[0, 1.1 * table.evaluations.max()],
-            y_lim=[0, 1.1 * table.distance.max()],
-            height=260,
-            buttons=[],
-        )
+        with following(gr.Column, lambda model, name=name: {"visible": model == name}) as column:
+            draw_plot(name, features, table)
+        found.append(column)
+    return found
+
+
+def draw_plot(name: str, features: str, table: pd.DataFrame) -> None:
+    gr.Markdown(
+        f"{name}: Frechet distance to real images on the features `{features}` against network evaluations; lower is better. "
+        "The teacher is sampled by Heun's method."
+    )
+    gr.ScatterPlot(
+        table,
+        x="evaluations",
+        y="distance",
+        color="gamma",
+        x_title="network evaluations",
+        y_title="distance",
+        x_lim=[0, 1.1 * table.evaluations.max()],
+        y_lim=[0, 1.1 * table.distance.max()],
+        height=260,
+        buttons=[],
+    )
 
 
 def distances(evaluation: dict) -> list[dict]:
@@ -448,7 +459,7 @@ def tabs_of(page: Page) -> None:
             buttons=["fullscreen"],
         ),
         at_once=True,
-        below=plot,
+        below=plots,
     )
     page.tab(
         "Inpaint",
@@ -537,7 +548,7 @@ def tabs_of(page: Page) -> None:
     blocks.load(
         page.restore,
         None,
-        [page.model, page.tabs, *page.every_control()],
+        page.restorable(),
         api_visibility="private",
         concurrency_limit=None,
     ).then(None, js="() => window.ctmRestored()")

@@ -184,7 +184,7 @@ def gamma_or_own(checkpoint: Checkpoint, steps: int, gamma: float, own_schedule:
 def schedule_words(pipe: CTMPipeline) -> str:
     """The levels and gammas of the last run of `pipe`."""
     levels, gammas = pipe.scheduler.sigmas[:-1].tolist(), pipe.scheduler.gammas[:-1].tolist()
-    said = f" Its own schedule: noise levels {', '.join(f'{level:.3g}' for level in levels)}"
+    said = f" Tuned schedule: noise levels {', '.join(f'{level:.3g}' for level in levels)}"
     return said + (f"; gamma {', '.join(f'{one:.3g}' for one in gammas)}." if gammas else ".")
 
 
@@ -512,7 +512,7 @@ def guide(
     without = run(recipe, pipe, *target_or_label, 0.0, steps, gamma, seeds, variable="without")
     output = run(recipe, pipe, *target_or_label, scale, steps, gamma, seeds)
     found = f"Above without, below with {how}. {words_of(run, count, steps, seeds)}"
-    return run.made(rows([without.images, output.images], max(24, 480 // count)), found, output)
+    return run.made(rows([without.images, output.images], max(24, 720 // count)), found, output)
 
 
 def likelihood(

@@ -165,8 +165,8 @@ def test_every_tab(open_page, width, height, scheme):
             panel(page).get_by_role("button", name="Run").click()
             page.wait_for_timeout(300)
             settle(page)
-        expect = panel(page).locator(".prose.report")
-        expect.get_by_text(re.compile(r"network evaluation")).first.wait_for()
+        panel(page).locator(".prose.report").get_by_text(re.compile("network evaluation")).first.wait_for()
+        settle(page)  # the picture comes after the words
         assert panel(page).locator(".pixels img").last.bounding_box()["width"] > 150, tab
         page.screenshot(path=SCREENSHOTS / f"{width}-{tab.replace(' ', '-').lower()}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
@@ -214,11 +214,13 @@ def test_a_link_restores_the_page(open_page):
     choose(page, "Sample")
     move(page, "gamma", ["ArrowRight"] * 5)
     move(page, "Steps", ["ArrowRight"] * 3)
+    panel(page).get_by_label("Tuned schedule").check()
     panel(page).get_by_role("button", name="New seed").click()
     settle(page)
     other = open_page(page.url[page.url.index("/?") :])
     assert np.array_equal(shown(page), shown(other))
     assert "gamma=0.25" in other.url and "steps=5" in other.url
+    assert panel(other).get_by_label("Tuned schedule").is_checked() and "no schedule for 5 steps" in words(other)
     choose(page, "Between seeds")
     move(page, "Images", ["ArrowLeft"] * 4)
     third = open_page(page.url[page.url.index("/?") :])
@@ -308,6 +310,7 @@ def test_another_checkpoint(open_page):
     page.get_by_label("Checkpoint").click()
     page.get_by_role("option", name="emoji-ctm").click()
     settle(page)
+    assert not panel(page).get_by_label("Tuned schedule").is_visible()  # it carries none
     emoji = shown(page)
     assert emoji.shape != digits.shape or not np.array_equal(emoji, digits)
     assert (emoji[..., 0] != emoji[..., 2]).any() and "model=emoji-ctm" in page.url  # it has colours

@@ -23,8 +23,8 @@ import pandas as pd
 import torch
 
 from demo import actions
-from demo.actions import CHECKPOINTS, EVERY_CLASS, MOST_IMAGES, MOST_SEED, MOST_STEPS
-from demo.checkpoints import SMALL, UnfitCheckpoint, load, shipped
+from demo.actions import CHECKPOINTS, EVERY_CLASS, MOST_IMAGES, MOST_SEED, MOST_STEPS, MOST_TURN
+from demo.checkpoints import SMALL, TURN, Superseded, UnfitCheckpoint, load, shipped
 from demo.uploads import CANVAS, MOST_BYTES, Drawing, Picture
 
 
@@ -125,7 +125,7 @@ def guarded(action: Callable, take: Callable) -> Callable:
     def call(*arguments):
         try:
             return take(action(*arguments))
-        except gr.Error:
+        except (gr.Error, Superseded):
             raise
         except (ValueError, ImportError) as error:  # the pipelines' own checks; programs that are not installed
             raise gr.Error(str(error), print_exception=False) from error
@@ -134,6 +134,21 @@ def guarded(action: Callable, take: Callable) -> Callable:
             raise gr.Error("That failed here. The page goes on working; its log says why.") from error
 
     return call
+
+
+def in_turn(call: Callable) -> Callable:
+    """`call` for the page itself: the last argument is its turn, by which a later movement ends it. What is shown then stays."""
+
+    def run(*arguments):
+        token = TURN.set(str(arguments[-1])[:MOST_TURN])
+        try:
+            return call(*arguments[:-1])
+        except Superseded:
+            return gr.skip()
+        finally:
+            TURN.reset(token)
+
+    return run
 
 
 def as_files(action: Callable) -> Callable:
@@ -200,19 +215,28 @@ class Page:
 
             fields = {key: fields[key] for key in inspect.signature(action).parameters if key in fields}
             inputs = [self.model, *fields.values()]
-            triggers = [run.click]
+            call, outputs = guarded(action, lambda made: (made.picture, made.report, made.code)), [shown, report, code]
             if at_once:
-                triggers += [field.input for field in fields.values()]
-            gr.on(
-                triggers,
-                guarded(action, lambda made: (made.picture, made.report, made.code)),
-                inputs,
-                [shown, report, code],
-                api_name=name,
-                trigger_mode="always_last",
-                show_progress="minimal" if at_once else "full",
-                **(LIVE if at_once else LONG),
-            ).success(None, [self.model, *self.linked(fields).values()], link, js=self.remember(name, fields))
+                moves = [field.input for field in fields.values()]
+                turn = gr.Textbox(visible=False)
+                gr.Button(visible=False).click(
+                    call, inputs, outputs, api_name=name, **LIVE
+                )  # for the API, without a turn
+                gr.on(moves, None, inputs, js=f"(...values) => window.ctmMoved({json.dumps(name)}, values)")
+                ran = gr.on(
+                    [run.click, *moves],
+                    in_turn(call),
+                    [*inputs, turn],
+                    outputs,
+                    js=f"(...values) => window.ctmStarts({json.dumps(name)}, values)",
+                    api_visibility="private",
+                    trigger_mode="always_last",
+                    show_progress="minimal",
+                    **LIVE,
+                )
+            else:
+                ran = run.click(call, inputs, outputs, api_name=name, trigger_mode="always_last", **LONG)
+            ran.success(None, [self.model, *self.linked(fields).values()], link, js=self.remember(name, fields))
             if files:
                 save.click(
                     as_files(action),
@@ -379,6 +403,7 @@ def build() -> gr.Blocks:
         model = gr.Dropdown(names, value=names[0], label="Checkpoint", visible=len(names) > 1)
         with gr.Tabs() as tabs:
             tabs_of(Page(model, tabs))
+        gr.api(actions.stop, api_name="stop", api_visibility="undocumented", queue=False)
         gr.HTML('<div id="latency" role="status"></div>')
         for name, checkpoint in CHECKPOINTS.items():
             gr.Markdown(f"{name}: {checkpoint.notice}")

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ import diffusers_ctm
 from diffusers_ctm import CTMPipeline, save_images
 
 from . import recipes
-from .checkpoints import ROOT, Checkpoint
+from .checkpoints import MOST_STOPPED, ROOT, STOPPED, Checkpoint
 from .pictures import TEXT_COLOR, captioned, enlarged, grid, rows
 from .uploads import CANVAS, background, fitted, flat_drawing, mask_of
 
@@ -35,6 +36,8 @@ STRIP_GAMMAS = (0.0, 0.5, 1.0)
 HEUN_STEPS = 18
 LONGEST_COMPARISON = 60  # seconds for the likelihood of images to compare with, after which fewer do
 FILES = "The images of `{name}` one by one, each with how it was made in it, and the Python that makes them: a .zip."
+MOST_TURN = 64  # characters of a turn
+STOPPING = threading.Lock()
 CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
 
 
@@ -226,6 +229,16 @@ def sample(
     output = run(recipes.sample, pipe, classes(checkpoint, label, len(seeds)), steps, gamma, seeds)
     report = words_of(run, len(seeds), steps, seeds) + (schedule_words(pipe.value) if gamma is None else missing)
     return run.made(grid(output.images), report, output)
+
+
+def stop(turn: str) -> None:
+    """End the run of this page with that turn before its next network evaluation."""
+    if not isinstance(turn, str) or not 0 < len(turn) <= MOST_TURN:
+        raise refuse("There is no such turn.")
+    with STOPPING:
+        STOPPED[turn] = None
+        if len(STOPPED) > MOST_STOPPED:
+            del STOPPED[next(iter(STOPPED))]
 
 
 def trajectory(

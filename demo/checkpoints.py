@@ -6,6 +6,7 @@ import json
 import math
 import os
 import threading
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +26,19 @@ SMALL = 10_000_000  # parameters, below which one thread is as fast as several, 
 EXAMPLES = 32  # real images whose likelihood is computed for comparison
 
 
+# Each run of a page that is open has a turn, a name nobody else can guess. Networks are shared, so a run is stopped by its turn alone,
+# before the next network evaluation in its own thread.
+TURN: ContextVar[str] = ContextVar("TURN", default="")
+STOPPED: dict[str, None] = {}  # turns, the newest last
+MOST_STOPPED = 1024
+
+
 class UnfitCheckpoint(Exception):
     """What does not fit the page, in a sentence for whoever starts it."""
+
+
+class Superseded(Exception):
+    """A run ends early, as the page has moved on."""
 
 
 @dataclass
@@ -59,6 +71,8 @@ class Checkpoint:
 
     def _count(self, *_):
         self.calls.count = getattr(self.calls, "count", 0) + 1
+        if TURN.get() in STOPPED:
+            raise Superseded
 
     @property
     def name(self) -> str:

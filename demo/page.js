@@ -32,11 +32,30 @@
   window.ctmRunLive = () => restored && setTimeout(() => press("button.run.at-once"), 50);
   window.ctmRestored = () => { restored = true; window.ctmRunLive(); };
 
+  // A run that is under way with other values than those now shown is told to end; gradio then starts one with these.
+  const visit = [...crypto.getRandomValues(new Uint32Array(4))].map((part) => part.toString(36)).join("");
+  const running = {};
+  let turns = 0;
+  window.ctmStarts = (tab, values) => {
+    const controls = values.slice(0, -1), turn = `${visit}-${++turns}`;
+    running[tab] = { turn, controls: JSON.stringify(controls) };
+    return [...controls, turn];
+  };
+  window.ctmMoved = (tab, controls) => {
+    const run = running[tab];
+    if (!run || run.controls === JSON.stringify(controls)) return;
+    delete running[tab];
+    const { root, api_prefix } = window.gradio_config;
+    const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ data: [run.turn] }) };
+    fetch(`${root}${api_prefix}/run/stop`, options).catch(() => {});
+  };
+
   const seeds = [];
   window.ctmNewSeed = (seed) => { seeds.push(seed); return Math.floor(Math.random() * 2 ** 31); };
   window.ctmLastSeed = (seed) => seeds.length ? seeds.pop() : seed;
 
   window.ctmRemember = (tab, names, values) => {
+    delete running[tab];
     const query = new URLSearchParams(location.search);
     for (const name of [...query.keys()]) if (!name.startsWith("__")) query.delete(name);
     query.set("tab", tab);

@@ -196,6 +196,24 @@ def test_sliders_are_live(open_page):
     assert np.array_equal(moved, shown(page))
 
 
+def test_a_movement_ends_the_run_with_other_values(open_page):
+    page, sent = open_page("/?tab=sample&steps=20"), []
+    page.on("request", lambda request: sent.append(request.post_data) if request.url.endswith("/stop") else None)
+    moves = "() => { const [, turn] = ctmStarts('tab', [2, null]); ctmMoved('tab', [2]); ctmMoved('tab', [3]); ctmMoved('tab', [4]); return turn; }"
+    with page.expect_response("**/run/stop") as answer:
+        turn = page.evaluate(moves)
+    assert answer.value.ok and len(sent) == 1 and f'"{turn}"' in sent[0]
+    assert page.evaluate("ctmStarts('tab', [2, null])[1]") != turn
+    slider = panel(page).get_by_role("slider", name=re.compile("Images")).first
+    for key in ("End", "Home", "End", "Home"):
+        slider.press(key, no_wait_after=True)
+    panel(page).locator(".prose.report").get_by_text(
+        "1 image, 20 steps"
+    ).wait_for()  # whatever was ended, the last is shown
+    settle(page)
+    assert page.locator(".toast-body").count() == 0
+
+
 def test_from_slider_to_picture(open_page):
     page = open_page("/?tab=sample&steps=1")
     slider = panel(page).get_by_role("slider", name=re.compile("Images")).first

@@ -25,7 +25,7 @@ from serving import serving
 import app
 from demo import actions, recipes, uploads
 from demo.actions import CHECKPOINTS
-from demo.checkpoints import Checkpoint, UnfitCheckpoint, _likelihood, load, shipped
+from demo.checkpoints import MOST_STOPPED, STOPPED, TURN, Checkpoint, UnfitCheckpoint, _likelihood, load, shipped
 from demo.pictures import grid
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, read_provenance
 
@@ -517,6 +517,34 @@ def test_flagged_images_are_black_and_said(server, monkeypatch):
     assert [np.asarray(image).max() == 0 for image in made.images.images] == [True, False, True, False]
     both = actions.compare("checked", "all", 1, 0, 2)
     assert [np.asarray(image).max() == 0 for image in both.images] == [True, False, True, False]
+
+
+def test_a_later_movement_ends_a_run_and_no_other(server, monkeypatch):
+    checkpoint, seen = Checkpoint("colour", tiny()), []
+    monkeypatch.setitem(CHECKPOINTS, "colour", checkpoint)
+
+    def move_on(*_):
+        seen.append(TURN.get())
+        if len(seen) == 3:
+            assert httpx.post(f"{server}/gradio_api/run/stop", json={"data": ["ada-1"]}).status_code == 200
+
+    checkpoint.pipe.unet.register_forward_pre_hook(move_on)
+    call, arguments = (
+        app.in_turn(app.guarded(actions.sample, lambda made: made.report)),
+        ("colour", "all", 9, 0.0, 0, 1, False),
+    )
+    assert call(*arguments, "ada-1") == gr.skip() and seen == ["ada-1"] * 3  # of nine steps
+    for turn in ("bob-1", "ada-2"):
+        seen.clear()
+        assert "9 network evaluations" in call(*arguments, turn) and seen == [turn] * 9
+    assert call(*arguments, "ada-1") == gr.skip() and len(seen) == 9  # one that waited ends before it starts
+    assert TURN.get() == "" and "9 network evaluations" in actions.sample(*arguments).report  # the API has no turns
+    for i in range(MOST_STOPPED + 9):
+        actions.stop(f"x-{i}")
+    assert len(STOPPED) == MOST_STOPPED and "ada-1" not in STOPPED
+    for turn in ("", "x" * 65, None):
+        with pytest.raises(gr.Error, match="no such turn"):
+            actions.stop(turn)
 
 
 def test_requests_do_not_share_a_scheduler(server):

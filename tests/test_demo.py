@@ -20,7 +20,7 @@ from gradio.data_classes import FileData
 from gradio_client import Client, handle_file
 from loopback_hub import LoopbackHub, Repo
 from PIL import Image
-from serving import serving
+from serving import ending, serving
 
 import app
 from demo import actions, recipes, uploads
@@ -634,6 +634,10 @@ def test_options(tmp_path, capsys):
     assert [app.is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "10.0.0.1")] == [
         True
     ] * 3 + [False] * 2
+
+
+def test_how_the_page_ended_is_said():
+    assert ending(3) == "ended with status 3" and ending(-9) == "was ended by SIGKILL"
 
 
 def test_nothing_is_sent_to_anybody(server):

@@ -110,13 +110,15 @@ def settle(page):
     page.wait_for_timeout(200)
 
 
-def choose(page, tab):
+def choose(page, tab, settled=True):
     button = page.locator("[role=tablist] button[role=tab]:visible").get_by_text(tab, exact=True)
     if button.count() == 0:  # a phone has the others in a menu
         page.locator(".overflow-menu > button").click()
         button = page.locator(".overflow-dropdown button").get_by_text(tab, exact=True)
     button.click()
-    settle(page)
+    page.locator("[role=tab][aria-selected=true]:visible").get_by_text(tab, exact=True).wait_for()
+    if settled:
+        settle(page)
 
 
 def panel(page):
@@ -156,15 +158,11 @@ def test_every_tab(open_page, width, height, scheme):
     page = open_page(width=width, height=height, color_scheme=scheme)
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     for tab, example in TABS.items():
-        choose(page, tab)
+        choose(page, tab, settled=False)
         if example is not None:
             panel(page).get_by_role("button", name=f"Example: {example}").click()
-            page.wait_for_timeout(800)
-            settle(page)
         elif tab == "Guide":
             panel(page).get_by_role("button", name="Run").click()
-            page.wait_for_timeout(300)
-            settle(page)
         panel(page).locator(".prose.report").get_by_text(re.compile("network evaluation")).first.wait_for()
         settle(page)  # the picture comes after the words
         assert panel(page).locator(".pixels img").last.bounding_box()["width"] > 150, tab

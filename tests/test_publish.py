@@ -86,6 +86,11 @@ def author(work: Path) -> dict:
     (teacher / "checkpoint-2").mkdir()
     (teacher / "checkpoint-2" / "run_state.pt").write_bytes(b"0")
     evaluation = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
+    evaluation["options"] |= {
+        "model": str(teacher),
+        "dataset_name": str(work / "digits"),
+        "output_dir": str(work / "evaluation"),
+    }
     evaluation["results"] = [row | {"sampler": "heun"} for row in evaluation["results"] if row["gamma"] is None]
     (teacher / "evaluation").mkdir()
     (teacher / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
@@ -270,11 +275,19 @@ def session(tmp_path_factory):
 
 def test_only_the_pipeline_its_card_and_pictures_are_uploaded(session):
     assert sorted(session["repos"]["teacher"].files) == [
-        "README.md", "evaluation/evaluation.png", "model_index.json", "pipeline.py", "samples.png", "scheduler/diffusers_ctm.py",
-        "scheduler/scheduler_config.json", "training.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "README.md", "evaluation/evaluation.json", "evaluation/evaluation.png", "model_index.json", "pipeline.py", "samples.png",
+        "scheduler/diffusers_ctm.py", "scheduler/scheduler_config.json", "training.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
     assert "Not uploaded: checkpoint-2/, notes.txt, optimizer.bin" in session["output"]
     assert session["repos"]["teacher"].private and len(session["repos"]["teacher"].commits) == 2  # again: nothing to do
+
+
+def test_measurements_are_uploaded_with_public_names(session):
+    report = json.loads(session["repos"]["teacher"].files["evaluation/evaluation.json"])
+    kept = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
+    assert report["options"]["model"] == "edm" and report["options"]["dataset_name"] == "digits"
+    assert "output_dir" not in report["options"]
+    assert report["results"][0]["frechet"] == kept["results"][0]["frechet"]
 
 
 def test_no_token_and_no_local_path_in_what_is_uploaded(session):

@@ -171,7 +171,6 @@ def commit_folder(
     message: str,
     replaced: tuple[str, ...] = (),
     revision: str | None = None,
-    left_out: tuple[str, ...] = (),
 ) -> str:
     """Upload `folder` in one commit, so that a reader sees all of it or what was there before; return its address.
 
@@ -179,9 +178,8 @@ def commit_folder(
 
     Args:
         replaced: folders in the repository that hold afterwards what `folder` has in them, and nothing else.
-        left_out: files of `folder` that are not uploaded.
     """
-    files = {path: local for path, local in files_below(folder).items() if path not in left_out}
+    files = files_below(folder)
     refuse_secrets(files)
     present = api().list_repo_files(repo, revision=revision)
     old = [path for path in present if path not in files and path.startswith(tuple(f"{name}/" for name in replaced))]

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -19,7 +19,19 @@ from diffusers_ctm.hub import write_loading_code
 from .card import conversion_repo, is_generated, make_card
 from .config import Checked, UserError, option, run_program
 from .hub import card_licence, commit_folder, error_text, open_repo, read_card, retried
-from .record import CONVERSION, HUB_ID, NOTICE, ORIGINS, PERMISSIVE, RECORD, Licence, licence_of, read_json, strictest
+from .record import (
+    CONVERSION,
+    HUB_ID,
+    NOTICE,
+    ORIGINS,
+    PERMISSIVE,
+    RECORD,
+    Licence,
+    licence_of,
+    public_name,
+    read_json,
+    strictest,
+)
 
 
 # What of a folder is the pipeline: files of a component, and files beside the components.
@@ -29,10 +41,7 @@ COMPONENT_FILES = re.compile(
 TOP_FILES = ("model_index.json", RECORD, CONVERSION, NOTICE)
 BRANCH = re.compile(r"[\w-][\w./-]*")
 PICTURES = ("evaluation.png", "gammas.png", "memorisation.png")
-REPORTS = (
-    "evaluation/evaluation.json",
-    "evaluation/memorisation.json",
-)  # read for the card, not uploaded: they name folders of the machine
+REPORTS = ("evaluation.json", "memorisation.json", "likelihood.json")
 
 
 @dataclass
@@ -138,7 +147,8 @@ def check_inheritance(inherited: Licence | None, reason: str, wanted: Licence) -
 def stage(folder: str, target: str, evaluation: str | None = None) -> list[str]:
     """Make `target` a pipeline folder with nothing else in it: links to the files of `folder`; return what was left out.
 
-    JSON files are copied without the local path that diffusers notes in them. Raises UserError if it is no pipeline.
+    JSON files are copied without local paths: what diffusers notes in them, and where measurements were made and kept. Raises UserError
+    if it is no pipeline.
     """
     index = read_json(folder, "model_index.json")
     if not index:
@@ -155,9 +165,7 @@ def stage(folder: str, target: str, evaluation: str | None = None) -> list[str]:
         taken |= {f"{part}/{name}" for name in names if COMPONENT_FILES.fullmatch(name)}
     sources = {path: os.path.join(folder, path) for path in taken}
     evaluation = evaluation or os.path.join(folder, "evaluation")
-    sources |= {
-        f"evaluation/{name}": os.path.join(evaluation, name) for name in (*PICTURES, *map(os.path.basename, REPORTS))
-    }
+    sources |= {f"evaluation/{name}": os.path.join(evaluation, name) for name in (*PICTURES, *REPORTS)}
     for path, source in sources.items():
         if os.path.isfile(source):
             _put(source, os.path.join(target, path))
@@ -178,9 +186,14 @@ def _entries(folder: str, parts: list[str]) -> list[str]:
 
 def _put(source: str, target: str) -> None:
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    if os.path.basename(source) in ("config.json", "model_index.json"):
+    name = os.path.basename(source)
+    if name in ("config.json", "model_index.json", *REPORTS):
         values = read_json(*os.path.split(source))
         values.pop("_name_or_path", None)
+        if name in REPORTS:
+            if not values:
+                return
+            values = public_report(values)
         with open(target, "w", encoding="utf-8") as file:
             json.dump(values, file, indent=2)
             file.write("\n")
@@ -189,6 +202,21 @@ def _put(source: str, target: str) -> None:
         os.symlink(os.path.abspath(source), target)
     except OSError:  # a system without links
         shutil.copyfile(source, target)
+
+
+def public_report(report: dict[str, Any]) -> dict[str, Any]:
+    """A report of a measurement as it may be published: models, data and features by `public_name`, no folder that was written to."""
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: public(inner) for key, inner in value.items() if key not in ("config", "output_dir")}
+        if isinstance(value, list):
+            return [public(inner) for inner in value]
+        return public_name(value) if isinstance(value, str) else value
+
+    return {
+        key: public(value) if key in ("options", "features", "reference") else value for key, value in report.items()
+    }
 
 
 def load_checked(folder: str, name: str) -> CTMPipeline:
@@ -275,7 +303,7 @@ def upload(
 ) -> tuple[str, bool]:
     """Add the card to the staged pipeline and commit all; return the commit's address and whether the card is new."""
     written = add_card(target, repo, licence, samples, overwrite, revision)
-    return commit_folder(repo, target, message, components(target), revision, left_out=REPORTS), written
+    return commit_folder(repo, target, message, components(target), revision), written
 
 
 def main(config: PublishConfig) -> str:

@@ -26,3 +26,7 @@ if __name__ == "__main__":
     AcceleratorState.__init__ = start_sharded
     program = importlib.import_module(f"training.{sys.argv.pop(1)}")
     run_program(program.main, {"training.train_ctm": CTMConfig, "training.train_edm": EDMConfig}[program.__name__])
+    # Gloo's threads may still let go of tensors when the interpreter has begun to end, which aborts it (pytorch/pytorch#179291).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

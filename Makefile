@@ -48,11 +48,8 @@ test-load: $(INSTALLED)  ## Hold 20 visitors for a minute: latencies and errors
 bench: $(INSTALLED)  ## Measure the cost of training and sampling as ratios; about 10 minutes
 	$(BIN)/python -m training.benchmark --output_dir runs/benchmark
 
-study: $(INSTALLED) runs/digits-features-1  ## Compare choices of training on the digits, three seeds each; about 2 hours of one core
+study: $(INSTALLED)  ## Compare choices of training on the digits, three seeds each; about 2 hours of one core
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.study --output_dir runs/study
-
-runs/digits-features-1: | $(INSTALLED)  # features that do not measure, for the distance and the discriminators of two variants
-	$(BIN)/python -m training.features --seed 1 --output_dir $@
 
 lint: $(INSTALLED)  ## Check style with ruff
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from PIL import Image
 from serving import ending, serving
 
 import app
-from demo import actions, recipes, uploads
+from demo import actions, controls, page, plots, recipes, uploads
 from demo.actions import CHECKPOINTS
 from demo.checkpoints import MOST_STOPPED, STOPPED, TURN, Checkpoint, UnfitCheckpoint, _likelihood, load, shipped
 from demo.pictures import grid
@@ -54,10 +54,10 @@ def server(tmp_path_factory):
     torch.set_num_threads(1)
     CHECKPOINTS.clear()
     CHECKPOINTS[DIGITS] = load("assets/digits-ctm")
-    page = app.build()
-    _, address, _ = app.start(page, prevent_thread_lock=True, quiet=True, mcp_server=True)
+    blocks = app.build()
+    _, address, _ = app.start(blocks, prevent_thread_lock=True, quiet=True, mcp_server=True)
     yield address.rstrip("/")
-    page.close()
+    blocks.close()
     CHECKPOINTS.clear()
     torch.set_num_threads(threads)
     os.environ.pop("GRADIO_TEMP_DIR")
@@ -189,9 +189,12 @@ def test_the_checkpoints_own_schedule(client, monkeypatch):
         actions.sample(DIGITS, own_schedule="yes")
     monkeypatch.setitem(CHECKPOINTS, "plain", Checkpoint("plain", tiny()))
     with gr.Blocks():
-        field = app.own_schedule("gamma")
+        field = controls.own_schedule("gamma")
     assert field.properties_for("plain")["visible"] is False
-    assert app.restored(field, "true", "plain") is None and app.restored(field, "false", "plain")["value"] is False
+    assert (
+        controls.restored(field, "true", "plain") is None
+        and controls.restored(field, "false", "plain")["value"] is False
+    )
 
 
 def test_evaluations_are_counted(client, drawings):
@@ -458,14 +461,14 @@ def test_drawing_over_a_third_of_a_pixel_hides_it():
 
 def test_values_of_a_link(server):
     with gr.Blocks():
-        slider, number, label = app.gamma(0.0), app.seed(), app.class_choice(every=True)
-        own = app.own_schedule("gamma")
-    assert app.restored(slider, "0.35", DIGITS) == 0.35 and app.restored(number, "12", DIGITS) == 12
-    assert [app.restored(slider, text, DIGITS) for text in ("2", "nan", "x", "-0.1")] == [None] * 4
-    assert app.restored(number, "1e99", DIGITS) is None and app.restored(number, "inf", DIGITS) is None
-    assert app.restored(label, "7", DIGITS)["value"] == "7" and app.restored(label, "<b>", DIGITS) is None
-    assert [app.restored(own, text, DIGITS)["value"] for text in ("true", "false")] == [True, False]
-    assert own.visible and "carries for 2, 4 and 8 steps" in own.info and app.restored(own, "yes", DIGITS) is None
+        slider, number, label = controls.gamma(0.0), controls.seed(), controls.class_choice(every=True)
+        own = controls.own_schedule("gamma")
+    assert controls.restored(slider, "0.35", DIGITS) == 0.35 and controls.restored(number, "12", DIGITS) == 12
+    assert [controls.restored(slider, text, DIGITS) for text in ("2", "nan", "x", "-0.1")] == [None] * 4
+    assert controls.restored(number, "1e99", DIGITS) is None and controls.restored(number, "inf", DIGITS) is None
+    assert controls.restored(label, "7", DIGITS)["value"] == "7" and controls.restored(label, "<b>", DIGITS) is None
+    assert [controls.restored(own, text, DIGITS)["value"] for text in ("true", "false")] == [True, False]
+    assert own.visible and "carries for 2, 4 and 8 steps" in own.info and controls.restored(own, "yes", DIGITS) is None
 
 
 class Flagging:
@@ -507,7 +510,7 @@ def test_a_colour_checkpoint_without_classes(server, monkeypatch):
     assert "of 32 samples of this checkpoint" in found.report
     with pytest.raises(gr.Error, match="cannot be guided here"):
         actions.guide("colour", label, 3.0, 1, 1.0, 0, 2)
-    assert app.class_choices("colour", True)["visible"] is False
+    assert controls.class_choices("colour", True)["visible"] is False
 
 
 def test_flagged_images_are_black_and_said(server, monkeypatch):
@@ -530,7 +533,7 @@ def test_a_later_movement_ends_a_run_and_no_other(server, monkeypatch):
 
     checkpoint.pipe.unet.register_forward_pre_hook(move_on)
     call, arguments = (
-        app.in_turn(app.guarded(actions.sample, lambda made: made.report)),
+        page.in_turn(page.guarded(actions.sample, lambda made: made.report)),
         ("colour", "all", 9, 0.0, 0, 1, False),
     )
     assert call(*arguments, "ada-1") == gr.skip() and seen == ["ada-1"] * 3  # of nine steps
@@ -560,7 +563,7 @@ def test_the_shipped_checkpoints():
     assert shipped()[0] == "assets/digits-ctm" and "assets/digits-edm" not in shipped()
     checkpoint = load("assets/digits-ctm")
     assert checkpoint.name == DIGITS and checkpoint.teacher[0] == "assets/digits-edm"
-    rows = app.distances(checkpoint.evaluation)
+    rows = plots.distances(checkpoint.evaluation)
     assert {row["gamma"] for row in rows} == {"0", "0.5", "1", "Heun"}
     assert sum(row["evaluations"] == 1 for row in rows) == 3  # one step belongs to every gamma
     emoji = load("assets/emoji-ctm")

@@ -1,0 +1,223 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What every tab has: its action wired to controls, picture, words, Python, files and link; and how a link restores it."""
+
+import functools
+import inspect
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+import gradio as gr
+
+from . import actions
+from .actions import CHECKPOINTS, MOST_TURN
+from .checkpoints import TURN, Superseded
+from .controls import first_checkpoint, restored, result, seed_buttons
+from .uploads import Drawing, Picture
+
+
+logger = logging.getLogger(__name__)
+LIVE = {"concurrency_id": "live", "concurrency_limit": 1}  # short and long work in a line of its own each
+LONG = {"concurrency_id": "long", "concurrency_limit": 1}
+
+
+def guarded(action: Callable, take: Callable) -> Callable:
+    """`action`, of whose result `take` makes what the page shows; what it refuses becomes a message in the page."""
+
+    @functools.wraps(action)
+    def call(*arguments):
+        try:
+            return take(action(*arguments))
+        except (gr.Error, Superseded):
+            raise
+        except (ValueError, ImportError) as error:  # the pipelines' own checks; programs that are not installed
+            raise gr.Error(str(error), print_exception=False) from error
+        except Exception as error:
+            logger.exception("%s failed", action.__name__)
+            raise gr.Error("That failed here. The page goes on working; its log says why.") from error
+
+    return call
+
+
+def in_turn(call: Callable) -> Callable:
+    """`call` for the page itself: the last argument is its turn, by which a later movement ends it. What is shown then stays."""
+
+    def run(*arguments):
+        token = TURN.set(str(arguments[-1])[:MOST_TURN])
+        try:
+            return call(*arguments[:-1])
+        except Superseded:
+            return gr.skip()
+        finally:
+            TURN.reset(token)
+
+    return run
+
+
+def as_files(action: Callable) -> Callable:
+    """`action` for an endpoint of its own, whose result is a .zip."""
+    name = action.__name__
+    call = guarded(action, lambda made: actions.zipped(made, name))
+    call.__name__ = f"{name}_files"  # what MCP calls it
+    call.__doc__ = f"{actions.FILES.format(name=name)}\n\n{action.__doc__}"
+    return call
+
+
+class Page:
+    """The tabs, with the controls that a link restores."""
+
+    def __init__(self, model: gr.Dropdown, tabs: gr.Tabs):
+        self.model, self.tabs = model, tabs
+        self.controls: dict[str, dict[str, gr.components.Component]] = {}
+        self.parts: list[gr.Column] = []  # that follow the checkpoint, too
+
+    def tab(
+        self,
+        title: str,
+        about: str,
+        action: Callable,
+        controls: Callable[[], dict[str, gr.components.Component]],
+        picture: Callable[[], gr.components.Component] | None = None,
+        at_once: bool = False,
+        examples: tuple[Callable, Sequence[str], Sequence[str]] | None = None,
+        files: bool = True,
+        below: Callable[[], list[gr.Column]] | None = None,
+    ) -> None:
+        """One tab: `controls` by the names of the action's arguments, and its picture, words, Python, files and link.
+
+        `at_once`: it runs whenever a control moves. `examples`: (function of checkpoint and name, names, which controls it fills).
+        """
+        name = action.__name__
+        with gr.Tab(title, id=name) as tab:
+            gr.Markdown(about)
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300, elem_classes=["live"] * at_once):
+                    buttons = self.example_buttons(examples[1] if examples else ())
+                    fields = controls()
+                    if "seed" in fields:
+                        seed_buttons(fields["seed"])
+                    run = gr.Button("Run", variant="primary", elem_classes=["run"] + ["at-once"] * at_once)
+                    if examples:
+                        self.wire_examples(buttons, fields, *examples)
+                with gr.Column(scale=3, min_width=300, elem_classes=["first-on-phones"] * at_once):
+                    shown = (picture or result)()
+                    report = gr.Markdown(elem_classes="report")
+            if below is not None:
+                self.parts += below()
+            with gr.Accordion("Python that makes the same, files, link", open=False):
+                code = gr.Code(language="python", label="Python", interactive=False, lines=8, max_lines=24)
+                link = gr.Textbox(
+                    label="Link to this",
+                    info="It holds the settings, not pictures.",
+                    buttons=["copy"],
+                    interactive=False,
+                )
+                if files:
+                    save = gr.Button("Make a file of the images", size="sm")
+                    file = gr.File(label="Images that say how they were made, and the Python")
+
+            fields = {key: fields[key] for key in inspect.signature(action).parameters if key in fields}
+            inputs = [self.model, *fields.values()]
+            call, outputs = guarded(action, lambda made: (made.picture, made.report, made.code)), [shown, report, code]
+            if at_once:
+                moves = [field.input for field in fields.values()]
+                turn = gr.Textbox(visible=False)
+                gr.Button(visible=False).click(
+                    call, inputs, outputs, api_name=name, **LIVE
+                )  # for the API, without a turn
+                gr.on(moves, None, inputs, js=f"(...values) => window.ctmMoved({json.dumps(name)}, values)")
+                ran = gr.on(
+                    [run.click, *moves],
+                    in_turn(call),
+                    [*inputs, turn],
+                    outputs,
+                    js=f"(...values) => window.ctmStarts({json.dumps(name)}, values)",
+                    api_visibility="private",
+                    trigger_mode="always_last",
+                    show_progress="minimal",
+                    **LIVE,
+                )
+            else:
+                ran = run.click(call, inputs, outputs, api_name=name, trigger_mode="always_last", **LONG)
+            ran.success(None, [self.model, *self.linked(fields).values()], link, js=self.remember(name, fields))
+            if files:
+                save.click(
+                    as_files(action),
+                    inputs,
+                    file,
+                    api_name=f"{name}_files",
+                    **LONG,
+                )
+            if at_once:
+                tab.select(None, js="() => window.ctmRunLive()")
+        self.controls[name] = fields
+
+    def example_buttons(self, names: Sequence[str]) -> list[gr.Button]:
+        if not names:
+            return []
+        with gr.Row():
+            return [gr.Button(f"Example: {name}", size="sm", min_width=80) for name in names]
+
+    def wire_examples(
+        self, buttons: list, fields: dict, function: Callable, names: Sequence[str], fills: Sequence[str]
+    ) -> None:
+        """A press fills the controls and runs. One endpoint serves all: the name of the example is its argument."""
+        for button, which in zip(buttons, names, strict=True):
+            first = which == names[0]
+            button.click(
+                guarded(function, lambda found: found),
+                [self.model, gr.Textbox(which, visible=False)][: 1 + (len(names) > 1)],
+                [fields[name] for name in fills],
+                api_name=function.__name__ if first else None,
+                api_visibility="public" if first else "private",
+                **LIVE,
+            ).success(None, js="() => setTimeout(window.ctmRun, 400)")
+
+    def linked(self, fields: dict) -> dict:
+        """What a link can hold: no pictures."""
+        return {name: field for name, field in fields.items() if not isinstance(field, (Drawing, Picture))}
+
+    def remember(self, name: str, fields: dict) -> str:
+        return f"(...values) => window.ctmRemember({json.dumps(name)}, {json.dumps(['model', *self.linked(fields)])}, values)"
+
+    def restore(self, request: gr.Request) -> dict:
+        """The settings that the page's address holds; what does not fit is left as it is, with a warning."""
+        query, strange = dict(request.query_params), []
+        model, name = query.get("model", first_checkpoint()), query.get("tab")
+        if model not in CHECKPOINTS:
+            strange.append("model")
+            model = first_checkpoint()
+        found = {self.model: model, **self.follow(model)}
+        if name in self.controls:
+            found[self.tabs] = gr.Tabs(selected=name)
+            for key, field in self.linked(self.controls[name]).items():
+                if key not in query:
+                    continue
+                update = restored(field, query[key], model)
+                if update is None:
+                    strange.append(key)
+                else:
+                    found[field] = update
+        if strange:
+            gr.Warning(f"What the link says of {', '.join(strange)} does not fit this page and was left out.")
+        return found
+
+    def followers(self) -> list[gr.components.Component | gr.Column]:
+        fields = [one for fields in self.controls.values() for one in fields.values()]
+        return [one for one in fields if hasattr(one, "properties_for")] + self.parts
+
+    def follow(self, model: str) -> dict:
+        return {field: gr.update(**field.properties_for(model)) for field in self.followers()}
+
+    def restorable(self) -> list:
+        fields = [one for fields in self.controls.values() for one in self.linked(fields).values()]
+        return [self.model, self.tabs, *fields, *self.parts]
+
+    def follow_and_restore(self) -> None:
+        """Once all tabs are there: the controls follow the checkpoint that is chosen, and the page's address restores them."""
+        self.model.input(self.follow, self.model, self.followers(), api_visibility="private", **LIVE).success(
+            None, js="() => window.ctmRunLive()"
+        )
+        gr.context.Context.root_block.load(
+            self.restore, None, self.restorable(), api_visibility="private", concurrency_limit=None
+        ).then(None, js="() => window.ctmRestored()")

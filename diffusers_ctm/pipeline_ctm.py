@@ -454,7 +454,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         """
         scheduler, network = self.scheduler, self.unet if network is None else network
         guided, moved = guidance is not None and guidance.scale != 0, []
-        timestep_factor = self._match_scheduler()
+        timestep_factor, dtype = self._match_scheduler(), self.unet.dtype
         targets = getattr(scheduler, "target_timesteps", None)
         condition = {} if class_labels is None else {"class_labels": class_labels}
         self._interrupt = False
@@ -467,11 +467,11 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                 times = (t * timestep_factor,) if targets is None else (t, targets[i])
                 if guided:
                     model_output, any_moved = guided_output(
-                        guidance, network, scheduler, latents, t, times, class_labels, self.unet.dtype
+                        guidance, network, scheduler, latents, t, times, class_labels, dtype
                     )
                     moved.append(any_moved)
                 else:
-                    model_input = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                    model_input = scheduler.scale_model_input(latents, t).to(dtype)
                     model_output = network(model_input, *times, **condition, return_dict=False)[0]
                 step = scheduler.step(model_output.to(latents.dtype), t, latents, return_dict=False, **step_options)
                 latents = step[0]

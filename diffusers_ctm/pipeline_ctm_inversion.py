@@ -208,8 +208,10 @@ def exact_denoiser(pipe: CTMPipeline, **condition) -> Callable[[torch.Tensor, to
             "or `CTMScheduler` for a CTM."
         )
 
+    dtype = pipe.unet.dtype
+
     def network(sample, *times, **options):
-        return pipe.unet(sample.to(pipe.unet.dtype), *times, **options)
+        return pipe.unet(sample.to(dtype), *times, **options)
 
     return lambda x, sigma: preconditioning.denoise(network, x, sigma, **condition)
 

@@ -84,14 +84,15 @@ class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMix
 
     def _conditioning(self, timestep, target_timestep, class_labels) -> torch.Tensor:
         """[embedding of time and class, embedding of the target time], shape (B, 2 * embedding width)."""
-        embedding = self.time_embedding(self.time_proj(timestep).to(self.dtype))
-        target_embedding = self.target_time_embedding(self.time_proj(target_timestep).to(self.dtype))
+        dtype = self.dtype  # walks through all modules
+        embedding = self.time_embedding(self.time_proj(timestep).to(dtype))
+        target_embedding = self.target_time_embedding(self.time_proj(target_timestep).to(dtype))
         if self.class_embedding is not None:
             if class_labels is None:
                 raise ValueError("class_labels should be provided when doing class conditioning")
             if self.config.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels).to(self.dtype)
-            embedding = embedding + self.class_embedding(class_labels).to(self.dtype)
+                class_labels = self.time_proj(class_labels).to(dtype)
+            embedding = embedding + self.class_embedding(class_labels).to(dtype)
         elif class_labels is not None:
             raise ValueError("class_labels were given, but this network has no class embedding")
         return torch.cat([embedding, target_embedding], dim=1)

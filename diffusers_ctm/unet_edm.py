@@ -219,10 +219,10 @@ class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, Pe
 
     def _conditioning(self, timestep, target_timestep, class_labels, augment_labels) -> torch.Tensor:
         """The embedding of the time, or [time, target time]; class and augmentation are in both. Shape (B, width)."""
-        condition = 0
+        condition, dtype = 0, self.dtype  # which walks through all modules
         if self.class_embedding is not None:
             vector = self._class_vector(class_labels, timestep)
-            condition = condition + self.class_embedding(vector.to(self.dtype))
+            condition = condition + self.class_embedding(vector.to(dtype))
         elif class_labels is not None:
             raise ValueError("class_labels were given, but this network has no class embedding")
         if self.augment_embedding is not None:
@@ -230,13 +230,13 @@ class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, Pe
                 augment_labels is None
             ):  # zeros, so that no process of a distributed training has a weight without gradient
                 augment_labels = torch.zeros(timestep.shape[0], self.config.augment_dim, device=timestep.device)
-            condition = condition + self.augment_embedding(augment_labels.to(self.dtype))
+            condition = condition + self.augment_embedding(augment_labels.to(dtype))
         elif augment_labels is not None:
             raise ValueError("augment_labels were given, but this network has no augment_dim")
-        embedding = self.time_embedding(self.time_proj(timestep).to(self.dtype) + condition)
+        embedding = self.time_embedding(self.time_proj(timestep).to(dtype) + condition)
         if not self.has_target_time:
             return embedding
-        target_embedding = self.target_time_embedding(self.time_proj(target_timestep).to(self.dtype) + condition)
+        target_embedding = self.target_time_embedding(self.time_proj(target_timestep).to(dtype) + condition)
         return torch.cat([embedding, target_embedding], dim=1)
 
     def forward(

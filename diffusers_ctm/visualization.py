@@ -156,7 +156,7 @@ def steps_gamma_grid(
     if generator is None:
         generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
     pipe._check_call(1, None, generator, output_type, None, None)
-    device, unet = pipe._execution_device, pipe.unet
+    device, unet, dtype = pipe._execution_device, pipe.unet, pipe.unet.dtype
     class_labels, _ = pipe._class_labels(class_labels, 1, generator, device)
     runs = []
     for gamma in gammas:
@@ -170,7 +170,7 @@ def steps_gamma_grid(
 
     for i in range(max(steps)):
         active = [k for k, scheduler in enumerate(runs) if i < scheduler.num_inference_steps]
-        inputs = torch.cat([runs[k].scale_model_input(states[k], runs[k].timesteps[i]) for k in active]).to(unet.dtype)
+        inputs = torch.cat([runs[k].scale_model_input(states[k], runs[k].timesteps[i]) for k in active]).to(dtype)
         times = [torch.stack([getattr(runs[k], name)[i] for k in active]) for name in ("timesteps", "target_timesteps")]
         condition = {} if class_labels is None else {"class_labels": class_labels.expand(len(active))}
         outputs = unet(inputs, *times, **condition, return_dict=False)[0].to(states[0].dtype)

@@ -15,7 +15,16 @@ from tiny_networks import FAMILIES, blocks, check_the_same, close, inputs, make_
 from torch import nn
 
 import diffusers_ctm
-from diffusers_ctm import CTMImg2ImgPipeline, CTMPipeline, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
+from diffusers_ctm import (
+    CTMImg2ImgPipeline,
+    CTMInversionPipeline,
+    CTMPipeline,
+    CTMScheduler,
+    CTMUNet2DModel,
+    EDMHeunScheduler,
+    EDMUNet2DModel,
+    steps_gamma_grid,
+)
 from diffusers_ctm.trajectory import Preconditioning, jump
 
 
@@ -371,6 +380,30 @@ def test_compiles_in_one_graph(family):
     compiled = torch.compile(unet, backend="eager", fullgraph=True)
     with torch.no_grad():
         close(compiled(sample, t, s, **condition).sample, unet(sample, t, s, **condition).sample)
+
+
+@every_family
+def test_the_dtype_is_looked_up_once_per_evaluation(family, monkeypatch):
+    unet, looked_up = family.make_student(**family.small), []
+    sample, _, _, condition = inputs(unet)
+    dtype = type(unet).dtype
+    monkeypatch.setattr(type(unet), "dtype", property(lambda self: looked_up.append(1) or dtype.fget(self)))
+
+    def looks(function, *args, **options):
+        looked_up.clear()
+        function(*args, **options)
+        return len(looked_up)
+
+    # It walks through all modules. What is known before the first step is not asked again at each.
+    pipe = CTMInversionPipeline(unet, CTMScheduler(timestep_scale=family.timestep_scale))
+    pipe.set_progress_bar_config(disable=True)
+    labels = condition.get("class_labels")
+    few, many = (looks(CTMPipeline.__call__, pipe, class_labels=labels, num_inference_steps=n) for n in (1, 6))
+    assert many - few == 5
+    few, many = (looks(pipe, sample.sigmoid(), labels, num_inference_steps=n) for n in (1, 2))
+    assert many - few == 2
+    few, many = (looks(steps_gamma_grid, pipe, [n], [0.5], class_labels=1) for n in (1, 6))
+    assert many - few == 5
 
 
 # Adapters and attention -----------------------------------------------------------------------------------------------

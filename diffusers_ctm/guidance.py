@@ -114,7 +114,7 @@ class ClassifierGuidance(Guidance):
     ):
         super().__init__(scale, on)
         self.classifier = classifier
-        self.target = None if target is None else torch.as_tensor(target)
+        self.target = None if target is None else torch.as_tensor(target, device="cpu")
         self.num_classes = None
 
     def prepare(self, num_classes: int | None) -> None:
@@ -219,7 +219,7 @@ def guided_output(
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = x_t.detach().clone().requires_grad_()  # an ordinary tensor also where the caller is in inference mode
-        times = tuple(torch.as_tensor(time).clone() for time in times)
+        times = tuple(time.clone() for time in times)
         labels = None if class_labels is None else class_labels.clone()
         condition = {} if labels is None else {"class_labels": labels}
         t, s, end = _levels_of_call(scheduler, timestep)
@@ -228,11 +228,11 @@ def guided_output(
         with torch.set_grad_enabled(not image_costs_more and guidance.on != "noisy"):
             model_input = scheduler.scale_model_input(x, timestep).to(dtype)
             model_output = network(model_input, *times, **condition, return_dict=False)[0].to(x.dtype)
-        level = torch.tensor(t, dtype=torch.float64)
+        level = torch.tensor(t, dtype=torch.float64, device="cpu")
         if guidance.on == "noisy":
             seen, estimate = x, t
         elif image_costs_more:
-            end_time = scheduler.sigma_to_t(torch.tensor(end, dtype=torch.float64)).to(times[0])
+            end_time = scheduler.sigma_to_t(torch.tensor(end, dtype=torch.float64, device="cpu")).to(times[0])
             output = network(
                 scheduler.scale_model_input(x, timestep).to(dtype), times[0], end_time, **condition, return_dict=False
             )
@@ -242,7 +242,7 @@ def guided_output(
 
         loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
         gradient, moved = _gradient(loss, seen, x, t)
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     c_out = float(scheduler._denoised(one, torch.zeros_like(one), level))  # g is affine in F
     weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
     return model_output.detach() - (weight / c_out) * gradient, moved
@@ -449,8 +449,10 @@ def rejection_sample(
     images = torch.stack([image for *_, image in chosen]) if chosen else x_0[:0]
     return RejectionSamplingOutput(
         images=_postprocessed(pipe, images, output_type),
-        class_labels=None if None in kept else torch.tensor([label for label, *_ in chosen], dtype=torch.int64),
-        scores=torch.tensor([score for _, score, _ in chosen]),
+        class_labels=None
+        if None in kept
+        else torch.tensor([label for label, *_ in chosen], dtype=torch.int64, device="cpu"),
+        scores=torch.tensor([score for _, score, _ in chosen], device="cpu"),
         complete=complete,
         acceptance_rate=rate,
         num_drawn=drawn.total(),
@@ -466,7 +468,7 @@ def _wanted_labels(
         return pipe._class_labels(class_labels, num_images, generator, "cpu")[0].tolist()
     if class_labels is None:
         return [None] * num_images
-    labels = torch.as_tensor(class_labels)
+    labels = torch.as_tensor(class_labels, device="cpu")
     return check_classes(labels, num_images, torch.iinfo(torch.int64).max).tolist()
 
 
@@ -483,7 +485,7 @@ def _judged(
     if not probabilities.isfinite().all():
         raise ValueError("The classifier returned NaN or infinite logits.")
     if labels[0] is not None:
-        targets = check_classes(torch.tensor(labels), len(x_0), probabilities.shape[1])
+        targets = check_classes(torch.tensor(labels, device="cpu"), len(x_0), probabilities.shape[1])
     if num_classes is None:
         scores, found = probabilities.max(1)
         return labels if labels[0] is None else found.tolist(), scores.tolist()

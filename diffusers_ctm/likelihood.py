@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_ctm_inversion import exact_denoiser, pipeline_condition
+from .scheduling_utils_ctm import as_float64
 from .trajectory import append_dims, check_count, check_positive
 
 
@@ -221,7 +222,7 @@ def ode_log_density(
         rtol, atol: of `dormand_prince`, on y and on the integral per dimension.
     """
     size, count = x[0].numel(), 1 if probes is None else len(probes)
-    start, end = (torch.tensor(math.atan(level / sigma_data), dtype=torch.float64) for level in (sigma_min, sigma_max))
+    start, end = as_float64([math.atan(level / sigma_data) for level in (sigma_min, sigma_max)], "levels")
 
     def field(phi: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         cos, sin = phi.cos().item(), phi.sin().item()

@@ -61,7 +61,7 @@ class GrayscaleOperator(LinearOperator):
     """
 
     def __init__(self, weights: Sequence[float] = (0.299, 0.587, 0.114)):
-        self.weights = torch.as_tensor(weights, dtype=torch.float64).reshape(1, -1, 1, 1)
+        self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").reshape(1, -1, 1, 1)
         if not abs(float(self.weights.sum()) - 1) < 1e-6:  # else gray in [-1, 1] would not be a measurement
             raise ValueError(f"weights must have the sum 1, got {list(weights)}.")
 
@@ -119,7 +119,7 @@ def check_operator(
         ValueError: that says which of these does not hold.
     """
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(image_shape, generator=generator).to(y) for _ in range(2))
+    a, b = (torch.randn(image_shape, generator=generator, device="cpu").to(y) for _ in range(2))
     try:
         of_a, of_b = operator(a), operator(b)
     except Exception as error:  # of whatever it is made

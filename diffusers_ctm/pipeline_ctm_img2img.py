@@ -125,7 +125,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
                 raise ValueError(f"strength must lie in (0, 1], got {strength!r}.")
             sigma = config.sigma_max
             if strength < 1:
-                sigma = float(karras_sigma(torch.tensor(1 - strength, dtype=torch.float64), *schedule))
+                sigma = float(karras_sigma(torch.tensor(1 - strength, dtype=torch.float64, device="cpu"), *schedule))
         else:
             check_positive(sigma=sigma)
         end = config.sigma_min

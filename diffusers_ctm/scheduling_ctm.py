@@ -287,7 +287,9 @@ class CTMScheduler(KarrasSchedulerMixin):
             g = g.clamp(-1, 1)
         t, s = t.double(), s.double()
         if project is not None:
-            end = torch.tensor(self.config.sigma_min, dtype=torch.float32).double()  # rounded as s is: s - end is 0
+            end = torch.tensor(
+                self.config.sigma_min, dtype=torch.float32, device="cpu"
+            ).double()  # rounded as s is: s - end is 0
             if s < end:
                 raise ValueError(
                     "project needs a run that ends at sigma_min: `set_timesteps(..., final_sigma=sigma_min)`."

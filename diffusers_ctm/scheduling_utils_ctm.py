@@ -36,7 +36,7 @@ def as_float64(values: torch.Tensor | float | Sequence[float], name: str) -> tor
     if isinstance(values, torch.Tensor):
         values = values.cpu()  # first: not every device has float64
     try:
-        return torch.as_tensor(values, dtype=torch.float64)
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be a number or a list of numbers, got {values!r}.") from error
 

@@ -26,6 +26,12 @@ def append_dims(level: torch.Tensor, ndim: int) -> torch.Tensor:
     return level.reshape(level.shape + (1,) * (ndim - level.ndim)) if level.ndim else level
 
 
+def as_level(value: torch.Tensor | float) -> torch.Tensor:
+    """`value` as a float tensor: a tensor stays where it is, a number is put on the CPU, whatever the default device."""
+    value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+    return value if value.is_floating_point() else value.float()
+
+
 def karras_sigma(
     ramp: torch.Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> torch.Tensor:
@@ -46,7 +52,8 @@ def karras_sigmas(
 
     With `num_levels = 1` it is sigma_max alone. Computed in float64 (Karras et al. 2022, Eq. 5).
     """
-    sigmas = karras_sigma(torch.linspace(0, 1, num_levels, dtype=torch.float64), sigma_min, sigma_max, rho)
+    ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64, device="cpu")  # whatever the default device
+    sigmas = karras_sigma(ramp, sigma_min, sigma_max, rho)
     sigmas[0] = sigma_max
     if num_levels > 1:
         sigmas[-1] = sigma_min
@@ -72,12 +79,12 @@ def c_noise(sigma: torch.Tensor | float, timestep_scale: float = 1.0) -> torch.T
     timestep_scale = 1 is NVIDIA's EDM (Karras et al. 2022, Table 1), 1000 the OpenAI / consistency / CTM family.
     sigma = 0 gives -inf: no network sees a level below sigma_min.
     """
-    return timestep_scale / 4 * torch.log(torch.as_tensor(sigma))
+    return timestep_scale / 4 * torch.log(as_level(sigma))
 
 
 def sigma_of_c_noise(timestep: torch.Tensor | float, timestep_scale: float = 1.0) -> torch.Tensor:
     """The noise level of which `timestep` is the c_noise. Inverse of `c_noise`."""
-    return torch.exp(torch.as_tensor(timestep) * (4 / timestep_scale))
+    return torch.exp(as_level(timestep) * (4 / timestep_scale))
 
 
 def discrete_levels(
@@ -289,7 +296,7 @@ class Preconditioning:
         """Lowest and highest level that the network knows; (0, infinity) without discrete timesteps."""
         if not self.is_discrete:
             return 0.0, math.inf
-        levels = self._log_levels(torch.zeros((), dtype=torch.float64))
+        levels = self._log_levels(torch.zeros((), dtype=torch.float64, device="cpu"))
         return levels[0].exp().item(), levels[-1].exp().item()
 
     def _log_levels(self, like: torch.Tensor) -> torch.Tensor:
@@ -312,8 +319,7 @@ class Preconditioning:
         alike. How much it matters: shown a time that is half a step off, the exact network of data N(0, 0.5^2) and 1,000 linear betas
         errs in D by at most 0.10 % ("epsilon"), 0.13 % ("v_prediction") or 0.22 % ("sample") of 0.5.
         """
-        level = torch.as_tensor(level)
-        level = level if level.is_floating_point() else level.float()
+        level = as_level(level)
         if self.prediction_type == "flow_prediction":
             return self.num_diffusion_timesteps * level / (1 + level)
         if self.prediction_type == "score":
@@ -328,8 +334,7 @@ class Preconditioning:
 
     def sigma_of_c_noise(self, timestep: torch.Tensor | float) -> torch.Tensor:
         """The noise level of which `timestep` is the c_noise. Inverse of `c_noise`."""
-        timestep = torch.as_tensor(timestep)
-        timestep = timestep if timestep.is_floating_point() else timestep.float()
+        timestep = as_level(timestep)
         if self.prediction_type == "flow_prediction":
             return timestep / (self.num_diffusion_timesteps - timestep)
         if self.prediction_type == "score":

@@ -156,7 +156,8 @@ class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMix
 
 def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
     """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError, with `name`, if it is an integer."""
-    timestep = torch.as_tensor(timestep)
+    if not isinstance(timestep, torch.Tensor):
+        timestep = torch.as_tensor(timestep, device=sample.device)
     if not timestep.is_floating_point():
         raise ValueError(
             f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."

@@ -154,7 +154,7 @@ def steps_gamma_grid(
         raise ValueError(f"steps_gamma_grid works with CTMScheduler, not with {type(pipe.scheduler).__name__}.")
     check_count(**{f"steps[{i}]": count for i, count in enumerate(steps)})
     if generator is None:
-        generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+        generator = torch.Generator().manual_seed(torch.randint(2**62, (), device="cpu").item())
     pipe._check_call(1, None, generator, output_type, None, None)
     device, unet, dtype = pipe._execution_device, pipe.unet, pipe.unet.dtype
     class_labels, _ = pipe._class_labels(class_labels, 1, generator, device)

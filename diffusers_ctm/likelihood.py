@@ -49,6 +49,7 @@ class LogLikelihood:
     backward_passes: int
 
 
+@torch.inference_mode(False)  # the trace needs gradients, also where the caller is in inference mode
 def log_likelihood(
     pipe: CTMPipeline,
     images,

@@ -421,6 +421,19 @@ def test_costs_and_seeds():
     assert bound.backward_passes == 10
 
 
+@pytest.mark.parametrize("options", [{"rtol": 0.3, "atol": 0.3}, {"method": "elbo", "trace": "hutchinson"}])
+def test_works_in_inference_mode(make_unet, options):
+    pipe = CTMPipeline(make_unet(num_class_embeds=2), CTMScheduler())
+    images = torch.rand(2, 3, 8, 8, generator=seeded())
+
+    def nats():
+        return log_likelihood(pipe, images + 0, [0, 1], dequantize=False, generator=seeded(), **options).nats
+
+    expected = nats()
+    with torch.inference_mode():
+        assert torch.equal(nats(), expected)
+
+
 def test_images_come_as_they_are(exact_teacher):
     pipe = pipeline(exact_teacher(sample_size=4))
     images = pixels(2, size=4)

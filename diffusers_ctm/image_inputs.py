@@ -54,6 +54,8 @@ def read_images(
             f"{name} must be a PIL image, an array, a tensor or a list of these, got {type(images).__name__}."
         )
 
+    if dtype == torch.float64:
+        images = images.cpu()  # not every device has it
     if images.dtype == torch.uint8:
         images = images.to(dtype) / 255
     if not images.is_floating_point():

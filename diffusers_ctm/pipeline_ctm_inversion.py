@@ -236,10 +236,11 @@ def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float) -> tor
     if weight.ndim > 1 or (weight.ndim == 1 and len(weight) != len(a)):
         raise ValueError(f"weight must be a number or have shape ({len(a)},), got shape {tuple(weight.shape)}.")
     weight = weight.expand(len(a))
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(1).double(), b.flatten(1).double())
+    flat = (x.flatten(1).cpu().double() for x in (a, b))  # not every device has float64
+    cosine = torch.nn.functional.cosine_similarity(*flat)
     if (cosine < -1 + 1e-7).any():
         raise ValueError("a and b are opposite: no path between them is the shortest.")
-    theta = cosine.clamp(-1, 1).acos().to(a.dtype)
+    theta = cosine.clamp(-1, 1).acos().to(weight)
     near = theta < 1e-4
     safe = torch.where(near, torch.ones_like(theta), theta)
     weight_a = torch.where(near, 1 - weight, ((1 - weight) * safe).sin() / safe.sin())

@@ -14,7 +14,7 @@ from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.models.upsampling import FirUpsample2D
+from diffusers.models.upsampling import FirUpsample2D, upfirdn2d_native
 from torch import nn
 
 from .unet_2d_ctm import QuietCastMixin, config_of, float_time, start_as
@@ -382,7 +382,7 @@ class EDMDownBlock2D(EDMBlock2D):
             self.image_downsample = FirDownsample2D(image_channels, fir_kernel=fir_kernel)
             self.image_conv = nn.Conv2d(image_channels, in_channels, 1)
         elif image_input == "residual":
-            self.image_downsample = FirDownsample2D(image_channels, in_channels, use_conv=True, fir_kernel=fir_kernel)
+            self.image_downsample = EDMFirConvDownsample2D(image_channels, in_channels, fir_kernel)
 
     def forward(
         self, hidden_states: torch.Tensor, image: torch.Tensor, temb: torch.Tensor
@@ -434,6 +434,24 @@ class EDMUpBlock2D(EDMBlock2D):
     def image(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """This level's part of the output ("skip" decoder)."""
         return self.conv_out(nn.functional.silu(self.conv_norm_out(hidden_states)))
+
+
+class EDMFirConvDownsample2D(FirDownsample2D):
+    """diffusers' filter and convolution that halve the resolution, with the convolution called as a module.
+
+    diffusers reads its weight past the module, where the hooks of offloading and of layerwise casting have not brought it.
+    """
+
+    def __init__(self, channels: int, out_channels: int, fir_kernel: tuple[int, ...]):
+        super().__init__(channels, out_channels, use_conv=True, fir_kernel=fir_kernel)
+        self.Conv2d_0.stride, self.Conv2d_0.padding = (2, 2), (0, 0)  # padded by the filter
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) to (B, out_channels, H / 2, W / 2)."""
+        taps = torch.tensor(self.fir_kernel, dtype=hidden_states.dtype, device=hidden_states.device)
+        padding = ((len(taps) + 1) // 2, len(taps) // 2)
+        filtered = upfirdn2d_native(hidden_states, torch.outer(taps, taps) / taps.sum() ** 2, pad=padding)
+        return self.Conv2d_0(filtered)
 
 
 class EDMFourierProjection(nn.Module):

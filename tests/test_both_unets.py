@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from exact import GaussianData, randn
@@ -371,6 +372,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, changes):
     assert unet.is_gradient_checkpointing and len(calls) == len(set(calls)) > 4
     if family.checkpointed is not None:
         assert set(calls) == {module for module in unet.modules() if isinstance(module, family.checkpointed)}
+
+
+@kinds("classes", "ADM", "NCSN++", "skip, filtered", "attention skip")
+def test_weights_that_are_brought_or_cast_when_they_are_needed(family, changes):
+    unet = family.make_student(**changes)
+    sample, t, s, condition = inputs(unet)
+    expected = unet(sample, t, s, **condition).sample
+    cast = copy.deepcopy(unet)
+    cast.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    assert cast.conv_in.weight.dtype == torch.float16
+    close(cast(sample, t, s, **condition).sample, expected, rtol=0.03, atol=0.03)
+    offloaded = cpu_offload(unet, execution_device=torch.device("cpu"))  # as `enable_sequential_cpu_offload`
+    assert offloaded.conv_in.weight.device.type == "meta"
+    close(offloaded(sample, t, s, **condition).sample, expected)
 
 
 @every_family

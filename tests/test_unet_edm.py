@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from exact import GaussianData, randn
 from tiny_networks import EDM_KINDS, NCSNPP, close, inputs, make_edm, times
@@ -221,6 +222,9 @@ def test_the_residual_encoder_filters_what_its_convolution_gives(taps):
     kernel = torch.outer(kernel, kernel)[None, None].repeat(8, 1, 1, 1)
     convolved = nn.functional.conv2d(image, layer.weight, layer.bias, padding=1 + (len(taps) - 1) // 2)
     close(block.image_downsample(image), nn.functional.conv2d(convolved, kernel, stride=2, groups=8))
+    theirs = FirDownsample2D(3, 8, use_conv=True, fir_kernel=taps)
+    theirs.load_state_dict(block.image_downsample.state_dict())
+    close(block.image_downsample(image), theirs(image))
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])

@@ -415,7 +415,9 @@ def rejection_sample(
         missing = Counter({label: count - len(kept[label]) for label, count in needed.items()})
         if top_fraction is None:  # as many as the rate so far lets expect to be enough
             count = math.ceil(missing.total() * (drawn.total() + 1) / (accepted + 1))
-            labels = list(islice(cycle(missing.elements()), min(count, batch_size)))
+            # Where a batch has no room for all, it goes on after the last one: no class may keep the others out.
+            start = drawn.total() % missing.total() if missing.total() > batch_size else 0
+            labels = list(islice(cycle(missing.elements()), start, start + min(count, batch_size)))
         else:
             labels = list((to_draw - drawn).elements())[:batch_size]
         if not labels:

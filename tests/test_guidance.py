@@ -677,6 +677,16 @@ def test_rejection_keeps_what_the_classifier_believes():
     assert output.num_batches == len(pipe.unet.calls)
 
 
+def test_a_class_that_is_never_seen_does_not_keep_the_others_out():
+    def never_0(images):
+        return torch.tensor([-100.0, 0.0, 0.0]).expand(len(images), 3)
+
+    output = rejection_sample(
+        of_classes(), never_0, 15, [0] * 9 + [1] * 3 + [2] * 3, threshold=0.4, batch_size=4, max_batches=12
+    )
+    assert output.class_labels.tolist() == [1] * 3 + [2] * 3
+
+
 def test_the_acceptance_rate_is_that_of_the_classifier():
     # P(the mean of 4 values N(0, 0.5^2) lies where class 1 has at least probability 0.5)
     grid = torch.linspace(-0.6, 0.6, 100_001, dtype=torch.float64)

@@ -120,7 +120,7 @@ def gamma_seed_grid(
     shared |= {"output_type": output_type, "batch_size": len(seeds), "class_labels": class_labels}
     return [
         CTMPipeline.__call__(
-            pipe, gamma=gamma, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **shared
+            pipe, gamma=gamma, generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds], **shared
         ).images
         for gamma in gammas
     ]
@@ -179,5 +179,6 @@ def steps_gamma_grid(
             states[k] = step[0]
 
     images = pipe._without_unsafe(torch.cat(states))[0]
+    pipe.maybe_free_model_hooks()
     rows = images.unflatten(0, (len(gammas), len(steps)))
     return [row if output_type == "latent" else pipe.image_processor.postprocess(row, output_type) for row in rows]

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The states and jumps that are shown are those of the exact trajectory."""
 
+import numpy as np
 import pytest
 import torch
 from exact import ExactNetwork, GaussianData, randn
@@ -81,7 +82,7 @@ def test_random_classes_stay_the_same_along_a_strip():
 
 def test_one_latent_at_many_gammas_and_seeds():
     pipe, latent = pipeline(), randn(1, 3, 4, 4, dtype=torch.float32)
-    grid = gamma_seed_grid(pipe, (0.0, 0.5, 1.0), (3, 4, 5), 3, latents=latent, output_type="latent")
+    grid = gamma_seed_grid(pipe, (0.0, 0.5, 1.0), np.arange(3, 6), 3, latents=latent, output_type="latent")
     assert len(grid) == 3 and all(row.shape == (3, 3, 4, 4) for row in grid) and len(pipe.unet.calls) == 9
     torch.testing.assert_close(grid[0], DATA.jump(80 * latent, 80.0, 0.002).expand(3, -1, -1, -1).float())
     spread = [float(row.std(0).mean()) for row in grid]
@@ -112,6 +113,14 @@ def test_steps_and_gammas_side_by_side():
     given = steps_gamma_grid(pipeline(class_shift=[-5.0, 5.0]), (2,), (1.0,), class_labels=1, output_type="latent")
     assert given[0].mean() > 0
     assert isinstance(steps_gamma_grid(pipeline(), (1, 2), (0.0,))[0][1], Image.Image)
+
+
+def test_offloaded_models_are_freed(monkeypatch):
+    for function in (steps_gamma_grid, gamma_seed_grid, trajectory_strip):
+        pipe, freed = pipeline(), []
+        monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(len(pipe.unet.calls)))  # noqa: B023
+        function(pipe)
+        assert freed[-1] == len(pipe.unet.calls) > 0  # after the last evaluation
 
 
 def test_arguments_that_do_not_fit():

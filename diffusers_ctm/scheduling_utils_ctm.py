@@ -16,6 +16,7 @@ from .trajectory import (
     check_count,
     check_positive,
     discrete_levels,
+    karras_sigmas,
     karras_starts,
 )
 
@@ -128,11 +129,22 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def _init_state(self) -> None:
         """Check the registered numbers and make the scheduler usable before `set_timesteps`, as diffusers' are."""
         config = self.config
-        check_count(num_train_timesteps=config.num_train_timesteps)
+        check_count(
+            num_train_timesteps=config.num_train_timesteps, num_diffusion_timesteps=config.num_diffusion_timesteps
+        )
         check_positive(**{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")})
         check_positive(timestep_scale=config.timestep_scale)
         if config.sigma_min >= config.sigma_max:
             raise ValueError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}.")
+        try:
+            grid = karras_sigmas(max(config.num_train_timesteps, 2), config.sigma_min, config.sigma_max, config.rho)
+        except OverflowError:
+            grid = torch.zeros(1)
+        if not grid.isfinite().all() or grid[-1] <= 0 or (grid.diff() >= 0).any():
+            raise ValueError(
+                f"sigma_min={config.sigma_min:g}, sigma_max={config.sigma_max:g} and rho={config.rho:g} give no "
+                f"{max(config.num_train_timesteps, 2)} levels that float32 tells apart."
+            )
         low, high = self.preconditioning.level_range
         if config.sigma_min < low * (1 - 1e-4) or config.sigma_max > high * (1 + 1e-4):
             raise ValueError(

@@ -931,6 +931,11 @@ def test_bad_config_values(cls):
         cls(prediction_type="F")
     with pytest.raises(ValueError, match="num_train_timesteps must be a whole number >= 1"):
         cls(num_train_timesteps=0)
+    with pytest.raises(ValueError, match="num_diffusion_timesteps must be a whole number >= 1"):
+        cls(prediction_type="flow_prediction", num_diffusion_timesteps=-1)
+    for levels in ({"rho": 1e-3}, {"rho": 1e17}, {"sigma_min": 1e-300}, {"sigma_max": 1e300}, {"sigma_min": 80 - 1e-6}):
+        with pytest.raises(ValueError, match=r"sigma_min=.* and rho=.* give no 18 levels that float32 tells apart"):
+            cls(**levels)
 
 
 @BOTH

@@ -459,6 +459,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         condition = {} if class_labels is None else {"class_labels": class_labels}
         self._interrupt = False
         self._num_timesteps = len(scheduler.timesteps)
+        scheduler.set_begin_index(0)  # else it waits for the device to look the first timestep up
 
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):

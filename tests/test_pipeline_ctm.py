@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import make_unet_2d
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -391,6 +392,21 @@ def raise_stop(*args):
 
 
 # Callbacks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [CTMScheduler, EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_a_run_starts_at_its_first_step(cls, monkeypatch):
+    """Not at the one whose timestep is nearest, which is a question to the device."""
+    pipe = pipeline(make_unet_2d(), CTMScheduler())
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    monkeypatch.setattr(pipe.scheduler, "index_for_timestep", None)
+    pipe(num_inference_steps=3)
+    assert pipe.scheduler.step_index == pipe.num_timesteps
+
+
+def test_levels_that_float32_does_not_tell_apart_are_steps_too():
+    images = [pipeline()(latents=latents(), sigmas=s, output_type="latent").images for s in ([80.0, 80 - 1e-7], [80.0])]
+    close(*images)
 
 
 def test_callback_sees_every_step():

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput, logging
 
-from .trajectory import check_count
+from .trajectory import as_number, check_count
 
 
 GUIDANCE_INPUTS = ("prediction", "image", "noisy")
@@ -58,6 +58,7 @@ class Guidance:
     on: str = "prediction"
 
     def __init__(self, scale: float = 1.0, on: str = "prediction"):
+        scale = as_number(scale)
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}.")
         if on not in GUIDANCE_INPUTS:

@@ -21,7 +21,7 @@ from .hub import component_library, write_loading_code
 from .pipeline_output import CTMPipelineOutput
 from .provenance import GENERATED, SOFTWARE, png_text
 from .safety import needs_clip_input, unsafe_images
-from .trajectory import Preconditioning, check_count
+from .trajectory import Preconditioning, as_number, check_count
 from .unet_2d_ctm import CTMUNet2DModel, QuietCastMixin
 from .unet_edm import EDMUNet2DModel
 
@@ -286,6 +286,7 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
                     'on="prediction".'
                 )
             guidance.prepare(self.num_classes)
+        guidance_scale = as_number(guidance_scale)
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}.")
         if guidance_scale == 1:

@@ -12,7 +12,7 @@ from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
-from .trajectory import check_count, check_positive, karras_sigma, karras_starts
+from .trajectory import as_number, check_count, check_positive, karras_sigma, karras_starts
 
 
 class CTMImg2ImgPipeline(CTMPipeline):
@@ -103,6 +103,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
 
     def _levels(self, strength, sigma, sigmas, num_inference_steps, add_noise) -> Sequence[float]:
         """The levels at which steps start, from whichever of the arguments says them."""
+        strength, sigma = as_number(strength), as_number(sigma)
         if sum(value is not None for value in (strength, sigma, sigmas)) > 1:
             raise ValueError("Pass one of `strength`, `sigma` and `sigmas`; each says at which level to start.")
         if not add_noise and sigma is None and sigmas is None:

@@ -98,8 +98,10 @@ class CTMInversionPipeline(CTMPipeline):
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        if not isinstance(latents, torch.Tensor) or latents.ndim != 4 or not latents.isfinite().all():
-            raise ValueError("latents must be a tensor of shape (B, C, H, W) of finite values.")
+        channels = self.unet.config.in_channels
+        is_batch = isinstance(latents, torch.Tensor) and latents.ndim == 4 and latents.shape[1] == channels
+        if not is_batch or not latents.isfinite().all():
+            raise ValueError(f"latents must be a tensor of shape (B, {channels}, H, W) of finite values.")
         device = self._execution_device
         condition = pipeline_condition(self, class_labels, len(latents), device)
         levels = self._ode_levels(num_inference_steps)

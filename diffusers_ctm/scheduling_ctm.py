@@ -168,7 +168,9 @@ class CTMScheduler(KarrasSchedulerMixin):
             if self.num_inference_steps != num_inference_steps:
                 raise ValueError(f"sigmas must hold {num_inference_steps} levels, got {preset['sigmas']}.")
         except ValueError as error:
-            raise ValueError(f"presets['{num_inference_steps}'] of the config is no schedule. {error}") from error
+            raise ValueError(
+                f"presets['{num_inference_steps}'] of the config is no schedule. {error} Pass `presets=None` for none."
+            ) from error
 
     def _set_schedule(self, num_inference_steps, device, timesteps, sigmas, gamma, target_sigmas, final_sigma) -> None:
         """`set_timesteps` without presets."""

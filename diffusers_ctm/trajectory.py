@@ -395,6 +395,11 @@ class Preconditioning:
         return jump(x_t, self.g(network, x_t, t, s, **condition), t, s)
 
 
+def as_number(value: object) -> object:
+    """A number of numpy or torch as one of Python; anything else as it is, for the caller's check to name."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def check_count(**values: int) -> None:
     """Raise ValueError naming the first argument that is not a whole number >= 1, of Python, numpy or torch."""
     for name, value in values.items():

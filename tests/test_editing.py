@@ -92,6 +92,10 @@ def test_levels_of_a_strength_are_the_end_of_the_karras_schedule():
     close(pipe.scheduler.sigmas, [ramp(0.6 + 0.1 * i) for i in range(5)])
     pipe(image(), sigma=ramp(0.6), num_inference_steps=4)
     close(pipe.scheduler.sigmas, [ramp(0.6 + 0.1 * i) for i in range(5)])
+    for number in (np.float32, torch.tensor):  # as gamma and sigmas, of numpy and torch
+        for options in ({"sigma": number(2.5)}, {"strength": number(0.5)}):
+            pipe(image(), **options)
+            close(pipe.scheduler.sigmas[:1], [2.5] if "sigma" in options else [ramp(0.5)])
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -408,6 +408,14 @@ def test_a_loss_that_guides_nothing_at_all_warns(make_pipe, monkeypatch):
     assert not said  # no guidance was asked
 
 
+def test_scales_of_numpy_and_torch():
+    for number in (np.float32, torch.tensor):
+        assert LossGuidance(torch.sum, number(0.5)).scale == 0.5
+        options = {"class_labels": 1, "output_type": "latent"}
+        images = [with_null()(guidance_scale=w, generator=seeded(), **options).images for w in (number(0.5), 0.5)]
+        assert torch.equal(*images)
+
+
 def test_guidance_that_does_not_fit():
     with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
         LossGuidance(torch.sum, math.nan)

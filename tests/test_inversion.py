@@ -237,6 +237,8 @@ def test_callbacks_and_outputs():
         pipe.decode(latents, output_type="jpg")
     with pytest.raises(ValueError, match="latents"):
         pipe.decode(torch.full((1, 3, 4, 4), math.nan))
+    with pytest.raises(ValueError, match=r"latents must be .* \(B, 3, H, W\)"):
+        pipe.decode(torch.zeros(1, 1, 4, 4))
     pipe.scheduler = EDMEulerScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="EDMHeunScheduler"):
         pipe(image)

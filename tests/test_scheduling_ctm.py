@@ -780,6 +780,13 @@ def test_presets_are_checked_when_they_are_loaded(presets, message, tmp_path):
             CTMScheduler.from_pretrained(tmp_path)
 
 
+def test_presets_may_be_left_behind():
+    config = CTMScheduler(presets={"2": {"sigmas": [80.0, 1.0]}}).config
+    with pytest.raises(ValueError, match=r"above sigma_max=40.* Pass `presets=None`"):
+        CTMScheduler.from_config(config, sigma_max=40.0)
+    assert CTMScheduler.from_config(config, sigma_max=40.0, presets=None).sigmas[0] == 40
+
+
 def test_gamma_of_the_config_is_the_default():
     assert torch.equal(run(CTMScheduler(gamma=0.7)), run(CTMScheduler(), gamma=0.7))
     assert torch.equal(run(CTMScheduler(gamma=0.7), gamma=0.0), run(CTMScheduler()))

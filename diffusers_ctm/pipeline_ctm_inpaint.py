@@ -70,10 +70,11 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
             raise ValueError(f"image has {len(image)} entries and mask_image {len(repaint)}; pass one or as many.")
         image, repaint = torch.broadcast_tensors(image, repaint)
 
-        operator = MaskOperator(~repaint[:, :1])
+        known = (~repaint[:, :1]).to(device=self._execution_device, dtype=image.dtype)  # once, not at every step
+        operator = MaskOperator(known)
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
         levels = (num_inference_steps, timesteps, sigmas, gamma)
-        pixels = operator(2 * image - 1)
+        pixels = operator((2 * image - 1).to(known.device))
         latents, class_labels = self._restore(
             pixels, operator, operator.pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type,
             callback, guidance, guidance_scale,

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from exact import CorrelatedGaussian, ExactNetwork, GaussianData, randn
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_ctm import (
     BlockAverageOperator,
@@ -402,6 +403,22 @@ def test_a_network_in_half_precision_keeps_them_too(make_unet):
     images = pipe(image(size=8), repaint, num_inference_steps=2, output_type="latent").images
     kept = ~repaint.expand(-1, 3, -1, -1)
     assert images.dtype == torch.float32 and torch.equal(images[kept], (2 * image(size=8) - 1)[kept])
+
+
+def test_the_mask_is_brought_to_the_device_once(make_unet):
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default and args[0].ndim == 4
+            return function(*args, **(kwargs or {}))
+
+    pipe, counts = pipeline(CTMInpaintPipeline, make_unet()), []
+    for steps in (1, 5):
+        with Copies() as copies:
+            pipe(image(size=8), torch.ones(1, 1, 8, 8).tril(), num_inference_steps=steps, output_type="pt")
+        counts.append(copies.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_what_is_under_the_white_has_no_influence(make_unet):

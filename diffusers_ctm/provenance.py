@@ -82,7 +82,8 @@ def provenance_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
             continue
         try:
             found[name] = value if name in TEXT_FIELDS else json.loads(value)
-        except ValueError:
+            json.dumps(found[name], allow_nan=False)  # `png_text` writes no NaN
+        except (ValueError, RecursionError):
             found[name] = value
     if "digital_source_type" not in found:
         xmp = text.get(XMP_KEYWORD, text.get("xmp", ""))
@@ -131,7 +132,7 @@ def save_images(
 
     Raises:
         FileExistsError: a file exists, and `overwrite` is not set. Then nothing is written.
-        ValueError: a path that does not end with .png or that two images share, images of another kind or outside [0, 1], keys that are not
+        ValueError: a path that does not end with .png or that two images share, a seed or class that cannot stand in it, images of another kind or outside [0, 1], keys that are not
             known, one dict each for another number of images.
     """
     own = getattr(images, "provenance", None) or []
@@ -183,6 +184,11 @@ def _pil_images(images: Any) -> list[Image.Image]:
 
 def _path(pattern: str | os.PathLike, index: int, record: Mapping[str, Any]) -> Path:
     fields = {"index": index, "seed": record.get("seed"), "class_label": record.get("class_label")}
+    for name, value in fields.items():  # of a file from anywhere, it may say "../"
+        if f"{{{name}" in str(pattern) and not re.fullmatch(r"(?!\.+$)[^/\\:\x00-\x1f]*", str(value)):
+            raise ValueError(
+                f"{name}={value!r} of the provenance cannot stand in a file name; pass another `provenance`."
+            )
     try:
         path = Path(os.fspath(pattern).format(**fields))
     except (KeyError, IndexError, ValueError, TypeError) as error:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """What a PNG file says of how it was made is true: run again from it, it gives the same image."""
 
+import json
 import os
 import xml.etree.ElementTree as ElementTree
 
@@ -153,6 +154,35 @@ def test_files_of_others(tmp_path):
     assert read_provenance(tmp_path / "theirs.png") == {"digital_source_type": COMPOSITE, "seed": "not json"}
     with pytest.raises(OSError):
         read_provenance(tmp_path / "absent.png")
+
+
+def file_that_says(folder, **text):
+    """The PNG file of somebody who writes into it what he likes."""
+    info = PngImagePlugin.PngInfo()
+    for keyword, value in {"DigitalSourceType": SYNTHETIC, **text}.items():
+        info.add_text(keyword, value)
+    Image.new("L", (2, 2)).save(folder / "theirs.png", pnginfo=info)
+    return folder / "theirs.png"
+
+
+@pytest.mark.parametrize("label", ["../../escaped", "/tmp/escaped", "..", "a\\b", "C:a", "a\n"])
+def test_a_file_does_not_choose_the_folder_that_it_is_saved_in(label, tmp_path):
+    theirs = Image.open(file_that_says(tmp_path, Class=json.dumps(label)))
+    for pattern in ("{class_label}.png", "{class_label}/x.png"):
+        with pytest.raises(ValueError, match=r"class_label=.* cannot stand in a file name"):
+            save_images(theirs, tmp_path / "out" / pattern)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.png"]
+    assert save_images(theirs, tmp_path / "{index}.png") == [tmp_path / "0.png"]
+    given = save_images(theirs, tmp_path / "{class_label}.png", {"class_label": "sea cow's (2)"})
+    assert given == [tmp_path / "sea cow's (2).png"]
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "NaN", "1e999", "{"])
+def test_what_is_no_json_stays_text(value, tmp_path):
+    theirs = file_that_says(tmp_path, Seed=value)
+    assert read_provenance(theirs)["seed"] == value
+    (again,) = save_images(Image.open(theirs), tmp_path / "again.png")
+    assert read_provenance(again)["seed"] == value
 
 
 def test_pil_images_carry_it_if_asked(make_unet, tmp_path):

@@ -99,7 +99,7 @@ def log_likelihood(
 
     Raises:
         ValueError: images of another size or mode, not 8-bit, or with NaN; labels missing or not expected; a network in training
-            mode; an option that does not exist.
+            mode; a list of generators; an option that does not exist.
         RuntimeError: the solver does not reach the tolerances.
     """
     # 1. Check
@@ -110,6 +110,8 @@ def log_likelihood(
     num_draws = {"ode": 1, "elbo": 32}[method] if num_draws is None else num_draws
     check_count(num_draws=num_draws, num_probes=num_probes)
     check_positive(rtol=rtol, atol=atol)
+    if isinstance(generator, list):
+        raise ValueError("log_likelihood takes one generator, for the whole batch.")
     unet = pipe.unet
     if unet.training:
         raise ValueError(

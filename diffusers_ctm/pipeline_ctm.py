@@ -83,7 +83,12 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
             unet=unet, scheduler=scheduler, safety_checker=safety_checker, feature_extractor=feature_extractor
         )
         if id2label is not None:
-            id2label = {int(index): str(name) for index, name in id2label.items()}
+            try:
+                id2label = {int(index): str(name) for index, name in dict(id2label).items()}
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"id2label must be a dict of names by number of the class, got {id2label!r}."
+                ) from error
         if requires_safety_checker is None:
             requires_safety_checker = safety_checker is not None
         self.register_to_config(

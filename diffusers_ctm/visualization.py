@@ -146,13 +146,15 @@ def steps_gamma_grid(
         generator: source of all noise. It is left after the first noise, as if there were one step.
 
     Raises:
-        ValueError: for no steps or no gamma, another scheduler than `CTMScheduler`, and as `CTMPipeline` does.
+        ValueError: for no steps or no gamma, a list of generators, another scheduler than `CTMScheduler`, and as `CTMPipeline` does.
     """
     if not len(gammas) or not len(steps):
         raise ValueError("steps and gammas must each have at least one entry.")
     if not hasattr(pipe.scheduler, "target_timesteps"):
         raise ValueError(f"steps_gamma_grid works with CTMScheduler, not with {type(pipe.scheduler).__name__}.")
     check_count(**{f"steps[{i}]": count for i, count in enumerate(steps)})
+    if isinstance(generator, list):
+        raise ValueError("steps_gamma_grid takes one generator, from which all images have the same noise.")
     if generator is None:
         generator = torch.Generator().manual_seed(torch.randint(2**62, (), device="cpu").item())
     pipe._check_call(1, None, generator, output_type, None, None)

@@ -466,6 +466,7 @@ BAD = {
     "probes": ({"num_probes": 1.5}, "num_probes"),
     "tolerance": ({"rtol": 0.0}, "rtol"),
     "labels": ({"class_labels": 1}, "unconditional"),
+    "generators": ({"generator": [seeded()]}, "log_likelihood takes one generator"),
     "not 8-bit": ({"images": torch.full((1, 3, 8, 8), 0.5)}, "8-bit"),
     "outside": ({"images": torch.full((1, 3, 8, 8), 260 / 255)}, r"must lie in \[0, 1\]"),
     "NaN": ({"images": torch.full((1, 3, 8, 8), math.nan)}, "NaN"),

@@ -296,6 +296,9 @@ def test_wrong_labels():
     for wrong in ({1, 2}, {"bee": 1}, (k for k in range(2))):
         with pytest.raises(ValueError, match="class_labels must be a number, a name or a list"):
             pipe(class_labels=wrong)
+    for wrong in (["ant", "bee"], ["ab"], {"ant": 0}, 3):
+        with pytest.raises(ValueError, match="id2label must be a dict of names by number of the class"):
+            pipeline(id2label=wrong)
     with pytest.raises(ValueError, match="class_labels is empty"):
         pipe(class_labels=[])
     with pytest.raises(ValueError, match="class_labels has 3 entries for batch_size=2; pass one or 2"):

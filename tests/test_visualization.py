@@ -129,6 +129,7 @@ def test_arguments_that_do_not_fit():
         ({"gammas": []}, "at least one entry"),
         ({"gammas": [2.0]}, r"gamma must lie in \[0, 1\]"),
         ({"steps": [1, 0]}, r"steps\[1\]"),
+        ({"generator": [seeded()]}, "steps_gamma_grid takes one generator"),
         ({"class_labels": 1}, "this network is unconditional"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -43,7 +43,8 @@ class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMix
     as in the authors' ImageNet-64 network (Kim et al. 2024, Appendix). The class embedding is added to the time only. The new
     columns start at zero, so that before training the output does not depend on the target, and `from_unet` equals its teacher.
 
-    Its arguments, config and weight names are those of `UNet2DModel`, with `target_time_embedding.*` added.
+    Its arguments, config and weight names are those of `UNet2DModel`, with `target_time_embedding.*` added. `from_pretrained` reads what
+    this class saved; a saved `UNet2DModel` is loaded as such and passed to `from_unet`.
     """
 
     _no_split_modules = ["ResnetBlock2D", "Attention"]

@@ -165,6 +165,7 @@ def steps_gamma_grid(
         for count in steps:
             scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
             scheduler.set_timesteps(count, device, gamma=gamma)
+            scheduler.set_begin_index(0)
             runs.append(scheduler)
     unit = pipe.prepare_latents(1, device, generator, None) / pipe.scheduler.init_noise_sigma
     states = [unit * scheduler.init_noise_sigma for scheduler in runs]

@@ -115,7 +115,8 @@ def test_steps_and_gammas_side_by_side():
     assert isinstance(steps_gamma_grid(pipeline(), (1, 2), (0.0,))[0][1], Image.Image)
 
 
-def test_offloaded_models_are_freed(monkeypatch):
+def test_offloaded_models_are_freed_and_no_timestep_is_looked_up(monkeypatch):
+    monkeypatch.setattr(CTMScheduler, "index_for_timestep", None)
     for function in (steps_gamma_grid, gamma_seed_grid, trajectory_strip):
         pipe, freed = pipeline(), []
         monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(len(pipe.unet.calls)))  # noqa: B023

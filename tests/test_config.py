@@ -75,6 +75,21 @@ def test_bad_yaml(tmp_path, text, named, capsys):
     assert stopped.value.code == 2 and named in capsys.readouterr().err
 
 
+def test_a_misspelt_option_is_refused_with_the_right_one(tmp_path, capsys):
+    """A part of a name, too: it would mean another option as soon as there is a second one that starts so."""
+    path = tmp_path / "bad.yaml"
+    path.write_text("lerning_rate: 1e-3\n")
+    for arguments, said in (
+        (["--lable_column", "label"], "--lable_column is no option (did you mean --label_column?)."),
+        (["--max_train_step=9"], "--max_train_step is no option (did you mean --max_train_steps?)."),
+        (["--config", str(path)], "unknown options: lerning_rate (did you mean learning_rate?)."),
+        (["--qqqq", "5"], "--qqqq is no option. See --help for all."),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parse_config(CTMConfig, ["--teacher", "t", *arguments])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_missing_yaml_and_missing_teacher(capsys):
     for arguments, named in ((["--config", "nowhere.yaml"], "nowhere.yaml"), ([], "--teacher is needed")):
         with pytest.raises(SystemExit):

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -621,19 +622,30 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     argv = list(sys.argv[1:] if argv is None else argv)
     positional = getattr(config_class, "POSITIONAL", ())
     usage = " ".join(["%(prog)s", *(name.upper() for name in positional), "[--option VALUE ...]"])
-    parser = HfArgumentParser(config_class, description=config_class.__doc__, usage=usage)
+    parser = HfArgumentParser(config_class, description=config_class.__doc__, usage=usage, allow_abbrev=False)
     for name in positional:
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # an empty list is a value too
-    known, _ = parser.parse_known_intermixed_args(argv)
     try:
+        options = [name for action in parser._actions for name in action.option_strings]
+        for word in argv:
+            name = word.split("=")[0]
+            if re.match("--[a-zA-Z]", name) and name not in options:
+                raise UserError(f"{name} is no option{_did_you_mean(name, options)}. See --help for all.")
+        known, _ = parser.parse_known_intermixed_args(argv)
         arguments = _yaml_arguments(known.config, {f.name for f in dataclasses.fields(config_class)}) + argv
         namespace = parser.parse_intermixed_args(arguments)
         return config_class(**vars(namespace))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Words that name the one of `names` that `name` nearly is, or none."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _yaml_arguments(path: str | None, known: set[str]) -> list[str]:
@@ -647,9 +659,10 @@ def _yaml_arguments(path: str | None, known: set[str]) -> list[str]:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold `option: value` lines.")
-    unknown = sorted(set(map(str, values)) - (known - {"config"}))
-    if unknown:
-        raise UserError(f"--config {path} has unknown options: {', '.join(unknown)}. See --help for all.")
+    known = known - {"config"}
+    if unknown := sorted(set(map(str, values)) - known):
+        names = ", ".join(name + _did_you_mean(name, known) for name in unknown)
+        raise UserError(f"--config {path} has unknown options: {names}. See --help for all.")
     arguments = []
     for name, value in values.items():
         if value is not None:

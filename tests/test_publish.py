@@ -282,6 +282,10 @@ def test_only_the_pipeline_its_card_and_pictures_are_uploaded(session):
     assert session["repos"]["teacher"].private and len(session["repos"]["teacher"].commits) == 2  # again: nothing to do
 
 
+def test_what_is_printed_is_short(session):
+    assert "non-standard module" not in session["output"] and "ModuleList" not in session["output"]
+
+
 def test_measurements_are_uploaded_with_public_names(session):
     report = json.loads(session["repos"]["teacher"].files["evaluation/evaluation.json"])
     kept = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())

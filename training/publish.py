@@ -223,8 +223,8 @@ def load_checked(folder: str, name: str) -> CTMPipeline:
     """Load the pipeline that will be uploaded, without running code of it. `name` is what to call it in a message."""
     try:
         network_class = getattr(diffusers, read_json(folder, "unet/config.json").get("_class_name", "UNet2DModel"))
-        unet, report = network_class.from_pretrained(folder, subfolder="unet", output_loading_info=True)
-        pipe = DiffusionPipeline.from_pretrained(folder, unet=unet)
+        _, report = network_class.from_pretrained(folder, subfolder="unet", output_loading_info=True)
+        pipe = DiffusionPipeline.from_pretrained(folder)  # which is silent only if it loads the network itself
     except Exception as error:  # diffusers, safetensors and json each raise their own
         raise UserError(
             f"{name} does not load as a pipeline, so nothing was published: {type(error).__name__}: {str(error).replace(folder, name)}"

@@ -445,7 +445,7 @@ def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(tmp_path, signum
     assert stopped.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     said = capsys.readouterr().err
-    assert f"Stopped by {signum.name} after step 3 of 5" in said and "--resume_from_checkpoint latest" in said
+    assert f"\nStopped by {signum.name} after step 3 of 5" in said and "--resume_from_checkpoint latest" in said
     assert sorted(os.listdir(tmp_path / "part")) == ["checkpoint-3", "config.yaml"]
     part = learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options))
     for name in ("main", "judge"):

@@ -234,8 +234,14 @@ def test_checkpoints_rotate_and_the_folder_is_not_overwritten(teacher, tmp_path)
     first = distil(teacher, folder, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(os.listdir(folder)) == ["checkpoint-3", "checkpoint-4", "config.yaml", "pipeline"]
     before = weights(first)
-    with pytest.raises(UserError, match="--resume_from_checkpoint latest"):
+    with pytest.raises(UserError, match="Continue that run with --resume_from_checkpoint latest"):
         distil(teacher, folder)
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "config.yaml").touch()  # such as a picture that cannot be read leaves
+    with pytest.raises(
+        UserError, match="No checkpoint is in it: start it afresh there with --resume_from_checkpoint latest"
+    ):
+        distil(teacher, tmp_path / "failed")
     assert all(torch.equal(before[name], value) for name, value in weights(first).items())
     distil(teacher, folder, resume_from_checkpoint="latest")  # a finished run: nothing to do, the same result
     assert all(torch.equal(before[name], value) for name, value in weights(first).items())

@@ -74,8 +74,10 @@ def start_output_dir(options: RunOptions) -> str | None:
     if resume == "latest":
         return newest_checkpoint(folder)
     if os.path.isdir(folder) and any(not name.startswith(".") for name in os.listdir(folder)):
+        newest = newest_checkpoint(folder)
+        way = "Continue that run" if newest else "No checkpoint is in it: start it afresh there"
         raise UserError(
-            f"--output_dir {folder} is not empty. Continue that run with --resume_from_checkpoint latest, or choose another folder."
+            f"--output_dir {folder} is not empty. {way} with --resume_from_checkpoint latest, or choose another folder."
         )
     return None
 

@@ -341,6 +341,7 @@ class TrainingRun:
                 self._save_if_new()
                 self._save_due = False
         if signum and not last:
+            progress.close()  # ends its line
             self._end_for(signum)
 
     def _end_for(self, signum: int) -> NoReturn:

@@ -23,8 +23,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)  ## Make .venv and install everything, in the tested versions
 
 distill: $(INSTALLED)  ## Distil the embedded teacher, evaluate, save, draw: a CTM in OUT=runs/digits
+	trap : INT TERM; \
 	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) \
-		-m training.train_ctm --config training/configs/digits.yaml --output_dir $(OUT) --resume_from_checkpoint latest
+		-m training.train_ctm --config training/configs/digits.yaml --output_dir $(OUT) --resume_from_checkpoint latest || \
+		{ printf '\n%s\n' 'Not finished. The same command goes on from the newest checkpoint in $(OUT).'; exit 1; }
 	$(BIN)/python -m training.evaluate --config training/configs/digits_evaluate.yaml --model $(OUT)/pipeline --output_dir $(OUT)/evaluation
 	@printf '%s\n' '' 'Load it:' '' '  import diffusers_ctm' '  from diffusers import DiffusionPipeline' \
 		'  pipe = DiffusionPipeline.from_pretrained("$(OUT)/pipeline")' \

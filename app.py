@@ -9,6 +9,7 @@ import ipaddress
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -207,6 +208,11 @@ def start(page: gr.Blocks, **options) -> tuple:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
+        check_address(options.host, options.port)
+    except OSError as error:
+        port = "" if options.port is None else f", port {options.port}"
+        sys.exit(f"Cannot listen at {options.host}{port}: {error.strerror}. Give another --port or --host.")
+    try:
         for source in [options.model] if options.model else shipped():
             checkpoint = load(source)
             CHECKPOINTS[checkpoint.name] = checkpoint
@@ -234,6 +240,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raise OSError if nothing can listen there, before anything is loaded. Gradio would try a wrong host for minutes."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections do not count
+        one.bind(address)
 
 
 def threads() -> int:

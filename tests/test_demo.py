@@ -4,6 +4,7 @@
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import zipfile
@@ -572,6 +573,19 @@ def test_the_shipped_checkpoints():
     what, bits = emoji.likelihood
     assert what == "images of the data set twemoji" and len(bits) == 200 and 2 < min(bits) < max(bits) < 8
     assert "cc-by-4.0" in emoji.notice and "Twitter, Inc and other contributors" in emoji.notice
+
+
+def test_an_address_at_which_nothing_can_listen_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(app, "load", lambda source: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(
+            SystemExit, match=f"Cannot listen at 127.0.0.1, port {port}: .*in use.* Give another --port"
+        ):
+            app.main(["--port", str(port)])
+    with pytest.raises(SystemExit, match=r"Cannot listen at 192\.0\.2\.1: .*--host"):  # of no machine (RFC 5737)
+        app.main(["--host", "192.0.2.1"])
+    app.check_address("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(

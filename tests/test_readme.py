@@ -68,3 +68,35 @@ def test_commands_have_the_options_that_they_name(command):
 def test_there_are_commands():
     programs = set(re.findall(r"-m training\.(\w+)", "\n".join(COMMANDS)))
     assert {"train_edm", "train_ctm", "evaluate", "convert", "publish", "tune"} <= programs
+
+
+def rows(text):
+    """The rows of tables of numbers in `text`, as lists of cells."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if re.match(r"\| .*\d", line)
+    ]
+
+
+def test_tables_are_those_of_the_assets():
+    """Figures that programs wrote into assets/ are in the README as they are there."""
+
+    def report(path, until="\0"):
+        return rows((ROOT / "assets" / path).read_text().split(until)[0])
+
+    shown = rows(README)
+    distances = report("digits-ctm/evaluation/evaluation.md", until="Kernel distance")
+    costs = report("benchmark/benchmark.md", until="Of the adversarial stage")
+    assert len(distances) == 9 and len(costs) == 5 and all(row in shown for row in distances + costs)
+    study = [row[:1] + row[2:3] + row[4:] for row in report("study/study.md") if len(row) == 7 and row[1] == "3"]
+    names = dict.fromkeys(row[0] for row in study)
+    assert len(names) == 15 and len(study) == 30
+    for name in names:
+        by_iterations, by_seconds = [row for row in study if row[0] == name]
+        assert by_iterations + by_seconds[2:] in shown
+    found = [row for row in report("tune/tune.md") if len(row) == 8]
+    levels = [row for row in report("tune/tune.md") if len(row) == 5]
+    for before, after in zip(found, levels, strict=True):
+        gammas = after[3].removesuffix(", 0")  # the last step has none
+        assert [before[0], before[3], before[5], before[6], after[2], gammas] in shown

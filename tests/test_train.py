@@ -629,13 +629,13 @@ def test_bf16_runs(teacher, tmp_path):
 
 
 def test_missing_and_corrupted_teachers(teacher, tmp_path):
-    with pytest.raises(UserError, match="--teacher nowhere cannot be loaded"):
+    with pytest.raises(UserError, match=r"--teacher nowhere cannot be loaded\. No such folder is here\. It must"):
         load_teacher("nowhere")
     broken = tmp_path / "broken"
     subprocess.run(["cp", "-r", teacher, broken], check=True)
     path = broken / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="--teacher .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"--teacher .* cannot be loaded\. It must"):
         load_teacher(str(broken))
     assert not (tmp_path / "run").exists()
 

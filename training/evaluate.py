@@ -142,8 +142,9 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
     try:
         pipe = DiffusionPipeline.from_pretrained(name)
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
+        here = "" if os.path.isdir(name) else " No such folder is here."
         raise UserError(
-            f"--model {name} cannot be loaded. It must be a CTM's folder or its repository on the Hub.\n"
+            f"--model {name} cannot be loaded.{here} It must be a CTM's folder or its repository on the Hub.\n"
             f"{type(error).__name__}: {str(error).strip()}"
         ) from error
     scheduler = getattr(pipe, "scheduler", None)

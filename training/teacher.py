@@ -121,8 +121,9 @@ def load_teacher(
     except UserError:
         raise
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
+        here = "" if os.path.isdir(name) else " No such folder is here."
         raise UserError(
-            f"--teacher {name} cannot be loaded. It must be a folder or a Hub repository with `unet` and `scheduler`; a private "
+            f"--teacher {name} cannot be loaded.{here} It must be a folder or a Hub repository with `unet` and `scheduler`; a private "
             f"repository needs `hf auth login` or HF_TOKEN.\n{error_text(error)}"
         ) from error
 

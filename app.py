@@ -302,6 +302,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error("--threads must be 1 or more")
+    if options.port is not None and not 0 < options.port < 65536:
+        parser.error("--port must be 1 to 65535")
     return options
 
 

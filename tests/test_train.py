@@ -169,6 +169,18 @@ def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path)
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
 
 
+def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
+    """Three passes of 4 to step 1, then two of 6: without counting anew, the first pass after would end a step."""
+    options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
+    options |= {"max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 4, "gradient_accumulation_steps": 3}
+    same = distil(teacher, tmp_path / "same", **options)
+    os.makedirs(tmp_path / "other")
+    os.rename(tmp_path / "same" / "checkpoint-1", tmp_path / "other" / "checkpoint-1")
+    options |= {"train_batch_size": 6, "gradient_accumulation_steps": 2}
+    other = distil(teacher, tmp_path / "other", resume_from_checkpoint="latest", **options)
+    assert_same_weights(same, other, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "name, factors",
     [

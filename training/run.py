@@ -528,6 +528,7 @@ class TrainingRun:
                 accelerator.scaler = None  # of a run in another precision
             accelerator.load_state(path)
             accelerator.scaler = scaler
+            accelerator.step = 0  # passes so far, of which every so many end a step: maybe of another number now
             for name, average in self.averages.items():
                 average.load_state_dict(state["averages"][name])
             for name, trained in self.networks.items():

@@ -102,6 +102,17 @@ def test_channels_must_divide():
         EDMConfig(block_out_channels=[30, 64])
 
 
+@pytest.mark.parametrize("architecture", ["unet_2d", "ddpmpp"])
+def test_a_head_of_attention_is_no_wider_than_its_level(architecture):
+    options = {"architecture": architecture, "attention_head_dim": 16}
+    EDMConfig(block_out_channels=[8, 16], **options)
+    for wrong in ({"block_out_channels": [16, 8]}, {"block_out_channels": [8, 16], "attention_levels": [0]}):
+        with pytest.raises(UserError, match="--attention_head_dim must be at most 8"):
+            EDMConfig(**options, **wrong)
+    if architecture == "unet_2d":
+        EDMConfig(block_out_channels=[16, 8], attention_levels=[0], mid_attention=False, **options)
+
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {  # module: the name of its options' class
     path.stem: found[1]

@@ -387,6 +387,13 @@ class NetworkOptions(Checked):
             )
         levels = range(len(self.block_out_channels))
         self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")
+        attended = {*self.attention_levels, *(levels[-1:] if self.mid_attention else [])}
+        narrowest = min((self.block_out_channels[level] for level in attended), default=self.attention_head_dim)
+        self.check(
+            self.attention_head_dim <= narrowest,
+            "attention_head_dim",
+            f"at most {narrowest}, the fewest --block_out_channels that have attention (--attention_levels, --mid_attention)",
+        )
 
 
 @dataclass

@@ -264,7 +264,15 @@ def test_files_agree(gaussian, config, capsys):
             assert len(values) == 2 and result[distance]["mean"] == pytest.approx(np.mean(values))
             assert result[distance]["std"] == pytest.approx(np.std(values, ddof=1))
             assert result["seconds_per_image"] > 0
-    for stated in ("150 per setting", "same noise", "all 400 images", "seeds 0, 1", "accuracy 9", "asked for: none"):
+    for stated in (
+        "150 per setting",
+        "same noise",
+        "all 400 images",
+        "split `train`",
+        "seeds 0, 1",
+        "accuracy 9",
+        "asked for: none",
+    ):
         assert stated in text
     assert PILImage.open(out / "evaluation.png").size[0] > 800
     grid = PILImage.open(out / "gammas.png")

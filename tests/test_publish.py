@@ -387,6 +387,7 @@ def test_card_of_a_teacher_with_its_evaluation(session):
     table = (ROOT / "assets/digits-ctm/evaluation/evaluation.md").read_text().splitlines()
     one_step = next(line for line in table if line.startswith("| 1 step")).split("|")[3]
     assert "±" in one_step and f"|{one_step}|" in made.text and results[0].dataset_name == "digits"
+    assert {result.dataset_split for result in results} == {"train"}
     assert "](evaluation/evaluation.png)" in made.text and "](evaluation/gammas.png)" not in made.text
     assert "Trained from scratch" in made.text and "kim2024" not in made.text and made.data.base_model is None
 

@@ -152,6 +152,8 @@ def _results(evaluation: dict, dataset: dict) -> list[EvalResult]:
                 task_name="Unconditional Image Generation",
                 dataset_type=reference,
                 dataset_name=reference,
+                dataset_config=(evaluation.get("options") or {}).get("dataset_config_name"),
+                dataset_split=(evaluation.get("options") or {}).get("dataset_split"),
                 metric_type="frechet_distance",
                 metric_name=f"Frechet distance, {steps}, features {features}",
                 metric_value=round(row["frechet"]["mean"], 6),

@@ -626,6 +626,7 @@ def markdown(report: dict) -> str:
         "(on one kind of device) and are compared with the same reference.",
         f"Classes asked for: {report['class_labels']}.",
         f"Reference: all {reference['num_images']:,} images of `{reference['dataset_name']}`, "
+        f"split `{options['dataset_split']}`{', mirrored with probability 1/2' if options['random_flip'] else ''}, "
         f"{reference['resolution']}x{reference['resolution']}, {'grey' if reference['channels'] == 1 else 'colour'}.",
         f"Features: `{features['name']}`, {features['num_features']} numbers per image{known}. Distances in other features or for "
         "other numbers of images cannot be compared with these.",

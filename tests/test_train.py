@@ -169,6 +169,14 @@ def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path)
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
 
 
+def test_the_environment_does_not_overrule_accumulation(teacher, tmp_path, monkeypatch):
+    """Accelerate reads it, and with it steps of several passes would be taken for one."""
+    one = distil(teacher, tmp_path / "one", max_train_steps=2, ema_decay=0.0, optimizer="adam")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    two = distil(teacher, tmp_path / "two", max_train_steps=2, ema_decay=0.0, optimizer="adam")
+    assert_same_weights(one, two, rtol=0, atol=0)
+
+
 def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
     """Three passes of 4 to step 1, then two of 6: without counting anew, the first pass after would end a step."""
     options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}

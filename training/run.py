@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -596,7 +596,8 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     check_launch()
     accelerator = Accelerator(
         mixed_precision=precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        # Not by its number alone, which the environment would overrule.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(options.gradient_accumulation_steps),
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=os.path.join(options.output_dir, "logs")),
     )

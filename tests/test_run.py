@@ -311,12 +311,24 @@ def test_resuming_wins_over_a_first_stage(tmp_path, first_stage):
     [
         ("nowhere", {}, "--init_from nowhere is no checkpoint folder, no pipeline"),
         (None, {"block_out_channels": [16, 16]}, "is not of the network that this run trains: .*58 of another shape"),
+        (
+            None,
+            {"sigma_data": 0.5},
+            "run/checkpoint-4 learnt with another preconditioning: sigma_data 0.75, here 0.5. ",
+        ),
+        (
+            "pipeline",
+            {"sigma_data": 0.5},
+            "run/pipeline learnt with another preconditioning: sigma_data 0.75, here 0.5. ",
+        ),
         (None, {"layers_per_block": 2}, "is not of the network that this run trains: [0-9]+ missing, such as"),
     ],
 )
 def test_a_first_stage_that_does_not_fit(tmp_path, first_stage, source, options, message):
     with pytest.raises(UserError, match=message):
-        started(tmp_path / "run", init_from=source or first_stage.options.output_dir, **options)
+        folder = first_stage.options.output_dir
+        source = os.path.join(folder, "pipeline") if source == "pipeline" else source or folder
+        started(tmp_path / "run", init_from=source, **options)
     assert not (tmp_path / "run").exists()
 
 

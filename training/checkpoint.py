@@ -9,6 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from diffusers_ctm.trajectory import Preconditioning
+
 from .config import RunOptions, UserError
 from .record import LOCAL_OPTIONS, is_hub_id
 from .sharding import load_whole
@@ -97,10 +99,12 @@ class FirstStage:
     Args:
         network: of the network that learns.
         averages: of its moving averages, by the decay; None is the one of any other decay.
+        preconditioning: with which the network learnt; None if what holds it does not say.
     """
 
     network: dict[str, torch.Tensor]
     averages: dict[str | None, dict[str, torch.Tensor]]
+    preconditioning: Preconditioning | None
 
 
 def find_first_stage(name: str) -> str:
@@ -121,15 +125,18 @@ def load_first_stage(folder: str) -> FirstStage:
     """The weights in what `find_first_stage` found. Raises UserError if they cannot be read."""
     try:
         if not os.path.isfile(os.path.join(folder, STATE)):
-            weights = DiffusionPipeline.from_pretrained(folder).unet.state_dict()
-            return FirstStage(weights, {None: weights})
+            pipe = DiffusionPipeline.from_pretrained(folder)
+            weights = pipe.unet.state_dict()
+            return FirstStage(weights, {None: weights}, getattr(pipe.scheduler, "preconditioning", None))
         state = load_run_state(folder)
         averages = {decay: average["weights"] for decay, average in state["averages"].items()}
         averages[None] = averages[state["options"]["ema_decay"]]
+        numbers = state.get("preconditioning")  # older code did not keep it
+        preconditioning = None if numbers is None else Preconditioning(**numbers)
         whole = os.path.join(folder, "pytorch_model_fsdp.bin")  # of a run with FSDP
         if os.path.isfile(whole):
-            return FirstStage(torch.load(whole, map_location="cpu", weights_only=True), averages)
-        return FirstStage(load_file(os.path.join(folder, "model.safetensors")), averages)
+            return FirstStage(torch.load(whole, map_location="cpu", weights_only=True), averages, preconditioning)
+        return FirstStage(load_file(os.path.join(folder, "model.safetensors")), averages, preconditioning)
     except Exception as error:  # torch, safetensors, diffusers and huggingface_hub each raise their own
         raise UserError(f"--init_from {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
@@ -144,3 +151,16 @@ def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], sou
         listed = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in parts.items() if names)
         raise UserError(f"--init_from {source} is not of the network that this run trains: {listed}.")
     load_whole(network, weights)
+
+
+def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, source: str) -> None:
+    """Raise UserError if weights learnt with another preconditioning than the run's own: shapes do not tell, and outputs would be wrong."""
+    if saved is None:
+        return
+    before, now = asdict(saved), asdict(own)
+    changed = [f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]]
+    if changed:
+        raise UserError(
+            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of that run, or without "
+            "one its --sigma_data and --timestep_scale."
+        )

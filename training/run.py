@@ -23,9 +23,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.trajectory import Preconditioning
 
 from .checkpoint import (
     STATE,
+    check_preconditioning,
     checkpoints,
     decisive_options,
     default_options,
@@ -183,6 +185,10 @@ class TrainingRun:
         if self.options.compile:
             compile_network(network)
         return network
+
+    @property
+    def _preconditioning(self) -> Preconditioning:
+        return self.make_pipeline(self.ema.module).scheduler.preconditioning
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -471,6 +477,7 @@ class TrainingRun:
                     "networks": {name: trained.state_dict() for name, trained in self.networks.items()},
                     "means": means,
                     "position": self._position,
+                    "preconditioning": asdict(self._preconditioning),
                     "tracker_run": self._tracking.run_id,
                     "options": decisive_options(options, accelerator.num_processes),
                 }
@@ -554,6 +561,7 @@ class TrainingRun:
         """Start from saved weights. The averages go on from the saved ones, at their full decay; power-function averages start anew."""
         stage = load_first_stage(source)
         load_weights(self.bare_network, stage.network, source)
+        check_preconditioning(self._preconditioning, stage.preconditioning, source)
         for name, average in self.averages.items():
             if not name.startswith("sigma_rel"):
                 average.start_from(stage.averages.get(name, stage.averages[None]))

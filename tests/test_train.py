@@ -22,6 +22,7 @@ from training import run as run_module
 from training import train_ctm, train_edm
 from training.compiling import compile_network
 from training.config import CTMConfig, EDMConfig, UserError, parse_config, save_config
+from training.discriminator import ProjectedDiscriminator
 from training.losses import ctm_loss
 from training.run import StepRandom
 from training.teacher import Teacher, load_teacher
@@ -600,6 +601,23 @@ def test_adversarial_options_need_their_stage(teacher, tmp_path):
     with pytest.raises(UserError, match="The feature network nowhere cannot be"):
         distil(teacher, tmp_path / "run", discriminator_weight=1.0, discriminator_backbones=["nowhere"])
     assert not (tmp_path / "run").exists()
+
+
+def test_single_images_cannot_train_discriminators_of_one_pixel(teacher, tmp_path, monkeypatch):
+    class Mean(torch.nn.Module):
+        resolution = 8
+
+        def forward(self, images):
+            return [images.mean((2, 3), keepdim=True)]
+
+    monkeypatch.setattr(train_ctm, "make_discriminator", lambda *_: ProjectedDiscriminator({"mean": Mean()}, 0, 1, 4))
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
+    with pytest.raises(UserError, match="--train_batch_size must be 2 or more with these discriminators"):
+        distil(teacher, tmp_path / "one", train_batch_size=1, **options)
+    assert not (tmp_path / "one").exists()
+    distil(teacher, tmp_path / "two", train_batch_size=2, **options)
+    monkeypatch.undo()  # whose maps have several pixels
+    distil(teacher, tmp_path / "digits", train_batch_size=1, **options)
 
 
 def test_a_second_stage_starts_from_the_first(teacher, tmp_path):

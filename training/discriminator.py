@@ -394,6 +394,18 @@ def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed:
     )
 
 
+def check_single_images(discriminator: ProjectedDiscriminator, image_channels: int, size: int) -> None:
+    """Raise UserError if passes of one image cannot train it: batch norm needs several numbers, and the coarsest maps may have one pixel."""
+    try:
+        with torch.no_grad(), discriminator.frozen():
+            discriminator(torch.zeros(1, image_channels, size, size))
+    except ValueError as error:
+        raise UserError(
+            f"--train_batch_size must be 2 or more with these discriminators, whose coarsest maps have one pixel ({error}), or "
+            "--discriminator_resolution larger."
+        ) from error
+
+
 def discriminator_optimizer(
     options: DiscriminatorOptions, discriminator: ProjectedDiscriminator
 ) -> torch.optim.Optimizer:

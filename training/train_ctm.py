@@ -14,6 +14,7 @@ from .config import CTMConfig, UserError, run_program
 from .data import ImageDataset
 from .discriminator import (
     ProjectedDiscriminator,
+    check_single_images,
     discriminator_loss,
     discriminator_optimizer,
     generator_loss,
@@ -205,6 +206,8 @@ def main(config: CTMConfig) -> str:
     # Feature networks that cannot be had are told of before the run exists, and what loading draws at random is drawn before the seed is set.
     distance = make_distance(config)
     judge = make_discriminator(config, dataset.channels, config.seed) if config.discriminator_weight > 0 else None
+    if judge is not None and config.train_batch_size == 1:
+        check_single_images(judge, dataset.channels, dataset.resolution)
     torch.manual_seed(config.seed)
     try:
         student = make_student(teacher.network)

@@ -20,6 +20,18 @@ def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path):
     assert config.ema_warmup is True and config.matching == "soft" and config.max_solver_steps is None
 
 
+def test_what_a_file_says_is_taken_back_by_nothing(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: some/repo\nmax_solver_steps: 3\ninner_target: live\nlearning_rate: 1e-3\n")
+    taken_back = ["--max_solver_steps", "", "--inner_target="]
+    config = parse_config(CTMConfig, ["--config", str(path), *taken_back])
+    assert (config.teacher, config.max_solver_steps, config.inner_target) == ("some/repo", None, None)
+    with pytest.raises(SystemExit):
+        parse_config(CTMConfig, ["--config", str(path), "--learning_rate", ""])  # which is never None
+    with pytest.raises(SystemExit):
+        parse_config(CTMConfig, ["--config", str(path), "--teacher", ""])  # as without it
+
+
 def test_saved_options_are_read_again(tmp_path):
     config = EDMConfig(
         block_out_channels=[16, 32], attention_levels=[], learning_rate=3e-4, random_flip=True, label_column="label"

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import sys
@@ -622,7 +623,8 @@ class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOp
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
 
-    The options that its class attribute POSITIONAL lists may also be given without their names, in that order.
+    The options that its class attribute POSITIONAL lists may also be given without their names, in that order. An option that may be None
+    is that if nothing is given: `--teacher ""`.
 
     Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
     """
@@ -635,6 +637,8 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # an empty list is a value too
+        elif action.nargs is None and action.default is None and action.type is not None:
+            action.type = _or_none(action.type)
     try:
         options = [name for action in parser._actions for name in action.option_strings]
         for word in argv:
@@ -647,6 +651,16 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
         return config_class(**vars(namespace))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`kind`, to which nothing is None: what a file says of an option can be taken back on the command line."""
+
+    @functools.wraps(kind, updated=())
+    def read(text: str) -> Any:
+        return kind(text) if text else None
+
+    return read
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ class Interruption:
         self.received = 0
         self._since = 0.0
         self._former: dict[int, object] = {}
-        self._exchange: tuple[torch.distributed.Work, torch.Tensor] | None = None
+        self._exchange: tuple[Callable[[], object], torch.Tensor] | None = None  # how to wait for it, and what it gives
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -38,7 +39,7 @@ class Interruption:
         for signum, former in self._former.items():
             signal.signal(signum, signal.SIG_DFL if former is None else former)
         if self._exchange is not None and kind is None:  # else another process may be gone
-            self._exchange[0].wait()
+            self._exchange[0]()
 
     def _note(self, signum: int, frame: object) -> None:
         if not self.received:
@@ -58,12 +59,20 @@ class Interruption:
             return self.received
         result = 0
         if self._exchange is not None:
-            work, received = self._exchange
-            work.wait()
+            wait, received = self._exchange
+            wait()
             result = int(received)
-        received = torch.tensor(self.received, device=self.accelerator.device)
+        received = torch.full((), self.received, device=self.accelerator.device)
         work = torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, async_op=True)
-        self._exchange = (work, received)
+        wait = work.wait
+        if (
+            received.is_cuda
+        ):  # read from the host a step later: reading it there from the GPU would wait for that step, too
+            work.wait()  # orders the streams, does not hold up this process
+            received, done = received.to("cpu", non_blocking=True), torch.cuda.Event()
+            done.record()
+            wait = done.synchronize
+        self._exchange = (wait, received)
         return result
 
 

@@ -15,6 +15,7 @@ from .trajectory import (
     append_dims,
     check_count,
     check_positive,
+    check_steps,
     discrete_levels,
     karras_sigmas,
     karras_starts,
@@ -56,40 +57,50 @@ def own_config(config: Mapping) -> dict:
     - EDM: diffusers' schedulers call F "epsilon". A file with sigma_data and "sample", which no scheduler of diffusers writes, is the
       authors' EDM teacher and shows 1000 ln(sigma) / 4.
 
-    Raises ValueError for a flow in the other direction (`invert_sigmas`) and for betas that make no levels.
+    What it returns may be passed again. Raises ValueError for what would be read wrongly (`_why_not`), and for numbers or betas that
+    make no levels.
     """
     openai = config.get("prediction_type") == "sample" and "sigma_data" in config
+    said = config.get("prediction_type")
+    if said is None and "predict_epsilon" in config:  # of the first versions of diffusers
+        said = "epsilon" if config["predict_epsilon"] else "sample"
     config = {**_defaults(config.get("_class_name")), **config}
-    kind = config.get("prediction_type")
+    kind = config.get("prediction_type") if said is None else said
     has_betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
     if (
         "sigma_schedule" in config
     ):  # diffusers' EDM schedulers; they carry our numbers along, if they were made from ours
+        if kind == "v_prediction" and not has_betas:
+            raise ValueError("prediction_type='v_prediction' of diffusers' EDM schedulers, -F, is not supported.")
         return {**config, "prediction_type": "edm"} if kind == "epsilon" and not has_betas else config
     if "timestep_scale" in config:
         return config
 
+    reason = _why_not(config, kind)
+    if reason is not None:
+        raise ValueError(reason)
+    steps = config.get("num_diffusion_timesteps", config.get("num_train_timesteps", 1000))  # ours first
     numbers: dict = {}
     if kind == "flow_prediction" or "shift" in config:
-        if config.get("invert_sigmas"):
-            raise ValueError("A flow with invert_sigmas=True runs from data to noise, which is not supported.")
-        steps = config.get("num_train_timesteps", 1000)
+        check_steps(num_train_timesteps=steps)
+        if steps < 2:
+            raise ValueError(f"A flow with num_train_timesteps={steps} has no levels between its ends.")
         numbers = {"prediction_type": "flow_prediction", "num_diffusion_timesteps": steps}
         numbers |= {"sigma_min": 1 / (steps - 1), "sigma_max": 80.0}
     elif has_betas and not openai:
         if kind is None:
-            kind = "epsilon" if config.get("predict_epsilon", True) else "sample"
+            kind = "epsilon"
         betas = config.get("trained_betas")
-        steps = config.get("num_train_timesteps", 1000) if betas is None else len(betas)
-        process = {
-            "num_diffusion_timesteps": steps,
-            "trained_betas": None if betas is None else list(map(float, betas)),
-        }
+        if betas is not None:
+            betas = as_float64(betas, "trained_betas").flatten().tolist()
+            steps = len(betas)
+        process = {"num_diffusion_timesteps": steps, "trained_betas": betas}
         names = ("beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
         process |= {name: config[name] for name in names if name in config}
         levels = discrete_levels(**process).tolist()
         numbers = {"prediction_type": kind, **process, "sigma_min": levels[0], "sigma_max": levels[-1]}
     elif "sampling_eps" in config:
+        check_positive(**{name: config.get(name) for name in ("sigma_min", "sigma_max")})
         numbers = {"prediction_type": "score"}
         numbers |= {"sigma_min": 2 * config["sigma_min"], "sigma_max": 2 * config["sigma_max"]}
     elif openai or "clip_denoised" in config:
@@ -97,6 +108,23 @@ def own_config(config: Mapping) -> dict:
         numbers = {"prediction_type": "edm" if openai else "consistency", "timestep_scale": 1000.0}
         numbers |= {name: config[name] for name in names if name in config}
     return numbers or config
+
+
+def _why_not(config: Mapping, kind: str | None) -> str | None:
+    """Why the levels of a scheduler of diffusers are not those that its other numbers say; None if they are."""
+    if config.get("invert_sigmas"):
+        return "A flow with invert_sigmas=True runs from data to noise, which is not supported."
+    if "beta_min" in config:
+        return "The continuous times of a ScoreSdeVpScheduler are not supported."
+    if config.get("snr_shift_scale", 1.0) != 1.0:
+        return f"Betas whose levels snr_shift_scale={config['snr_shift_scale']!r} moves are not supported."
+    if config.get("timestep_type") == "continuous" and kind == "v_prediction":
+        return "timestep_type='continuous' with v_prediction shows ln(sigma) / 4 instead of timesteps, which is not supported."
+    if config.get("use_flow_sigmas") and kind != "flow_prediction":
+        return f"use_flow_sigmas=True with prediction_type={kind!r} is not supported, only with 'flow_prediction'."
+    if "original_inference_steps" in config:
+        return "A network of an LCMScheduler or TCDScheduler jumps to the end of trajectories and is no denoiser; it is not supported."
+    return None
 
 
 def _defaults(class_name: str | None) -> dict:
@@ -129,7 +157,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def _init_state(self) -> None:
         """Check the registered numbers and make the scheduler usable before `set_timesteps`, as diffusers' are."""
         config = self.config
-        check_count(
+        check_steps(
             num_train_timesteps=config.num_train_timesteps, num_diffusion_timesteps=config.num_diffusion_timesteps
         )
         check_positive(**{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")})

@@ -19,6 +19,7 @@ from diffusers import DDPMScheduler
 
 DISCRETE_TYPES = ("epsilon", "v_prediction", "sample")  # of a diffusion in discrete steps, whose levels its betas give
 PREDICTION_TYPES = ("edm", *DISCRETE_TYPES, "flow_prediction", "score", "consistency")
+MAX_STEPS = 2**20  # levels or timesteps of a config: files that say more would take any amount of memory
 
 
 def append_dims(level: torch.Tensor, ndim: int) -> torch.Tensor:
@@ -101,6 +102,8 @@ def discrete_levels(
     with it. With `rescale_betas_zero_snr` the last timestep is pure noise, has no finite level and is left out. Raises
     ValueError if the levels do not rise or are fewer than two.
     """
+    if trained_betas is None:
+        check_steps(num_diffusion_timesteps=num_diffusion_timesteps)
     try:
         scheduler = DDPMScheduler(
             num_train_timesteps=num_diffusion_timesteps,
@@ -114,6 +117,8 @@ def discrete_levels(
         raise ValueError(
             f"beta_schedule={beta_schedule!r} is not known; use 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid' or 'laplace'."
         ) from error
+    except (TypeError, RuntimeError) as error:  # of what is no number
+        raise ValueError(f"beta_start={beta_start!r} and beta_end={beta_end!r} make no betas.") from error
     alphas_cumprod = scheduler.alphas_cumprod.double()
     levels = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
     levels = levels[levels.isfinite()]
@@ -409,6 +414,14 @@ def check_count(**values: int) -> None:
             is_count = False
         if not is_count:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+
+
+def check_steps(**values: int) -> None:
+    """Raise ValueError naming the first argument that is not a whole number from 1 to MAX_STEPS."""
+    check_count(**values)
+    for name, value in values.items():
+        if value > MAX_STEPS:
+            raise ValueError(f"{name} must be at most {MAX_STEPS:,}.")
 
 
 def check_positive(**values: float) -> None:

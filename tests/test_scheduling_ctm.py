@@ -17,13 +17,16 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LCMScheduler,
     ScoreSdeVeScheduler,
 )
 from exact import ExactNetwork, GaussianData, ParametrisedCTM, ParametrisedNetwork, PixelMixture, randn, sampling_loop
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMSchedulerOutput, EDMHeunScheduler
+from diffusers_ctm.scheduling_utils_ctm import own_config
 from diffusers_ctm.trajectory import Preconditioning, c_noise, jump, karras_sigmas
 
 
@@ -967,7 +970,15 @@ FAMILIES = {
         DDPMScheduler(num_train_timesteps=4, trained_betas=np.array([0.01, 0.02, 0.5, 0.9])),
         {"prediction_type": "epsilon", "num_diffusion_timesteps": 4, "trained_betas": [0.01, 0.02, 0.5, 0.9]},
     ),
+    "4,000 timesteps": (
+        DDPMScheduler(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2"),
+        {"prediction_type": "epsilon", "num_diffusion_timesteps": 4000, "beta_schedule": "squaredcos_cap_v2"},
+    ),
     "flow": (FlowMatchEulerDiscreteScheduler(shift=3.0), FLOW),
+    "500 flow": (
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),
+        {**FLOW, "num_diffusion_timesteps": 500, "sigma_min": 1 / 499},
+    ),
     "flow Heun": (FlowMatchHeunDiscreteScheduler(), FLOW),
     "score": (
         ScoreSdeVeScheduler(sigma_max=50.0),
@@ -1000,6 +1011,8 @@ def test_configs_of_diffusers_schedulers_are_read(cls, family, tmp_path):
         assert read[0].timesteps[0].item() == pytest.approx(len(levels) - 1, abs=1e-3)
     again = CTMScheduler.from_config(EDMHeunScheduler.from_config(read[0].config).config)
     assert again.preconditioning == read[0].preconditioning
+    once = own_config(theirs.config)
+    assert own_config(once) == once
 
 
 @BOTH
@@ -1016,10 +1029,48 @@ def test_the_authors_edm_file_is_read(cls):
     for name in ("HeunDiscreteScheduler", "KarrasEDMScheduler"):  # a class with betas or one that never was
         ours = cls.from_config({"_class_name": name, "num_train_timesteps": 40, **numbers})
         assert ours.preconditioning == Preconditioning(0.5, 1000.0, "edm")
-    assert (
-        cls.from_config({"_class_name": "DDPMScheduler", "predict_epsilon": False}).config.prediction_type == "epsilon"
-    )
-    assert cls.from_config({"beta_schedule": "linear", "predict_epsilon": False}).config.prediction_type == "sample"
+
+
+@BOTH
+def test_what_the_first_versions_of_diffusers_said_is_heard(cls):
+    for beside in ({"_class_name": "DDPMScheduler"}, {"beta_schedule": "linear"}):
+        for epsilon, kind in ((False, "sample"), (True, "epsilon")):
+            assert cls.from_config({**beside, "predict_epsilon": epsilon}).config.prediction_type == kind
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"_class_name": "ScoreSdeVpScheduler", "beta_min": 0.1, "beta_max": 20, "sampling_eps": 1e-3},
+            "continuous times",
+        ),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "snr_shift_scale=3.0"),
+        (
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction").config,
+            "shows ln.sigma. / 4",
+        ),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True).config, "only with 'flow_prediction'"),
+        (LCMScheduler().config, "no denoiser"),
+        (EDMEulerScheduler(prediction_type="v_prediction").config, "-F, is not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1}, "no levels between its ends"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": "9"},
+            "num_train_timesteps must be a whole",
+        ),
+        ({"_class_name": "DDPMScheduler", "num_train_timesteps": 10**12}, "num_diffusion_timesteps must be at most"),
+        ({"_class_name": "DDPMScheduler", "num_train_timesteps": -1}, "num_diffusion_timesteps must be a whole"),
+        ({"_class_name": "DDPMScheduler", "beta_start": "x"}, "beta_start='x'"),
+        ({"_class_name": "DDPMScheduler", "trained_betas": ["x"]}, "trained_betas must be"),
+        ({"_class_name": "DDPMScheduler", "trained_betas": 3}, "two or more noise levels"),
+        ({"_class_name": "ScoreSdeVeScheduler", "sigma_min": None}, "sigma_min must be a positive"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps must be at most"),
+    ],
+)
+def test_configs_whose_levels_are_others_or_none_are_refused(cls, config, message):
+    with pytest.raises(ValueError, match=message):
+        cls.from_config(config)
 
 
 KINDS = ["epsilon", "v_prediction", "sample", "flow_prediction", "score"]

@@ -403,6 +403,35 @@ def test_schedulers_that_are_not_known(copy):
         load_teacher(str(folder))
 
 
+def test_teachers_may_have_any_number_of_timesteps(copy):
+    """1,000 is only the usual one: improved-diffusion has 4,000."""
+    folder = copy("user/ddpm-v")
+    for scheduler in (DDPMScheduler(num_train_timesteps=400), FlowMatchEulerDiscreteScheduler(num_train_timesteps=400)):
+        scheduler.save_pretrained(folder / "scheduler")
+        teacher = load_teacher(str(folder))
+        expected = EDMHeunScheduler.from_config(scheduler.config)
+        assert teacher.preconditioning == expected.preconditioning
+        assert teacher.preconditioning.num_diffusion_timesteps == 400
+        for name in ("sigma_min", "sigma_max"):
+            assert teacher.scheduler.config[name] == expected.config[name]
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("scheduler/scheduler_config.json", [1], "scheduler_config.json of .* is no JSON object"),
+        ("model_index.json", [1], "model_index.json of .* is no JSON object"),
+        ("model_index.json", {"id2label": ["cat"]}, "id2label"),
+        ("model_index.json", {"id2label": {"cat": 0}}, "id2label"),
+    ],
+)
+def test_files_that_hold_something_else_are_named(file, content, message, copy):
+    folder = copy("user/edm")
+    write(folder / file, content)
+    with pytest.raises(UserError, match=message):
+        load_teacher(str(folder))
+
+
 def test_networks_that_cannot_teach(make_unet, tmp_path):
     for changes, message in (
         ({"out_channels": 6}, "gives 6 channels for 3"),

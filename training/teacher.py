@@ -118,6 +118,7 @@ def load_teacher(
         network = _load_network(name, source, folder)
         raw, label = source.scheduler(folder), f"--teacher {name}"
         index = source.json(_join(os.path.dirname(folder), "model_index.json"))
+        id2label = _read_labels(name, index.get("id2label") or {})
     except UserError:
         raise
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
@@ -141,8 +142,15 @@ def load_teacher(
     if network.dtype != torch.float32:
         network = network.to(torch.float32)
     network = network.to(device).requires_grad_(False).eval()
-    id2label = {int(number): label for number, label in (index.get("id2label") or {}).items()} or None
     return Teacher(network, scheduler, id2label, name, source.revision, index.get("null_class"))
+
+
+def _read_labels(name: str, labels: object) -> dict[int, str] | None:
+    """The names of the classes by number; None if there are none."""
+    try:
+        return {int(number): str(label) for number, label in labels.items()} or None
+    except (AttributeError, ValueError) as error:
+        raise UserError(f'--teacher {name}: id2label in model_index.json must be like {{"0": "airplane"}}.') from error
 
 
 def teacher_of(options: TeacherOptions) -> Teacher:
@@ -181,7 +189,10 @@ class _Source:
     def json(self, path: str) -> dict:
         """The content of a JSON file, {} if it is not there."""
         file = self.root / path
-        return json.loads(file.read_text()) if file.is_file() else {}
+        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(value, dict):
+            raise UserError(f"{path} of {self.name} is no JSON object.")
+        return value
 
     def networks(self) -> dict[str, str]:
         """Class of every model by its folder, "" for the top."""

@@ -244,6 +244,9 @@ def session(tmp_path_factory):
                 return 503  # saves 2 and 3 with all their attempts
             if path == "/api/models/team/later/auth-check/write" and commits[path] == 1:
                 return 503
+            if path.startswith("/team/edited/resolve/") and len(asked := commits.setdefault("card", [])) < 10:
+                asked.append(path)
+                return 503  # with the client's own attempts
             if path in ("/api/models/team/refused/commit/main", "/api/models/team/forbidden/auth-check/write"):
                 return 403
             return None

@@ -17,7 +17,13 @@ from huggingface_hub import (
     set_client_factory,
     snapshot_download,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils._http import default_client_factory
 
 from .config import UserError
@@ -116,12 +122,19 @@ def open_repo(repo: str, private: bool) -> None:
 
 
 def read_card(repo: str, revision: str | None = None) -> str | None:
-    """README.md of a repository, or None if it has none."""
+    """README.md of a repository, maybe as the cache has it if the Hub does not answer; None if the repository has none."""
     try:
         with open(api().hf_hub_download(repo, "README.md", revision=revision), encoding="utf-8", newline="") as file:
             return file.read()
+    except LocalEntryNotFoundError:  # neither the Hub nor the cache says
+        raise
     except EntryNotFoundError:
         return None
+
+
+def present_card(repo: str, revision: str | None = None) -> str | None:
+    """README.md as it is on the Hub now, None if there is none. Raises if the Hub does not answer: the cache may have an older one."""
+    return read_card(repo, api().model_info(repo, revision=revision).sha)
 
 
 def file_of(source: str, name: str) -> str | None:

@@ -18,7 +18,7 @@ from diffusers_ctm.hub import write_loading_code
 
 from .card import conversion_repo, is_generated, make_card
 from .config import Checked, UserError, option, run_program
-from .hub import card_licence, commit_folder, error_text, open_repo, read_card, retried
+from .hub import card_licence, commit_folder, error_text, open_repo, present_card, retried
 from .record import (
     CONVERSION,
     HUB_ID,
@@ -267,7 +267,7 @@ def add_card(
 
     Raises UserError if the card that is kept names a licence that the weights may not have.
     """
-    present = read_card(repo, revision)
+    present = present_card(repo, revision)
     if present is not None and not overwrite and not is_generated(present):
         kept = licence_of(ModelCard(present, ignore_metadata_errors=True).data.to_dict())
         if kept is not None:

@@ -159,6 +159,24 @@ def test_an_edm_teacher_with_classes_in_an_entry_of_a_checkpoint(tmp_path, capsy
     assert not same_weights(network, CTMPipeline.from_pretrained(tmp_path / "out2").unet)
 
 
+@pytest.mark.parametrize("wrapper", ["module._orig_mod.", "_orig_mod.module.", "net.model."])
+def test_wrappers_in_wrappers_are_left_out(wrapper, student, tmp_path):
+    """DistributedDataParallel around torch.compile, the other way round, a trainer's module."""
+    torch.save({wrapper + name: tensor for name, tensor in weights_of(student[0]).items()}, tmp_path / "wrapped.pt")
+    run(tmp_path / "wrapped.pt", tmp_path / "out")
+    assert same_weights(student[0], CTMPipeline.from_pretrained(tmp_path / "out").unet)
+
+
+def test_torchs_average_of_a_model(student, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(module_of({"net": torch.zeros(1)})).state_dict()
+    average = {name: tensor for name, tensor in average.items() if name != "module.net"}  # leaves what it counts
+    assert average
+    average |= {f"module.{name}": tensor for name, tensor in weights_of(student[0]).items()}
+    torch.save(average, tmp_path / "average.pt")
+    run(tmp_path / "average.pt", tmp_path / "out")
+    assert same_weights(student[0], CTMPipeline.from_pretrained(tmp_path / "out").unet)
+
+
 def test_a_consistency_model_samples_as_one(tmp_path, capsys):
     network = network_of(UNet2DModel)
     torch.save(weights_of(network), tmp_path / "cm.pt")
@@ -190,8 +208,7 @@ def pickled(weights, name="EDMPrecond", **attributes) -> bytes:
     return nvidia_pickle({"ema": outer})
 
 
-def test_a_pickle_says_what_its_weights_do_not(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "WRAPPERS", ("model.",))
+def test_a_pickle_says_what_its_weights_do_not(tmp_path, capsys):
     (tmp_path / "net.pkl").write_bytes(pickled(weights_of(network_of(UNet2DModel)), sigma_data=0.7, img_resolution=8))
     run(tmp_path / "net.pkl", tmp_path / "out")
     pipe = CTMPipeline.from_pretrained(tmp_path / "out")
@@ -358,6 +375,13 @@ def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
     short = weights_of(network_of())
     short.popitem()
     torch.save(short, tmp_path / "short.pt")
+    weights = weights_of(network_of())
+    first = next(iter(weights))
+    torch.save({**weights, first: torch.full_like(weights[first], math.nan)}, tmp_path / "nan.pt")
+    torch.save({name: tensor.to(torch.int8) for name, tensor in weights.items()}, tmp_path / "int8.pt")
+    one = torch.zeros(max(tensor.numel() for tensor in weights.values()))  # that all tensors are parts of
+    torch.save({name: one[: tensor.numel()].view_as(tensor) for name, tensor in weights.items()}, tmp_path / "one.pt")
+    torch.save({f"{'x' * 5000}.{name}": tensor for name, tensor in weights.items()}, tmp_path / "long.pt")
     (tmp_path / "labels.json").write_text('["a"]')
     (tmp_path / "broken.json").write_text('{"a": ')
     before = sorted(os.listdir(tmp_path))
@@ -365,6 +389,10 @@ def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
         ([tmp_path / "evil.pkl"], "os.system"),
         ([tmp_path / "unknown.pt"], "no network that is known"),
         ([tmp_path / "short.pt"], "do not fit"),
+        ([tmp_path / "nan.pt"], "output is not finite"),
+        ([tmp_path / "int8.pt"], "quantised"),
+        ([tmp_path / "one.pt"], "repeat each other"),
+        ([tmp_path / "long.pt"], "no network that is known"),
         ([tmp_path / "absent.pt"], "not there"),
         (["absent"], "not there"),
         ([tmp_path], "is a folder"),

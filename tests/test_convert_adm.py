@@ -593,3 +593,16 @@ def test_the_authors_teacher(authors):
     assert (teacher(*inputs).sample - array("teacher_F")).abs().max() < 2e-5
     denoised = Preconditioning(0.5, 1000.0).denoise(teacher, array("x"), array("t"), class_labels=array("y"))
     assert (denoised - array("teacher_D")).abs().max() < 2e-5
+
+
+def test_names_that_say_more_than_any_network_has():
+    top = 2**501
+    shapes = {f"enc.{top}x{top}_conv.weight": (128, 3, 3, 3), "out_conv.weight": (3, 128, 3, 3)}
+    shapes |= {f"enc.{top >> i}x{top >> i}_block0.conv0.weight": (128, 128, 3, 3) for i in range(500)}
+    shapes |= {f"enc.{top}x{top}_block{i}.conv0.weight": (128, 128, 3, 3) for i in range(500)}
+    shapes |= {"map_layer0.weight": (512, 128), f"enc.{top}x{top}_block0.affine.weight": (256, 512)}
+    with pytest.raises(UserError, match="tensors for 500 levels of 500 blocks"):
+        convert_adm.config_of(shapes)
+    huge = {**shapes_of("openai"), "time_embed.0.weight": (2**62, 32)}
+    with pytest.raises(UserError, match="No ADM network can be made"):
+        convert_adm.config_of(huge)

@@ -462,3 +462,14 @@ def test_networks_that_have_no_official_names():
     network.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(UserError, match="to_q.* has no official name; unload adapters"):
         convert_edm.to_official(network)
+
+
+def test_names_that_say_more_blocks_than_there_are_tensors():
+    """500 levels of 500 blocks, in 1,000 names, would take minutes and gigabytes to be made."""
+    top = 2**501
+    shapes = {f"enc.{top}x{top}_conv.weight": (8, 3, 3, 3), f"dec.{top}x{top}_aux_conv.weight": (3, 8, 3, 3)}
+    shapes |= {f"enc.{top >> i}x{top >> i}_block0.conv0.weight": (8, 8, 3, 3) for i in range(500)}
+    shapes |= {f"enc.{top}x{top}_block{i}.conv0.weight": (8, 8, 3, 3) for i in range(500)}
+    shapes |= {"map_layer0.weight": (32, 8)}
+    with pytest.raises(UserError, match="tensors for 500 levels of 500 blocks"):
+        convert_edm.config_of(shapes)

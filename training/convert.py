@@ -53,7 +53,8 @@ FAMILIES = {
     "adm": Family("convert_adm", ("UNet2DModel", "CTMUNet2DModel"), orders=True),
 }
 
-WRAPPERS = ("", "module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+COUNTERS = {"n_averaged"}  # what torch's AveragedModel holds beside the network
+MAX_NAME = 200  # characters; those of official networks have fewer than 80
 FORMATS = (".pt", ".pth", ".safetensors")
 MAX_DOWNLOAD = 2**35  # bytes
 MAX_SIDE = 1024  # pixels; names that say more would make the check of the result cost any amount of memory
@@ -264,16 +265,20 @@ def family_module(family: str) -> ModuleType:
 
 
 def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
-    """(family, state dict without a wrapper's prefix), recognised by key names and shapes.
+    """(family, state dict without wrappers' prefixes), recognised by key names and shapes.
 
-    Raises UserError if it is of no family.
+    What DistributedDataParallel, torch.compile or a trainer's module put before every name ("module.", "_orig_mod.", "net.", several
+    of them) is left out where the names with it are known to no family. Raises UserError if it is of no family.
     """
-    for prefix in WRAPPERS:
-        if all(name.startswith(prefix) for name in state_dict):
-            bare = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-            for family in FAMILIES:
-                if family_module(family).matches(shapes_of(bare)):
-                    return family, bare
+    bare = {name: tensor for name, tensor in state_dict.items() if name not in COUNTERS}
+    while bare and all(len(name) <= MAX_NAME for name in bare):
+        for family in FAMILIES:
+            if family_module(family).matches(shapes_of(bare)):
+                return family, bare
+        prefix = next(iter(bare)).partition(".")[0] + "."
+        if not all(name.startswith(prefix) for name in bare):
+            break
+        bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
     some = ", ".join(f"{name[:60]} {list(tensor.shape)}" for name, tensor in list(state_dict.items())[:4])
     raise UserError(
         f"These weights are of no network that is known here ({len(state_dict)} tensors: {some}, ...). Known are EDM's DDPM++, NCSN++ "
@@ -401,6 +406,10 @@ def probe(network: UNet2DModel, timestep_scale: float) -> torch.Tensor:
 def check_same(network: UNet2DModel, other: UNet2DModel, timestep_scale: float, what: str) -> None:
     """Raise UserError unless both have the same weights to the bit and give the same output, a finite one."""
     expected, found = probe(network, timestep_scale), probe(other, timestep_scale)
+    if not expected.isfinite().all():
+        raise UserError(
+            "The network's output is not finite: its weights are nan, infinite or huge. Nothing was written."
+        )
     difference = (expected - found).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # also if it is nan
         raise UserError(
@@ -442,11 +451,20 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     checkpoint = read_checkpoint(path)
     entry, part = find_weights(checkpoint, config.entry)
     said = said_by(part)
-    family, state_dict = find_family(weights_of(part))
+    weights = weights_of(part)
+    values, size = sum(tensor.numel() for tensor in weights.values()), os.path.getsize(path)
+    if values > size:  # of any dtype
+        raise UserError(
+            f"The file has {size:,} bytes and says {values:,} weights: its tensors repeat each other. Weights of their own are converted."
+        )
+    family, state_dict = find_family(weights)
+    other = next((name for name, tensor in state_dict.items() if not tensor.is_floating_point()), None)
+    if other is not None:
+        raise UserError(f"{other} is of type {state_dict[other].dtype}; quantised weights are not converted.")
     network = network_of(family, state_dict, config, said)
     pipe = make_pipeline(network, config, family_defaults(family, shapes_of(state_dict)) | said)
     print(
-        f"Read {public_name(config.source)}: {os.path.getsize(path) / 1e6:.1f} MB, "
+        f"Read {public_name(config.source)}: {size / 1e6:.1f} MB, "
         f"{f'entry {entry}' if entry else 'a state dict'} with {len(state_dict)} tensors",
         describe(pipe, family),
         sep="\n",

@@ -508,11 +508,16 @@ def _nvidia_config(shapes: Shapes) -> dict:
             "number, and UNet2DModel has one for all."
         )
     top, label = f"model.enc.{sizes[0]}x{sizes[0]}", "model.map_label.weight"
+    layers = len(_numbers(shapes, rf"model\.enc\.{sizes[0]}x{sizes[0]}_block(\d+)\."))
+    if layers * len(sizes) > len(shapes):  # before a network of any size is made
+        raise UserError(
+            f"The checkpoint has {len(shapes)} tensors for {len(sizes)} levels of {layers} blocks; is it complete?"
+        )
     return _config(
         shapes,
         names=(f"{top}_conv", "model.out_conv", "model.map_layer0", f"{top}_block0.affine"),
         widths=widths,
-        layers=len(_numbers(shapes, rf"model\.enc\.{sizes[0]}x{sizes[0]}_block(\d+)\.")),
+        layers=layers,
         attention=[f"{block}.qkv.weight" in shapes for block in blocks],
         num_classes=_shape(shapes, label, 2)[1] if label in shapes else None,
         sample_size=sizes[0],
@@ -655,6 +660,9 @@ def _plain(value):
 
 
 def _meta_network(config: dict, flavour: str) -> UNet2DModel:
-    """A network without memory."""
-    with torch.device("meta"):
-        return (CTMUNet2DModel if flavour == "ctm" else UNet2DModel)(**config)
+    """A network without memory. Raises UserError for arguments that give none."""
+    try:
+        with torch.device("meta"):
+            return (CTMUNet2DModel if flavour == "ctm" else UNet2DModel)(**config)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"No ADM network can be made of the checkpoint: {error}") from error

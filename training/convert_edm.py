@@ -142,6 +142,12 @@ def _inferred(shapes: Shapes) -> dict:
     if not levels:
         raise UserError(f"The checkpoint has no enc.{top}x{top}_block0.conv0.weight, which every SongUNet has.")
 
+    layers = len(present(rf"enc\.{top}x{top}_block\d+\.conv0\.weight"))
+    if layers * len(levels) > len(names):  # before a network of any size is made
+        raise UserError(
+            f"The checkpoint has {len(names)} tensors for {len(levels)} levels of {layers} blocks; is it complete?"
+        )
+
     filters = present(r".*resample_filter")
     taps = shape(filters[0], 4)[-1] if filters else 2
     if taps not in (2, 4):
@@ -156,7 +162,7 @@ def _inferred(shapes: Shapes) -> dict:
         "out_channels": shape(f"dec.{top}x{top}_aux_conv.weight", 4)[0],
         "model_channels": model_channels,
         "block_out_channels": tuple(shape(f"enc.{size}x{size}_block0.conv0.weight", 4)[0] for size in levels),
-        "layers_per_block": len(present(rf"enc\.{top}x{top}_block\d+\.conv0\.weight")),
+        "layers_per_block": layers,
         "attention_levels": tuple(
             level for level, size in enumerate(levels) if f"enc.{size}x{size}_block0.qkv.weight" in names
         ),

@@ -172,6 +172,16 @@ def test_one_object_in_two_places_stays_one_and_cycles_are_kept(tmp_path):
     assert result["inner"][0] is result["inner"][1] and result["self"] is result
 
 
+@pytest.mark.parametrize("length", [10, 2**17])
+def test_long_strings_of_python_2(length, tmp_path):
+    """Its numpy wrote the data of an array as one."""
+    text = ("\0\x80\xff" * length)[:length]
+    pickled = b"T" + length.to_bytes(4, "little") + text.encode("latin-1") + b"."
+    assert pickle.loads(pickled, encoding="latin-1") == text
+    (tmp_path / "old.pkl").write_bytes(pickled)
+    assert read_checkpoint(tmp_path / "old.pkl") == text
+
+
 def test_safetensors(tmp_path):
     state = {"a": torch.randn(3, 4), "b": torch.ones(2, dtype=torch.bfloat16)}
     assert same(read(tmp_path, safetensors.torch.save(state)), state)

@@ -101,8 +101,11 @@ class _Reader:
 
     def read(self, count: int) -> bytes | memoryview:
         part = self.view[self.position : self.position + max(count, 0)]
+        is_string = (
+            bytes(self.view[max(self.position - 5, 0) :][:1]) == b"T"
+        )  # Python 2's, which pickletools decodes as bytes
         self.position += len(part)
-        return part if len(part) >= BLOB else bytes(part)
+        return bytes(part) if is_string or len(part) < BLOB else part
 
     def readline(self) -> bytes:
         for length in (2**8, 2**12, 2**16, MAX_LINE):  # reading costs at most 16 times the line

@@ -508,6 +508,8 @@ def test_one_other_licence_is_not_another():
         ({"teacher": {"name": "t"}}, {"license": NC}, "mit", NC),
         ({"teacher": None}, {}, "openrail", "openrail"),
         ({}, {"license": None}, "unknown", None),
+        ({"license": NC}, {}, "[no yaml", NC),
+        ({"license": "mit", "teacher": "t", "first_stage": [NC]}, {}, "mit", "mit"),
     ],
 )
 def test_a_student_of_a_student_inherits_from_both(record, conversion, card, expected, tmp_path):
@@ -643,6 +645,36 @@ def test_a_null_class_is_not_sampled(make_unet, monkeypatch):
     monkeypatch.setattr(CTMPipeline, "__call__", listening)
     draw_samples(CTMPipeline(make_unet(num_class_embeds=3), CTMScheduler(), null_class=2), 4, "x", "cpu")
     assert asked == [[0, 1, 0, 1]]
+
+
+def test_what_others_wrote_stays_text_in_the_card(tmp_path):
+    """A teacher's licence, classes and records come from its author: no line, link, table or heading of the card is theirs."""
+    evil = "a`b|c\n---\nlicense: mit\n# Run [this](https://evil.example)\n<script>"
+    for part in ("unet", "scheduler"):
+        (tmp_path / part).mkdir()
+    origin = {"name": evil, "revision": evil, "license": "other", "license_name": evil, "license_link": "javascript:x"}
+    record = {"program": evil, "teacher": origin, "first_stage": origin, "steps": 1, "images_per_step": 1}
+    record |= {"dataset": {"name": evil, "split": evil}, "options": {evil: evil}, "versions": {evil: evil}}
+    record |= {"distance": {"name": evil, evil: evil}}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    (tmp_path / "conversion.json").write_text(json.dumps({"source": evil, "family": evil}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"id2label": {"0": evil}}))
+    card = make_card(str(tmp_path), "a/b", Licence("other", evil, "javascript:x"))
+    assert ModelCard(card).data.to_dict()["license"] == "other"
+    body = card.split("\n---\n", 1)[1]
+    assert "\n# Run" not in body and "\n---" not in body and "javascript:" not in body
+    assert not re.search(r"(?<!\\)(<script|\[this\])", re.sub(r"`[^`\n]*`", "", body))
+    for line in body.splitlines():
+        if line.startswith("| ") and "---" not in line:
+            assert len(re.findall(r"(?<!\\)\|", line)) == 3, line
+
+
+@pytest.mark.parametrize(
+    "link, written", [("https://a.example/x", True), ("LICENSE", True), ("ftp://a", False), ("x) [y](https://z", False)]
+)
+def test_a_licence_links_to_the_web_or_into_the_repository(link, written, tmp_path):
+    (tmp_path / "unet").mkdir()
+    assert (f"[My terms]({link})" in make_card(str(tmp_path), "a/b", Licence("other", "My terms", link))) == written
 
 
 def test_the_card_tells_of_presets(tmp_path):

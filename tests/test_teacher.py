@@ -436,6 +436,8 @@ def test_networks_that_cannot_teach(make_unet, tmp_path):
     for changes, message in (
         ({"out_channels": 6}, "gives 6 channels for 3"),
         ({"time_embedding_type": "learned", "num_train_timesteps": 1000}, "whole timesteps only"),
+        ({"class_embed_type": "timestep"}, "numbers that are no classes"),
+        ({"sample_size": None}, "write sample_size"),
     ):
         folder = tmp_path / message
         DDPMPipeline(make_unet(UNet2DModel, **changes), DDPMScheduler()).save_pretrained(folder)

@@ -11,7 +11,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import diffusers_ctm
 
-from .record import CONVERSION, ORIGINS, RECORD, Licence, is_hub_id, licence_fields, licence_of, public_name, read_json
+from .record import (
+    CONVERSION,
+    HUB_ID,
+    ORIGINS,
+    RECORD,
+    Licence,
+    is_hub_id,
+    licence_fields,
+    licence_of,
+    public_name,
+    read_json,
+)
 
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
@@ -53,7 +64,7 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
     if unet.get("num_class_embeds") and index.get("null_class") is not None:
         num_classes -= 1  # the label that means "no class"
     steps, images = record.get("steps"), record.get("images_per_step")
-    versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in (record.get("versions") or {}).items())
     values = {
         "title": repo.split("/")[-1],
         "repo": repo,
@@ -69,17 +80,17 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
         "licence": _licence_text(licence),
         "samples": samples,
         "teacher": _source_text(record, conversion),
-        "teacher_licence": licence_of(record.get("teacher") or {}) or licence_of(conversion) or "",
+        "teacher_licence": _text(licence_of(record.get("teacher")) or licence_of(conversion) or ""),
         "first_stage": _origin_text(record.get("first_stage") or {}),
-        "first_stage_licence": licence_of(record.get("first_stage") or {}) or "",
-        "conversion": f"Converted from {conversion['family']} weights." if conversion.get("family") else "",
+        "first_stage_licence": _text(licence_of(record.get("first_stage")) or ""),
+        "conversion": f"Converted from {_text(conversion['family'])} weights." if conversion.get("family") else "",
         "dataset": _dataset_text(dataset),
         "trained": bool(record),
-        "training": f"{record.get('program')}, {steps:,} steps of {images:,} images; {versions}"
+        "training": f"{_text(record.get('program'))}, {steps:,} steps of {images:,} images; {versions}"
         if steps and images
         else "",
         "distance": _distance_text(record.get("distance") or {}),
-        "options": sorted((record.get("options") or {}).items()),
+        "options": sorted((_code(name), _code(value)) for name, value in (record.get("options") or {}).items()),
         "evaluation_table": _table(evaluation),
         "features": _features(evaluation),
         "num_samples": f"{evaluation.get('num_samples', 0):,}",
@@ -93,6 +104,18 @@ def make_card(folder: str, repo: str, licence: Licence, samples: str | None = No
     text = ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values).content
     text = text.rstrip() + "\n"
     return f"{text}\n<!-- diffusers-ctm card {_digest(text)}: replaced when published again, kept if edited -->\n"
+
+
+def _text(value: Any) -> str:
+    """`value`, which someone else may have written, as one line that is no markdown."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", line)
+
+
+def _code(value: Any) -> str:
+    """`value` in backticks, on one line, in a table too."""
+    line = "".join(c if c.isprintable() else " " for c in str(value)).replace("`", "'")
+    return "`" + line.replace("|", r"\|") + "`"
 
 
 def base_model(record: dict, conversion: dict) -> str | None:
@@ -196,20 +219,22 @@ def _memorisation_text(report: dict) -> str:
 
 
 def _licence_text(licence: Licence) -> str:
-    name = licence.name or licence.id
-    return f"[{name}]({licence.link})" if licence.link else name
+    """As a link to the web or into the repository, if it has one."""
+    name = _text(licence.name or licence.id)
+    is_link = licence.link and re.fullmatch(r"(https?://)?[\w./~%#?=&+-]+", licence.link)
+    return f"[{name}]({licence.link})" if is_link else name
 
 
 def _class_names(names: dict[str, str]) -> str:
     listed = [str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
     more = ", ..." if len(listed) > CLASS_NAMES else ""
-    return ", ".join(f"`{name}`" for name in listed[:CLASS_NAMES]) + more
+    return ", ".join(map(_code, listed[:CLASS_NAMES])) + more
 
 
 def _source_text(record: dict, conversion: dict) -> str:
     if record.get("teacher"):
         return _origin_text(record["teacher"])
-    return f"`{conversion['source']}`" if conversion.get("source") else ""
+    return _code(conversion["source"]) if conversion.get("source") else ""
 
 
 def _origin_text(origin: dict) -> str:
@@ -217,8 +242,9 @@ def _origin_text(origin: dict) -> str:
     if not origin.get("name"):
         return ""
     name = origin["name"]
-    text = f"[{name}](https://huggingface.co/{name})" if origin.get("on_hub") else f"`{name}`"
-    return text + (f", commit `{origin['revision']}`" if origin.get("revision") else "")
+    is_link = origin.get("on_hub") and HUB_ID.fullmatch(name)
+    text = f"[{name}](https://huggingface.co/{name})" if is_link else _code(name)
+    return text + (f", commit {_code(origin['revision'])}" if origin.get("revision") else "")
 
 
 def _dataset_text(dataset: dict) -> str:
@@ -232,14 +258,15 @@ def _dataset_text(dataset: dict) -> str:
             "[Twemoji](https://github.com/jdecked/twemoji)'s graphics, copyright Twitter, Inc and other contributors, "
             "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), made smaller and laid on white"
         )
-    text = f"[{name}](https://huggingface.co/datasets/{name})" if dataset.get("on_hub") else f"`{name}`"
-    return text + (f", split `{dataset['split']}`" if dataset.get("split") else "")
+    is_link = dataset.get("on_hub") and HUB_ID.fullmatch(name)
+    text = f"[{name}](https://huggingface.co/datasets/{name})" if is_link else _code(name)
+    return text + (f", split {_code(dataset['split'])}" if dataset.get("split") else "")
 
 
 def _distance_text(distance: dict) -> str:
     """`name` and what else the record of a distance says."""
-    details = ", ".join(f"{name} {value}" for name, value in distance.items() if name != "name")
-    return f"`{distance['name']}`{f' ({details})' if details else ''}" if distance.get("name") else ""
+    details = ", ".join(f"{_text(name)} {_text(value)}" for name, value in distance.items() if name != "name")
+    return f"{_code(distance['name'])}{f' ({details})' if details else ''}" if distance.get("name") else ""
 
 
 def _parameters(folder: str) -> str:

@@ -12,7 +12,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelCard,
     get_token,
     set_client_factory,
     snapshot_download,
@@ -28,7 +27,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 from .config import UserError
 from .files import sha256
-from .record import Licence, licence_of
+from .record import Licence, licence_in
 
 
 Result = TypeVar("Result")
@@ -152,8 +151,8 @@ def card_licence(repo: str, revision: str | None = None) -> Licence | None:
     """The licence in the card of a repository; None if there is none or it cannot be read."""
     try:
         text = read_card(repo, revision)
-        return None if text is None else licence_of(ModelCard(text, ignore_metadata_errors=True).data.to_dict())
-    except Exception:  # not on the Hub, offline, metadata that is no YAML
+        return None if text is None else licence_in(text)
+    except Exception:  # not on the Hub, offline
         return None
 
 

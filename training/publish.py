@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard
 
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.hub import write_loading_code
@@ -27,6 +26,7 @@ from .record import (
     PERMISSIVE,
     RECORD,
     Licence,
+    licence_in,
     licence_of,
     public_name,
     read_json,
@@ -269,7 +269,7 @@ def add_card(
     """
     present = present_card(repo, revision)
     if present is not None and not overwrite and not is_generated(present):
-        kept = licence_of(ModelCard(present, ignore_metadata_errors=True).data.to_dict())
+        kept = licence_in(present)
         if kept is not None:
             try:
                 check_inheritance(licence, "you publish them so, or their teacher has it", kept)

@@ -6,10 +6,13 @@ import platform
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import yaml
+from huggingface_hub import ModelCard
 
 import diffusers_ctm
 
@@ -54,14 +57,25 @@ class Licence:
         return f"{self.id} ({self.name})" if self.name else self.id
 
 
-def licence_of(values: dict[str, Any]) -> Licence | None:
-    """The licence in a card's metadata, or in a record: keys `license`, `license_name`, `license_link`."""
-    found = values.get("license")
+def licence_of(values: Any) -> Licence | None:
+    """The licence in a card's metadata, or in a record: keys `license`, `license_name`, `license_link`. None in what is no dict."""
+    found = values.get("license") if isinstance(values, dict) else None
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
     if not isinstance(found, str) or not found.strip() or found.strip().lower() == "unknown":
         return None
-    return Licence(found.strip().lower(), values.get("license_name"), values.get("license_link"))
+    name, link = (
+        text if isinstance(text := values.get(key), str) else None for key in ("license_name", "license_link")
+    )
+    return Licence(found.strip().lower(), name, link)
+
+
+def licence_in(card: str) -> Licence | None:
+    """The licence in the text of a card; None if there is none, or metadata that is no YAML."""
+    try:
+        return licence_of(ModelCard(card, ignore_metadata_errors=True).data.to_dict())
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return None
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -95,13 +109,11 @@ def recorded_licence(folder: str) -> Licence | None:
     It is said in the run's record, of the weights, their teacher and their first stage, in the conversion's, and in the card.
     """
     record = read_json(folder, RECORD)
-    said = [record, *(record.get(role) or {} for role in ORIGINS), read_json(folder, CONVERSION)]
-    card = os.path.join(folder, "README.md")
-    if os.path.isfile(card):
-        from huggingface_hub import ModelCard
-
-        said.append(ModelCard.load(card, ignore_metadata_errors=True).data.to_dict())
-    return strictest(map(licence_of, said))
+    said = [licence_of(x) for x in (record, *map(record.get, ORIGINS), read_json(folder, CONVERSION))]
+    card = Path(folder, "README.md")
+    if card.is_file():
+        said.append(licence_in(card.read_text(encoding="utf-8", errors="replace")))
+    return strictest(said)
 
 
 def strictest(licences: Iterable[Licence | None]) -> Licence | None:

@@ -138,6 +138,14 @@ def load_teacher(
         raise UserError(
             f"{label} has time_embedding_type 'learned', which knows whole timesteps only; it cannot be used."
         )
+    if config.get("class_embed_type") is not None:
+        raise UserError(
+            f"{label} has class_embed_type {config.class_embed_type!r}: it is conditional on numbers that are no classes, which is not supported."
+        )
+    if config.sample_size is None:
+        raise UserError(
+            f"{label} does not say the size of its images: write sample_size to the config.json of the network."
+        )
     scheduler = _make_scheduler(label, raw, prediction_type, timestep_scale)
     if network.dtype != torch.float32:
         network = network.to(torch.float32)

@@ -707,6 +707,28 @@ def test_parts_of_a_pipeline_lie_in_its_folder(part, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["NOTICE.md", "training.json", "scheduler/scheduler_config.json", "evaluation/gammas.png"]
+)
+def test_a_link_out_of_the_folder_is_not_followed(name, tmp_path):
+    """As in a folder that was unpacked or cloned; links of the Hub's cache are its way to keep files."""
+    folder, (secret, blob) = tmp_path / "pipe", (tmp_path / "id_rsa", tmp_path / "blobs" / "5f")
+    for path in (folder / "scheduler" / "x", folder / "evaluation" / "x", blob):
+        path.parent.mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"scheduler": ["diffusers", "DDPMScheduler"]}')
+    secret.write_text("{}"), blob.write_text("{}")
+    for number, (target, allowed) in enumerate([(secret, False), (blob, True)]):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+        staged = tmp_path / f"staged{number}"
+        if allowed:
+            stage(str(folder), str(staged))
+        else:
+            with pytest.raises(UserError, match="is a link to .*id_rsa"):
+                stage(str(folder), str(staged))
+        assert (staged / name).exists() == allowed
+
+
 def test_of_a_component_only_its_config_and_weights_are_staged(tmp_path):
     folder, target = tmp_path / "pipeline", tmp_path / "target"
     shutil.copytree(ROOT / "assets" / "digits-edm", folder, ignore=shutil.ignore_patterns("*.png", "*.md"))

@@ -168,6 +168,7 @@ def stage(folder: str, target: str, evaluation: str | None = None) -> list[str]:
     sources |= {f"evaluation/{name}": os.path.join(evaluation, name) for name in (*PICTURES, *REPORTS)}
     for path, source in sources.items():
         if os.path.isfile(source):
+            _check_link(path, source)
             _put(source, os.path.join(target, path))
     code = {"pipeline.py", *(f"{part}/diffusers_ctm.py" for part in parts)}  # written anew from the installed package
     return [name for name in _entries(folder, parts) if name not in taken | code | {"evaluation/"}]
@@ -182,6 +183,20 @@ def _entries(folder: str, parts: list[str]) -> list[str]:
         else:
             found.append(f"{name}/" if os.path.isdir(os.path.join(folder, name)) else name)
     return found
+
+
+def _check_link(path: str, source: str) -> None:
+    """Raise UserError for a link that leads out of its folder: what came with a folder would publish any file of this disk.
+
+    Weights are read before they are uploaded, and the cache of the Hub is made of links to `blobs`.
+    """
+    if not os.path.islink(source) or source.endswith(".safetensors"):
+        return
+    parent = os.path.dirname(os.path.realpath(source))
+    if parent != os.path.realpath(os.path.dirname(source)) and os.path.basename(parent) != "blobs":
+        raise UserError(
+            f"{path} is a link to {os.path.realpath(source)}; copy that file there if it shall be published."
+        )
 
 
 def _put(source: str, target: str) -> None:

@@ -423,6 +423,7 @@ def test_teachers_may_have_any_number_of_timesteps(copy):
         ("model_index.json", [1], "model_index.json of .* is no JSON object"),
         ("model_index.json", {"id2label": ["cat"]}, "id2label"),
         ("model_index.json", {"id2label": {"cat": 0}}, "id2label"),
+        ("model_index.json", {"null_class": "none"}, "null_class 'none' in model_index.json must be the last"),
     ],
 )
 def test_files_that_hold_something_else_are_named(file, content, message, copy):

@@ -146,11 +146,16 @@ def load_teacher(
         raise UserError(
             f"{label} does not say the size of its images: write sample_size to the config.json of the network."
         )
+    null_class = index.get("null_class")
+    if null_class is not None and null_class != (config.num_class_embeds or 0) - 1:
+        raise UserError(
+            f"{label}: null_class {null_class!r} in model_index.json must be the last of the network's {config.num_class_embeds} labels."
+        )
     scheduler = _make_scheduler(label, raw, prediction_type, timestep_scale)
     if network.dtype != torch.float32:
         network = network.to(torch.float32)
     network = network.to(device).requires_grad_(False).eval()
-    return Teacher(network, scheduler, id2label, name, source.revision, index.get("null_class"))
+    return Teacher(network, scheduler, id2label, name, source.revision, null_class)
 
 
 def _read_labels(name: str, labels: object) -> dict[int, str] | None:

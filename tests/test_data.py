@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import ImageFilter
 
 from training.config import DataOptions, UserError
 from training.data import ImageDataset, StepSampler, digits, to_sample
@@ -63,11 +64,21 @@ def test_local_folder_of_images(tmp_path):
 
 
 def test_images_are_scaled_and_cropped_to_the_centre(parquet):
-    wide = PILImage.new("RGB", (12, 6), "black")
-    wide.paste((255, 255, 255), (3, 0, 9, 6))  # the centre square is white
+    wide = PILImage.new("RGB", (14, 6), "black")
+    wide.paste((255, 255, 255), (4, 0, 10, 6))  # the centre square is white
     data = ImageDataset(DataOptions(dataset_name=parquet([wide]), resolution=3, image_mode="L"))
     images, labels = data[[0]]
     assert images.shape == (1, 1, 3, 3) and images.min() == 255 and labels is None
+
+
+def test_images_are_made_smaller_as_those_of_imagenet(parquet):
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
+    photo = PILImage.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
+    found, _ = ImageDataset(DataOptions(dataset_name=parquet([photo]), resolution=32))[[0]]
+    pairs = np.asarray(photo).reshape(100, 75, 2, 3).mean(2)
+    halved = (np.floor(pairs + 0.5).reshape(50, 2, 75, 3).mean(1) + 0.5).astype(np.uint8)  # PIL rounds twice
+    expected = PILImage.fromarray(halved).resize((48, 32), PILImage.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    np.testing.assert_array_equal(found[0].permute(1, 2, 0), np.asarray(expected))
 
 
 @pytest.mark.parametrize(

@@ -527,6 +527,30 @@ def test_transformers_features(tmp_path):
     torch.testing.assert_close(grey, network(torch.full((2, 3, 32, 32), 100, dtype=torch.uint8)))
 
 
+def test_features_have_no_random_weights(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).eval()  # without a pooler
+    model.save_pretrained(tmp_path)
+    processor = {"size": 8, "image_mean": 0.5, "image_std": 0.5}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    images = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model.vit(pixel_values=images / 127.5 - 1).last_hidden_state.mean(1)
+    torch.testing.assert_close(load_feature_network(str(tmp_path))(images), expected)
+
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layernorm.weight"))
+    save_file({name: value for name, value in weights.items() if name != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="--features .*: its files lack 1 of the weights, such as layernorm.weight"):
+        load_feature_network(str(tmp_path))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**processor, "do_flip_channel_order": True}))
+    with pytest.raises(UserError, match="--features .*blue, green, red"):
+        load_feature_network(str(tmp_path))
+
+
 def test_features_of_an_image_and_text_model(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import UserError
-from .features import FeatureNetwork, image_processing, kind_of, load_saved
+from .features import FeatureNetwork, image_processing, kind_of, load_pretrained, load_saved
 from .unpickle import find_weights, read_checkpoint, weights_of
 
 
@@ -219,25 +219,15 @@ def load_transformers(name: str) -> nn.Module:
     """The backbone class of an image model if transformers has one, else the image model. Its code never comes with the weights."""
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
-    from transformers.utils import logging
 
-    options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     model_class = AutoModel
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
         model_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
         stages = [index for index, stage in enumerate(config.stage_names) if stage != "stem"]
         config.out_indices = [stages[index] for index in evenly_spaced(len(stages))]
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports heads and poolers, which are not used; what is missing is checked below
-    try:
-        network, info = model_class.from_pretrained(name, config=config, **options)
-    finally:
-        logging.set_verbosity(verbosity)
     # Poolers are not used, and the norms that backbone classes add start as plain ones.
-    missing = [key for key in info["missing_keys"] if "pooler" not in key and "hidden_states_norms" not in key]
-    if missing:
-        raise UserError(f"its files lack {len(missing)} of the weights, such as {sorted(missing)[0]}")
+    network, _ = load_pretrained(model_class, name, "pooler|hidden_states_norms", config=config)
     return getattr(network, "vision_model", network)  # of models of images and texts
 
 

@@ -6,6 +6,7 @@ python -m training.features --output_dir assets/digits-features
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -213,6 +214,7 @@ class TorchScriptFeatures(ResizedFeatures):
 class TransformersFeatures(ResizedFeatures):
     """An image model of transformers: its pooled output, else the mean of its last hidden state.
 
+    The latter too where the files lack its pooler, as those of many classifiers do: transformers would draw it at random, anew each time.
     Whole images are resized, bicubic and antialiased, to the size that its image processor crops to, and get that processor's
     mean and standard deviation.
     """
@@ -222,7 +224,8 @@ class TransformersFeatures(ResizedFeatures):
 
         processing = image_processing(name)
         super().__init__(processing.side, "bicubic")
-        self.network = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        self.network, lacking = load_pretrained(AutoModel, name)
+        self.has_pooler = all(key.startswith("text_") for key in lacking)
         self.register_buffer("mean", processing.mean.reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", processing.std.reshape(1, 3, 1, 1), persistent=False)
         self.about = {
@@ -241,10 +244,31 @@ class TransformersFeatures(ResizedFeatures):
         if isinstance(output, torch.Tensor):
             return output.flatten(1).float()
         pooled = getattr(output, "pooler_output", None)
-        if pooled is None:
+        if pooled is None or not self.has_pooler:
             hidden = output.last_hidden_state
             pooled = hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
         return pooled.flatten(1).float()
+
+
+def load_pretrained(model_class: type, name: str, unused: str = "pooler", **options) -> tuple[nn.Module, list[str]]:
+    """`model_class.from_pretrained(name)` in float32, and those weights that its files lack, so that they are random numbers.
+
+    Raises UserError if they lack others than those in whose names `unused`, a regular expression, is found.
+    """
+    from transformers.utils import logging
+
+    options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True, **options}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports heads, which are not used; what is missing is checked here
+    try:
+        network, info = model_class.from_pretrained(name, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    lacking = sorted(info["missing_keys"])
+    needed = [key for key in lacking if not re.search(unused, key)]
+    if needed:
+        raise UserError(f"its files lack {len(needed)} of the weights, such as {needed[0]}")
+    return network, lacking
 
 
 @dataclass
@@ -262,13 +286,15 @@ class ImageProcessing:
 
 
 def image_processing(name: str) -> ImageProcessing:
-    """Of the folder or Hub id `name`. Raises OSError if it has no image processor.
+    """Of the folder or Hub id `name`. Raises OSError if it has no image processor, UserError if that swaps colours.
 
     Its file is read, the processor itself is not built: that may need torchvision.
     """
     from transformers.image_processing_base import ImageProcessingMixin
 
     processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    if processor.get("do_flip_channel_order"):
+        raise UserError("its image processor gives it colours in the order blue, green, red, which is not done here")
     crop = processor.get("do_center_crop", False) and processor.get("crop_size")
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     values = {"image_mean": 0.0, "image_std": 1.0}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from diffusers_ctm import CTMScheduler
 from training import study
 from training.config import CTMConfig, UserError
 from training.study import StudyConfig, at, read_variants
@@ -42,14 +43,38 @@ def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeyp
     assert soft[-1]["teacher_evaluations"] == 2 * fast[-1]["teacher_evaluations"] > 0  # the same times
     row = report["table"]["rows"]["fast"]
     assert row["iteration"]["1"]["mean"] == fast[-1]["frechet"]["1"]
-    timing = json.loads((tmp_path / "study" / "timing.json").read_text())["seconds"]
-    assert fast[-1]["seconds"] == 4 * timing["fast"][0] > 0
+    (timing,) = json.loads((tmp_path / "study" / "timing.json").read_text())["phases"]["fast"]
+    assert fast[-1]["seconds"] == 4 * timing["seconds"][0] > 0
     for name in ("study.json", "study.md", "study.png"):
         assert (tmp_path / "study" / name).stat().st_size > 100
     monkeypatch.setattr(study, "run_program", None)
     monkeypatch.setattr(study.train_ctm, "main", lambda config: pytest.fail("trained again"))
     again = study.main(StudyConfig(**options))
     assert again["curves"] == report["curves"]
+
+
+def test_what_is_timed_is_like_the_runs(variants):
+    """Their number of teacher evaluations in the mean, and both parts of a run in which the adversarial stage begins."""
+    config = StudyConfig(seeds=[0, 1], max_train_steps=50, eval_every=50, timing_steps=4)
+    soft = {**read_variants(variants)["soft"], "solver_steps_per": "batch"}
+    judge = {"discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_start": 20}
+
+    def evaluations(options, first, last):
+        return study.teacher_evaluations(CTMConfig(**options), CTMScheduler(), first, last) / (last - first)
+
+    wanted = sum(evaluations({**soft, "seed": seed}, 0, 50) for seed in (0, 1)) / 2
+    (whole,) = study.phases(config, soft)
+    assert evaluations(whole["options"], 4, 8) == pytest.approx(wanted, rel=0.05)
+    before, after = study.phases(config, {**soft, **judge})
+    assert (before["iterations"], after["iterations"]) == (20, 30)
+    assert evaluations(before["options"], 4, 8) == pytest.approx(wanted, rel=0.05)
+    assert evaluations(after["options"], 4, 8) == pytest.approx(
+        wanted / 2, rel=0.15
+    )  # every other turn asks no teacher
+
+    before["seconds"], after["seconds"] = [1.0, 3.0, 2.0], [8.0, 10.0, 9.0]
+    assert [study.seconds_until(n, [before, after]) for n in (10, 20, 40)] == [20, 40, 220]
+    assert study.seconds_per_iteration([before, after]) == pytest.approx([5.2, 7.2, 6.2])
 
 
 def test_a_variant_stands_beside_the_first_at_as_many_teacher_evaluations():

@@ -2,10 +2,12 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,22 +174,73 @@ def run_variant(config: StudyConfig, options: dict[str, Any], folder: str, measu
         progress.update(config.eval_every)
 
 
-def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
-    """Seconds per iteration of each variant, a value a round; kept in output_dir/timing.json, so that only new variants bring a new timing."""
+def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run consists of, before and in the adversarial stage: "iterations", "options" of a run whose first iterations are like them, and "seconds"
+    per iteration, to be measured.
+
+    The seed of those is one for which the iterations that are timed ask the teacher as often as the study's runs do in the mean: it is what costs most,
+    and a dozen iterations draw its number of steps too seldom to come near to that mean by themselves.
+    """
+    whole, start = config.max_train_steps, 0
+    if options.get("discriminator_weight", 0) > 0:
+        start = min(options.get("discriminator_start", 0), whole)
+    found = []
+    if start > 0:
+        found.append((start, {**options, "discriminator_start": max(whole, 2 * config.timing_steps)}))
+    if start < whole:
+        found.append((whole - start, {**options, "discriminator_start": 0} if start else options))
+    return [{"iterations": n, "options": {**own, "seed": typical_seed(config, own)}, "seconds": []} for n, own in found]
+
+
+def typical_seed(config: StudyConfig, options: dict[str, Any]) -> int:
+    """The one of a hundred seeds whose timed iterations ask the teacher most nearly as often as those of the study's seeds in the mean."""
+
+    def mean(seeds: Iterable[int], first: int, last: int) -> float:
+        runs = [CTMConfig(**{**options, "seed": seed}) for seed in seeds]
+        return statistics.fmean(teacher_evaluations(run, CTMScheduler(), first, last) for run in runs) / (last - first)
+
+    wanted = mean(config.seeds, 0, config.max_train_steps)
+    timed = config.timing_steps, 2 * config.timing_steps
+    return min(range(100), key=lambda seed: abs(mean([seed], *timed) - wanted))
+
+
+def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The `phases` of each variant, timed, a value a round; kept in output_dir/timing.json, so that only new variants
+    bring a new timing."""
+    timed = {name: phases(config, options) for name, options in variants.items()}
     path = os.path.join(config.output_dir, "timing.json")
     if os.path.exists(path):
         with open(path) as file:
-            kept = json.load(file)
-        if kept["options"] == variants and len(next(iter(kept["seconds"].values()))) >= config.timing_rounds:
-            return kept["seconds"]
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+            kept = json.load(file).get("phases", {})
+        same = {name: [{**phase, "seconds": []} for phase in found] for name, found in kept.items()} == timed
+        if same and all(len(p["seconds"]) >= config.timing_rounds for found in kept.values() for p in found):
+            return kept
     for _ in tqdm(range(config.timing_rounds), "Timing", unit="round"):
-        for name, options in variants.items():
-            marks = step_times(options, 2 * config.timing_steps)
-            seconds[name].append((marks[-1] - marks[config.timing_steps - 1]) / config.timing_steps)
+        for phase in itertools.chain.from_iterable(timed.values()):
+            marks = step_times(phase["options"], 2 * config.timing_steps)
+            taken = (marks[-1] - marks[config.timing_steps - 1]) / config.timing_steps
+            phase["seconds"].append(taken)
     with atomic_file(path) as draft, open(draft, "w") as file:
-        json.dump({"options": variants, "seconds": seconds}, file, indent=1)
-    return seconds
+        json.dump({"phases": timed}, file, indent=1)
+    return timed
+
+
+def seconds_until(iteration: int, found: list[dict[str, Any]]) -> float:
+    """How long the first iterations of a run of timed `phases` take, by the median of each."""
+    total = 0.0
+    for phase in found:
+        own = min(iteration, phase["iterations"])
+        total, iteration = total + own * statistics.median(phase["seconds"]), iteration - own
+    return total
+
+
+def seconds_per_iteration(found: list[dict[str, Any]]) -> list[float]:
+    """Of a whole run of timed `phases`, a value a round."""
+    whole = sum(phase["iterations"] for phase in found)
+    return [
+        sum(phase["iterations"] * taken for phase, taken in zip(found, row)) / whole
+        for row in zip(*(phase["seconds"] for phase in found))
+    ]
 
 
 def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
@@ -281,7 +334,8 @@ def markdown(table: dict[str, Any], config: StudyConfig, report: dict) -> str:
     lines.append("")
     lines += [
         f"- {config.max_train_steps:,} iterations per run, measured every {config.eval_every}; between measurements along a line in the logarithm.",
-        f"- Seconds: iterations times the median of {config.timing_rounds} timings of {config.timing_steps} iterations, all variants in turn, on "
+        f"- Seconds: iterations times the median of {config.timing_rounds} timings of {config.timing_steps} iterations that ask the teacher as often "
+        "as the runs do in the mean, before and in the adversarial stage apart; all variants in turn, on "
         f"{report['hardware']['device']}, {config.threads} thread(s).",
         "- '-': the variant's runs end, or are first measured, beyond that point.",
     ]
@@ -341,11 +395,12 @@ def main(config: StudyConfig) -> dict:
                 if curve["points"] and curve["points"][-1]["iteration"] >= config.max_train_steps:
                     curve["points"] = [p for p in curve["points"] if p["iteration"] <= config.max_train_steps]
                     curves.setdefault(name, []).append(curve)
-    seconds = time_variants(config, {name: options for name, options in variants.items() if name in curves})
+    timed = time_variants(config, {name: options for name, options in variants.items() if name in curves})
     for name, runs in curves.items():
         for curve in runs:
             for point in curve["points"]:
-                point["seconds"] = point["iteration"] * statistics.median(seconds[name])
+                point["seconds"] = seconds_until(point["iteration"], timed[name])
+    seconds = {name: seconds_per_iteration(found) for name, found in timed.items()}
     report = {"options": dataclasses.asdict(config), "hardware": hardware(torch.device("cpu")), "curves": curves}
     report["table"] = tabulate(curves, seconds, config)
     text = markdown(report["table"], config, report)

@@ -179,6 +179,8 @@ def test_gamma_has_no_effect_in_one_step(make_unet):
     assert images[0].dtype == torch.uint8 and images[0].float().std() > 1
     assert all(torch.equal(image, images[0]) for image in images)
     assert not torch.equal(images[0], evaluate.draw(pipe, Setting("ctm", 1), 4, None, 0, 1))
+    pipe.scheduler = CTMScheduler(presets={"1": {"sigmas": [2.0]}})  # passed over, as those for more steps are
+    assert torch.equal(evaluate.draw(pipe, Setting("ctm", 1), 4, None, 0, 0), images[0])
 
 
 def test_every_setting_starts_from_the_same_noise(gaussian, config, monkeypatch):

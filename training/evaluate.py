@@ -118,9 +118,10 @@ class Setting:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `CTMPipeline.__call__`."""
+        """For `CTMPipeline.__call__`: the Karras levels, which gamma brings, also where the checkpoint carries a schedule for one step."""
+        gamma = 0.0 if self.gamma is None and (self.sampler, self.steps) == ("ctm", 1) else self.gamma
         options = {"num_inference_steps": self.steps}
-        return options if self.gamma is None else {**options, "gamma": self.gamma}
+        return options if gamma is None else {**options, "gamma": gamma}
 
 
 def settings_of(config: EvaluateConfig) -> list[Setting]:
@@ -631,7 +632,8 @@ def markdown(report: dict) -> str:
         f"Features: `{features['name']}`, {features['num_features']} numbers per image{known}. Distances in other features or for "
         "other numbers of images cannot be compared with these.",
         f"Real images: {floor}. The Frechet distance of a perfect sampler is not 0: it falls as one over the number of images.",
-        "One step has no gamma: it goes straight to the image. NFE: network evaluations per image.",
+        "One step has no gamma: it goes straight to the image. NFE: network evaluations per image. Levels are Karras's, whatever schedules "
+        "the checkpoint carries.",
         f"Time: sampling alone, warmed up, batches of {max(report['batch_sizes'])}, on {report['hardware']['device']}, "
         f"{report['hardware']['cpu_threads']} threads; the mean over gamma.",
         *report["notes"],
@@ -644,8 +646,8 @@ def markdown(report: dict) -> str:
     ]
     if options["kid"]:
         lines += [
-            "Kernel distance (lower is better; unbiased for independent images, so near 0 it may be negative, and with classes "
-            "in fixed shares it is a little too low, as the row of real images shows), likewise:",
+            "Kernel distance (lower is better; unbiased for independent images, so near 0 it may be negative; classes in fixed shares "
+            "make it a little too low, and so do images that repeat the reference's, as the real ones drawn from it do), likewise:",
             "",
         ]
         lines += [*distance_table(report, "kernel"), ""]

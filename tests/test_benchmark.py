@@ -64,6 +64,14 @@ def test_exact_turns_of_the_adversarial_stage_are_the_plain_ones_and_less_work(t
     assert all(torch.equal(value, before[name]) for name, value in problem.judge.state_dict().items())
 
 
+def test_networks_are_compiled_as_the_program_compiles_them(monkeypatch):
+    """torch.compile alone frees what the second of two backward passes through a graph reads, and ends with an error there."""
+    compiled = []
+    monkeypatch.setattr(benchmark, "compile_network", compiled.append)
+    problem = Problem(BenchmarkConfig(compile=True, **TINY), torch.device("cpu"))
+    assert compiled == [problem.student, problem.target.module, problem.teacher] == list(problem.call.values())
+
+
 def test_a_step_leaves_the_networks_as_they_were():
     problem = Problem(BenchmarkConfig(**TINY), torch.device("cpu"))
     before = {name: value.clone() for name, value in problem.student.state_dict().items()}

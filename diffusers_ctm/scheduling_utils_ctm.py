@@ -130,7 +130,7 @@ def _why_not(config: Mapping, kind: str | None) -> str | None:
 def _defaults(class_name: str | None) -> dict:
     """Default config of diffusers' scheduler of that name; nothing for others, ours included."""
     cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
-    if not isinstance(cls, type) or not issubclass(cls, SchedulerMixin) or issubclass(cls, KarrasSchedulerMixin):
+    if not isinstance(cls, type) or not issubclass(cls, SchedulerMixin) or not cls.__module__.startswith("diffusers."):
         return {}
     parameters = inspect.signature(cls.__init__).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}

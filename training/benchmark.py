@@ -25,6 +25,7 @@ from diffusers_ctm.trajectory import Preconditioning, append_dims
 from . import run, train_ctm
 from .backbones import load_backbone
 from .compiling import compile_network
+from .evaluate import wait_for
 from .config import Checked, CTMConfig, DiscriminatorOptions, UserError, option, run_program
 from .discriminator import (
     ProjectedDiscriminator,
@@ -96,7 +97,7 @@ class Problem:
     if `adversarial`: a discriminator on the features of the embedded classifier, without augmentation.
     """
 
-    config: BenchmarkConfig
+    config: Any
     device: torch.device
     adversarial: bool = False
     student: torch.nn.Module = field(init=False)
@@ -308,16 +309,11 @@ class Counter:
         return {name: getattr(self, name) for name in ("without_graph", "with_graph", "backward")}
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    wait_for(device)
     began = time.perf_counter()
     call()
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - began
 
 

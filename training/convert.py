@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
 from diffusers_ctm.trajectory import c_noise
 
+from . import convert_adm, convert_edm
 from .config import Checked, UserError, option, run_program
 from .convert_adm import QKV_ORDERS
 from .files import atomic_file, atomic_folder, sha256
@@ -42,15 +43,15 @@ class Family:
         orders: whether its networks differ in the order of attention's channels (`qkv_order`).
     """
 
-    module: str
+    module: ModuleType
     classes: tuple[str, ...]
     head: str = "num_head_channels"
     orders: bool = False
 
 
 FAMILIES = {
-    "edm": Family("convert_edm", ("EDMUNet2DModel",), head="attention_head_dim"),
-    "adm": Family("convert_adm", ("UNet2DModel", "CTMUNet2DModel"), orders=True),
+    "edm": Family(convert_edm, ("EDMUNet2DModel",), head="attention_head_dim"),
+    "adm": Family(convert_adm, ("UNet2DModel", "CTMUNet2DModel"), orders=True),
 }
 
 COUNTERS = {"n_averaged"}  # what torch's AveragedModel holds beside the network
@@ -85,9 +86,6 @@ class ConvertConfig(Checked):
         None, "Entry of the file that holds the weights, e.g. 'ema'. Default: averaged weights if there are any."
     )
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
-    token: str | None = option(
-        None, "Access token of the Hub, for private files. Better: HF_TOKEN or `hf auth login`. Written nowhere."
-    )
     consistency_model: bool = option(
         False,
         "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only (gamma = 1).",
@@ -186,12 +184,11 @@ def public_name(source: str) -> str:
     return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
 
 
-def fetch(config: ConvertConfig, folder: str) -> str:
-    """The path of the checkpoint `config.source`, downloaded into `folder` if it is an address.
+def fetch(source: str, revision: str | None, folder: str) -> str:
+    """The path of the checkpoint `source`, downloaded into `folder` if it is an address.
 
     Raises UserError if it is not there, or its name could be none of the three.
     """
-    source = config.source
     if is_address(source):
         return download(source, folder)
     if os.path.isfile(source):
@@ -204,7 +201,7 @@ def fetch(config: ConvertConfig, folder: str) -> str:
             f"SOURCE {source} is not there. Pass a file, a file on the Hub as user/repo/file.pt, or an https address."
         )
     try:
-        return hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=config.revision, token=config.token)
+        return hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=revision)
     except Exception as error:  # huggingface_hub raises many kinds
         raise UserError(
             f"SOURCE {source} is neither a file here nor one that can be had from the Hub: {error_text(error)}"
@@ -261,7 +258,7 @@ def download(address: str, folder: str) -> str:
 
 
 def family_module(family: str) -> ModuleType:
-    return importlib.import_module(f".{FAMILIES[family].module}", __package__)
+    return FAMILIES[family].module
 
 
 def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
@@ -506,7 +503,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
 
 def load_pipeline(config: ConvertConfig) -> DiffusionPipeline:
     try:
-        pipe = DiffusionPipeline.from_pretrained(config.source, revision=config.revision, token=config.token)
+        pipe = DiffusionPipeline.from_pretrained(config.source, revision=config.revision)
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
         raise UserError(
             f"SOURCE {config.source} cannot be loaded; --to official takes a pipeline's folder or its repository on the Hub.\n"
@@ -566,7 +563,7 @@ def main(config: ConvertConfig) -> str:
     if config.to == "official":
         return to_official(config)
     with tempfile.TemporaryDirectory(prefix="convert-") as folder:
-        return to_diffusers(config, fetch(config, folder))
+        return to_diffusers(config, fetch(config.source, config.revision, folder))
 
 
 if __name__ == "__main__":

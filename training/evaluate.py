@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -34,9 +34,6 @@ from .files import check_writable, write_files
 from .run import enlarged_grid
 from .teacher import ctm_of_consistency_model, teacher_of
 
-
-if TYPE_CHECKING:
-    from .tune import TuneConfig
 
 
 logger = logging.get_logger(__name__)
@@ -278,7 +275,7 @@ class Sampling:
             own = None if labels is None else labels[start : start + size]
             began = time.perf_counter()
             images = draw(pipe, setting, size, own, seed, batch)
-            _wait(images.device)
+            wait_for(images.device)
             seconds += time.perf_counter() - began
             found.append(self.network(images).float().cpu())
             start += size
@@ -293,7 +290,7 @@ class Sampling:
             self.network(draw(pipe, Setting(sampler, 1), size, None if labels is None else labels[:size], 0, 0))
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -356,18 +353,18 @@ class Distances:
 
 @torch.inference_mode()
 def reference_features(
-    dataset: ImageDataset, network: nn.Module, config: EvaluateConfig, device: torch.device
+    dataset: ImageDataset, network: nn.Module, options: DataOptions, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features (N, F) and classes (N,) of all real images, on the CPU; mirrored at random if the data options say so."""
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=torch.arange(len(dataset)).split(config.batch_size),
+        batch_sampler=torch.arange(len(dataset)).split(batch_size),
         collate_fn=lambda batch: batch,
-        num_workers=config.dataloader_num_workers,
+        num_workers=options.dataloader_num_workers,
     )
-    mirror = torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)) < 0.5 * config.random_flip
+    mirror = torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)) < 0.5 * options.random_flip
     features, labels = [], []
-    for (images, batch_labels), flip in zip(tqdm(loader, "Real images", unit="batch"), mirror.split(config.batch_size)):
+    for (images, batch_labels), flip in zip(tqdm(loader, "Real images", unit="batch"), mirror.split(batch_size)):
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         features.append(network(images.to(device)).float().cpu())
         labels.append(batch_labels)
@@ -455,13 +452,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def what_is_compared(
-    config: "EvaluateConfig | TuneConfig", device: torch.device
+    features: str, options: DataOptions, num_samples: int | None, device: torch.device
 ) -> tuple[nn.Module, ImageDataset, int, list[str]]:
     """The feature network, the real images, the number of samples, and remarks on these numbers. Raises UserError if they do not fit."""
-    network = load_feature_network(config.features, device)
-    dataset = ImageDataset(config)
+    network = load_feature_network(features, device)
+    dataset = ImageDataset(options)
     network.check_images(dataset.channels, dataset.resolution, dataset.resolution)
-    num_samples = config.num_samples or min(len(dataset), MOST_SAMPLES)
+    num_samples = num_samples or min(len(dataset), MOST_SAMPLES)
     notes = check_counts(num_samples, len(dataset), network.num_features)
     return network, dataset, num_samples, notes
 
@@ -471,11 +468,11 @@ def main(config: EvaluateConfig) -> dict:
     """Measure, write the four files, print the table; return what evaluation.json holds."""
     began = time.perf_counter()
     device = choose_device(config.device)
-    network, dataset, num_samples, notes = what_is_compared(config, device)
+    network, dataset, num_samples, notes = what_is_compared(config.features, config, config.num_samples, device)
     pipelines = load_pipelines(config, dataset, device, config.gammas)
     check_writable(config.output_dir)
 
-    reference, real_labels = reference_features(dataset, network, config, device)
+    reference, real_labels = reference_features(dataset, network, config, config.batch_size, device)
     distances = Distances(reference, config.kid)
     sampling = Sampling(pipelines, network, real_labels, num_samples, config.batch_size)
     settings = settings_of(config)

@@ -129,7 +129,7 @@ class Measure:
         self.network = load_feature_network(config.features, self.device)
         self.dataset = ImageDataset(self.config)
         self.network.check_images(self.dataset.channels, self.dataset.resolution, self.dataset.resolution)
-        reference, self.labels = reference_features(self.dataset, self.network, self.config, self.device)
+        reference, self.labels = reference_features(self.dataset, self.network, self.config, self.config.batch_size, self.device)
         self.distances = Distances(reference)
 
     def __call__(self, pipeline: str) -> dict[str, float]:
@@ -255,7 +255,7 @@ def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
     return None
 
 
-def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], config: StudyConfig) -> dict[str, Any]:
+def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], eval_steps: list[int]) -> dict[str, Any]:
     """For each variant: time per iteration, its distances at the iterations and seconds that all reach, and at the teacher evaluations that
     it and the first variant reach, beside those of the first."""
     points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
@@ -275,9 +275,9 @@ def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], con
         }
         for axis, value in common.items():
             row[axis] = {}
-            for steps in map(str, config.eval_steps):
+            for steps in map(str, eval_steps):
                 row[axis][steps] = distance_at(runs, axis, value, steps)
-        row["beside_first"] = beside(runs, next(iter(points.values())), "teacher_evaluations", config.eval_steps)
+        row["beside_first"] = beside(runs, next(iter(points.values())), "teacher_evaluations", eval_steps)
         rows[name] = row
     return {"common": common, "rows": rows}
 
@@ -402,7 +402,7 @@ def main(config: StudyConfig) -> dict:
                 point["seconds"] = seconds_until(point["iteration"], timed[name])
     seconds = {name: seconds_per_iteration(found) for name, found in timed.items()}
     report = {"options": dataclasses.asdict(config), "hardware": hardware(torch.device("cpu")), "curves": curves}
-    report["table"] = tabulate(curves, seconds, config)
+    report["table"] = tabulate(curves, seconds, config.eval_steps)
     text = markdown(report["table"], config, report)
     files = {
         "study.json": (json.dumps(report, indent=1) + "\n").encode(),

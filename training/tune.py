@@ -355,7 +355,7 @@ def improvement(now: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
 def main(config: TuneConfig) -> dict:
     """Search, confirm, write; return what tune.json holds."""
     device = choose_device(config.device)
-    network, dataset, num_samples, notes = what_is_compared(config, device)
+    network, dataset, num_samples, notes = what_is_compared(config.features, config, config.num_samples, device)
     pipe = load_model(config.model, ())
     prepare(pipe, "--model", config, dataset, device)
     spaces = {steps: Space(steps, pipe.scheduler, config.first_level) for steps in config.steps}
@@ -364,7 +364,7 @@ def main(config: TuneConfig) -> dict:
             raise UserError(f"--steps {steps} is too many to search: levels would lie too near to each other.")
     check_writable(config.output_dir)
 
-    reference, real_labels = reference_features(dataset, network, config, device)
+    reference, real_labels = reference_features(dataset, network, config, config.batch_size, device)
     distances = Distances(reference)
     sampling = Sampling({"ctm": pipe}, network, real_labels, num_samples, config.batch_size)
     common = {

@@ -17,7 +17,7 @@ from diffusers_ctm.preconditioning import c_noise
 from .cli.errors import UserError, error_text
 from .cli.files import atomic_file, atomic_folder, sha256
 from .cli.options import Checked, option, run_program
-from .official.download import fetch, public_name
+from .official.download import fetch, shown
 from .official.families import FAMILIES, family_defaults, family_module, find_family, said_by, shapes_of
 from .official.files import read_checkpoint
 from .official.layers import QKV_ORDERS
@@ -287,7 +287,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     network = network_of(family, state_dict, config, said)
     pipe = make_pipeline(network, config, family_defaults(family, shapes_of(state_dict)) | said)
     print(
-        f"Read {public_name(config.source)}: {size / 1e6:.1f} MB, "
+        f"Read {shown(config.source)}: {size / 1e6:.1f} MB, "
         f"{f'entry {entry}' if entry else 'a state dict'} with {len(state_dict)} tensors",
         describe(pipe, family),
         sep="\n",
@@ -300,7 +300,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     if config.prediction_type == "edm" and not is_ctm(pipe.unet) and pipe.scheduler.config.timestep_scale == 1000:
         print("Note: a consistency model has the same tensors as an EDM teacher; for one, pass --consistency_model.")
     record = {
-        "source": public_name(config.source),
+        "source": shown(config.source),
         "revision": config.revision,
         "sha256": sha256(path),
         "entry": entry,

@@ -11,11 +11,12 @@ from diffusers_ctm.hub import write_loading_code
 from .cli.errors import UserError, error_text
 from .cli.names import HUB_ID
 from .cli.options import Checked, option, run_program
-from .hub.client import open_repo, retried
+from .hub.client import api, open_repo, retried
 from .hub.inheritance import check_licence_name, choose_licence
 from .hub.license import licence_of
 from .hub.publication import draw_samples, load_checked, upload
 from .hub.staging import stage
+from .report.pictures import enlarged_grid
 
 
 BRANCH = re.compile(r"[\w-][\w./-]*")
@@ -86,8 +87,6 @@ def main(config: PublishConfig) -> str:
         )
         licence = choose_licence(target, wanted)
         if config.num_samples:
-            from .report.pictures import enlarged_grid
-
             columns = min(8, len(images))
             rows = len(images) // columns
             enlarged_grid(images[: rows * columns], rows, columns).save(os.path.join(target, "samples.png"))
@@ -96,8 +95,6 @@ def main(config: PublishConfig) -> str:
         try:
             retried(lambda: open_repo(repo, config.private))
             if config.revision not in (None, "main"):
-                from .hub.client import api
-
                 retried(lambda: api().create_branch(repo, branch=config.revision, exist_ok=True))
             address, new_card = retried(
                 lambda: upload(

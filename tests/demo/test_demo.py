@@ -21,7 +21,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 import app
-from demo import actions, controls, page, plots, recipes, uploads
+from demo import actions, controls, examples, page, plots, recipes, uploads
 from demo.checkpoints import CHECKPOINTS, Checkpoint, UnfitCheckpoint, _likelihood, load, shipped
 from demo.pictures import grid
 from demo.turns import MOST_STOPPED, STOPPED, TURN
@@ -489,9 +489,9 @@ def tiny(channels=3, size=8, **options):
 
 def test_a_colour_checkpoint_without_classes(server, monkeypatch):
     monkeypatch.setitem(CHECKPOINTS, "colour", Checkpoint("colour", tiny()))
-    drawing, _ = actions.inpaint_example("colour", "middle")
-    strokes, label = actions.edit_example("colour", "ring")
-    first, last, *labels = actions.interpolate_example("colour")
+    drawing, _ = examples.inpaint_example("colour", "middle")
+    strokes, label = examples.edit_example("colour", "ring")
+    first, last, *labels = examples.interpolate_example("colour")
     rgba = first.convert("RGBA")
     for made, count in (
         (actions.sample("colour", "all", 2, 0.5, 0, 3), 3),

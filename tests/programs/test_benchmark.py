@@ -9,6 +9,7 @@ import torch
 from training import benchmark
 from training.benchmark import BenchmarkConfig
 from training.cli.errors import UserError
+from training.studies import steps
 from training.studies.steps import Problem
 
 
@@ -68,7 +69,7 @@ def test_exact_turns_of_the_adversarial_stage_are_the_plain_ones_and_less_work(t
 def test_networks_are_compiled_as_the_program_compiles_them(monkeypatch):
     """torch.compile alone frees what the second of two backward passes through a graph reads, and ends with an error there."""
     compiled = []
-    monkeypatch.setattr(benchmark, "compile_network", compiled.append)
+    monkeypatch.setattr(steps, "compile_network", compiled.append)
     problem = Problem(BenchmarkConfig(compile=True, **TINY), torch.device("cpu"))
     assert compiled == [problem.student, problem.target.module, problem.teacher] == list(problem.call.values())
 

@@ -33,6 +33,7 @@ from training import convert
 from training.cli.errors import UserError
 from training.cli.options import parse_config, run_program
 from training.convert import ConvertConfig, main
+from training.official import download, families
 from training.official.files import read_checkpoint
 
 
@@ -83,9 +84,9 @@ TOY = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def family(monkeypatch):
-    toy = convert.Family("convert_toy", ("UNet2DModel", "CTMUNet2DModel"), head="head_dim")
-    monkeypatch.setattr(convert, "FAMILIES", {"toy": toy})
-    monkeypatch.setattr(convert, "family_module", {"toy": TOY}.__getitem__)
+    toy = families.Family("convert_toy", ("UNet2DModel", "CTMUNet2DModel"), head="head_dim")
+    monkeypatch.setattr(families, "FAMILIES", {"toy": toy})
+    monkeypatch.setattr(families, "family_module", {"toy": TOY}.__getitem__)
 
 
 def network_of(cls=CTMUNet2DModel, std=0.1, **changes):
@@ -506,7 +507,7 @@ def test_downloads_are_whole_or_refused(website, student, tmp_path, capsys, monk
     ]:
         message = fails(capsys, f"{website}{path}", tmp_path / "other")
         assert word in message and "secret" not in message
-    monkeypatch.setattr(convert, "MAX_DOWNLOAD", 1000)
+    monkeypatch.setattr(download, "MAX_DOWNLOAD", 1000)
     assert "larger" in fails(capsys, f"{website}/endless.pt", tmp_path / "other")
     assert os.listdir(scratch) == [] and not (tmp_path / "other").exists()
 
@@ -529,7 +530,7 @@ def test_other_addresses_are_never_opened(address, word, tmp_path, capsys):
 
 
 def test_a_website_does_not_reach_what_is_served_on_this_machine():
-    redirect = convert._OnlySecure().redirect_request
+    redirect = download._OnlySecure().redirect_request
     local = "http://127.0.0.1:8000/shutdown"
     with pytest.raises(UserError, match="no https"):
         redirect(urllib.request.Request("https://example.com/x.pt"), None, 302, "Found", {}, local)
@@ -548,7 +549,7 @@ def test_a_file_on_the_hub(student, tmp_path, monkeypatch, capsys):
         revision = repo.sha()
         repo.commit({"deep/ctm.pt": safetensors.torch.save(weights_of(second))})
         client = functools.partial(huggingface_hub.hf_hub_download, endpoint=hub.url, cache_dir=tmp_path / "cache")
-        monkeypatch.setattr(convert, "hf_hub_download", client)
+        monkeypatch.setattr(download, "hf_hub_download", client)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         file = "user/repo/deep/ctm.pt"

@@ -23,9 +23,13 @@ from training.cli.shared_options import DataOptions
 from training.data.images import ImageDataset
 from training.evaluate import EvaluateConfig
 from training.features import FeatureConfig
+from training.frozen import classifier
 from training.frozen.vectors import load_feature_network
+from training.measure import distances as measures
 from training.measure.distances import Distances
 from training.measure.sampling import Setting
+from training.networks import pipelines
+from training.report import numbers
 
 
 SIGMA_DATA = 0.3
@@ -118,7 +122,7 @@ def test_frechet_distance_falls_to_zero_with_the_number_of_samples():
 
 @pytest.mark.parametrize("subset", [300, 100])
 def test_kernel_distance_is_the_unbiased_estimate(monkeypatch, subset):
-    monkeypatch.setattr(evaluate, "KERNEL_SUBSET", subset)
+    monkeypatch.setattr(measures, "KERNEL_SUBSET", subset)
     x, y = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(0))
     y = y + 0.3
 
@@ -205,7 +209,7 @@ def test_every_setting_starts_from_the_same_noise(gaussian, config, monkeypatch)
 
 
 def test_pixels_are_those_of_the_saved_picture(gaussian):
-    pipe = evaluate.load_model(gaussian["ctm"], [0.0])
+    pipe = pipelines.load_model(gaussian["ctm"], [0.0])
     drawn = evaluate.draw(pipe, Setting("ctm", 3, 0.5), 5, None, 2, 1)
     generator = torch.Generator().manual_seed(2 * 1_000_003 + 1)
     pictures = pipe(batch_size=5, num_inference_steps=3, gamma=0.5, generator=generator).images
@@ -266,7 +270,7 @@ def test_files_agree(gaussian, config, capsys):
         for result in report["results"]:
             row = rows[Setting(result["sampler"], result["steps"]).name]
             column = 2 if result["gamma"] is None else head.index(f"gamma {result['gamma']:g}")
-            assert row[1] == str(result["nfe"]) and row[column] == evaluate.cell(result[distance])
+            assert row[1] == str(result["nfe"]) and row[column] == numbers.cell(result[distance])
             values = result[distance]["by_seed"]
             assert len(values) == 2 and result[distance]["mean"] == pytest.approx(np.mean(values))
             assert result[distance]["std"] == pytest.approx(np.std(values, ddof=1))
@@ -360,7 +364,7 @@ def test_teacher_of_another_family(gaussian, config, tmp_path):
 
 
 def test_broken_weights_are_reported(gaussian, config, tmp_path):
-    pipe = evaluate.load_model(gaussian["ctm"], [0.0])
+    pipe = pipelines.load_model(gaussian["ctm"], [0.0])
     nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
     pipe.save_pretrained(str(tmp_path / "broken"))
     options = config(model=str(tmp_path / "broken"))
@@ -402,11 +406,11 @@ def test_corrupted_weights_are_no_model(gaussian, config, tmp_path):
 
 
 def test_few_images_are_noted(config):
-    assert evaluate.check_counts(1_000, 1_000, 64) == []
-    notes = evaluate.check_counts(200, 1_000, 64)
+    assert measures.check_counts(1_000, 1_000, 64) == []
+    notes = measures.check_counts(200, 1_000, 64)
     assert len(notes) == 1 and "200 samples are few" in notes[0]
     with pytest.raises(UserError, match="--dataset_name: 60 real images"):
-        evaluate.check_counts(1_000, 60, 64)
+        measures.check_counts(1_000, 60, 64)
 
 
 def test_command_line():
@@ -420,11 +424,11 @@ def test_command_line():
 
 def test_cells():
     values = {"by_seed": [], "min": 0, "max": 0}
-    assert evaluate.cell({**values, "mean": 8.304, "std": 0.0521}) == "8.304 ± 0.052"
-    assert evaluate.cell({**values, "mean": -0.01186, "std": 0.000114}) == "-0.01186 ± 0.00011"
-    assert evaluate.cell({**values, "mean": 1234.4, "std": 31.0}) == "1234 ± 31"
-    assert evaluate.cell({**values, "mean": 1.2345, "std": None}) == "1.23"
-    assert [evaluate.duration(s) for s in (2.5, 0.0123, 4.2e-5)] == ["2.5 s", "12.3 ms", "42 µs"]
+    assert numbers.cell({**values, "mean": 8.304, "std": 0.0521}) == "8.304 ± 0.052"
+    assert numbers.cell({**values, "mean": -0.01186, "std": 0.000114}) == "-0.01186 ± 0.00011"
+    assert numbers.cell({**values, "mean": 1234.4, "std": 31.0}) == "1234 ± 31"
+    assert numbers.cell({**values, "mean": 1.2345, "std": None}) == "1.23"
+    assert [numbers.duration(s) for s in (2.5, 0.0123, 4.2e-5)] == ["2.5 s", "12.3 ms", "42 µs"]
 
 
 # Feature networks ---------------------------------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def test_cells():
 
 def test_embedded_features_have_the_accuracy_they_state():
     network = load_feature_network("digits")
-    stored = json.loads((features.EMBEDDED["digits"] / "config.json").read_text())
+    stored = json.loads((classifier.EMBEDDED["digits"] / "config.json").read_text())
     options = FeatureConfig(**stored["options"])
     dataset = ImageDataset(options)
     _, held_out = features.split(len(dataset), options.held_out, options.seed)
@@ -444,7 +448,7 @@ def test_embedded_features_have_the_accuracy_they_state():
     output = network(images[:5])
     assert output.shape == (5, network.num_features) == (5, 64) and output.dtype == torch.float32
     torch.testing.assert_close(network(images[:5].expand(-1, 3, -1, -1)), output, rtol=1e-4, atol=1e-4)
-    assert sum(file.stat().st_size for file in features.EMBEDDED["digits"].iterdir()) < 500_000
+    assert sum(file.stat().st_size for file in classifier.EMBEDDED["digits"].iterdir()) < 500_000
 
 
 def test_training_features_is_reproducible_and_replaces_only_its_own(tmp_path, gaussian):

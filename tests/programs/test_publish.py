@@ -71,12 +71,12 @@ def author(work: Path) -> dict:
     from accelerate.state import AcceleratorState
     from huggingface_hub import HfApi
 
-    import training.hub
-    import training.push
+    import training.hub.client
+    import training.hub.push
     from training import publish, train_ctm, train_edm
     from training.cli.training_options import CTMConfig, EDMConfig
 
-    training.hub.RETRY_WAITS, sleep = (0.05, 0.05), time.sleep
+    training.hub.client.RETRY_WAITS, sleep = (0.05, 0.05), time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.02))  # the client waits half a minute for a Hub that is away
     results = {}
 
@@ -138,20 +138,20 @@ def author(work: Path) -> dict:
             options |= {"push_to_hub": True, "hub_model_id": options.pop("repo")}
         return attempt(lambda: train_ctm.main(CTMConfig(output_dir=str(work / name), **options)))
 
-    push = training.push.Pusher.push
+    push = training.hub.push.Pusher.push
 
     def push_and_wait(pusher, *arguments):
         push(pusher, *arguments)
         while os.path.isdir(pusher.room) and os.listdir(pusher.room):
             time.sleep(0.01)
 
-    training.push.Pusher.push = push_and_wait  # each save then meets the Hub as it is at that time
+    training.hub.push.Pusher.push = push_and_wait  # each save then meets the Hub as it is at that time
     results["plain"] = distil("plain")
     results["midway"] = distil("midway", repo="team/midway")
     results["left behind"] = [path.name for path in (work / "midway" / ".push").glob("*")]
     results["student"] = command(results["midway"], "team/student", "--license", NC)
     results["student, mit"] = command(results["midway"], "team/mit", "--license", "mit")
-    training.push.Pusher.push = push
+    training.hub.push.Pusher.push = push
     results["down at start"] = distil("later", repo="team/later", max_train_steps=2)
     results["refused at end"] = distil("refused", repo="team/refused", max_train_steps=1, hub_strategy="end")
     results["forbidden"] = distil("forbidden", repo="team/forbidden")
@@ -186,7 +186,7 @@ def author(work: Path) -> dict:
         sleep(0.05)
     results["came back"] = command(results["midway"], "team/dies", "--num_samples", "0")
     AcceleratorState._reset_state(reset_partial_state=True)
-    training.push.Pusher.push = push_and_wait
+    training.hub.push.Pusher.push = push_and_wait
     processes = {"max_train_steps": 2, "train_batch_size": 2, "repo": "team/processes"}
     results["processes"] = attempt(lambda: debug_launcher(distil, ("processes", processes), num_processes=2))
     return results

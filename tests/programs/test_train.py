@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from training.networks.teacher import Teacher, load_teacher
 from training.objective.adversarial import ProjectedDiscriminator
 from training.objective.losses import ctm_loss
 from training.objective.times import TimeSampler
+from training.run import devices
 from training.run import loop as run_module
 from training.run.batch import StepRandom
 from training.run.compiling import compile_network
@@ -203,7 +205,7 @@ def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
 def test_learning_rate_over_the_steps(tmp_path, monkeypatch, name, factors):
     """After step i, so that the last is that of a step never taken."""
     logged = []
-    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.append(values))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
     options = {**SMALL, **NETWORK, "logging_steps": 1, "learning_rate": 1e-3, "max_train_steps": 6}
     train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), lr_scheduler=name, lr_warmup_steps=2, **options))
     rates = [values["train/learning_rate"] / 1e-3 for values in logged]
@@ -297,7 +299,7 @@ def test_score_matching_is_logged_by_noise_level(teacher, tmp_path, monkeypatch)
     drawn, logged = [], []
     draw = train_ctm.draw_dsm_sigma
     monkeypatch.setattr(train_ctm, "draw_dsm_sigma", lambda *given: drawn.append(draw(*given)) or drawn[-1])
-    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.append(values))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
     distil(teacher, tmp_path / "run", max_train_steps=2)
     bins = torch.bucketize(torch.cat(drawn), torch.tensor(SIGMA_EDGES), right=True)
     shares = {f"dsm_loss_by_sigma/{SIGMA_BINS[index]}": (bins == index).float().mean() for index in set(bins.tolist())}
@@ -728,7 +730,7 @@ def test_folder_that_cannot_be_made_and_tracker_that_is_not_installed(teacher, t
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="config.yaml could not be written"):
         distil(teacher, tmp_path / "file" / "run")
-    monkeypatch.setattr(run_module, "get_available_trackers", list)
+    monkeypatch.setattr(devices, "get_available_trackers", list)
     with pytest.raises(UserError, match="--report_to wandb needs the package wandb"):
         distil(teacher, tmp_path / "run", report_to="wandb")
     assert not (tmp_path / "run").exists()
@@ -766,7 +768,7 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
     listing = sorted(os.listdir(folder / "checkpoint-2"))
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "import training.train_ctm as t; from training.config import *;"
+        "import training.train_ctm as t; from training.cli.options import *; from training.cli.training_options import *;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); run_program(t.main, CTMConfig)"
     )
     arguments = ["--teacher", teacher, "--output_dir", str(folder), "--max_train_steps", "4", "--max_solver_steps", "2"]

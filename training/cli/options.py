@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import UserError
+from .errors import UserError, without_token
 
 
 Config = TypeVar("Config")
@@ -148,8 +148,6 @@ def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> No
     try:
         main(config)
     except UserError as error:
-        from .errors import without_token
-
         if os.environ.get("CTM_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {without_token(str(error))}", file=sys.stderr)

@@ -13,6 +13,7 @@ import diffusers_ctm
 
 from ..cli.files import read_json
 from ..cli.names import HUB_ID, public_name
+from ..report.tables import distance_table
 from .license import Licence, licence_fields, licence_of
 from .record import CONVERSION, ORIGINS, RECORD, conversion_repo
 
@@ -184,8 +185,6 @@ def _public_dataset(evaluation: dict, dataset: dict) -> str:
 def _table(evaluation: dict) -> str:
     if not evaluation:
         return ""
-    from ..report.tables import distance_table
-
     return "\n".join(distance_table(evaluation, "frechet"))
 
 

@@ -12,8 +12,9 @@ import torch
 import diffusers_ctm
 
 from ..cli.files import read_json, write_json
-from ..cli.names import _without_folders, is_hub_id, public_name
+from ..cli.names import is_hub_id, public_name, without_folders
 from ..cli.training_options import RunOptions
+from .client import card_licence, commit_of
 from .license import Licence, licence_fields, licence_in, licence_of, strictest
 
 
@@ -52,8 +53,6 @@ def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:
     if os.path.isdir(name):
         licence = recorded_licence(name)
     elif is_hub_id(name):
-        from .client import card_licence, commit_of
-
         commit = commit_of(name, revision)
         licence = card_licence(name, revision)
     record: dict[str, Any] = {"name": public_name(name), "on_hub": is_hub_id(name), "revision": commit or revision}
@@ -70,7 +69,7 @@ def changed_options(options: RunOptions) -> dict[str, Any]:
         if entry.name in LOCAL_OPTIONS or value == default:
             continue
         changed[entry.name] = (
-            [_without_folders(item) for item in value] if isinstance(value, list) else _without_folders(value)
+            [without_folders(item) for item in value] if isinstance(value, list) else without_folders(value)
         )
     return changed
 

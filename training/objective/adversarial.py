@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +13,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ..cli.errors import UserError
 from ..cli.shared_options import DiscriminatorOptions
+from ..frozen.backbone import Backbone
+from ..frozen.maps import load_backbone
 from .diffaugment import DiffAugmentParameters, diff_augment, draw_diff_augment
 from .losses import adaptive_weight
-
-
-if TYPE_CHECKING:
-    from ..frozen.backbone import Backbone
 
 
 # Networks ---------------------------------------------------------------------------------------------------------------
@@ -274,8 +271,6 @@ def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed:
 
     Raises UserError for a backbone that cannot be had.
     """
-    from ..frozen.maps import load_backbone
-
     if image_channels not in (1, 3):
         raise UserError(
             f"--discriminator_weight must be 0 for images with {image_channels} channels; its networks see 1 or 3."

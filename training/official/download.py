@@ -2,12 +2,15 @@
 
 import http.client
 import os
+import urllib.error
+import urllib.parse
 import urllib.request
 
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from ..cli.errors import UserError, error_text
+from ..cli.names import is_address, public_name
 
 
 MAX_DOWNLOAD = 2**35  # bytes
@@ -15,16 +18,9 @@ MAX_DOWNLOAD = 2**35  # bytes
 CHUNK = 2**20
 
 
-def is_address(source: str) -> bool:
-    return source.lower().startswith(("https://", "http://"))
-
-
-def public_name(source: str) -> str:
-    """`source` as it may be shown and recorded: an address without user, password and query, a local file without its folders."""
-    if is_address(source):
-        parts = urllib.parse.urlsplit(source)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
+def shown(source: str) -> str:
+    """`source` as it may be shown and recorded; a file on the Hub keeps its whole name."""
+    return public_name(source) if is_address(source) or os.path.exists(source) else source
 
 
 def fetch(source: str, revision: str | None, folder: str) -> str:

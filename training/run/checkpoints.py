@@ -14,6 +14,7 @@ from diffusers_ctm.preconditioning import Preconditioning
 from ..cli.errors import UserError
 from ..cli.names import is_hub_id
 from ..cli.training_options import RunOptions
+from ..hub.client import download_checkpoint
 from ..hub.record import LOCAL_OPTIONS
 from .sharding import load_whole
 
@@ -62,8 +63,6 @@ def start_output_dir(options: RunOptions) -> str | None:
     folder, resume = options.output_dir, options.resume_from_checkpoint
     if resume is not None and resume != "latest":
         if is_hub_id(resume):
-            from ..hub.client import download_checkpoint
-
             resume = download_checkpoint(resume)
         if not os.path.isfile(os.path.join(resume, STATE)):
             raise UserError(

@@ -27,7 +27,9 @@ from ..cli.training_options import RunOptions
 from ..data.batches import StepSampler, load_batches
 from ..data.images import ImageDataset, to_sample
 from ..data.stream import ImageStream, stream_batches
+from ..hub.push import Pusher
 from ..hub.record import RECORD, training_record, write_record
+from ..measure.during_training import DistanceToData, read_metrics, write_metrics
 from ..report.pictures import enlarged_grid
 from .averages import EMA, power_decay, snapshot_folder
 from .batch import Batch, StepRandom
@@ -91,8 +93,6 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             self.record = training_record(options, self.accelerator.num_processes, self._first_stage)
             if options.push_to_hub:
-                from ..hub.push import Pusher
-
                 self.pusher = Pusher(options, self.record)
 
         if options.gradient_checkpointing:
@@ -126,8 +126,6 @@ class TrainingRun:
         self._tracking = Tracking(self.accelerator, options, self._optional)
         self._measure = None
         if options.eval_every:
-            from ..measure.during_training import DistanceToData
-
             self._measure = DistanceToData(options, dataset, self.accelerator)
 
     @property
@@ -187,8 +185,6 @@ class TrainingRun:
         }
         self._tracking.start(self.step, values)
         if self._measure is not None and self.accelerator.is_main_process:
-            from ..measure.during_training import read_metrics, write_metrics
-
             with self._optional("metrics.jsonl"):  # of later steps than this the run will measure again
                 if kept := read_metrics(self.options.output_dir, self.step + 1):
                     write_metrics(self.options.output_dir, kept)
@@ -385,8 +381,6 @@ class TrainingRun:
 
     def measure(self) -> None:
         """Measure the Frechet distance of the averaged network's samples, into the tracker and output_dir/metrics.jsonl."""
-        from ..measure.during_training import read_metrics, write_metrics
-
         options, measure = self.options, self._measure
         distances = measure(self.make_pipeline(self.ema.module), self.sample_settings)
         if not self.accelerator.is_main_process:

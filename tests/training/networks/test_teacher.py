@@ -36,9 +36,10 @@ from helpers.exact import randn
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.places import ROOT
 from helpers.tiny_networks import TINY
-from training import evaluate, train_ctm
+from training import train_ctm
 from training.cli.errors import UserError
 from training.cli.training_options import CTMConfig
+from training.networks import pipelines
 from training.networks.teacher import Teacher, load_teacher
 from training.objective.losses import ctm_loss, l2_distance
 from training.objective.times import TimeSampler
@@ -285,8 +286,8 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
 def test_a_consistency_model_is_evaluated_as_diffusers_samples_it(layouts):
     name = "openai/diffusers-cd_imagenet64_l2"
     with pytest.raises(UserError, match="takes it with --gammas 1"):
-        evaluate.load_model(str(layouts.root / name), [0.0, 1.0])
-    pipe = evaluate.load_model(str(layouts.root / name), [1.0])
+        pipelines.load_model(str(layouts.root / name), [0.0, 1.0])
+    pipe = pipelines.load_model(str(layouts.root / name), [1.0])
     pipe.set_progress_bar_config(disable=True)
     theirs = ConsistencyModelPipeline.from_pretrained(layouts.root / name)
     theirs.set_progress_bar_config(disable=True)

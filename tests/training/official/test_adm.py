@@ -18,6 +18,7 @@ from training.cli.options import parse_config
 from training.convert import ConvertConfig, main
 from training.networks.teacher import load_teacher
 from training.official import adm as convert_adm
+from training.official import layers
 
 
 HEAD = 16
@@ -369,9 +370,9 @@ def test_split_qkv_takes_rows_by_name():
         ("head_dim_three", lambda r: (r[1], r[2], r[0])),
     ):
         tensor = torch.tensor(sorted(rows, key=key))
-        parts = convert_adm.split_qkv(tensor, 4, order)
+        parts = layers.split_qkv(tensor, 4, order)
         assert [list(map(tuple, part.tolist())) for part in parts] == wanted
-        assert torch.equal(convert_adm.join_qkv(parts, 4, order), tensor)
+        assert torch.equal(layers.join_qkv(parts, 4, order), tensor)
 
 
 @torch.no_grad()

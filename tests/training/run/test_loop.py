@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -26,7 +27,7 @@ from training.data.images import ImageDataset
 from training.evaluate import EvaluateConfig
 from training.networks.build import build_scheduler, build_unet
 from training.objective.times import draw_lognormal_sigma
-from training.run import interruption
+from training.run import devices, interruption
 from training.run import loop as run_module
 from training.run.averages import EMA
 from training.run.learner import TrainedNetwork
@@ -83,7 +84,7 @@ def interrupt(whole, part, step):
 
 def test_each_process_drops_out_other_units(tmp_path, monkeypatch):
     """What torch draws by itself depends on the seed and the process."""
-    start_accelerator = run_module.Accelerator
+    start_accelerator = Accelerator
 
     def first_number(process, seed):
         def started(*args, **options):
@@ -91,7 +92,7 @@ def test_each_process_drops_out_other_units(tmp_path, monkeypatch):
             PartialState._shared_state["process_index"] = process
             return accelerator
 
-        monkeypatch.setattr(run_module, "Accelerator", started)
+        monkeypatch.setattr(devices, "Accelerator", started)
         AcceleratorState._reset_state(reset_partial_state=True)
         run_module.make_accelerator(EDMConfig(output_dir=str(tmp_path), seed=seed, report_to="none"))
         return torch.rand(()).item()
@@ -382,7 +383,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_found_too(tmp_path):
 
 def test_skipped_steps_are_shown_and_counted_on_when_resumed(tmp_path, monkeypatch):
     logged = {}
-    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.update({step: values}))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.update({step: values}))
     broken = {1, 2, 4}.__contains__
     options = {"max_train_steps": 6, "logging_steps": 3}
     learn(start(tmp_path / "whole", checkpointing_steps=4, **options), broken=broken)
@@ -556,7 +557,7 @@ def test_samples_and_logs_that_cannot_be_written_end_nothing(tmp_path, capsys, m
     def full(self, values, step):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module.Accelerator, "log", full)
+    monkeypatch.setattr(Accelerator, "log", full)
 
     def unsavable(*given):
         picture = Image.new("RGB", (4, 4))
@@ -678,7 +679,7 @@ def test_tensorboard_has_each_step_once_and_pictures(tmp_path):
 
 def test_gradient_norm_is_that_before_clipping(tmp_path, monkeypatch):
     logged = {}
-    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.update({step: values}))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.update({step: values}))
     norms = []
     for folder, clip in (("free", 0.0), ("clipped", 1e-3)):
         train(tmp_path / folder, max_train_steps=1, logging_steps=1, max_grad_norm=clip)
@@ -689,7 +690,7 @@ def test_gradient_norm_is_that_before_clipping(tmp_path, monkeypatch):
 def test_losses_by_noise_level(tmp_path, monkeypatch):
     sigma = torch.tensor([0.002, 0.1, 0.2999, 0.3, 2.0, 9.0, 10.0, 80.0, 0.05, 0.5])
     values = torch.tensor([1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 12.0, math.nan, math.inf])
-    means, accelerator = Means(), run_module.Accelerator()
+    means, accelerator = Means(), Accelerator()
     means.add_by_level("x", values[:4], sigma[:4])
     means.add_by_level("x", values[4:], sigma[4:])
     saved, other = means.state_dict(accelerator), Means()
@@ -706,7 +707,7 @@ def test_losses_by_noise_level(tmp_path, monkeypatch):
         return drawn[-1]
 
     monkeypatch.setattr(train_edm, "draw_lognormal_sigma", record)
-    monkeypatch.setattr(run_module.Accelerator, "log", lambda self, values, step: logged.append(values))
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
     train(tmp_path / "run", gradient_accumulation_steps=2)
     for number, values in enumerate(logged):
         bins = np.digitize(torch.cat(drawn[4 * number : 4 * number + 4]), [0.1, 0.3, 1, 3, 10])
@@ -720,8 +721,8 @@ def test_losses_by_noise_level(tmp_path, monkeypatch):
 def test_the_trackers_run_is_kept_when_resumed(tmp_path, monkeypatch):
     """Of Weights & Biases by its id."""
     begun = []
-    monkeypatch.setattr(run_module.Accelerator, "init_trackers", lambda self, *given: begun.append(given[2]["wandb"]))
-    monkeypatch.setattr(run_module, "get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *given: begun.append(given[2]["wandb"]))
+    monkeypatch.setattr(devices, "get_available_trackers", lambda: ["wandb"])
     options = {"report_to": "wandb", "checkpointing_steps": 2}
     train(tmp_path / "run", max_train_steps=2, **options)
     train(tmp_path / "run", resume_from_checkpoint="latest", **options)
@@ -732,7 +733,7 @@ def test_the_trackers_run_is_kept_when_resumed(tmp_path, monkeypatch):
     def refuse(self, *given):
         raise ValueError("api_key not configured")
 
-    monkeypatch.setattr(run_module.Accelerator, "init_trackers", refuse)
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
     with pytest.raises(UserError, match="--report_to wandb cannot start: api_key not configured.*WANDB_MODE=offline"):
         train(tmp_path / "third", **options)
 

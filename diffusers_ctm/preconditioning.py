@@ -71,6 +71,11 @@ def discrete_levels(
     return levels
 
 
+def condition(class_labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Keyword arguments that show a network its classes, of shape (B,); none without classes."""
+    return {} if class_labels is None else {"class_labels": class_labels}
+
+
 @functools.lru_cache(maxsize=64)
 def _log_levels(process: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """ln of `discrete_levels(*process)`, kept: training asks at every step."""

@@ -69,3 +69,9 @@ def _widened(linear: nn.Linear) -> nn.Linear:
         wide.weight[:, linear.in_features :] = 0
         wide.bias.copy_(linear.bias)
     return wide
+
+
+def image_size(network: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of the images of a network."""
+    size = network.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)

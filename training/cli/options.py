@@ -21,10 +21,21 @@ from .errors import UserError, without_token
 Config = TypeVar("Config")
 
 
-def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field with a sentence of help and, maybe, the values it may take."""
+def option(
+    default: Any, help: str, choices: Sequence[Any] | None = None, recorded: bool = True, free: bool = False
+) -> Any:
+    """A field of an option class.
+
+    Args:
+        help: one sentence for `--help`.
+        choices: the values that it may take. Default: any.
+        recorded: whether it is part of a result, and therefore of `training.json`; otherwise it says where, how often and what is shown.
+        free: whether a resumed run may have another value. An option that is not recorded may always differ.
+    """
     help = help.replace("%", "%%")  # argparse formats it
-    metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
+    metadata = {"help": help, "recorded": recorded, "free": free or not recorded}
+    if choices is not None:
+        metadata["choices"] = list(choices)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

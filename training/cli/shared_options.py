@@ -30,7 +30,7 @@ class DataOptions(Checked):
     )
     image_mode: str | None = option(None, "'L' (grey) or 'RGB'. Default: that of the first image.", [None, "L", "RGB"])
     random_flip: bool = option(False, "Mirror images left to right with probability 1/2.")
-    dataloader_num_workers: int = option(0, "Processes that decode images; 0 is the main one.")
+    dataloader_num_workers: int = option(0, "Processes that decode images; 0 is the main one.", recorded=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,9 +45,11 @@ class TeacherOptions(Checked):
     A private repository needs `hf auth login` or HF_TOKEN; a token is no option, so that none is recorded.
     """
 
-    teacher: str | None = option(None, "The teacher: a folder or a repository on the Hub.")
+    teacher: str | None = option(None, "The teacher: a folder or a repository on the Hub.", recorded=False)
     teacher_subfolder: str | None = option(
-        None, "Folder of the teacher's network, or of its pipeline, if --teacher holds several. Default: the only one."
+        None,
+        "Folder of the teacher's network, or of its pipeline, if --teacher holds several. Default: the only one.",
+        free=True,
     )
     teacher_revision: str | None = option(None, "Branch, tag or commit of the teacher's repository. Default: main.")
     teacher_prediction_type: str | None = option(

@@ -1,53 +1,91 @@
-"""RunOptions, EDMConfig, CTMConfig; each field says whether it is recorded and whether it may change on resuming (LOCAL_OPTIONS and FREE_OPTIONS become `option(..., recorded=False)`, `option(..., free=True)`)."""
+"""Options of the training programs, in groups; a function takes the group that it needs."""
 
 import dataclasses
 import re
 from dataclasses import dataclass
 
 from .errors import UserError
-from .options import option
+from .options import Checked, option
 from .shared_options import DataOptions, DiscriminatorOptions, DistanceOptions, NetworkOptions, TeacherOptions
 
 
 @dataclass
-class RunOptions(DataOptions):
-    """What every training run has."""
+class StreamOptions(DataOptions):
+    """Images that are read as they come."""
 
-    config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
-    output_dir: str = option("runs/run", "Folder of the run: checkpoints, samples, logs, and the finished `pipeline`.")
-    resume_from_checkpoint: str | None = option(
-        None,
-        "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none, or user/name: the newest that a run "
-        "with --hub_strategy checkpoint uploaded there.",
-    )
-    init_from: str | None = option(
-        None,
-        "Start from the weights of a first stage, averages included: a checkpoint folder, a pipeline's folder or Hub repository, or a run with "
-        "either. Optimiser and steps start anew. Ignored if there is something to resume.",
-    )
-    seed: int = option(0, "Seed of weights, data order and noise.")
     streaming: bool = option(
         False,
         "Read the data set as it comes, without downloading or holding it. Each process reads all of it; --dataloader_num_workers are threads. "
         "The order is shuffled within --shuffle_buffer images only: what is stored class by class needs to be stored in another order.",
     )
     shuffle_buffer: int = option(10_000, "Images that are shuffled together, and held in memory, with --streaming.")
-    max_train_steps: int = option(1000, "Optimiser steps in all.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("shuffle_buffer")
+        if not self.streaming:
+            self.refuse(["shuffle_buffer"], "needs --streaming true")
+
+
+@dataclass
+class OutputOptions(Checked):
+    """Where a run writes, and what it starts from."""
+
+    config: str | None = option(
+        None, "YAML file with any of these options; the command line overrides it.", recorded=False
+    )
+    output_dir: str = option(
+        "runs/run", "Folder of the run: checkpoints, samples, logs, and the finished `pipeline`.", recorded=False
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none, or user/name: the newest that a run "
+        "with --hub_strategy checkpoint uploaded there.",
+        recorded=False,
+    )
+    init_from: str | None = option(
+        None,
+        "Start from the weights of a first stage, averages included: a checkpoint folder, a pipeline's folder or Hub repository, or a run with "
+        "either. Optimiser and steps start anew. Ignored if there is something to resume.",
+        recorded=False,
+    )
+    checkpointing_steps: int = option(
+        500,
+        "Save a checkpoint every so many steps, and at the end; 0 is never, but when a signal stops the run.",
+        recorded=False,
+    )
+    checkpoints_total_limit: int = option(
+        2, "Keep at most this many checkpoints, the newest; 0 keeps all.", recorded=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_not_negative("checkpointing_steps", "checkpoints_total_limit")
+        self.check_folder("output_dir")
+
+
+@dataclass
+class StepOptions(Checked):
+    """How many steps of how many images."""
+
+    seed: int = option(0, "Seed of weights, data order and noise.")
+    max_train_steps: int = option(1000, "Optimiser steps in all.", free=True)
     train_batch_size: int = option(
-        128, "Images per process and forward pass. A step uses this times processes times gradient_accumulation_steps."
+        128,
+        "Images per process and forward pass. A step uses this times processes times gradient_accumulation_steps.",
+        free=True,
     )
-    gradient_accumulation_steps: int = option(1, "Forward and backward passes per optimiser step.")
-    mixed_precision: str = option(
-        "auto", "'no', 'fp16', 'bf16', or 'auto': bf16 on a GPU that has it, else no.", ["auto", "no", "fp16", "bf16"]
-    )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    compile: bool = option(
-        False,
-        "Compile the networks with torch.compile: faster steps after some minutes at the start; needs a C++ compiler.",
-    )
-    channels_last: bool = option(
-        True, "Keep images and convolutions with channels last in memory, usually the faster order."
-    )
+    gradient_accumulation_steps: int = option(1, "Forward and backward passes per optimiser step.", free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        self.check_not_negative("seed")
+
+
+@dataclass
+class OptimizerOptions(Checked):
+    """How gradients change the weights."""
 
     optimizer: str = option("radam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
     learning_rate: float = option(4e-4, "Peak learning rate.")
@@ -65,7 +103,21 @@ class RunOptions(DataOptions):
     max_skipped_steps: int = option(
         20,
         "A step whose loss or gradient is infinite or NaN changes nothing. Stop after so many in a row; in fp16 a few at the start are usual.",
+        free=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("learning_rate", "adam_epsilon", "max_skipped_steps")
+        self.check_not_negative("max_grad_norm", "lr_warmup_steps", "adam_weight_decay")
+        for name in ("adam_beta1", "adam_beta2"):
+            self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+
+
+@dataclass
+class AverageOptions(Checked):
+    """Moving averages of the weights."""
+
     ema_decay: float = option(
         0.999, "Decay per step of the exponential moving average of the weights, which is what is saved."
     )
@@ -79,72 +131,126 @@ class RunOptions(DataOptions):
         "of any width after the training (Karras et al. 2024); '0.05 0.1' is enough. Each costs as much memory as the network.",
     )
     posthoc_ema_every: int = option(
-        500, "Keep a snapshot of each every so many steps, and at the end; for --posthoc_ema."
+        500, "Keep a snapshot of each every so many steps, and at the end; for --posthoc_ema.", recorded=False
     )
 
-    checkpointing_steps: int = option(
-        500, "Save a checkpoint every so many steps, and at the end; 0 is never, but when a signal stops the run."
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
+        self.check(all(0 <= decay < 1 for decay in self.extra_ema_decays), "extra_ema_decays", "in [0, 1)")
+        widths = self.posthoc_ema
+        self.check(all(0 < width < 12**-0.5 for width in widths), "posthoc_ema", "in (0, 0.288]")
+        self.check(not widths or len(set(widths)) > 1, "posthoc_ema", "two different widths or more")
+        self.check_positive("posthoc_ema_every")
+        if not widths:
+            self.refuse(["posthoc_ema_every"], "needs --posthoc_ema")
+
+
+@dataclass
+class HardwareOptions(Checked):
+    """Precision, memory and speed."""
+
+    mixed_precision: str = option(
+        "auto",
+        "'no', 'fp16', 'bf16', or 'auto': bf16 on a GPU that has it, else no.",
+        ["auto", "no", "fp16", "bf16"],
+        free=True,
     )
-    checkpoints_total_limit: int = option(2, "Keep at most this many checkpoints, the newest; 0 keeps all.")
-    sample_every: int = option(500, "Draw a grid of samples every so many steps; 0 is never.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", free=True
+    )
+    compile: bool = option(
+        False,
+        "Compile the networks with torch.compile: faster steps after some minutes at the start; needs a C++ compiler.",
+        free=True,
+    )
+    channels_last: bool = option(
+        True, "Keep images and convolutions with channels last in memory, usually the faster order.", free=True
+    )
+
+
+@dataclass
+class MonitorOptions(Checked):
+    """What a run shows while it goes on."""
+
+    sample_every: int = option(500, "Draw a grid of samples every so many steps; 0 is never.", recorded=False)
     eval_every: int = option(
         0,
         "Measure the Frechet distance of samples to the data every so many steps, and at the end, into the tracker and output_dir/metrics.jsonl; "
         "0 is never.",
+        recorded=False,
     )
-    eval_samples: int = option(2000, "Images of each such measurement; compare only equal numbers.")
+    eval_samples: int = option(2000, "Images of each such measurement; compare only equal numbers.", recorded=False)
     eval_features: str | None = option(
-        None, "Network whose features are compared, as --features of training.evaluate. Default: 'digits' for digits."
+        None,
+        "Network whose features are compared, as --features of training.evaluate. Default: 'digits' for digits.",
+        recorded=False,
     )
-    logging_steps: int = option(20, "Show and track the losses every so many steps; each is a mean over them.")
+    logging_steps: int = option(
+        20, "Show and track the losses every so many steps; each is a mean over them.", recorded=False
+    )
     report_to: str = option(
-        "tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"]
+        "tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"], recorded=False
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("logging_steps")
+        self.check_not_negative("sample_every", "eval_every")
+        self.check(self.eval_samples > 1, "eval_samples", "2 or more")
+
+
+@dataclass
+class HubOptions(Checked):
+    """Uploads to the Hub."""
+
     push_to_hub: bool = option(
-        False, "Upload the pipeline to the Hub as --hub_model_id. Log in before with `hf auth login` or HF_TOKEN."
+        False,
+        "Upload the pipeline to the Hub as --hub_model_id. Log in before with `hf auth login` or HF_TOKEN.",
+        recorded=False,
     )
-    hub_model_id: str | None = option(None, "The repository on the Hub, user/name. It is created if it is not there.")
-    hub_private: bool = option(False, "Create a private repository.")
+    hub_model_id: str | None = option(
+        None, "The repository on the Hub, user/name. It is created if it is not there.", recorded=False
+    )
+    hub_private: bool = option(False, "Create a private repository.", recorded=False)
     hub_strategy: str = option(
         "every_save",
         "What is uploaded when: 'end', the finished pipeline; 'every_save', also the averaged pipeline at each checkpoint, in the background; "
         "'checkpoint', also the newest checkpoint, for --resume_from_checkpoint user/name.",
         ["every_save", "end", "checkpoint"],
+        recorded=False,
     )
     hub_license: str | None = option(
-        None, "Licence of the weights, as the Hub names it, e.g. 'mit'. Default: the teacher's."
+        None, "Licence of the weights, as the Hub names it, e.g. 'mit'. Default: the teacher's.", recorded=False
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive(
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "logging_steps",
-            "shuffle_buffer",
-            "posthoc_ema_every",
-            "max_skipped_steps",
-            "adam_epsilon",
-        )
-        self.check_not_negative(
-            "max_grad_norm",
-            "lr_warmup_steps",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-            "sample_every",
-            "eval_every",
-            "seed",
-            "adam_weight_decay",
-        )
+        if self.push_to_hub or self.hub_model_id is not None:
+            well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
+            self.check(well_formed, "hub_model_id", "a repository on the Hub as user/name")
+
+
+@dataclass
+class RunOptions(
+    HubOptions,
+    MonitorOptions,
+    HardwareOptions,
+    AverageOptions,
+    OptimizerOptions,
+    StepOptions,
+    OutputOptions,
+    StreamOptions,
+):
+    """Every training run has these options."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.check(
             self.eval_every == 0 or not self.streaming,
             "eval_every",
             "0 with --streaming: the real images are not at hand",
         )
-        self.check(self.eval_samples > 1, "eval_samples", "2 or more")
         if self.eval_features is None and self.dataset_name == "digits":
             self.eval_features = "digits"
         self.check(
@@ -152,20 +258,6 @@ class RunOptions(DataOptions):
             "eval_features",
             "given with --eval_every: a folder that training.features saved, FID's Inception, or an image model of transformers",
         )
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
-        self.check(all(0 <= decay < 1 for decay in self.extra_ema_decays), "extra_ema_decays", "in [0, 1)")
-        widths = self.posthoc_ema
-        self.check(all(0 < width < 12**-0.5 for width in widths), "posthoc_ema", "in (0, 0.288]")
-        self.check(not widths or len(set(widths)) > 1, "posthoc_ema", "two different widths or more")
-        if not widths:
-            self.refuse(["posthoc_ema_every"], "needs --posthoc_ema")
-        if not self.streaming:
-            self.refuse(["shuffle_buffer"], "needs --streaming true")
-        self.check_folder("output_dir")
-        if self.push_to_hub or self.hub_model_id is not None:
-            well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
-            self.check(well_formed, "hub_model_id", "a repository on the Hub as user/name")
 
 
 @dataclass
@@ -174,7 +266,7 @@ class EDMConfig(NetworkOptions, RunOptions):
 
     PROGRAM = "training.train_edm"
 
-    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
+    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
     optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
     learning_rate: float = option(1e-3, "Peak learning rate.")
     dropout: float = option(0.0, "Dropout probability.")
@@ -205,11 +297,12 @@ class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOp
 
     PROGRAM = "training.train_ctm"
 
-    output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"])
+    output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
     teacher: str | None = option(
         None,
         "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its scheduler: EDM, DDPM, flow "
         "matching, variance-exploding scores; a consistency model with --matching global --dsm_adaptive false.",
+        recorded=False,
     )
     num_train_timesteps: int = option(18, "Noise levels N of the Karras grid: 18 for CIFAR-10, 40 for ImageNet-64.")
     sigma_min: float | None = option(None, "Lowest noise level of the grid. Default: the teacher's.")

@@ -27,12 +27,6 @@ NOTICE = "NOTICE.md"  # attribution, which the page shows too
 # Whose licence the weights of a run inherit, as `training.json` names them, and as a reader does.
 ORIGINS = {"teacher": "teacher", "first_stage": "first stage"}
 
-# Options that say where, how and what is shown, not what the weights are. None of them is recorded.
-LOCAL_OPTIONS = {
-    "config", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit",
-    "sample_every", "logging_steps", "eval_every", "eval_samples", "eval_features", "report_to", "teacher", "init_from", "posthoc_ema_every", "push_to_hub", "hub_model_id", "hub_private", "hub_strategy", "hub_license",
-}  # fmt: skip
-
 
 def recorded_licence(folder: str) -> Licence | None:
     """The licence that a student inherits from a local pipeline's folder, or from a checkpoint.
@@ -66,7 +60,7 @@ def changed_options(options: RunOptions) -> dict[str, Any]:
     for entry in fields(options):
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         value = values[entry.name]
-        if entry.name in LOCAL_OPTIONS or value == default:
+        if not entry.metadata["recorded"] or value == default:
             continue
         changed[entry.name] = (
             [without_folders(item) for item in value] if isinstance(value, list) else without_folders(value)

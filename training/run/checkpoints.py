@@ -15,7 +15,6 @@ from ..cli.errors import UserError
 from ..cli.names import is_hub_id
 from ..cli.training_options import RunOptions
 from ..hub.client import download_checkpoint
-from ..hub.record import LOCAL_OPTIONS
 from .sharding import load_whole
 
 
@@ -36,16 +35,9 @@ def newest_checkpoint(output_dir: str) -> str | None:
     return next(reversed(checkpoints(output_dir)), None)
 
 
-# Options that may differ when a run is resumed: how long, how fast and what is written.
-FREE_OPTIONS = LOCAL_OPTIONS | {
-    "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "gradient_checkpointing", "teacher_subfolder",
-    "init_from", "max_skipped_steps", "compile", "channels_last",
-}  # fmt: skip
-
-
 def decisive_options(options: RunOptions, num_processes: int) -> dict[str, str]:
     """The options that a checkpoint's run must share with the run that resumes it, as text; of the batch, its global size."""
-    decisive = {name: str(value) for name, value in asdict(options).items() if name not in FREE_OPTIONS}
+    decisive = {f.name: str(getattr(options, f.name)) for f in fields(options) if not f.metadata["free"]}
     total = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     return {**decisive, "train_batch_size x accumulation x processes": str(total)}
 

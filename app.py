@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Consistency trajectory models in the browser: `python app.py`, then open the address that it prints.
 
-The page is described here. demo/actions.py holds what its tabs do, demo/recipes.py the Python that they run and show, demo/page.py what every tab has.
+This file describes the page. demo/actions.py has the actions of the tabs, demo/recipes.py the Python that they run and show,
+demo/page.py the parts of every tab.
 """
 
 import argparse
@@ -18,12 +19,13 @@ from pathlib import Path
 import gradio as gr
 import torch
 
-from demo import actions
-from demo.checkpoints import CHECKPOINTS, SMALL, UnfitCheckpoint, load, shipped
+from demo import actions, examples
+from demo.checkpoints import CHECKPOINTS, SMALL, load, shipped
 from demo.controls import class_choice, count, drawing, gamma, own_schedule, picture, seed, steps, with_captions
 from demo.page import Page
 from demo.plots import plots
 from demo.uploads import MOST_BYTES
+from training.cli.errors import UserError
 
 
 HERE = Path(__file__).parent
@@ -116,7 +118,7 @@ def tabs_of(page: Page) -> None:
             "seed": seed(),
             "count": count(8),
         },
-        examples=(actions.inpaint_example, ("lower half", "middle", "every other row"), ("drawing", "label")),
+        examples=(examples.inpaint_example, ("lower half", "middle", "every other row"), ("drawing", "label")),
     )
     page.tab(
         "Strokes",
@@ -133,7 +135,7 @@ def tabs_of(page: Page) -> None:
             "seed": seed(),
             "count": count(8),
         },
-        examples=(actions.edit_example, ("ring", "bar", "blocks"), ("drawing", "label")),
+        examples=(examples.edit_example, ("ring", "bar", "blocks"), ("drawing", "label")),
     )
     page.tab(
         "Between seeds",
@@ -159,7 +161,7 @@ def tabs_of(page: Page) -> None:
             "other_label": class_choice("Class of the last"),
             "count": count(9, least=2),
         },
-        examples=(actions.interpolate_example, ("two samples",), ("image", "other_image", "label", "other_label")),
+        examples=(examples.interpolate_example, ("two samples",), ("image", "other_image", "label", "other_label")),
     )
     page.tab(
         "Guide",
@@ -179,7 +181,7 @@ def tabs_of(page: Page) -> None:
         "How probable is a picture under the model? In bits per dimension, beside images that belong there; less is likelier. It takes seconds.",
         actions.likelihood,
         lambda: {"image": picture("Picture"), "label": class_choice(), "seed": seed()},
-        examples=(actions.likelihood_example, ("image", "upside down", "noise"), ("image", "label")),
+        examples=(examples.likelihood_example, ("image", "upside down", "noise"), ("image", "label")),
         files=False,
         picture=with_captions,
     )
@@ -216,14 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             checkpoint = load(source)
             CHECKPOINTS[checkpoint.name] = checkpoint
         if not CHECKPOINTS:
-            raise UnfitCheckpoint("assets/ holds no CTM. Name one: --model user/name-or-folder")
+            raise UserError("assets/ holds no CTM. Name one: --model user/name-or-folder")
         for checkpoint in CHECKPOINTS.values():
             unchecked = checkpoint.pipe.config.requires_safety_checker and checkpoint.pipe.safety_checker is None
             if unchecked and (options.share or not is_loopback(options.host)):
-                raise UnfitCheckpoint(
+                raise UserError(
                     f"{checkpoint.source} asks for a safety checker and has none. It is shown on this machine only: leave out --host and --share."
                 )
-    except UnfitCheckpoint as error:
+    except UserError as error:
         sys.exit(str(error))
     torch.set_num_threads(options.threads or threads())
     os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="ctm-page-")

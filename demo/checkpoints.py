@@ -1,8 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The checkpoints of the page, with what lies beside them: teacher, evaluation, licence."""
+"""Checkpoints of the page, with their teacher, evaluation and license."""
 
 import copy
-import json
 import math
 import os
 import threading
@@ -12,10 +11,16 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.two_times import image_size
+from training.cli.errors import UserError, loading
+from training.cli.files import read_json
+from training.cli.names import public_name
+from training.data.sources import digits
+from training.hub.license import licence_in
 
 from .turns import STOPPED, TURN, Superseded
 
@@ -31,22 +36,18 @@ SMALL = 10_000_000  # parameters, below which one thread is as fast as several, 
 EXAMPLES = 32  # real images whose likelihood is computed for comparison
 
 
-class UnfitCheckpoint(Exception):
-    """What does not fit the page, in a sentence for whoever starts it."""
-
-
 @dataclass
 class Checkpoint:
     """A CTM as the page uses it.
 
     Args:
-        source: what `from_pretrained` was given, as the shown Python names it: a Hub id, or a folder without where that lies.
-        pipe: never sampled with; `fresh` copies it.
-        teacher: (source, pipeline) of the model that it was distilled from, if that lies beside it.
-        evaluation: what `training.evaluate` measured, if the checkpoint carries it.
-        likelihood: (what they are, bits per dimension of each) of images that `training.likelihood` measured, likewise.
-        notice: licence, attribution and warnings, Markdown.
-        dataset: name of the data set that it was trained on, "" if it is not known.
+        source: a Hub id, or a folder without the path to it, as the shown Python names it.
+        pipe: is never sampled; `fresh` copies it.
+        teacher: (source, pipeline) of the teacher, if it lies beside the checkpoint.
+        evaluation: the report of `training.evaluate`, if the checkpoint carries it.
+        likelihood: (words for the images, bits per dimension of each) from `training.likelihood`, if the checkpoint carries it.
+        notice: license, attribution and warnings, in Markdown.
+        dataset: name of the training data, "" if unknown.
     """
 
     source: str
@@ -70,13 +71,13 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """In the page, its links and its API."""
+        """Its name in the page, its links and its API."""
         return self.source.rstrip("/").rsplit("/", 1)[-1] if self.source.startswith("assets/") else self.source
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), as PIL has it."""
-        return tuple(reversed(self.pipe._image_size()))
+        """(width, height) of its images, in PIL's order."""
+        return tuple(reversed(image_size(self.pipe.unet)))
 
     @property
     def channels(self) -> int:
@@ -90,7 +91,7 @@ class Checkpoint:
 
     @property
     def presets(self) -> list[int]:
-        """Numbers of steps for which the checkpoint carries a schedule of its own."""
+        """Numbers of steps for which the checkpoint carries a tuned schedule."""
         return sorted(map(int, self.pipe.scheduler.config.get("presets") or {}))
 
     @property
@@ -99,11 +100,11 @@ class Checkpoint:
 
     @cached_property
     def classifier(self) -> tuple[str, list[str]] | None:
-        """(Folder, classes) of the shipped classifier that knows these images: of assets/digits-ctm, assets/digits-features."""
+        """(Folder, classes) of the shipped classifier of these images; assets/digits-ctm has assets/digits-features."""
         if not self.source.startswith("assets/"):
             return None
         folder = f"assets/{self.name.removesuffix('-ctm')}-features"
-        config = _json(ROOT / folder / "config.json")
+        config = read_json(ROOT / folder, "config.json")
         if (config.get("channels"), (config.get("resolution"),) * 2) != (self.channels, self.size):
             return None
         count = config["num_classes"]
@@ -119,16 +120,11 @@ class Checkpoint:
 
     @cached_property
     def examples(self) -> tuple[str, list[Image.Image], list[int] | None]:
-        """(What they are, images, classes): of the data set where it is here, else the checkpoint's own in 18 steps."""
+        """(Words for them, images, classes): of the data set for digits, else samples of the checkpoint in 18 steps."""
         conditional = self.pipe.num_classes is not None
         if self.dataset == "digits":
-            try:
-                from training.data.sources import digits
-            except ImportError:
-                pass
-            else:
-                data = digits()[:EXAMPLES]
-                return "images of the data set", data["image"], data["label"] if conditional else None
+            data = digits()[:EXAMPLES]
+            return "images of the data set", data["image"], data["label"] if conditional else None
         labels = [k * self.pipe.num_classes // EXAMPLES for k in range(EXAMPLES)] if conditional else None
         noise = [torch.Generator().manual_seed(seed) for seed in range(EXAMPLES)]
         options = {"num_inference_steps": 18, "gamma": 0.0, "generator": noise}
@@ -141,63 +137,54 @@ CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
 
 def shipped() -> list[str]:
     """The CTMs in the folder assets, the digits first."""
-    found = []
+    names = []
     for index in ASSETS.glob("*/model_index.json"):
-        scheduler = _json(index).get("scheduler") or [None, None]
+        scheduler = read_json(index.parent, index.name).get("scheduler") or [None, None]
         if scheduler[1] == "CTMScheduler" and any(index.parent.glob("unet/*.safetensors")):
-            found.append(f"assets/{index.parent.name}")
-    return sorted(found, key=lambda name: (name != "assets/digits-ctm", name))
+            names.append(f"assets/{index.parent.name}")
+    return sorted(names, key=lambda name: (name != "assets/digits-ctm", name))
 
 
 def load(source: str) -> Checkpoint:
     """The CTM in a folder or repository on the Hub. Code in it does not run.
 
     Raises:
-        UnfitCheckpoint: it cannot be loaded, or its images are not what the page can show.
+        UserError: it cannot be loaded, or the page cannot show its images.
     """
     folder = ROOT / source if source.startswith("assets/") and not os.path.isdir(source) else Path(source)
-    try:
+    advice = "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
+    with loading(source, advice):
         pipe = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else source)
-    except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
-        raise UnfitCheckpoint(
-            f"{source} cannot be loaded. It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time).\n"
-            f"{type(error).__name__}: {str(error).strip()}"
-        ) from error
     if not isinstance(pipe, CTMPipeline) or not hasattr(pipe.scheduler, "target_timesteps"):
         scheduler = type(getattr(pipe, "scheduler", None)).__name__
-        raise UnfitCheckpoint(
+        raise UserError(
             f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m training.train_ctm --teacher {source}"
         )
-    size, channels = pipe._image_size(), pipe.unet.config.in_channels
-    if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:
-        raise UnfitCheckpoint(
-            f"{source} makes images of {channels} channels and {size or 'any'} pixels; the page shows grey and colour images of one size "
-            f"up to {MOST_SIDE} pixels."
+    channels = pipe.unet.config.in_channels
+    if channels not in (1, 3) or pipe.unet.config.sample_size is None or max(image_size(pipe.unet)) > MOST_SIDE:
+        raise UserError(
+            f"{source} makes images of {channels} channels and {pipe.unet.config.sample_size or 'any'} pixels; the page shows gray "
+            f"and color images of one size up to {MOST_SIDE} pixels."
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.unet.requires_grad_(False)
 
-    record = _json(_beside(source, folder, "training.json"))
+    record = _json_beside(source, folder, "training.json")
     teacher = None
-    if folder.is_dir():
-        name = Path(str((record.get("teacher") or {}).get("name") or "")).name
-        beside = folder.parent / name
-        if name and (beside / "model_index.json").is_file():
-            try:
-                teacher = (f"{os.path.dirname(_shown(source))}/{name}".lstrip("/"), _load_teacher(beside, pipe))
-            except Exception as error:
-                raise UnfitCheckpoint(
-                    f"The teacher {name} beside {source} cannot be loaded: {type(error).__name__}: {error}"
-                ) from error
-    evaluation = _json(_beside(source, folder, "evaluation/evaluation.json"))
+    name = Path(str((record.get("teacher") or {}).get("name") or "")).name
+    beside = folder.parent / name
+    if folder.is_dir() and name and (beside / "model_index.json").is_file():
+        with loading(f"The teacher {name} beside {source}"):
+            teacher = (f"{os.path.dirname(_shown(source))}/{name}".lstrip("/"), _load_teacher(beside, pipe))
+    evaluation = _json_beside(source, folder, "evaluation/evaluation.json")
     notice = _notice(pipe, record, _beside(source, folder, "README.md"), _beside(source, folder, "NOTICE.md"))
     dataset = str((record.get("dataset") or {}).get("name") or "")
-    likelihood = _likelihood(_json(_beside(source, folder, "evaluation/likelihood.json")))
+    likelihood = _likelihood(_json_beside(source, folder, "evaluation/likelihood.json"))
     return Checkpoint(_shown(source), pipe, teacher, evaluation or None, likelihood, notice, dataset)
 
 
 def _likelihood(report: dict) -> tuple[str, list[float]] | None:
-    """What `Checkpoint.likelihood` holds, of likelihood.json; None if there is none, or it is another program's."""
+    """`Checkpoint.likelihood` from likelihood.json; None if that is missing or from another program."""
     try:
         row = next(one for one in report["results"] if (one["sampler"], one["method"]) == ("ctm", "ode"))
         bits = [float(one) for one in row["images"]]
@@ -209,15 +196,16 @@ def _likelihood(report: dict) -> tuple[str, list[float]] | None:
 
 def _load_teacher(folder: Path, student: CTMPipeline) -> CTMPipeline:
     teacher = DiffusionPipeline.from_pretrained(str(folder))
-    fits = (student._image_size(), student.num_classes) == (teacher._image_size(), teacher.num_classes)
-    if not isinstance(teacher, CTMPipeline) or not fits:
+    if not isinstance(teacher, CTMPipeline) or (
+        (image_size(teacher.unet), teacher.num_classes) != (image_size(student.unet), student.num_classes)
+    ):
         raise ValueError("its images or classes are not those of the CTM")
     return teacher.to(student.device)
 
 
 def _shown(source: str) -> str:
-    """`source` without where a folder lies on this machine, unless it was given relative to here."""
-    return os.path.basename(os.path.normpath(source)) if os.path.isabs(source) else source
+    """`source` without the path to a folder, unless that is relative to here."""
+    return public_name(source) if os.path.isabs(source) else source
 
 
 def _beside(source: str, folder: Path, name: str) -> Path | None:
@@ -230,26 +218,19 @@ def _beside(source: str, folder: Path, name: str) -> Path | None:
         return None
 
 
-def _json(path: Path | None) -> dict:
-    try:
-        found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _json_beside(source: str, folder: Path, name: str) -> dict:
+    path = _beside(source, folder, name)
+    return {} if path is None else read_json(path.parent, path.name)
 
 
 def _notice(pipe: CTMPipeline, record: dict, card: Path | None, notice: Path | None) -> str:
     lines = ["The images are synthetic: say so where you show them."]
-    licence = record.get("license") or (record.get("options") or {}).get("hub_license")
-    if card is not None:
-        try:
-            licence = ModelCard.load(card).data.get("license") or licence
-        except Exception:  # not a card
-            pass
-    if licence:
-        lines.append(f"Licence of the weights: {licence}.")
+    license = licence_in(card.read_text(encoding="utf-8")) if card is not None else None
+    license = license or record.get("license")
+    if license:
+        lines.append(f"License of the weights: {license}.")
     if notice is not None:
-        lines.append(notice.read_text()[:2000].strip())
+        lines.append(notice.read_text(encoding="utf-8")[:2000].strip())
     if pipe.safety_checker is not None:
         lines.append("A safety checker looks at each image; what it flags is returned black.")
     elif pipe.config.requires_safety_checker:

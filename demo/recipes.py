@@ -1,12 +1,14 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What the page runs. Each function here stands, as it is, in the Python that the page shows for copying.
+"""Recipes that the page runs. Each function stands, as it is, in the Python that the page shows for copying.
 
-Class labels are numbers, one or one per image, or None for an unconditional checkpoint. Each returns what `save_images` takes.
+Class labels are numbers, one or one per image, or None for an unconditional checkpoint. Each recipe returns what
+`save_images` takes.
 """
 
 import torch
 
 from diffusers_ctm import (
+    ClassAverage,
     ClassifierGuidance,
     CTMImg2ImgPipeline,
     CTMInpaintPipeline,
@@ -18,10 +20,11 @@ from diffusers_ctm import (
     steps_gamma_grid,
     trajectory_strip,
 )
+from training.frozen.classifier import load_saved
 
 
 def sample(pipe, class_labels, steps, gamma, seeds):
-    """gamma None: the checkpoint's own schedule for this number of steps."""
+    """With `gamma=None` the checkpoint's tuned schedule for this number of steps is used."""
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(
         batch_size=len(seeds), class_labels=class_labels, num_inference_steps=steps, gamma=gamma, generator=noise
@@ -29,7 +32,7 @@ def sample(pipe, class_labels, steps, gamma, seeds):
 
 
 def trajectory(pipe, class_labels, steps, gammas, seed):
-    """For each gamma the states x_t of one image, then the jump of each to the end."""
+    """For each gamma: the states x_t of one image, then the jump of each to the end."""
     pictures = []
     for gamma in gammas:
         noise = torch.Generator().manual_seed(seed)
@@ -44,7 +47,7 @@ def steps_and_gamma(pipe, class_labels, steps, gammas, seed):
 
 
 def heun(model, class_labels, steps, seeds):
-    """The diffusion model's own sampler. Of a CTM it uses the exact score."""
+    """The sampler of the diffusion model. A CTM is sampled by its exact score."""
     model.scheduler = EDMHeunScheduler.from_config(model.scheduler.config)
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     return model(batch_size=len(seeds), class_labels=class_labels, num_inference_steps=steps, generator=noise)
@@ -76,10 +79,7 @@ def between_images(pipe, image, other_image, class_labels, steps, count):
 
 
 def guide_by_classifier(pipe, classifier, target, scale, steps, gamma, seeds):
-    """The network is not told the class: of a conditional one, the average over all classes is taken."""
-    from diffusers_ctm.guidance import ClassAverage
-    from training.frozen.classifier import load_saved
-
+    """The network is told no class: a conditional one is averaged over all classes."""
     network = load_saved(classifier).requires_grad_(False)
     unet = pipe.unet if pipe.num_classes is None else ClassAverage(pipe.unet)
     checks = {"safety_checker": pipe.safety_checker, "feature_extractor": pipe.feature_extractor}

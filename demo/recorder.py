@@ -12,23 +12,24 @@ import torch
 from PIL import Image
 
 import diffusers_ctm
+from training.frozen.classifier import load_saved
 
 from .checkpoints import Checkpoint
 
 
 @dataclass
 class Made:
-    """What an action gives: the picture to show, words below it, the Python that makes the same, and its images one by one."""
+    """Result of an action: a picture, words below it, the Python that makes the same, and the images one by one."""
 
     picture: Any
     report: str
     code: str
-    images: Any = None  # what `save_images` takes
-    inputs: dict[str, Image.Image] = field(default_factory=dict)  # that the Python reads, by file name
+    images: Any = None  # for `save_images`
+    inputs: dict[str, Image.Image] = field(default_factory=dict)  # pictures that the Python reads, by file name
 
 
 class Shown:
-    """An argument of a recipe: its value here, and the text that stands for it in the shown Python."""
+    """An argument of a recipe: its value, and the text that stands for it in the shown Python."""
 
     def __init__(self, value: Any, text: str, file: str | None = None):
         self.value, self.text, self.file = value, text, file
@@ -51,7 +52,7 @@ class Run:
         self.nfe, self.seconds = 0, 0.0
 
     def model(self, variable: str = "pipe", source: str | None = None, pipe: Any = None) -> Shown:
-        """A pipeline of this request's own, which the shown Python loads into `variable`."""
+        """A pipeline for this request alone, which the shown Python loads into `variable`."""
         self.sources[variable] = source or self.checkpoint.source
         return Shown(self.checkpoint.fresh(pipe), variable)
 
@@ -63,13 +64,13 @@ class Run:
         values = [one.value if isinstance(one, Shown) else one for one in arguments]
         calls = self.checkpoint.calls
         calls.count, start = 0, time.perf_counter()
-        found = recipe(*values)
+        result = recipe(*values)
         self.nfe, self.seconds = calls.count, time.perf_counter() - start
-        return found
+        return result
 
     @property
     def cost(self) -> str:
-        """Of the last recipe, in words."""
+        """Cost of the last recipe, in words."""
         return f"{self.nfe} network evaluation{'s' * (self.nfe != 1)} each, {1000 * self.seconds:.0f} ms in all"
 
     def code(self, last: str = 'save_images(output, "samples/{index:03d}.png", overwrite=True)') -> str:
@@ -83,6 +84,8 @@ class Run:
         imports = ["import torch", "from diffusers import DiffusionPipeline"]
         imports += ["from PIL import Image"] if "Image.open(" in end else []
         imports += ["", f"from diffusers_ctm import {ours}" if ours else "import diffusers_ctm"]
+        if load_saved.__name__ in words:
+            imports.append(f"from {load_saved.__module__} import {load_saved.__name__}")
         threads = f"torch.set_num_threads({torch.get_num_threads()})  # as the page does"
         return "\n".join([*imports, "", "", body, "", "", threads, end]) + "\n"
 

@@ -22,13 +22,14 @@ from PIL import Image
 
 import app
 from demo import actions, controls, examples, page, plots, recipes, uploads
-from demo.checkpoints import CHECKPOINTS, Checkpoint, UnfitCheckpoint, _likelihood, load, shipped
+from demo.checkpoints import CHECKPOINTS, Checkpoint, _likelihood, load, shipped
 from demo.pictures import grid
 from demo.turns import MOST_STOPPED, STOPPED, TURN
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, read_provenance
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.places import ROOT
 from helpers.serving import ending, serving
+from training.cli.errors import UserError
 
 
 DIGITS = "digits-ctm"
@@ -601,7 +602,7 @@ def test_a_checkpoint_that_does_not_fit(pipe, message, tmp_path):
     if callable(pipe):
         name = str(tmp_path / "model")
         pipe().save_pretrained(name)
-    with pytest.raises(UnfitCheckpoint, match=message):
+    with pytest.raises(UserError, match=message):
         load(name)
     with pytest.raises(SystemExit, match=message):
         app.main(["--model", name])

@@ -4,6 +4,7 @@
 import ast
 
 import pytest
+
 from helpers.places import ROOT
 
 

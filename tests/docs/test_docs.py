@@ -35,6 +35,9 @@ def lines_of_shell(page: str) -> list[str]:
 
 
 COMMANDS = list(dict.fromkeys(line for page in TEXTS for line in lines_of_shell(page)))
+COMMANDS += sorted(
+    {text for page in TEXTS.values() for text in re.findall(r"`([^`\n]*-m training\.\w+ [^`\n]*)`", page)}
+)
 TRAINING = [line for line in COMMANDS if "-m training." in line]
 
 

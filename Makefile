@@ -42,10 +42,10 @@ test: $(INSTALLED)  ## Run the tests, one process per core
 test-browser: $(INSTALLED)  ## Click through the page in Chromium, which is installed if it is missing; pictures in runs/screenshots
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
-	$(BIN)/python -m pytest -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -m browser tests/demo
 
 test-load: $(INSTALLED)  ## Hold 20 visitors for a minute: latencies and errors
-	$(BIN)/python tests/load.py
+	PYTHONPATH=tests $(BIN)/python tests/helpers/load.py
 
 bench: $(INSTALLED)  ## Measure the cost of training and sampling as ratios; about 10 minutes
 	$(BIN)/python -m training.benchmark --output_dir runs/benchmark

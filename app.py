@@ -19,8 +19,7 @@ import gradio as gr
 import torch
 
 from demo import actions
-from demo.actions import CHECKPOINTS
-from demo.checkpoints import SMALL, UnfitCheckpoint, load, shipped
+from demo.checkpoints import CHECKPOINTS, SMALL, UnfitCheckpoint, load, shipped
 from demo.controls import class_choice, count, drawing, gamma, own_schedule, picture, seed, steps, with_captions
 from demo.page import Page
 from demo.plots import plots

@@ -4,184 +4,49 @@
 Every function here is an endpoint of the page's API, so that its docstring is read there.
 """
 
-import inspect
 import os
-import re
 import tempfile
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-import diffusers_ctm
 from diffusers_ctm import CTMPipeline, save_images
 
 from . import recipes
-from .checkpoints import MOST_STOPPED, ROOT, STOPPED, Checkpoint
-from .pictures import TEXT_COLOR, captioned, enlarged, grid, rows
-from .uploads import CANVAS, background, fitted, flat_drawing, mask_of
+from .checkpoints import ROOT, Checkpoint
+from .pictures import captioned, enlarged, grid, histogram, rows
+from .recorder import Made, Run, Shown, given
+from .requests import (
+    EVERY_CLASS,
+    MOST_IMAGES,
+    MOST_SEED,
+    MOST_STEPS,
+    chosen,
+    classes,
+    gamma_or_own,
+    one_class,
+    refuse,
+    seeds_from,
+    whole,
+    within,
+)
+from .turns import MOST_STOPPED, MOST_TURN, STOPPED, STOPPING
+from .uploads import fitted, flat_drawing, mask_of
 
 
-MOST_IMAGES, MOST_STEPS, MOST_SEED = 36, 40, 2**31 - 1
-EVERY_CLASS = "all"
 GRID_STEPS, GRID_GAMMAS = (1, 2, 4, 8, 16), (0.0, 0.25, 0.5, 0.75, 1.0)
+
 STRIP_GAMMAS = (0.0, 0.5, 1.0)
+
 HEUN_STEPS = 18
+
 LONGEST_COMPARISON = 60  # seconds for the likelihood of images to compare with, after which fewer do
+
 FILES = "The images of `{name}` one by one, each with how it was made in it, and the Python that makes them: a .zip."
-MOST_TURN = 64  # characters of a turn
-STOPPING = threading.Lock()
-CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
-
-
-@dataclass
-class Made:
-    """What an action gives: the picture to show, words below it, the Python that makes the same, and its images one by one."""
-
-    picture: Any
-    report: str
-    code: str
-    images: Any = None  # what `save_images` takes
-    inputs: dict[str, Image.Image] = field(default_factory=dict)  # that the Python reads, by file name
-
-
-class Shown:
-    """An argument of a recipe: its value here, and the text that stands for it in the shown Python."""
-
-    def __init__(self, value: Any, text: str, file: str | None = None):
-        self.value, self.text, self.file = value, text, file
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-def given(file: str, image: Image.Image) -> Shown:
-    """A picture from a visitor, which the shown Python opens from a file."""
-    return Shown(image, f'Image.open("{file}")', file)
-
-
-class Run:
-    """Runs recipes for one request and writes down the Python that does the same."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        self.sources, self.functions, self.lines, self.inputs = {}, {}, [], {}
-        self.nfe, self.seconds = 0, 0.0
-
-    def model(self, variable: str = "pipe", source: str | None = None, pipe: Any = None) -> Shown:
-        """A pipeline of this request's own, which the shown Python loads into `variable`."""
-        self.sources[variable] = source or self.checkpoint.source
-        return Shown(self.checkpoint.fresh(pipe), variable)
-
-    def __call__(self, recipe: Callable, *arguments: Any, variable: str = "output") -> Any:
-        self.functions[recipe.__name__] = recipe
-        self.lines.append(f"{variable} = {recipe.__name__}({', '.join(map(repr, arguments))})")
-        shown = [one for one in arguments if isinstance(one, Shown)]
-        self.inputs |= {one.file: one.value for one in shown if one.file is not None}
-        values = [one.value if isinstance(one, Shown) else one for one in arguments]
-        calls = self.checkpoint.calls
-        calls.count, start = 0, time.perf_counter()
-        found = recipe(*values)
-        self.nfe, self.seconds = calls.count, time.perf_counter() - start
-        return found
-
-    @property
-    def cost(self) -> str:
-        """Of the last recipe, in words."""
-        return f"{self.nfe} network evaluation{'s' * (self.nfe != 1)} each, {1000 * self.seconds:.0f} ms in all"
-
-    def code(self, last: str = 'save_images(output, "samples/{index:03d}.png", overwrite=True)') -> str:
-        body = "\n\n\n".join(inspect.getsource(function).strip() for function in self.functions.values())
-        loads = [f'{name} = DiffusionPipeline.from_pretrained("{source}")' for name, source in self.sources.items()]
-        if self.checkpoint.pipe.device.type != "cpu":
-            loads += [f'{name}.to("{self.checkpoint.pipe.device.type}")' for name in self.sources]
-        end = "\n".join([*loads, *self.lines, last])
-        words = set(re.findall(r"\w+", body + end))
-        ours = ", ".join(sorted(words & set(diffusers_ctm.__all__), key=lambda word: (word.islower(), word)))
-        imports = ["import torch", "from diffusers import DiffusionPipeline"]
-        imports += ["from PIL import Image"] if "Image.open(" in end else []
-        imports += ["", f"from diffusers_ctm import {ours}" if ours else "import diffusers_ctm"]
-        threads = f"torch.set_num_threads({torch.get_num_threads()})  # as the page does"
-        return "\n".join([*imports, "", "", body, "", "", threads, end]) + "\n"
-
-    def made(self, picture: Any, report: str, images: Any) -> Made:
-        flags = getattr(images, "nsfw_content_detected", None) or []
-        if any(flags):
-            report += f" The safety checker flagged {sum(flags)} of {len(flags)} images, which are black."
-        return Made(picture, report, self.code(), images, self.inputs)
-
-
-# Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def refuse(message: str) -> gr.Error:
-    return gr.Error(message, print_exception=False)
-
-
-def chosen(model: str) -> Checkpoint:
-    if not isinstance(model, str) or model not in CHECKPOINTS:
-        raise refuse(f"There is no checkpoint of that name here. There is: {', '.join(CHECKPOINTS)}.")
-    return CHECKPOINTS[model]
-
-
-def whole(name: str, value: Any, low: int, high: int) -> int:
-    number = within(name, value, low, high)
-    if number != int(number):
-        raise refuse(f"{name} must be a whole number.")
-    return int(number)
-
-
-def within(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise refuse(f"{name} must be a number from {low:g} to {high:g}.")
-    return float(value)
-
-
-def one_class(checkpoint: Checkpoint, label: Any, otherwise: Sequence[str] = ()) -> int | None:
-    """The number of the class `label`, a name or number as text; of `otherwise` if the checkpoint is unconditional."""
-    names = checkpoint.classes or otherwise
-    text = "" if label is None else str(label)[:100].strip()
-    if not names:
-        return None
-    for k, name in enumerate(names):
-        if text.lower() == name.lower():
-            return k
-    if text.isdecimal() and len(text) < 10 and int(text) < len(names):
-        return int(text)
-    few = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    raise refuse(f"Choose a class: {few}.")
-
-
-def classes(checkpoint: Checkpoint, label: Any, count: int) -> list[int] | None:
-    """As many class numbers: those of one class, or for "all" spread over all."""
-    total = len(checkpoint.classes)
-    if not total:
-        return None
-    if label is None or str(label) == EVERY_CLASS:
-        return [k * total // count if count < total else k % total for k in range(count)]
-    return [one_class(checkpoint, label)] * count
-
-
-def seeds_from(seed: Any, count: Any) -> range:
-    count = whole("The number of images", count, 1, MOST_IMAGES)
-    first = whole("The seed", seed, 0, MOST_SEED)
-    return range(first, first + count)
-
-
-def gamma_or_own(checkpoint: Checkpoint, steps: int, gamma: float, own_schedule: Any) -> tuple[float | None, str]:
-    """What recipes take for gamma, None for the checkpoint's own schedule; and words if there is none for `steps`."""
-    if not isinstance(own_schedule, bool):
-        raise refuse("own_schedule must be true or false.")
-    if not own_schedule or steps in checkpoint.presets:
-        return None if own_schedule else gamma, ""
-    return gamma, f" The checkpoint carries no schedule for {steps} step{'s' * (steps != 1)}: this is gamma {gamma:g}."
 
 
 def schedule_words(pipe: CTMPipeline) -> str:
@@ -577,29 +442,6 @@ def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]
     return checkpoint.likelihood
 
 
-def histogram(values: list[float], mark: float, image: Image.Image) -> Image.Image:
-    """How many of `values` lie where, with a line at `mark`, upon which `image` stands."""
-    low, high = min(*values, mark), max(*values, mark)
-    width, height, bins, base = 640, 264, 32, 225
-    picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
-    span = max(high - low, 1e-6)
-    place = [min(bins - 1, int((value - low) / span * bins)) for value in values]
-    counts = [place.count(k) for k in range(bins)]
-    unit = width / bins
-    for k, count in enumerate(counts):
-        if count:
-            top = base - 100 * count / max(counts)
-            draw.rectangle([k * unit + 1, top, (k + 1) * unit - 1, base], fill=(118, 118, 118, 255))
-    x = min(width - 2, int((mark - low) / span * (width - 1)))
-    draw.line([x, 100, x, base], fill=(200, 60, 160, 255), width=3)
-    picture.paste(image.convert("RGB"), (max(0, min(width - image.width, x - image.width // 2)), 0))
-    for value, anchor, at in ((low, "lm", 0), (high, "rm", width)):
-        draw.text((at, base + 21), f"{value:.2f}", TEXT_COLOR, font, anchor=anchor)
-    draw.text((width / 2, base + 21), "bits per dimension", TEXT_COLOR, font, anchor="mm")
-    return picture
-
-
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -622,104 +464,3 @@ def zipped(made: Made, name: str) -> str:
             for path in paths:
                 archive.write(path, path.relative_to(draft))
     return str(target)
-
-
-# Examples -------------------------------------------------------------------------------------------------------------
-
-
-def own_sample(checkpoint: Checkpoint, label: int, seed: int = 3) -> Image.Image:
-    """A sample in eight steps, enlarged for a drawing area."""
-    labels = [label % len(checkpoint.classes)] if checkpoint.classes else None
-    return enlarged(recipes.sample(checkpoint.fresh(), labels, 8, 0.0, [seed]).images[0], CANVAS)
-
-
-def canvas(image: Image.Image) -> Image.Image:
-    return image.convert("RGBA").resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
-
-
-def inpaint_example(model: str, which: str) -> tuple[dict, str]:
-    """A sample of the checkpoint with a part drawn over, for the tab Inpaint.
-
-    Args:
-        model: name of a checkpoint of this page.
-        which: "lower half", "middle" or "every other row".
-    """
-    checkpoint = chosen(model)
-    k = {"lower half": 3, "middle": 8, "every other row": 5}.get(which)
-    if k is None:
-        raise refuse("The examples are: lower half, middle, every other row.")
-    layer = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
-    draw, pen, height = ImageDraw.Draw(layer), (200, 60, 160, 255), checkpoint.size[1]
-    if which == "lower half":
-        draw.rectangle([0, CANVAS // 2, CANVAS, CANVAS], pen)
-    elif which == "middle":
-        draw.rectangle([CANVAS // 4, CANVAS // 4, 3 * CANVAS // 4 - 1, 3 * CANVAS // 4 - 1], pen)
-    else:
-        for row in range(1, height, 2):
-            draw.rectangle([0, row * CANVAS // height, CANVAS, (row + 1) * CANVAS // height - 1], pen)
-    image = canvas(own_sample(checkpoint, k))
-    return {"background": image, "layers": [layer], "composite": Image.alpha_composite(image, layer)}, label_at(
-        checkpoint, k
-    )
-
-
-def edit_example(model: str, which: str) -> tuple[dict, str]:
-    """A drawing for the tab Strokes.
-
-    Args:
-        model: name of a checkpoint of this page.
-        which: "ring", "bar" or "blocks".
-    """
-    checkpoint = chosen(model)
-    if which not in ("ring", "bar", "blocks"):
-        raise refuse("The examples are: ring, bar, blocks.")
-    grey = checkpoint.channels == 1
-    image = Image.new("RGBA", (CANVAS, CANVAS), background(checkpoint.channels))
-    draw, pen = ImageDraw.Draw(image), "white" if grey else "#f5c33b"
-    k = {"ring": 0, "bar": 1, "blocks": 3}[which]
-    if which == "ring":
-        draw.ellipse([64, 16, 192, 240], None if grey else pen, pen if grey else "#7a4b00", 36 if grey else 8)
-    elif which == "bar":
-        draw.line([150, 16, 110, 240], pen, 44)
-    else:
-        width, height = checkpoint.size
-        small = own_sample(checkpoint, k).resize((max(2, width // 2), max(2, height // 2)), Image.Resampling.BOX)
-        image = canvas(small)
-    return {"background": image, "layers": [], "composite": image}, label_at(checkpoint, k)
-
-
-def interpolate_example(model: str) -> tuple[Image.Image, Image.Image, str, str]:
-    """Two samples of the checkpoint for the tab Interpolate, and the classes of both.
-
-    Args:
-        model: name of a checkpoint of this page.
-    """
-    checkpoint = chosen(model)
-    return *(own_sample(checkpoint, k) for k in (3, 8)), *(label_at(checkpoint, k) for k in (3, 8))
-
-
-def likelihood_example(model: str, which: str) -> tuple[Image.Image, str]:
-    """A picture for the tab Likelihood.
-
-    Args:
-        model: name of a checkpoint of this page.
-        which: "image", "upside down" or "noise".
-    """
-    checkpoint = chosen(model)
-    _, images, labels = checkpoint.examples
-    image, label = images[4], (label_at(checkpoint, labels[4]) if labels else EVERY_CLASS)
-    if which == "upside down":
-        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    elif which == "noise":
-        pixels = torch.randint(
-            256, (*image.size[::-1], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-        )
-        image = Image.fromarray(pixels.numpy()).convert(image.mode)
-    elif which != "image":
-        raise refuse("The examples are: image, upside down, noise.")
-    return enlarged(image, CANVAS), label
-
-
-def label_at(checkpoint: Checkpoint, k: int) -> str:
-    names = checkpoint.classes
-    return names[k % len(names)] if names else EVERY_CLASS

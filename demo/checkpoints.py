@@ -6,7 +6,6 @@ import json
 import math
 import os
 import threading
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,27 +17,22 @@ from PIL import Image
 
 from diffusers_ctm import CTMPipeline
 
+from .turns import STOPPED, TURN, Superseded
+
 
 ROOT = Path(__file__).parents[1]
+
 ASSETS = ROOT / "assets"
+
 MOST_SIDE = 512  # pixels of a checkpoint's images
+
 SMALL = 10_000_000  # parameters, below which one thread is as fast as several, and much faster beside others
+
 EXAMPLES = 32  # real images whose likelihood is computed for comparison
-
-
-# Each run of a page that is open has a turn, a name nobody else can guess. Networks are shared, so a run is stopped by its turn alone,
-# before the next network evaluation in its own thread.
-TURN: ContextVar[str] = ContextVar("TURN", default="")
-STOPPED: dict[str, None] = {}  # turns, the newest last
-MOST_STOPPED = 1024
 
 
 class UnfitCheckpoint(Exception):
     """What does not fit the page, in a sentence for whoever starts it."""
-
-
-class Superseded(Exception):
-    """A run ends early, as the page has moved on."""
 
 
 @dataclass
@@ -129,7 +123,7 @@ class Checkpoint:
         conditional = self.pipe.num_classes is not None
         if self.dataset == "digits":
             try:
-                from training.data import digits
+                from training.data.sources import digits
             except ImportError:
                 pass
             else:
@@ -140,6 +134,9 @@ class Checkpoint:
         options = {"num_inference_steps": 18, "gamma": 0.0, "generator": noise}
         images = self.fresh()(batch_size=EXAMPLES, class_labels=labels, **options).images
         return "samples of this checkpoint", images, labels
+
+
+CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
 
 
 def shipped() -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import gradio as gr
 
-from .actions import CHECKPOINTS, EVERY_CLASS, MOST_IMAGES, MOST_SEED, MOST_STEPS
+from .checkpoints import CHECKPOINTS
+from .requests import EVERY_CLASS, MOST_IMAGES, MOST_SEED, MOST_STEPS
 from .uploads import CANVAS, Drawing, Picture
 
 

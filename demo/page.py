@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 import gradio as gr
 
 from . import actions
-from .actions import CHECKPOINTS, MOST_TURN
-from .checkpoints import TURN, Superseded
+from .checkpoints import CHECKPOINTS
 from .controls import first_checkpoint, restored, result, seed_buttons
+from .turns import Superseded, in_turn
 from .uploads import Drawing, Picture
 
 
 logger = logging.getLogger(__name__)
+
 LIVE = {"concurrency_id": "live", "concurrency_limit": 1}  # short and long work in a line of its own each
+
 LONG = {"concurrency_id": "long", "concurrency_limit": 1}
 
 
@@ -37,21 +39,6 @@ def guarded(action: Callable, take: Callable) -> Callable:
             raise gr.Error("That failed here. The page goes on working; its log says why.") from error
 
     return call
-
-
-def in_turn(call: Callable) -> Callable:
-    """`call` for the page itself: the last argument is its turn, by which a later movement ends it. What is shown then stays."""
-
-    def run(*arguments):
-        token = TURN.set(str(arguments[-1])[:MOST_TURN])
-        try:
-            return call(*arguments[:-1])
-        except Superseded:
-            return gr.skip()
-        finally:
-            TURN.reset(token)
-
-    return run
 
 
 def as_files(action: Callable) -> Callable:

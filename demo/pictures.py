@@ -7,7 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 GAP_COLOR = (128, 128, 128)  # shows on light and dark pages, as the letters do
+
 HEADER = 28  # pixels above a table for its words
+
 TEXT_COLOR = (128, 128, 128)
 
 
@@ -55,4 +57,27 @@ def captioned(
         draw.text((margin - 8, top + height / 2), word, TEXT_COLOR, font, anchor="rm")
         for j, image in enumerate(row):
             picture.paste(enlarged(image, cell).convert("RGB"), (margin + j * (width + gap), top))
+    return picture
+
+
+def histogram(values: list[float], mark: float, image: Image.Image) -> Image.Image:
+    """How many of `values` lie where, with a line at `mark`, upon which `image` stands."""
+    low, high = min(*values, mark), max(*values, mark)
+    width, height, bins, base = 640, 264, 32, 225
+    picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(24)
+    span = max(high - low, 1e-6)
+    place = [min(bins - 1, int((value - low) / span * bins)) for value in values]
+    counts = [place.count(k) for k in range(bins)]
+    unit = width / bins
+    for k, count in enumerate(counts):
+        if count:
+            top = base - 100 * count / max(counts)
+            draw.rectangle([k * unit + 1, top, (k + 1) * unit - 1, base], fill=(118, 118, 118, 255))
+    x = min(width - 2, int((mark - low) / span * (width - 1)))
+    draw.line([x, 100, x, base], fill=(200, 60, 160, 255), width=3)
+    picture.paste(image.convert("RGB"), (max(0, min(width - image.width, x - image.width // 2)), 0))
+    for value, anchor, at in ((low, "lm", 0), (high, "rm", width)):
+        draw.text((at, base + 21), f"{value:.2f}", TEXT_COLOR, font, anchor=anchor)
+    draw.text((width / 2, base + 21), "bits per dimension", TEXT_COLOR, font, anchor="mm")
     return picture

@@ -4,7 +4,7 @@
 import gradio as gr
 import pandas as pd
 
-from .actions import CHECKPOINTS
+from .checkpoints import CHECKPOINTS
 from .controls import following
 
 

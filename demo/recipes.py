@@ -77,8 +77,8 @@ def between_images(pipe, image, other_image, class_labels, steps, count):
 
 def guide_by_classifier(pipe, classifier, target, scale, steps, gamma, seeds):
     """The network is not told the class: of a conditional one, the average over all classes is taken."""
-    from training.features import load_saved
-    from training.guide import ClassAverage
+    from diffusers_ctm.guidance import ClassAverage
+    from training.frozen.classifier import load_saved
 
     network = load_saved(classifier).requires_grad_(False)
     unet = pipe.unet if pipe.num_classes is None else ClassAverage(pipe.unet)

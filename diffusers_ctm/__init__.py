@@ -4,13 +4,7 @@
 `import diffusers_ctm` is all that `DiffusionPipeline.from_pretrained` needs to load a CTM.
 """
 
-from .guidance import (
-    ClassifierGuidance,
-    Guidance,
-    LossGuidance,
-    RejectionSamplingOutput,
-    rejection_sample,
-)
+from .guidance import ClassifierGuidance, Guidance, LossGuidance
 from .hub import register
 from .likelihood import log_likelihood
 from .linear_operators import BlockAverageOperator, GrayscaleOperator, LinearOperator, MaskOperator
@@ -21,6 +15,7 @@ from .pipeline_ctm_inversion import CTMInversionPipeline, slerp
 from .pipeline_ctm_restoration import CTMRestorationPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import read_provenance, save_images
+from .rejection import RejectionSamplingOutput, rejection_sample
 from .safety import OpenNSFWSafetyChecker
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput

@@ -1,24 +1,16 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Conditional generation through the score: guidance by a classifier or any loss, classifier-free guidance, rejection.
-
-With `log p(y | x_0) = -scale * loss(x_0)`, the guided denoiser is D + t^2 grad_x log p(y | x_t), whose flow leads to the posterior. In a
-jump the same shift stands in g, with a weight for the length of the jump (`guidance_weight`).
-
-diffusers' own `guiders` are another thing: they combine several predictions of a modular pipeline and never see x_t or a gradient.
-"""
+"""Guidance by a loss, classifier-free guidance, a network told no class (ClassAverage)."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import cycle, islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import BaseOutput, logging
+from torch import nn
 
-from .trajectory import as_number, check_count
+from .checks import as_number
 
 
 GUIDANCE_INPUTS = ("prediction", "image", "noisy")
@@ -170,9 +162,6 @@ def check_classes(target: torch.Tensor, batch_size: int, num_classes: int) -> to
     return target.long().expand(batch_size)
 
 
-# The guided network call ----------------------------------------------------------------------------------------------
-
-
 def guidance_weight(t: float, s: float, estimate: float, sigma_data: float) -> float:
     """Weight w of the shift in g, g' = g + w grad_x log p(y | x_0), for a jump from t to s.
 
@@ -286,9 +275,6 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
     return slope, moved
 
 
-# Classifier-free guidance ---------------------------------------------------------------------------------------------
-
-
 class ClassifierFreeNetwork:
     """F of classifier-free guidance (Ho & Salimans 2022): F_null + scale (F_y - F_null), in one call with doubled batch.
 
@@ -325,180 +311,21 @@ class ClassifierFreeNetwork:
         return (unconditional + self.scale * (conditional - unconditional),)
 
 
-# Rejection ------------------------------------------------------------------------------------------------------------
+class ClassAverage(nn.Module):
+    """F averaged over all classes: as a denoiser, that of the geometric mean of the class densities. It is told no class.
 
-
-@dataclass
-class RejectionSamplingOutput(BaseOutput):
-    """Output of `rejection_sample`.
-
-    Args:
-        images: those accepted, at most as many as asked, in the pipeline's `output_type`.
-        class_labels: the class of each, int64 on the CPU; None without classes.
-        scores: the classifier's probability of that class (without classes: of the likeliest one) for each.
-        complete: whether there are as many images as asked.
-        acceptance_rate: accepted / drawn; with `top_fraction` that fraction, by construction.
-        num_drawn: images that were drawn and classified. Each cost the pipeline's network evaluations.
-        num_batches: calls of the pipeline.
+    A conditional network has no other output that does not depend on the class, unless it was trained with label dropout.
     """
 
-    images: Any
-    class_labels: torch.Tensor | None
-    scores: torch.Tensor
-    complete: bool
-    acceptance_rate: float
-    num_drawn: int
-    num_batches: int
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.config = SimpleNamespace(**{**network.config, "num_class_embeds": None})
+        self.num_classes, self.dtype, self.device = network.config.num_class_embeds, network.dtype, network.device
+        self.has_target_time = getattr(network, "has_target_time", False)
 
-
-@torch.no_grad()
-def rejection_sample(
-    pipe: Any,
-    classifier: Callable[[torch.Tensor], torch.Tensor],
-    num_images: int,
-    class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
-    threshold: float | None = None,
-    top_fraction: float | None = None,
-    batch_size: int = 64,
-    max_batches: int = 100,
-    generator: torch.Generator | None = None,
-    output_type: str = "pil",
-    **sampling: Any,
-) -> RejectionSamplingOutput:
-    """Classifier-rejection sampling (Razavi et al. 2019): draw images and keep those of whose class a classifier is sure.
-
-    Args:
-        pipe: a `CTMPipeline`. Images that its safety checker flags are never accepted.
-        classifier: called as `classifier(images)`, images in [-1, 1] of shape (B, C, H, W); returns logits of shape (B, classes).
-        num_images: how many are wanted.
-        class_labels: class of each, one for all or one each of `num_images`. A class-conditional network is asked for it, an unconditional one
-            draws until the classifier sees it. Default: drawn at random from `generator`; none for an unconditional network,
-            whose images are judged by the likeliest class.
-        threshold: accept an image if the classifier gives its class at least this probability, in [0, 1].
-        top_fraction: instead, of each class draw n / top_fraction images and accept the n with the highest probability, in (0, 1].
-        batch_size: most images drawn at once.
-        max_batches: most calls of the pipeline. When they are used up, what was accepted by then is returned with `complete=False`.
-        generator: source of all noise.
-        output_type: as in `pipe.__call__`.
-        sampling: further arguments of `pipe.__call__`, such as `num_inference_steps`, `gamma` and `guidance`.
-
-    Raises:
-        ValueError: arguments that contradict each other or the classifier's classes.
-    """
-    if (threshold is None) == (top_fraction is None):
-        raise ValueError("Pass exactly one of `threshold` and `top_fraction`.")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is a probability in [0, 1], got {threshold!r}.")
-    if top_fraction is not None and not 0 < top_fraction <= 1:
-        raise ValueError(f"top_fraction must lie in (0, 1], got {top_fraction!r}.")
-    check_count(num_images=num_images, batch_size=batch_size, max_batches=max_batches)
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-    if isinstance(generator, list):
-        raise ValueError("rejection_sample takes one generator: how many images are drawn is not known before.")
-    taken = {"latents", "return_dict"} & set(sampling)
-    if taken:
-        raise ValueError(f"rejection_sample takes no {', '.join(sorted(taken))}.")
-
-    wanted = _wanted_labels(pipe, class_labels, num_images, generator)
-    conditional = pipe.num_classes is not None
-    if top_fraction is not None and not conditional and class_labels is not None:
-        raise ValueError(
-            "An unconditional network cannot be asked for a class: with class_labels pass `threshold`, not `top_fraction`."
-        )
-
-    kept: dict[int | None, list[tuple[float, torch.Tensor]]] = {label: [] for label in wanted}
-    needed = Counter(wanted)
-    to_draw = Counter({label: math.ceil(count / (top_fraction or 1) - 1e-9) for label, count in needed.items()})
-    drawn: Counter = Counter()
-    accepted = batches = 0
-    while batches < max_batches:
-        missing = Counter({label: count - len(kept[label]) for label, count in needed.items()})
-        if top_fraction is None:  # as many as the rate so far lets expect to be enough
-            count = math.ceil(missing.total() * (drawn.total() + 1) / (accepted + 1))
-            # Where a batch has no room for all, it goes on after the last one: no class may keep the others out.
-            start = drawn.total() % missing.total() if missing.total() > batch_size else 0
-            labels = list(islice(cycle(missing.elements()), start, start + min(count, batch_size)))
-        else:
-            labels = list((to_draw - drawn).elements())[:batch_size]
-        if not labels:
-            break
-        condition = {"class_labels": labels} if conditional else {"batch_size": len(labels)}
-        found = pipe(**condition, generator=generator, output_type="latent", **sampling)
-        x_0, unsafe = found.images, found.nsfw_content_detected or [False] * len(labels)
-        drawn.update(labels)
-        batches += 1
-        for label, score, image, flagged in zip(
-            *_judged(classifier, x_0, labels, pipe.num_classes), x_0, unsafe, strict=True
-        ):
-            if label in kept and score >= (threshold or 0.0) and not flagged:
-                accepted += 1
-                if top_fraction is not None or len(kept[label]) < needed[label]:
-                    kept[label].append((score, image.clone()))  # a view would keep its whole batch
-    if top_fraction is not None:
-        for label, images in kept.items():
-            images.sort(key=lambda pair: pair[0], reverse=True)
-            del images[math.floor(drawn[label] * top_fraction + 1e-9) :]
-        accepted = sum(map(len, kept.values()))
-
-    queues = {label: iter(images) for label, images in kept.items()}
-    chosen = [(label, *pair) for label in wanted if (pair := next(queues[label], None)) is not None]
-    rate, complete = accepted / drawn.total(), len(chosen) == num_images
-    if not complete:
-        logging.get_logger(__name__).warning(
-            f"{len(chosen)} of {num_images} images after {batches} batches ({drawn.total()} images drawn, {rate:.1%} accepted). Raise "
-            "max_batches, accept more, or guide the sampler."
-        )
-    images = torch.stack([image for *_, image in chosen]) if chosen else x_0[:0]
-    return RejectionSamplingOutput(
-        images=_postprocessed(pipe, images, output_type),
-        class_labels=None
-        if None in kept
-        else torch.tensor([label for label, *_ in chosen], dtype=torch.int64, device="cpu"),
-        scores=torch.tensor([score for _, score, _ in chosen], device="cpu"),
-        complete=complete,
-        acceptance_rate=rate,
-        num_drawn=drawn.total(),
-        num_batches=batches,
-    )
-
-
-def _wanted_labels(
-    pipe: Any, class_labels: Any, num_images: int, generator: torch.Generator | None
-) -> list[int | None]:
-    """The class of each wanted image; None where there are no classes."""
-    if pipe.num_classes is not None:
-        return pipe._class_labels(class_labels, num_images, generator, "cpu")[0].tolist()
-    if class_labels is None:
-        return [None] * num_images
-    labels = torch.as_tensor(class_labels, device="cpu")
-    return check_classes(labels, num_images, torch.iinfo(torch.int64).max).tolist()
-
-
-def _judged(
-    classifier: Callable[[torch.Tensor], torch.Tensor],
-    x_0: torch.Tensor,
-    labels: list[int | None],
-    num_classes: int | None,
-) -> tuple[list[int | None], list[float]]:
-    """The class and the score of each image: of the class that was asked, or (of an unconditional network) of the likeliest."""
-    logits = classifier_logits(classifier, x_0.clamp(-1, 1))
-    check_same_classes(logits, num_classes, "Pass one that gives the logits of the network's classes in their order")
-    probabilities = logits.softmax(1)
-    if not probabilities.isfinite().all():
-        raise ValueError("The classifier returned NaN or infinite logits.")
-    if labels[0] is not None:
-        targets = check_classes(torch.tensor(labels, device="cpu"), len(x_0), probabilities.shape[1])
-    if num_classes is None:
-        scores, found = probabilities.max(1)
-        return labels if labels[0] is None else found.tolist(), scores.tolist()
-    return labels, probabilities.gather(1, targets.to(probabilities.device)[:, None])[:, 0].tolist()
-
-
-def _postprocessed(pipe: Any, images: torch.Tensor, output_type: str) -> Any:
-    """`images` as `output_type`, also if there are none."""
-    if output_type == "latent":
-        return images
-    if len(images):
-        return pipe.image_processor.postprocess(images, output_type=output_type)
-    return {"pil": [], "pt": images, "np": images.permute(0, 2, 3, 1).cpu().numpy()}[output_type]
+    def forward(self, sample: torch.Tensor, *times: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        labels = torch.arange(self.num_classes, device=sample.device).repeat_interleave(len(sample))
+        repeated = sample.repeat(self.num_classes, 1, 1, 1)
+        output = self.network(repeated, *times, class_labels=labels, return_dict=False)[0]
+        return (output.unflatten(0, (self.num_classes, len(sample))).mean(0),)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from .trajectory import check_count
+from .checks import check_count
 
 
 class LinearOperator:

@@ -1,10 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Images from noise with a consistency trajectory model, or with any denoiser that `trajectory` knows."""
+"""CTMPipeline: noise to images; its network as a denoiser."""
 
 import inspect
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from numbers import Integral, Number, Real
 
@@ -16,13 +15,15 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import as_number, check_count
 from .guidance import GUIDANCE_INPUTS, ClassifierFreeNetwork, Guidance, guided_output
 from .hub import component_library, write_loading_code
 from .pipeline_output import CTMPipelineOutput
-from .provenance import GENERATED, SOFTWARE, png_text
+from .preconditioning import Preconditioning
+from .provenance import GENERATED, SOFTWARE, _fresh_seeds, _model_and_revision, png_text
 from .safety import needs_clip_input, unsafe_images
-from .trajectory import Preconditioning, as_number, check_count
-from .unet_2d_ctm import CTMUNet2DModel, QuietCastMixin
+from .two_times import QuietCastMixin
+from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 
 
@@ -640,24 +641,32 @@ class CTMPipeline(QuietCastMixin, DiffusionPipeline):
         return self._finish(latents, output_type, return_dict, class_labels)
 
 
-def _fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
-    """The seed of a generator, or of each, from which nothing was drawn yet: from others the same noise does not follow again."""
-    if isinstance(generator, list):
-        return [_fresh_seeds(one) for one in generator]
-    if generator is None:
-        return None
-    seed = generator.initial_seed()
-    start = torch.Generator(generator.device).manual_seed(seed).get_state()
-    return seed if torch.equal(start, generator.get_state()) else None
+def pipeline_condition(pipe: CTMPipeline, class_labels, batch_size: int, device) -> dict[str, torch.Tensor]:
+    """What the network is called with beside state and time: {"class_labels": (B,)}, or {} for an unconditional one.
+
+    Unlike in sampling, labels are not drawn: a given image has a class. Raises ValueError for labels missing or not expected.
+    """
+    if class_labels is None and pipe.unet.config.num_class_embeds is not None:
+        raise ValueError("This network is class-conditional: pass `class_labels`, the class of each image.")
+    labels, _ = pipe._class_labels(class_labels, batch_size, None, device)
+    return {} if labels is None else {"class_labels": labels}
 
 
-def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
-    """Where the pipeline was loaded from: an id of the Hub and its commit, or the name of a folder, without where that lies."""
-    name, network = pipe.config.get("_name_or_path"), getattr(pipe.unet.config, "_name_or_path", None)
-    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})([/\\]|$)", str(network or ""))
-    if name is None or not os.path.isdir(name):
-        return name, commit and commit[1]
-    parts = [part for part in re.split(r"[/\\]", os.path.abspath(name)) if part]
-    if len(parts) > 1 and parts[-1] == "pipeline":  # of the run of that name
-        parts.pop()
-    return parts[-1] if parts else None, None
+def exact_denoiser(pipe: CTMPipeline, **condition) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """D(x, sigma) of a pipeline's network, in the dtype of `x`; the network computes in its own.
+
+    Raises ValueError for a scheduler that does not know the package's preconditioning.
+    """
+    preconditioning = getattr(pipe.scheduler, "preconditioning", None)
+    if preconditioning is None:
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} is not of this package. Use `EDMHeunScheduler.from_config(pipe.scheduler.config)`, "
+            "or `CTMScheduler` for a CTM."
+        )
+
+    dtype = pipe.unet.dtype
+
+    def network(sample, *times, **options):
+        return pipe.unet(sample.to(dtype), *times, **options)
+
+    return lambda x, sigma: preconditioning.denoise(network, x, sigma, **condition)

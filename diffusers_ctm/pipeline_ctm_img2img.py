@@ -7,12 +7,13 @@ from numbers import Real
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from .checks import as_number, check_count, check_positive
 from .guidance import Guidance
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
-from .trajectory import as_number, check_count, check_positive, karras_sigma, karras_starts
+from .trajectory import karras_sigma, karras_starts
 
 
 class CTMImg2ImgPipeline(CTMPipeline):

@@ -8,12 +8,12 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
+from .checks import as_float64, check_count
 from .image_inputs import read_images
-from .pipeline_ctm import CTMPipeline
+from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
-from .scheduling_utils_ctm import as_float64
-from .trajectory import append_dims, check_count, heun_step, karras_sigmas
+from .trajectory import append_dims, heun_step, karras_sigmas
 
 
 @dataclass
@@ -185,37 +185,6 @@ class CTMInversionPipeline(CTMPipeline):
                     x = (callback(self, i, self.scheduler.sigma_to_t(t_next), {"latents": x}) or {}).get("latents", x)
                 progress_bar.update()
         return x
-
-
-def pipeline_condition(pipe: CTMPipeline, class_labels, batch_size: int, device) -> dict[str, torch.Tensor]:
-    """What the network is called with beside state and time: {"class_labels": (B,)}, or {} for an unconditional one.
-
-    Unlike in sampling, labels are not drawn: a given image has a class. Raises ValueError for labels missing or not expected.
-    """
-    if class_labels is None and pipe.unet.config.num_class_embeds is not None:
-        raise ValueError("This network is class-conditional: pass `class_labels`, the class of each image.")
-    labels, _ = pipe._class_labels(class_labels, batch_size, None, device)
-    return {} if labels is None else {"class_labels": labels}
-
-
-def exact_denoiser(pipe: CTMPipeline, **condition) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """D(x, sigma) of a pipeline's network, in the dtype of `x`; the network computes in its own.
-
-    Raises ValueError for a scheduler that does not know the package's preconditioning.
-    """
-    preconditioning = getattr(pipe.scheduler, "preconditioning", None)
-    if preconditioning is None:
-        raise ValueError(
-            f"{type(pipe.scheduler).__name__} is not of this package. Use `EDMHeunScheduler.from_config(pipe.scheduler.config)`, "
-            "or `CTMScheduler` for a CTM."
-        )
-
-    dtype = pipe.unet.dtype
-
-    def network(sample, *times, **options):
-        return pipe.unet(sample.to(dtype), *times, **options)
-
-    return lambda x, sigma: preconditioning.denoise(network, x, sigma, **condition)
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:

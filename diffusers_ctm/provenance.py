@@ -12,6 +12,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, PngImagePlugin
 
@@ -20,8 +21,11 @@ from .version import __version__
 
 # IPTC's terms for media that a trained model made, and for given media that it changed.
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+
 GENERATED = SOURCE_TYPES + "trainedAlgorithmicMedia"
+
 EDITED = SOURCE_TYPES + "compositeWithTrainedAlgorithmicMedia"
+
 SOFTWARE = f"diffusers-ctm {__version__}"
 
 # Keyword in the PNG file, by name. The first six are text, the others JSON.
@@ -40,7 +44,9 @@ FIELDS = {
     "batch_index": "BatchIndex",
     "batch_size": "BatchSize",
 }
+
 TEXT_FIELDS = tuple(FIELDS)[:6]
+
 XMP_KEYWORD = "XML:com.adobe.xmp"
 
 
@@ -214,3 +220,26 @@ def _save(picture: Image.Image, text: Mapping[str, str], path: Path, overwrite: 
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
+    """The seed of a generator, or of each, from which nothing was drawn yet: from others the same noise does not follow again."""
+    if isinstance(generator, list):
+        return [_fresh_seeds(one) for one in generator]
+    if generator is None:
+        return None
+    seed = generator.initial_seed()
+    start = torch.Generator(generator.device).manual_seed(seed).get_state()
+    return seed if torch.equal(start, generator.get_state()) else None
+
+
+def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
+    """Where the pipeline was loaded from: an id of the Hub and its commit, or the name of a folder, without where that lies."""
+    name, network = pipe.config.get("_name_or_path"), getattr(pipe.unet.config, "_name_or_path", None)
+    commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})([/\\]|$)", str(network or ""))
+    if name is None or not os.path.isdir(name):
+        return name, commit and commit[1]
+    parts = [part for part in re.split(r"[/\\]", os.path.abspath(name)) if part]
+    if len(parts) > 1 and parts[-1] == "pipeline":  # of the run of that name
+        parts.pop()
+    return parts[-1] if parts else None, None

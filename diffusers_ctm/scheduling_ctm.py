@@ -10,7 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .scheduling_utils_ctm import KarrasSchedulerMixin, accumulation_dtype, as_float64
+from .checks import as_float64
+from .scheduling_karras import KarrasSchedulerMixin, accumulation_dtype
 from .trajectory import gamma_of_split, gamma_split, jump
 
 

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .scheduling_utils_ctm import KarrasSchedulerMixin, accumulation_dtype
+from .scheduling_karras import KarrasSchedulerMixin, accumulation_dtype
 
 
 @dataclass

@@ -10,29 +10,9 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.utils import logging
 from torch import nn
 
-
-class QuietCastMixin:
-    """Base, before diffusers' own, of networks and pipelines whose casts do not warn of an empty list of modules.
-
-    diffusers 0.42.1 says "There are modules in ... that should be kept in float32: []" whenever a model without any is cast by `to`, as
-    `from_pipe` always does. A list that is not empty is still named.
-    """
-
-    def to(self, *args, **kwargs):
-        logger = logging.get_logger("diffusers.models.modeling_utils")
-        logger.addFilter(_names_modules)
-        try:
-            return super().to(*args, **kwargs)
-        finally:
-            logger.removeFilter(_names_modules)
-
-
-def _names_modules(record) -> bool:
-    """Whether a log record says more than that an empty list of modules should be kept in float32."""
-    return "should be kept in float32: []" not in record.getMessage()
+from .two_times import QuietCastMixin, _widened, config_of, float_time, start_as
 
 
 class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMixin):
@@ -153,47 +133,3 @@ class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMix
         if self.config.time_embedding_type == "fourier":
             sample = sample / timestep.reshape(-1, 1, 1, 1)
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
-
-
-def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
-    """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError, with `name`, if it is an integer."""
-    if not isinstance(timestep, torch.Tensor):
-        timestep = torch.as_tensor(timestep, device=sample.device)
-    if not timestep.is_floating_point():
-        raise ValueError(
-            f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."
-        )
-    return timestep.to(sample.device).expand(sample.shape[0])
-
-
-def config_of(network: nn.Module) -> dict:
-    """The config that a network made from `network` starts with: without the place that it was loaded from."""
-    return {name: value for name, value in network.config.items() if name != "_name_or_path"}
-
-
-def start_as(student: nn.Module, teacher: nn.Module) -> nn.Module:
-    """Make `student`, the same network with a target time, equal `teacher` at every target; return it on its device, in its dtype and mode.
-
-    The target's embedding becomes a copy of the time's, and the columns that read it zero.
-    """
-    student = student.to(device=teacher.device, dtype=teacher.dtype)
-    weights = dict(teacher.state_dict())
-    for name in student.state_dict():
-        if name.startswith("target_time_embedding."):
-            weights[name] = weights[name.removeprefix("target_")]
-        elif name.endswith("time_emb_proj.weight"):
-            weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
-    student.load_state_dict(weights)
-    return student.train(teacher.training)
-
-
-def _widened(linear: nn.Linear) -> nn.Linear:
-    """`linear` with as many input features again, whose weights are zero."""
-    wide = nn.Linear(
-        2 * linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype
-    )
-    with torch.no_grad():
-        wide.weight[:, : linear.in_features] = linear.weight
-        wide.weight[:, linear.in_features :] = 0
-        wide.bias.copy_(linear.bias)
-    return wide

@@ -17,7 +17,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.upsampling import FirUpsample2D, upfirdn2d_native
 from torch import nn
 
-from .unet_2d_ctm import QuietCastMixin, config_of, float_time, start_as
+from .checks import check_choice
+from .two_times import QuietCastMixin, config_of, float_time, start_as
 
 
 class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -476,9 +477,3 @@ class EDMFourierProjection(nn.Module):
 def edm_norm(channels: int) -> nn.GroupNorm:
     """Group normalisation of EDM: 32 groups, or groups of 4 channels where that makes fewer."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
-
-
-def check_choice(name: str, value: object, choices: Sequence) -> None:
-    """Raise ValueError if `value` is none of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; use one of {tuple(choices)}.")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import check_count
 from .pipeline_ctm import CTMPipeline
-from .trajectory import check_count
 
 
 class TrajectoryStrip(NamedTuple):

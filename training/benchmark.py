@@ -1,46 +1,26 @@
 """What training and sampling cost, as ratios measured side by side in one run: `python -m training.benchmark`."""
 
-import contextlib
-import ctypes
 import functools
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-import unittest.mock
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from tqdm.auto import tqdm
 
-from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
-from diffusers_ctm.trajectory import Preconditioning, append_dims
+from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
 
-from . import run, train_ctm
-from .backbones import load_backbone
-from .compiling import compile_network
-from .config import Checked, CTMConfig, DiscriminatorOptions, UserError, option, run_program
-from .discriminator import (
-    ProjectedDiscriminator,
-    discriminator_hinge_loss,
-    discriminator_loss,
-    discriminator_optimizer,
-    generator_hinge_loss,
-    generator_loss,
-    generator_weight,
-)
-from .ema import EMA
-from .evaluate import choose_device, hardware
-from .files import write_files
-from .losses import ctm_estimate, ctm_loss, l2_distance, make_jumps
-from .solver import SOLVERS, heun_solve
-from .time_sampling import Times, TimeSampler, draw_half_lognormal_sigma
+from .cli.device import choose_device, hardware
+from .cli.errors import UserError
+from .cli.files import write_files
+from .cli.options import Checked, option, run_program
+from .studies.meters import Counter, peak_memory, seconds_of, step_times
+from .studies.steps import Problem, adversarial_variants, restored, same_result, training_variants
 
 
 @dataclass
@@ -83,269 +63,6 @@ class BenchmarkConfig(Checked):
         self.check(self.resolution % 4 == 0, "resolution", "a multiple of 4")
         self.check(self.batch_size % 4 == 0, "batch_size", "a multiple of 4, which share a path")
         self.check(self.num_train_timesteps > self.strata, "num_train_timesteps", "above --strata")
-
-
-# Training -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Problem:
-    """Networks and the inputs of a step, the same for both sides.
-
-    `averages` are the plain loop's: the target's network and the two that are evaluated, of which one has the target's rate. `judge` is there
-    if `adversarial`: a discriminator on the features of the embedded classifier, without augmentation.
-    """
-
-    config: BenchmarkConfig
-    device: torch.device
-    adversarial: bool = False
-    student: torch.nn.Module = field(init=False)
-    teacher: torch.nn.Module = field(init=False)
-
-    def __post_init__(self):
-        config = self.config
-        torch.manual_seed(0)
-        shape = {"model_channels": config.channels, "block_out_channels": (2 * config.channels,) * 3}
-        self.teacher = EDMUNet2DModel(sample_size=config.resolution, **shape).eval().requires_grad_(False)
-        _fill(self.teacher)
-        self.student = EDMUNet2DModel.from_unet(self.teacher).requires_grad_(True)
-        _fill(self.student)
-        for network in (self.teacher, self.student):
-            network.to(self.device, memory_format=torch.channels_last)
-        self.target = EMA(self.student, 0.999)
-        self.duplicate, self.slow = EMA(self.student, 0.999), EMA(self.student, 0.9999)
-        self.optimizer = torch.optim.RAdam(self.student.parameters(), lr=1e-6)
-        self.judge = None
-        if self.adversarial:
-            backbones = {"digits": load_backbone("digits", config.resolution)}
-            judge = ProjectedDiscriminator(backbones, 0, channels=config.channels, augment=False)
-            self.judge = judge.to(self.device, memory_format=torch.channels_last)
-            options = DiscriminatorOptions(discriminator_learning_rate=1e-6)
-            self.judge_optimizer = discriminator_optimizer(options, self.judge)
-        self.preconditioning = Preconditioning()
-        self.call = {"student": self.student, "ema": self.target.module, "teacher": self.teacher}
-        if config.compile:
-            for network in self.call.values():
-                compile_network(network)
-
-    def inputs(self, seed: int) -> dict[str, torch.Tensor]:
-        size = (self.config.batch_size, 3, self.config.resolution, self.config.resolution)
-        generator = torch.Generator().manual_seed(seed)
-        x_0, noise, dsm_noise = (torch.randn(size, generator=generator) for _ in range(3))
-        normal, uniform = torch.randn(size[0], generator=generator), torch.rand(size[0], generator=generator)
-        sigma = draw_half_lognormal_sigma(normal, uniform, 0.002, 80.0, 7.0)
-        values = {"x_0": 0.5 * x_0, "noise": noise, "dsm_noise": dsm_noise, "dsm_sigma": sigma}
-        return {name: value.to(self.device) for name, value in values.items()}
-
-    def times(self, k: int, seed: int, per_path: int = 1) -> Times:
-        """Times of a step whose solver takes `k` steps."""
-        sampler = TimeSampler(self.config.num_train_timesteps, max_steps=k, per_path=per_path)
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            times = sampler.draw(self.config.batch_size, generator)
-            if int(times.steps[0]) == k:
-                return times
-
-    def strata(self) -> list[int]:
-        """Numbers of solver steps in the middle of equally probable parts of P(k) ~ k."""
-        weights = torch.arange(1.0, self.config.num_train_timesteps)
-        share = weights.cumsum(0) / weights.sum()
-        middles = (torch.arange(self.config.strata) + 0.5) / self.config.strata
-        return (torch.searchsorted(share, middles) + 1).tolist()
-
-    def denoise(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return self.preconditioning.denoise(self.call["teacher"], x, sigma)
-
-
-def _fill(network: torch.nn.Module) -> None:
-    """Random numbers where an untrained network has zeros, so that every gradient is one."""
-    for parameter in network.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-
-
-def plain_estimate(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Both jumps of every sample, with graph."""
-    jump, call = problem.preconditioning.jump, problem.call
-    t, s = times.t.to(values["x_0"]), times.s.to(values["x_0"])
-    x_t = values["x_0"] + append_dims(t, 4) * values["noise"]
-    return jump(call["ema"], jump(call["student"], x_t, t, s), s, torch.full_like(s, times.end))
-
-
-def plain_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """A step as the authors' loop orders it: every jump computed, gradients for each weight and for the update by passes of their own.
-
-    Teacher, student and average are called as there: 2k times, twice, and three times (once with graph); the averages are three.
-    """
-    precondition, call = problem.preconditioning, problem.call
-    x_0 = values["x_0"]
-    t, u, s = (level.to(x_0) for level in (times.t, times.u, times.s))
-    end = torch.full_like(s, times.end)
-
-    x_u = x_0 + append_dims(t, 4) * values["noise"]
-    path = times.path.to(x_0)
-    for row in range(int(times.steps[0])):
-        level, next_level = path[row], path[row + 1]
-        slope = (x_u - problem.denoise(x_u, level)) / append_dims(level, 4)
-        euler = x_u + append_dims(next_level - level, 4) * slope
-        next_slope = (euler - problem.denoise(euler, next_level)) / append_dims(next_level, 4)
-        x_u = x_u + append_dims(next_level - level, 4) * (slope + next_slope) / 2
-    estimate = plain_estimate(problem, times, values)
-    with torch.no_grad():
-        target = precondition.jump(call["ema"], precondition.jump(call["ema"], x_u, u, s), s, end)
-    trajectory = l2_distance(estimate, target).mean()
-
-    sigma = values["dsm_sigma"]
-    x_sigma = x_0 + append_dims(sigma, 4) * values["dsm_noise"]
-    denoised = precondition.g(call["student"], x_sigma, sigma, sigma)
-    dsm = (precondition.loss_weight(sigma) * l2_distance(denoised, x_0)).mean()
-
-    def weigh(loss: torch.Tensor, smallest: float, largest: float) -> torch.Tensor:
-        last = problem.student.last_layer.weight
-        lengths = [torch.autograd.grad(each, last, retain_graph=True)[0].norm() for each in (trajectory, loss)]
-        return (lengths[0] / (lengths[1] + 1e-4)).clamp(smallest, largest).detach()
-
-    weight = weigh(dsm, 0.0, 1e4)
-    total = trajectory + weight * dsm
-    terms = {"trajectory": trajectory.item(), "dsm": dsm.item(), "weight": weight.item()}  # read to log them
-    if problem.judge is not None:
-        with problem.judge.frozen():
-            generator = generator_hinge_loss(problem.judge(estimate))
-        weight = weigh(generator, 0.01, 10.0)
-        total = total + weight * generator
-        terms |= {"generator": generator.item(), "generator_weight": weight.item()}
-    total.backward()
-    _finish(problem, [problem.target, problem.duplicate, problem.slow])
-    return terms
-
-
-def plain_discriminator_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The discriminator's turn in that order: fakes made with a graph that nobody goes back through; fakes and data by passes of their own."""
-    fake = plain_estimate(problem, times, values).detach()
-    fake_logits, real_logits = problem.judge(fake), problem.judge(values["x_0"])
-    loss = discriminator_hinge_loss(real_logits, fake_logits)
-    loss.backward()
-    problem.judge_optimizer.step()
-    return {"discriminator": loss.item()}
-
-
-def our_step(
-    problem: Problem, times: Times, values: dict[str, torch.Tensor], solver: Callable = heun_solve
-) -> dict[str, torch.Tensor]:
-    """The step of `training.train_ctm`."""
-    loss = ctm_loss(
-        student=problem.call["student"],
-        student_ema=problem.call["ema"],
-        solver=functools.partial(solver, problem.denoise),
-        preconditioning=problem.preconditioning,
-        times=times,
-        last_weight=problem.student.last_layer.weight,
-        generator_loss=None if problem.judge is None else functools.partial(generator_loss, problem.judge),
-        generator_weight=generator_weight,
-        **values,
-    )
-    loss.backward.backward()
-    _finish(problem, [problem.target, problem.slow])
-    terms = {"trajectory": loss.trajectory, "dsm": loss.dsm, "weight": loss.dsm_weight}
-    if problem.judge is not None:
-        terms |= {"generator": loss.generator, "generator_weight": loss.generator_weight}
-    return terms
-
-
-def our_discriminator_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The discriminator's turn of `training.train_ctm`."""
-    x_0, call = values["x_0"], problem.call
-    jumps = make_jumps(call["student"], call["ema"], problem.preconditioning, times, x_0, None)
-    loss = discriminator_loss(problem.judge, x_0, ctm_estimate(jumps, x_0, values["noise"]))
-    loss.backward()
-    problem.judge_optimizer.step()
-    return {"discriminator": loss.detach()}
-
-
-def _finish(problem: Problem, averages: list[EMA]) -> None:
-    """Optimiser and averages; gradients stay for the comparison. A learning rate near 0 leaves both sides the same networks."""
-    problem.optimizer.step()
-    for average in averages:
-        average.step(problem.student)
-
-
-@contextlib.contextmanager
-def restored(problem: Problem) -> Iterator[None]:
-    """Run a step whose changes to the networks are taken back."""
-    networks = [problem.student, problem.target.module] + ([problem.judge] if problem.judge is not None else [])
-    before = [{name: value.clone() for name, value in network.state_dict().items()} for network in networks]
-    for network in networks:
-        network.zero_grad(set_to_none=True)
-    yield
-    for network, state in zip(networks, before):
-        network.load_state_dict(state)
-
-
-class Counter:
-    """Images through a network, of which `first` is the first layer: forward without and with graph, and backward."""
-
-    def __init__(self, network: torch.nn.Module, first: torch.nn.Module):
-        self.without_graph = self.with_graph = self.backward = 0
-        self.handles = [network.register_forward_hook(self._forward), first.register_forward_hook(self._watch)]
-
-    def _forward(self, module, args, output):
-        if output[0].requires_grad:
-            self.with_graph += len(args[0])
-        else:
-            self.without_graph += len(args[0])
-
-    def _watch(self, module, args, output):
-        if output.requires_grad:  # a pass that only asks for the last layer's gradient does not come here
-            output.register_hook(self._backward)
-
-    def _backward(self, gradient):
-        self.backward += len(gradient)
-
-    def close(self) -> dict[str, int]:
-        for handle in self.handles:
-            handle.remove()
-        return {name: getattr(self, name) for name in ("without_graph", "with_graph", "backward")}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which memory in use rises at most during `call`; on a CPU the resident set, on Linux only."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-
-    def status(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
-
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the peak so far
-        before = status("VmRSS:")
-    except OSError:
-        call()
-        return None
-    call()
-    return status("VmHWM:") - before
 
 
 def compare(problem: Problem, variants: dict[str, Callable], config: BenchmarkConfig, progress: tqdm) -> dict:
@@ -408,64 +125,6 @@ def summarise(values: list[float]) -> dict[str, float | None]:
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "min": min(values),
         "max": max(values),
-    }
-
-
-def training_variants() -> dict[str, Callable]:
-    """Steps to compare, called with problem, k, seed and inputs; "plain" first."""
-
-    def plain(problem, k, seed, values):
-        return plain_step(problem, problem.times(k, seed), values)
-
-    def ours(solver, per_path):
-        return lambda problem, k, seed, values: our_step(
-            problem, problem.times(k, seed, per_path), values, SOLVERS[solver]
-        )
-
-    return {
-        "plain": plain,
-        "exact": ours("heun", 1),
-        "--solver unipc": ours("unipc", 1),
-        "--solver dpm": ours("dpm", 1),
-        "--solver unipc --triples_per_path 4": ours("unipc", 4),
-    }
-
-
-def adversarial_variants() -> dict[str, Callable]:
-    """A turn of the student and one of the discriminator, likewise."""
-
-    def turns(student, discriminator):
-        def run(problem, k, seed, values):
-            times = problem.times(k, seed)
-            return {**student(problem, times, values), **discriminator(problem, times, values)}
-
-        return run
-
-    return {"plain": turns(plain_step, plain_discriminator_step), "exact": turns(our_step, our_discriminator_step)}
-
-
-def same_result(problem: Problem, variants: dict[str, Callable]) -> dict[str, float]:
-    """How far losses and gradients of the exact step are from those of the plain one, relative to the largest of a network."""
-    found = {}
-    k = problem.strata()[0]
-    for name in ("plain", "exact"):
-        values = problem.inputs(0)
-        with restored(problem):
-            terms = variants[name](problem, k, 0, values)
-            gradients = [
-                [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
-                for network in (problem.student, problem.judge)
-                if network is not None
-            ]
-        found[name] = (torch.tensor([float(value) for value in terms.values()]), gradients)
-    (plain_terms, plain_gradients), (terms, gradients) = found["plain"], found["exact"]
-    differences = [
-        max((a - b).abs().max() for a, b in zip(ours, plain, strict=True)) / max(b.abs().max() for b in plain)
-        for ours, plain in zip(gradients, plain_gradients, strict=True)
-    ]
-    return {
-        "losses": float(((terms - plain_terms) / plain_terms).abs().max()),
-        "gradients": float(max(differences)),
     }
 
 
@@ -616,22 +275,6 @@ def processes_images_per_second(count: int, steps: int = 12) -> float:
     if done.returncode or line is None:
         raise UserError(f"--parts scaling: the measurement in {count} process(es) failed:\n{done.stderr}")
     return float(line.rpartition(" ")[2])
-
-
-def step_times(options: dict, steps: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """When each of `steps` iterations of `training.train_ctm` with `options` ended, by `clock`. Writes to a folder that is removed."""
-    marks = []
-
-    class Noting(run.TrainingRun):
-        def _after_step(self, *args):
-            marks.append(clock())
-            super()._after_step(*args)
-
-    quiet = {"sample_every": 0, "checkpointing_steps": 0, "report_to": "none", "resume_from_checkpoint": None}
-    with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.object(train_ctm, "TrainingRun", Noting):
-        place = {"output_dir": os.path.join(folder, "run"), "max_train_steps": steps}
-        train_ctm.main(CTMConfig(**{**options, **quiet, **place}))
-    return marks
 
 
 def worker(steps: int) -> None:

@@ -1,64 +1,33 @@
 """Convert checkpoints of EDM and CTM: `python -m training.convert edm-cifar10-32x32-uncond-vp.pkl teachers/cifar10`."""
 
-import http.client
-import importlib
 import json
 import os
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
-from huggingface_hub import hf_hub_download
-from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
-from diffusers_ctm.trajectory import c_noise
+from diffusers_ctm.preconditioning import c_noise
 
-from .config import Checked, UserError, option, run_program
-from .convert_adm import QKV_ORDERS
-from .files import atomic_file, atomic_folder, sha256
-from .hub import error_text
-from .unpickle import Record, find_weights, module_numbers, read_checkpoint, weights_of
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of official networks.
-
-    Args:
-        module: a module of this package with `matches(shapes) -> bool` (is a state dict with these names and shapes of the family?),
-            `to_diffusers(state_dict, **overrides) -> network` (UserError names what does not fit), `to_official(network) -> dict`
-            (the authors' key names), and `defaults(shapes) -> dict` or `DEFAULTS`: what shapes do not tell.
-        classes: names of the network classes that it makes.
-        head: its override for the channels per attention head.
-        orders: whether its networks differ in the order of attention's channels (`qkv_order`).
-    """
-
-    module: str
-    classes: tuple[str, ...]
-    head: str = "num_head_channels"
-    orders: bool = False
+from .cli.errors import UserError, error_text
+from .cli.files import atomic_file, atomic_folder, sha256
+from .cli.options import Checked, option, run_program
+from .official.download import fetch, shown
+from .official.families import FAMILIES, family_defaults, family_module, find_family, said_by, shapes_of
+from .official.files import read_checkpoint
+from .official.layers import QKV_ORDERS
+from .official.weights import find_weights, weights_of
 
 
-FAMILIES = {
-    "edm": Family("convert_edm", ("EDMUNet2DModel",), head="attention_head_dim"),
-    "adm": Family("convert_adm", ("UNet2DModel", "CTMUNet2DModel"), orders=True),
-}
-
-COUNTERS = {"n_averaged"}  # what torch's AveragedModel holds beside the network
-MAX_NAME = 200  # characters; those of official networks have fewer than 80
 FORMATS = (".pt", ".pth", ".safetensors")
-MAX_DOWNLOAD = 2**35  # bytes
+
 MAX_SIDE = 1024  # pixels; names that say more would make the check of the result cost any amount of memory
-CHUNK = 2**20
+
 TOLERANCE = 1e-3  # of the output: equal weights at other addresses in memory may be summed in another order
 
 
@@ -85,9 +54,6 @@ class ConvertConfig(Checked):
         None, "Entry of the file that holds the weights, e.g. 'ema'. Default: averaged weights if there are any."
     )
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
-    token: str | None = option(
-        None, "Access token of the Hub, for private files. Better: HF_TOKEN or `hf auth login`. Written nowhere."
-    )
     consistency_model: bool = option(
         False,
         "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only (gamma = 1).",
@@ -169,149 +135,6 @@ class ConvertConfig(Checked):
         if self.qkv_order is not None and not FAMILIES[family].orders:
             raise UserError(f"--qkv_order is for ADM networks; this one is of the family {family}.")
         return {name: value for name, value in values.items() if value is not None}
-
-
-# The source -----------------------------------------------------------------------------------------------------------
-
-
-def is_address(source: str) -> bool:
-    return source.lower().startswith(("https://", "http://"))
-
-
-def public_name(source: str) -> str:
-    """`source` as it may be shown and recorded: an address without user, password and query, a local file without its folders."""
-    if is_address(source):
-        parts = urllib.parse.urlsplit(source)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
-
-
-def fetch(config: ConvertConfig, folder: str) -> str:
-    """The path of the checkpoint `config.source`, downloaded into `folder` if it is an address.
-
-    Raises UserError if it is not there, or its name could be none of the three.
-    """
-    source = config.source
-    if is_address(source):
-        return download(source, folder)
-    if os.path.isfile(source):
-        return source
-    if os.path.isdir(source):
-        raise UserError(f"SOURCE {source} is a folder; pass the checkpoint's file, or --to official for a pipeline.")
-    parts = source.split("/")
-    if len(parts) < 3 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise UserError(
-            f"SOURCE {source} is not there. Pass a file, a file on the Hub as user/repo/file.pt, or an https address."
-        )
-    try:
-        return hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=config.revision, token=config.token)
-    except Exception as error:  # huggingface_hub raises many kinds
-        raise UserError(
-            f"SOURCE {source} is neither a file here nor one that can be had from the Hub: {error_text(error)}"
-        ) from error
-
-
-def check_address(address: str, local: bool = True) -> None:
-    """Raise UserError unless `address` is https without a password, or (if `local`) http on this machine."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme != "https" and not (local and parts.scheme == "http" and parts.hostname == "127.0.0.1"):
-        raise UserError(f"SOURCE {public_name(address)} is no https address; others are not downloaded.")
-    if "@" in parts.netloc:
-        raise UserError(
-            f"SOURCE {public_name(address)} has a user or a password in its address, which is not supported."
-        )
-
-
-class _OnlySecure(urllib.request.HTTPRedirectHandler):
-    """Follows a redirection to https only, or on this machine if it comes from there: no website reaches what is served here."""
-
-    def redirect_request(self, request, file, code, message, headers, address):
-        check_address(address, local=request.type == "http")
-        return super().redirect_request(request, file, code, message, headers, address)
-
-
-def download(address: str, folder: str) -> str:
-    """Fetch `address` into `folder`; return the file's path. UserError if it does not come whole."""
-    check_address(address)
-    path = os.path.join(folder, "download")
-    name = public_name(address)
-    try:
-        with urllib.request.build_opener(_OnlySecure).open(address, timeout=60) as answer, open(path, "wb") as file:
-            announced = answer.headers.get("Content-Length")
-            expected = int(announced) if announced is not None else None
-            received = 0
-            with tqdm(total=expected, unit="B", unit_scale=True, desc=os.path.basename(name)) as progress:
-                while chunk := answer.read(CHUNK):
-                    received += len(chunk)
-                    if received > MAX_DOWNLOAD:
-                        raise UserError(f"SOURCE {name} is larger than {MAX_DOWNLOAD / 2**30:.0f} GiB.")
-                    file.write(chunk)
-                    progress.update(len(chunk))
-    except http.client.InvalidURL as error:  # whose text repeats the address, query and all
-        raise UserError(f"SOURCE {name} is no proper address; spaces, for instance, are written as %20.") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
-        reason = f"{error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else error
-        raise UserError(f"SOURCE {name} cannot be downloaded: {reason}.") from error
-    if expected is not None and received != expected:
-        raise UserError(f"SOURCE {name} broke off after {received:,} of {expected:,} bytes. Try again.")
-    return path
-
-
-# Families -------------------------------------------------------------------------------------------------------------
-
-
-def family_module(family: str) -> ModuleType:
-    return importlib.import_module(f".{FAMILIES[family].module}", __package__)
-
-
-def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
-    """(family, state dict without wrappers' prefixes), recognised by key names and shapes.
-
-    What DistributedDataParallel, torch.compile or a trainer's module put before every name ("module.", "_orig_mod.", "net.", several
-    of them) is left out where the names with it are known to no family. Raises UserError if it is of no family.
-    """
-    bare = {name: tensor for name, tensor in state_dict.items() if name not in COUNTERS}
-    while bare and all(len(name) <= MAX_NAME for name in bare):
-        for family in FAMILIES:
-            if family_module(family).matches(shapes_of(bare)):
-                return family, bare
-        prefix = next(iter(bare)).partition(".")[0] + "."
-        if not all(name.startswith(prefix) for name in bare):
-            break
-        bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
-    some = ", ".join(f"{name[:60]} {list(tensor.shape)}" for name, tensor in list(state_dict.items())[:4])
-    raise UserError(
-        f"These weights are of no network that is known here ({len(state_dict)} tensors: {some}, ...). Known are EDM's DDPM++, NCSN++ "
-        "and ADM, OpenAI's ADM, and the CTMs of both."
-    )
-
-
-def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-
-def family_defaults(family: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the family knows that shapes do not tell."""
-    module = family_module(family)
-    return module.defaults(shapes) if hasattr(module, "defaults") else dict(module.DEFAULTS)
-
-
-def said_by(part: Any) -> dict[str, float]:
-    """What a pickled network says of itself beside its weights: `sigma_data` and `dropout`. Nothing of a state dict.
-
-    Raises UserError if it is one of NVIDIA's other preconditionings, whose tensors are named alike.
-    """
-    if not isinstance(part, Record):
-        return {}
-    name = part.class_name.rpartition(".")[2]
-    if name.endswith("Precond") and name != "EDMPrecond":
-        raise UserError(
-            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something else and are shown other "
-            "times. Only those with EDM's preconditioning are converted."
-        )
-    found = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
-    said = {key: values.pop() for key, values in found.items() if len(values) == 1}
-    return {key: value for key, value in said.items() if value > 0 and (key != "dropout" or value < 1)}
 
 
 def network_of(family: str, state_dict: dict[str, torch.Tensor], config: ConvertConfig, said: dict) -> UNet2DModel:
@@ -464,7 +287,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     network = network_of(family, state_dict, config, said)
     pipe = make_pipeline(network, config, family_defaults(family, shapes_of(state_dict)) | said)
     print(
-        f"Read {public_name(config.source)}: {size / 1e6:.1f} MB, "
+        f"Read {shown(config.source)}: {size / 1e6:.1f} MB, "
         f"{f'entry {entry}' if entry else 'a state dict'} with {len(state_dict)} tensors",
         describe(pipe, family),
         sep="\n",
@@ -477,7 +300,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     if config.prediction_type == "edm" and not is_ctm(pipe.unet) and pipe.scheduler.config.timestep_scale == 1000:
         print("Note: a consistency model has the same tensors as an EDM teacher; for one, pass --consistency_model.")
     record = {
-        "source": public_name(config.source),
+        "source": shown(config.source),
         "revision": config.revision,
         "sha256": sha256(path),
         "entry": entry,
@@ -506,7 +329,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
 
 def load_pipeline(config: ConvertConfig) -> DiffusionPipeline:
     try:
-        pipe = DiffusionPipeline.from_pretrained(config.source, revision=config.revision, token=config.token)
+        pipe = DiffusionPipeline.from_pretrained(config.source, revision=config.revision)
     except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
         raise UserError(
             f"SOURCE {config.source} cannot be loaded; --to official takes a pipeline's folder or its repository on the Hub.\n"
@@ -566,7 +389,7 @@ def main(config: ConvertConfig) -> str:
     if config.to == "official":
         return to_official(config)
     with tempfile.TemporaryDirectory(prefix="convert-") as folder:
-        return to_diffusers(config, fetch(config, folder))
+        return to_diffusers(config, fetch(config.source, config.revision, folder))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from .config import Checked, UserError, option, run_program
-from .data import eight_bit
-from .files import atomic_file
+from .cli.errors import UserError
+from .cli.files import atomic_file
+from .cli.options import Checked, option, run_program
+from .data.images import eight_bit
 
 
 GROUPS = {

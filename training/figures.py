@@ -5,9 +5,6 @@ import os
 from dataclasses import dataclass
 
 import matplotlib
-
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -29,13 +26,16 @@ from diffusers_ctm import (
 )
 from diffusers_ctm.trajectory import gamma_split, heun_step, karras_sigmas
 
-from .config import Checked, UserError, option, run_program
-from .data import digits
-from .evaluate import captioned, load_model
-from .features import load_feature_network
-from .files import atomic_file
-from .guide import without_classes
-from .run import enlarged_grid
+from .cli.errors import UserError
+from .cli.files import atomic_file
+from .cli.options import Checked, option, run_program
+from .data.sources import digits
+from .frozen.vectors import load_feature_network
+from .networks.pipelines import load_model, without_classes
+from .report.pictures import captioned, enlarged_grid, tiles
+
+
+matplotlib.use("Agg")
 
 
 TEACHER, STUDENT, TARGET, NOISE = "0.55", "tab:blue", "tab:orange", "tab:red"
@@ -266,16 +266,6 @@ def silent(cls: type, pipe: CTMPipeline) -> CTMPipeline:
     return pipe
 
 
-def tiles(images: torch.Tensor, columns: int) -> Image.Image:
-    """Images in [0, 1], shape (B, 1 or 3, H, W), in rows of `columns`, each with a white rim."""
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    framed = [
-        ImageOps.expand(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), 1, "white")
-        for image in pixels
-    ]
-    return enlarged_grid(framed, len(framed) // columns, columns)
-
-
 def save(picture: Image.Image, path: str) -> None:
     with atomic_file(path) as draft:
         picture.save(draft, format="PNG")
@@ -449,6 +439,7 @@ PICTURES = {
     "likelihood": draw_likelihood,
     "safety": draw_safety,
 }
+
 EMOJI_PICTURES = {"emoji": draw_emoji, "emoji_editing": draw_emoji_editing, "emoji_guidance": draw_emoji_guidance}
 
 

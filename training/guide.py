@@ -3,18 +3,19 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
-from .config import DataOptions, UserError, option, run_program
-from .data import ImageDataset, to_sample
-from .evaluate import Distances, load_model
-from .features import EMBEDDED, FeatureNetwork, load_saved
+from .cli.errors import UserError
+from .cli.options import option, run_program
+from .cli.shared_options import DataOptions
+from .data.images import ImageDataset, to_sample
+from .frozen.classifier import EMBEDDED, FeatureNetwork, load_saved
+from .measure.distances import Distances
+from .networks.pipelines import load_model, without_classes
 
 
 @dataclass
@@ -79,38 +80,6 @@ class Row(NamedTuple):
     distance: float  # Frechet, in the classifier's features
     outside: float  # share of pixels that left [-1, 1] by more than 0.05, which are clipped
     kept: float  # share of the drawn images
-
-
-class ClassAverage(nn.Module):
-    """F averaged over all classes: as a denoiser, that of the geometric mean of the class densities. It is told no class.
-
-    A conditional network has no other output that does not depend on the class, unless it was trained with label dropout.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-        self.config = SimpleNamespace(**{**network.config, "num_class_embeds": None})
-        self.num_classes, self.dtype, self.device = network.config.num_class_embeds, network.dtype, network.device
-        self.has_target_time = getattr(network, "has_target_time", False)
-
-    def forward(self, sample: torch.Tensor, *times: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-        labels = torch.arange(self.num_classes, device=sample.device).repeat_interleave(len(sample))
-        repeated = sample.repeat(self.num_classes, 1, 1, 1)
-        output = self.network(repeated, *times, class_labels=labels, return_dict=False)[0]
-        return (output.unflatten(0, (self.num_classes, len(sample))).mean(0),)
-
-
-def without_classes(pipe: CTMPipeline) -> tuple[CTMPipeline, dict]:
-    """(a silent pipeline that samples without being told a class, what to call it with)."""
-    options = {}
-    pipe.unet.requires_grad_(False)
-    if pipe.knows_no_class:
-        options["guidance_scale"] = 0.0
-    elif pipe.num_classes is not None:
-        pipe = CTMPipeline(ClassAverage(pipe.unet), pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, options
 
 
 def nearest_class(images: torch.Tensor, examples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,12 @@ from tqdm.auto import tqdm
 import diffusers_ctm
 from diffusers_ctm import CTMPipeline, log_likelihood
 
-from .config import DataOptions, TeacherOptions, UserError, option, run_program
-from .data import ImageDataset
-from .evaluate import load_pipelines
-from .files import check_writable, write_files
+from .cli.errors import UserError
+from .cli.files import check_writable, write_files
+from .cli.options import option, run_program
+from .cli.shared_options import DataOptions, TeacherOptions
+from .data.images import ImageDataset
+from .networks.pipelines import load_pipelines
 
 
 logger = logging.get_logger(__name__)

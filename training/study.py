@@ -18,26 +18,23 @@ from tqdm.auto import tqdm
 from diffusers_ctm import CTMScheduler
 
 from . import train_ctm
-from .benchmark import step_times
-from .config import Checked, CTMConfig, UserError, option, run_program
-from .data import ImageDataset
-from .discriminator import is_discriminator_step
-from .evaluate import (
-    Distances,
-    EvaluateConfig,
-    Sampling,
-    Setting,
-    cell,
-    choose_device,
-    hardware,
-    load_pipelines,
-    reference_features,
-    summary,
-)
-from .features import load_feature_network
-from .files import atomic_file, write_files
-from .run import StepRandom
-from .solver import evaluations
+from .cli.device import choose_device, hardware
+from .cli.errors import UserError
+from .cli.files import atomic_file, write_files
+from .cli.options import Checked, option, run_program
+from .cli.training_options import CTMConfig
+from .data.images import ImageDataset
+from .evaluate import EvaluateConfig
+from .frozen.vectors import load_feature_network
+from .measure.distances import Distances, reference_features
+from .measure.sampling import Sampling, Setting
+from .networks.pipelines import load_pipelines
+from .objective.adversarial import is_discriminator_step
+from .objective.solvers import evaluations
+from .report.numbers import cell
+from .run.batch import StepRandom
+from .studies.curves import seconds_per_iteration, seconds_until, tabulate
+from .studies.meters import step_times
 
 
 @dataclass
@@ -129,7 +126,9 @@ class Measure:
         self.network = load_feature_network(config.features, self.device)
         self.dataset = ImageDataset(self.config)
         self.network.check_images(self.dataset.channels, self.dataset.resolution, self.dataset.resolution)
-        reference, self.labels = reference_features(self.dataset, self.network, self.config, self.device)
+        reference, self.labels = reference_features(
+            self.dataset, self.network, self.config, self.config.batch_size, self.device
+        )
         self.distances = Distances(reference)
 
     def __call__(self, pipeline: str) -> dict[str, float]:
@@ -223,76 +222,6 @@ def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> d
     with atomic_file(path) as draft, open(draft, "w") as file:
         json.dump({"phases": timed}, file, indent=1)
     return timed
-
-
-def seconds_until(iteration: int, found: list[dict[str, Any]]) -> float:
-    """How long the first iterations of a run of timed `phases` take, by the median of each."""
-    total = 0.0
-    for phase in found:
-        own = min(iteration, phase["iterations"])
-        total, iteration = total + own * statistics.median(phase["seconds"]), iteration - own
-    return total
-
-
-def seconds_per_iteration(found: list[dict[str, Any]]) -> list[float]:
-    """Of a whole run of timed `phases`, a value a round."""
-    whole = sum(phase["iterations"] for phase in found)
-    return [
-        sum(phase["iterations"] * taken for phase, taken in zip(found, row)) / whole
-        for row in zip(*(phase["seconds"] for phase in found))
-    ]
-
-
-def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
-    """Distance where `axis` reaches `value`, between measurements by a line in its logarithm; None where the run does not go."""
-    if not points or value > points[-1][axis] * (1 + 1e-9) or value < points[0][axis]:
-        return None
-    for before, after in zip([points[0], *points], points):
-        if after[axis] >= value * (1 - 1e-9):
-            low, high = math.log(before["frechet"][steps]), math.log(after["frechet"][steps])
-            share = 1.0 if after is before else (value - before[axis]) / (after[axis] - before[axis])
-            return math.exp(low + min(share, 1.0) * (high - low))
-    return None
-
-
-def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], config: StudyConfig) -> dict[str, Any]:
-    """For each variant: time per iteration, its distances at the iterations and seconds that all reach, and at the teacher evaluations that
-    it and the first variant reach, beside those of the first."""
-    points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
-    every = [run for runs in points.values() for run in runs]
-    common = {axis: min(run[-1][axis] for run in every) for axis in ("iteration", "seconds") if every}
-    rows = {}
-    for name, runs in points.items():
-        row = {
-            "runs": len(runs),
-            "milliseconds_per_iteration": summary([1000 * value for value in seconds[name]]),
-            "teacher_evaluations_per_image": summary(
-                [
-                    run[-1]["teacher_evaluations"] / run[-1]["iteration"] / curve["options"]["train_batch_size"]
-                    for run, curve in zip(runs, curves[name])
-                ]
-            ),
-        }
-        for axis, value in common.items():
-            row[axis] = {}
-            for steps in map(str, config.eval_steps):
-                row[axis][steps] = distance_at(runs, axis, value, steps)
-        row["beside_first"] = beside(runs, next(iter(points.values())), "teacher_evaluations", config.eval_steps)
-        rows[name] = row
-    return {"common": common, "rows": rows}
-
-
-def distance_at(runs: list[list[dict]], axis: str, value: float, steps: str) -> dict | None:
-    """Mean and spread of `at` over runs; None where one of them does not go."""
-    found = [at(run, axis, value, steps) for run in runs]
-    return None if None in found else summary(found)
-
-
-def beside(runs: list[list[dict]], first: list[list[dict]], axis: str, eval_steps: list[int]) -> dict[str, Any]:
-    """As far along `axis` as all of `runs` and `first` go: their distances, `runs` and then `first`, by the number of steps."""
-    value = min(run[-1][axis] for run in (*runs, *first))
-    pairs = {str(n): [distance_at(each, axis, value, str(n)) for each in (runs, first)] for n in eval_steps}
-    return {"value": value, "distances": pairs}
 
 
 AXES = {
@@ -402,7 +331,7 @@ def main(config: StudyConfig) -> dict:
                 point["seconds"] = seconds_until(point["iteration"], timed[name])
     seconds = {name: seconds_per_iteration(found) for name, found in timed.items()}
     report = {"options": dataclasses.asdict(config), "hardware": hardware(torch.device("cpu")), "curves": curves}
-    report["table"] = tabulate(curves, seconds, config)
+    report["table"] = tabulate(curves, seconds, config.eval_steps)
     text = markdown(report["table"], config, report)
     files = {
         "study.json": (json.dumps(report, indent=1) + "\n").encode(),

@@ -3,16 +3,18 @@
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
-from diffusers_ctm.trajectory import Preconditioning
 
-from .config import CTMConfig, UserError, run_program
-from .data import ImageDataset
-from .discriminator import (
+from .cli.errors import UserError
+from .cli.options import run_program
+from .cli.training_options import CTMConfig
+from .data.batches import load_images
+from .networks.student import check_fit, label_dropout, make_student, set_dropout, student_scheduler, untrained
+from .networks.teacher import Teacher, teacher_of
+from .objective.adversarial import (
     ProjectedDiscriminator,
     check_single_images,
     discriminator_loss,
@@ -22,33 +24,12 @@ from .discriminator import (
     is_discriminator_step,
     make_discriminator,
 )
-from .distances import make_distance
-from .losses import Solver, ctm_estimate, ctm_loss, make_jumps
-from .networks import build_scheduler, build_unet, make_student, set_dropout
-from .run import StepRandom, TrainingRun
-from .solver import SOLVERS
-from .streaming import load_images
-from .teacher import Teacher, teacher_of
-from .time_sampling import TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
-
-
-def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
-    """Raise UserError if images or classes of the data are not those of the teacher."""
-    config = teacher.network.config
-    size = config.sample_size
-    expected = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-    found = (dataset.channels, dataset.resolution, dataset.resolution)
-    if found != expected:
-        raise UserError(
-            f"--dataset_name gives images of shape {found}, the teacher takes {expected}; set --resolution and --image_mode."
-        )
-    if config.num_class_embeds is not None and dataset.num_classes is None:
-        raise UserError(f"--label_column is needed: the teacher is conditional on {config.num_class_embeds} classes.")
-    if config.num_class_embeds is None and dataset.num_classes is not None:
-        raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
-    known = (config.num_class_embeds or 0) - (teacher.null_class is not None)
-    if dataset.num_classes is not None and dataset.num_classes > known:
-        raise UserError(f"--label_column has {dataset.num_classes} classes, the teacher knows {known}.")
+from .objective.distances import make_distance
+from .objective.losses import Solver, ctm_estimate, ctm_loss, make_jumps
+from .objective.solvers import SOLVERS
+from .objective.times import TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
+from .run.batch import StepRandom
+from .run.loop import TrainingRun
 
 
 def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
@@ -89,21 +70,6 @@ def choose_precision(teacher: Teacher, config: CTMConfig) -> None:
     """
     if config.mixed_precision == "auto" and teacher.preconditioning.prediction_type in ("epsilon", "score"):
         config.mixed_precision = "no"
-
-
-def student_scheduler(teacher: Teacher, config: CTMConfig) -> CTMScheduler:
-    """A CTMScheduler with the teacher's whole preconditioning, and its levels unless options say others."""
-    names = {field.name for field in fields(Preconditioning)} | {"sigma_min", "sigma_max", "rho"}
-    numbers = {name: teacher.scheduler.config[name] for name in names}
-    for name in ("sigma_min", "sigma_max"):
-        if getattr(config, name) is not None:
-            numbers[name] = getattr(config, name)
-    if teacher.is_consistency_model and numbers["sigma_min"] != teacher.scheduler.config.sigma_min:
-        raise UserError("--sigma_min cannot differ from that of a consistency model, whose jumps end there.")
-    try:
-        return CTMScheduler(num_train_timesteps=config.num_train_timesteps, **numbers)
-    except ValueError as error:
-        raise UserError(f"--sigma_min or --sigma_max does not fit --teacher {config.teacher}: {error}") from error
 
 
 def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRandom) -> torch.Tensor:
@@ -148,35 +114,6 @@ def make_solver(config: CTMConfig, teacher: Teacher, student_ema: torch.nn.Modul
 
     denoiser = score_of_student if config.solver_model == "ema" else teacher.denoise
     return functools.partial(SOLVERS[config.solver], denoiser)
-
-
-def untrained(config: CTMConfig, dataset: ImageDataset) -> Teacher:
-    """What the student starts from without a teacher: the network that the options describe."""
-    leave_out = config.label_dropout or 0.0
-    torch.manual_seed(config.seed)
-    network = build_unet(config, dataset, config.dropout or 0.0, leave_out)
-    try:
-        scheduler = build_scheduler(config, config.sigma_min or 0.002, config.sigma_max or 80.0)
-    except ValueError as error:
-        raise UserError(f"--sigma_min or --sigma_max: {error}") from error
-    return Teacher(
-        network.requires_grad_(False).eval(),
-        scheduler,
-        dataset.id2label,
-        null_class=dataset.num_classes if leave_out else None,
-    )
-
-
-def label_dropout(teacher: Teacher, config: CTMConfig) -> float:
-    """The probability of leaving a class out, checked against the teacher."""
-    if teacher.null_class is None:
-        if config.label_dropout:
-            raise UserError(
-                "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); this one has no label "
-                "for 'no class'."
-            )
-        return 0.0
-    return 0.1 if config.label_dropout is None else config.label_dropout
 
 
 def adversarial_terms(

@@ -7,12 +7,13 @@ from diffusers import UNet2DModel
 
 from diffusers_ctm import CTMPipeline
 
-from .config import EDMConfig, run_program
-from .losses import dsm_loss
-from .networks import build_scheduler, build_unet
-from .run import TrainingRun
-from .streaming import load_images
-from .time_sampling import draw_lognormal_sigma
+from .cli.options import run_program
+from .cli.training_options import EDMConfig
+from .data.batches import load_images
+from .networks.build import build_scheduler, build_unet
+from .objective.losses import dsm_loss
+from .objective.times import draw_lognormal_sigma
+from .run.loop import TrainingRun
 
 
 def main(config: EDMConfig) -> str:

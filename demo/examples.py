@@ -1,0 +1,109 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What the example buttons fill in."""
+
+import torch
+from PIL import Image, ImageDraw
+
+from . import recipes
+from .checkpoints import Checkpoint
+from .pictures import enlarged
+from .requests import EVERY_CLASS, chosen, refuse
+from .uploads import CANVAS, background
+
+
+def own_sample(checkpoint: Checkpoint, label: int, seed: int = 3) -> Image.Image:
+    """A sample in eight steps, enlarged for a drawing area."""
+    labels = [label % len(checkpoint.classes)] if checkpoint.classes else None
+    return enlarged(recipes.sample(checkpoint.fresh(), labels, 8, 0.0, [seed]).images[0], CANVAS)
+
+
+def canvas(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
+
+
+def inpaint_example(model: str, which: str) -> tuple[dict, str]:
+    """A sample of the checkpoint with a part drawn over, for the tab Inpaint.
+
+    Args:
+        model: name of a checkpoint of this page.
+        which: "lower half", "middle" or "every other row".
+    """
+    checkpoint = chosen(model)
+    k = {"lower half": 3, "middle": 8, "every other row": 5}.get(which)
+    if k is None:
+        raise refuse("The examples are: lower half, middle, every other row.")
+    layer = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
+    draw, pen, height = ImageDraw.Draw(layer), (200, 60, 160, 255), checkpoint.size[1]
+    if which == "lower half":
+        draw.rectangle([0, CANVAS // 2, CANVAS, CANVAS], pen)
+    elif which == "middle":
+        draw.rectangle([CANVAS // 4, CANVAS // 4, 3 * CANVAS // 4 - 1, 3 * CANVAS // 4 - 1], pen)
+    else:
+        for row in range(1, height, 2):
+            draw.rectangle([0, row * CANVAS // height, CANVAS, (row + 1) * CANVAS // height - 1], pen)
+    image = canvas(own_sample(checkpoint, k))
+    return {"background": image, "layers": [layer], "composite": Image.alpha_composite(image, layer)}, label_at(
+        checkpoint, k
+    )
+
+
+def edit_example(model: str, which: str) -> tuple[dict, str]:
+    """A drawing for the tab Strokes.
+
+    Args:
+        model: name of a checkpoint of this page.
+        which: "ring", "bar" or "blocks".
+    """
+    checkpoint = chosen(model)
+    if which not in ("ring", "bar", "blocks"):
+        raise refuse("The examples are: ring, bar, blocks.")
+    grey = checkpoint.channels == 1
+    image = Image.new("RGBA", (CANVAS, CANVAS), background(checkpoint.channels))
+    draw, pen = ImageDraw.Draw(image), "white" if grey else "#f5c33b"
+    k = {"ring": 0, "bar": 1, "blocks": 3}[which]
+    if which == "ring":
+        draw.ellipse([64, 16, 192, 240], None if grey else pen, pen if grey else "#7a4b00", 36 if grey else 8)
+    elif which == "bar":
+        draw.line([150, 16, 110, 240], pen, 44)
+    else:
+        width, height = checkpoint.size
+        small = own_sample(checkpoint, k).resize((max(2, width // 2), max(2, height // 2)), Image.Resampling.BOX)
+        image = canvas(small)
+    return {"background": image, "layers": [], "composite": image}, label_at(checkpoint, k)
+
+
+def interpolate_example(model: str) -> tuple[Image.Image, Image.Image, str, str]:
+    """Two samples of the checkpoint for the tab Interpolate, and the classes of both.
+
+    Args:
+        model: name of a checkpoint of this page.
+    """
+    checkpoint = chosen(model)
+    return *(own_sample(checkpoint, k) for k in (3, 8)), *(label_at(checkpoint, k) for k in (3, 8))
+
+
+def likelihood_example(model: str, which: str) -> tuple[Image.Image, str]:
+    """A picture for the tab Likelihood.
+
+    Args:
+        model: name of a checkpoint of this page.
+        which: "image", "upside down" or "noise".
+    """
+    checkpoint = chosen(model)
+    _, images, labels = checkpoint.examples
+    image, label = images[4], (label_at(checkpoint, labels[4]) if labels else EVERY_CLASS)
+    if which == "upside down":
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    elif which == "noise":
+        pixels = torch.randint(
+            256, (*image.size[::-1], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
+        image = Image.fromarray(pixels.numpy()).convert(image.mode)
+    elif which != "image":
+        raise refuse("The examples are: image, upside down, noise.")
+    return enlarged(image, CANVAS), label
+
+
+def label_at(checkpoint: Checkpoint, k: int) -> str:
+    names = checkpoint.classes
+    return names[k % len(names)] if names else EVERY_CLASS

@@ -1,0 +1,93 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Runs recipes and writes down the Python that does the same."""
+
+import inspect
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+import diffusers_ctm
+
+from .checkpoints import Checkpoint
+
+
+@dataclass
+class Made:
+    """What an action gives: the picture to show, words below it, the Python that makes the same, and its images one by one."""
+
+    picture: Any
+    report: str
+    code: str
+    images: Any = None  # what `save_images` takes
+    inputs: dict[str, Image.Image] = field(default_factory=dict)  # that the Python reads, by file name
+
+
+class Shown:
+    """An argument of a recipe: its value here, and the text that stands for it in the shown Python."""
+
+    def __init__(self, value: Any, text: str, file: str | None = None):
+        self.value, self.text, self.file = value, text, file
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def given(file: str, image: Image.Image) -> Shown:
+    """A picture from a visitor, which the shown Python opens from a file."""
+    return Shown(image, f'Image.open("{file}")', file)
+
+
+class Run:
+    """Runs recipes for one request and writes down the Python that does the same."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.sources, self.functions, self.lines, self.inputs = {}, {}, [], {}
+        self.nfe, self.seconds = 0, 0.0
+
+    def model(self, variable: str = "pipe", source: str | None = None, pipe: Any = None) -> Shown:
+        """A pipeline of this request's own, which the shown Python loads into `variable`."""
+        self.sources[variable] = source or self.checkpoint.source
+        return Shown(self.checkpoint.fresh(pipe), variable)
+
+    def __call__(self, recipe: Callable, *arguments: Any, variable: str = "output") -> Any:
+        self.functions[recipe.__name__] = recipe
+        self.lines.append(f"{variable} = {recipe.__name__}({', '.join(map(repr, arguments))})")
+        shown = [one for one in arguments if isinstance(one, Shown)]
+        self.inputs |= {one.file: one.value for one in shown if one.file is not None}
+        values = [one.value if isinstance(one, Shown) else one for one in arguments]
+        calls = self.checkpoint.calls
+        calls.count, start = 0, time.perf_counter()
+        found = recipe(*values)
+        self.nfe, self.seconds = calls.count, time.perf_counter() - start
+        return found
+
+    @property
+    def cost(self) -> str:
+        """Of the last recipe, in words."""
+        return f"{self.nfe} network evaluation{'s' * (self.nfe != 1)} each, {1000 * self.seconds:.0f} ms in all"
+
+    def code(self, last: str = 'save_images(output, "samples/{index:03d}.png", overwrite=True)') -> str:
+        body = "\n\n\n".join(inspect.getsource(function).strip() for function in self.functions.values())
+        loads = [f'{name} = DiffusionPipeline.from_pretrained("{source}")' for name, source in self.sources.items()]
+        if self.checkpoint.pipe.device.type != "cpu":
+            loads += [f'{name}.to("{self.checkpoint.pipe.device.type}")' for name in self.sources]
+        end = "\n".join([*loads, *self.lines, last])
+        words = set(re.findall(r"\w+", body + end))
+        ours = ", ".join(sorted(words & set(diffusers_ctm.__all__), key=lambda word: (word.islower(), word)))
+        imports = ["import torch", "from diffusers import DiffusionPipeline"]
+        imports += ["from PIL import Image"] if "Image.open(" in end else []
+        imports += ["", f"from diffusers_ctm import {ours}" if ours else "import diffusers_ctm"]
+        threads = f"torch.set_num_threads({torch.get_num_threads()})  # as the page does"
+        return "\n".join([*imports, "", "", body, "", "", threads, end]) + "\n"
+
+    def made(self, picture: Any, report: str, images: Any) -> Made:
+        flags = getattr(images, "nsfw_content_detected", None) or []
+        if any(flags):
+            report += f" The safety checker flagged {sum(flags)} of {len(flags)} images, which are black."
+        return Made(picture, report, self.code(), images, self.inputs)

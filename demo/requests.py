@@ -1,0 +1,77 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Arguments of visitors, checked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from .checkpoints import CHECKPOINTS, Checkpoint
+
+
+MOST_IMAGES, MOST_STEPS, MOST_SEED = 36, 40, 2**31 - 1
+
+EVERY_CLASS = "all"
+
+
+def refuse(message: str) -> gr.Error:
+    return gr.Error(message, print_exception=False)
+
+
+def chosen(model: str) -> Checkpoint:
+    if not isinstance(model, str) or model not in CHECKPOINTS:
+        raise refuse(f"There is no checkpoint of that name here. There is: {', '.join(CHECKPOINTS)}.")
+    return CHECKPOINTS[model]
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    number = within(name, value, low, high)
+    if number != int(number):
+        raise refuse(f"{name} must be a whole number.")
+    return int(number)
+
+
+def within(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise refuse(f"{name} must be a number from {low:g} to {high:g}.")
+    return float(value)
+
+
+def one_class(checkpoint: Checkpoint, label: Any, otherwise: Sequence[str] = ()) -> int | None:
+    """The number of the class `label`, a name or number as text; of `otherwise` if the checkpoint is unconditional."""
+    names = checkpoint.classes or otherwise
+    text = "" if label is None else str(label)[:100].strip()
+    if not names:
+        return None
+    for k, name in enumerate(names):
+        if text.lower() == name.lower():
+            return k
+    if text.isdecimal() and len(text) < 10 and int(text) < len(names):
+        return int(text)
+    few = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    raise refuse(f"Choose a class: {few}.")
+
+
+def classes(checkpoint: Checkpoint, label: Any, count: int) -> list[int] | None:
+    """As many class numbers: those of one class, or for "all" spread over all."""
+    total = len(checkpoint.classes)
+    if not total:
+        return None
+    if label is None or str(label) == EVERY_CLASS:
+        return [k * total // count if count < total else k % total for k in range(count)]
+    return [one_class(checkpoint, label)] * count
+
+
+def seeds_from(seed: Any, count: Any) -> range:
+    count = whole("The number of images", count, 1, MOST_IMAGES)
+    first = whole("The seed", seed, 0, MOST_SEED)
+    return range(first, first + count)
+
+
+def gamma_or_own(checkpoint: Checkpoint, steps: int, gamma: float, own_schedule: Any) -> tuple[float | None, str]:
+    """What recipes take for gamma, None for the checkpoint's own schedule; and words if there is none for `steps`."""
+    if not isinstance(own_schedule, bool):
+        raise refuse("own_schedule must be true or false.")
+    if not own_schedule or steps in checkpoint.presets:
+        return None if own_schedule else gamma, ""
+    return gamma, f" The checkpoint carries no schedule for {steps} step{'s' * (steps != 1)}: this is gamma {gamma:g}."

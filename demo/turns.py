@@ -1,0 +1,40 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Runs take turns; a later movement of a control ends the run before it."""
+
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+
+import gradio as gr
+
+
+MOST_TURN = 64  # characters of a turn
+
+STOPPING = threading.Lock()
+
+# Each run of a page that is open has a turn, a name nobody else can guess. Networks are shared, so a run is stopped by its turn alone,
+# before the next network evaluation in its own thread.
+TURN: ContextVar[str] = ContextVar("TURN", default="")
+
+STOPPED: dict[str, None] = {}  # turns, the newest last
+
+MOST_STOPPED = 1024
+
+
+class Superseded(Exception):
+    """A run ends early, as the page has moved on."""
+
+
+def in_turn(call: Callable) -> Callable:
+    """`call` for the page itself: the last argument is its turn, by which a later movement ends it. What is shown then stays."""
+
+    def run(*arguments):
+        token = TURN.set(str(arguments[-1])[:MOST_TURN])
+        try:
+            return call(*arguments[:-1])
+        except Superseded:
+            return gr.skip()
+        finally:
+            TURN.reset(token)
+
+    return run

@@ -1,0 +1,70 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Arguments checked, with a message that says what to pass."""
+
+import math
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+MAX_STEPS = 2**20  # levels or timesteps of a config: files that say more would take any amount of memory
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer number, array or tensor, or a list that starts with one."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point()
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "iub"
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and is_integer(value[0])
+    return isinstance(value, (int, np.integer))
+
+
+def as_float64(values: torch.Tensor | float | Sequence[float], name: str) -> torch.Tensor:
+    """`values` as a float64 tensor on the CPU. Raises ValueError with the argument's `name` if they are no numbers."""
+    if isinstance(values, torch.Tensor):
+        values = values.cpu()  # first: not every device has float64
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a number or a list of numbers, got {values!r}.") from error
+
+
+def as_number(value: object) -> object:
+    """A number of numpy or torch as one of Python; anything else as it is, for the caller's check to name."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def check_count(**values: int) -> None:
+    """Raise ValueError naming the first argument that is not a whole number >= 1, of Python, numpy or torch."""
+    for name, value in values.items():
+        try:
+            is_count = operator.index(value) >= 1
+        except TypeError:
+            is_count = False
+        if not is_count:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+
+
+def check_steps(**values: int) -> None:
+    """Raise ValueError naming the first argument that is not a whole number from 1 to MAX_STEPS."""
+    check_count(**values)
+    for name, value in values.items():
+        if value > MAX_STEPS:
+            raise ValueError(f"{name} must be at most {MAX_STEPS:,}.")
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError naming the first argument that is not a positive finite number."""
+    for name, value in values.items():
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+
+
+def check_choice(name: str, value: object, choices: Sequence) -> None:
+    """Raise ValueError if `value` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; use one of {tuple(choices)}.")

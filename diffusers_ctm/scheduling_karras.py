@@ -1,0 +1,192 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What both schedulers share; says what it can do: `jumps`, `projects`, `takes_gamma` (in place of 17 hasattr)."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .checks import as_float64, check_count, check_positive, check_steps, is_integer
+from .preconditioning import Preconditioning
+from .scheduler_configs import own_config
+from .trajectory import append_dims, karras_sigmas, karras_starts
+
+
+class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
+    """Base of `CTMScheduler` and `EDMHeunScheduler`.
+
+    A subclass registers `sigma_min, sigma_max, rho` and the numbers of `Preconditioning`, and its `set_timesteps` fills `timesteps` (what the network is shown at each call) and `call_sigmas` (the noise level of each).
+    """
+
+    # Names are looked up in diffusers, where `import diffusers_ctm` puts ours.
+    _compatibles = ["CTMScheduler", "EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+
+    timesteps: torch.Tensor
+    call_sigmas: torch.Tensor
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        if isinstance(config, dict):
+            config = own_config(config)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def _init_state(self) -> None:
+        """Check the registered numbers and make the scheduler usable before `set_timesteps`, as diffusers' are."""
+        config = self.config
+        check_steps(
+            num_train_timesteps=config.num_train_timesteps, num_diffusion_timesteps=config.num_diffusion_timesteps
+        )
+        check_positive(**{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")})
+        check_positive(timestep_scale=config.timestep_scale)
+        if config.sigma_min >= config.sigma_max:
+            raise ValueError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}.")
+        try:
+            grid = karras_sigmas(max(config.num_train_timesteps, 2), config.sigma_min, config.sigma_max, config.rho)
+        except OverflowError:
+            grid = torch.zeros(1)
+        if not grid.isfinite().all() or grid[-1] <= 0 or (grid.diff() >= 0).any():
+            raise ValueError(
+                f"sigma_min={config.sigma_min:g}, sigma_max={config.sigma_max:g} and rho={config.rho:g} give no "
+                f"{max(config.num_train_timesteps, 2)} levels that float32 tells apart."
+            )
+        low, high = self.preconditioning.level_range
+        if config.sigma_min < low * (1 - 1e-4) or config.sigma_max > high * (1 + 1e-4):
+            raise ValueError(
+                f"sigma_min={config.sigma_min:g} and sigma_max={config.sigma_max:g} must lie in [{low:.6g}, {high:.6g}], the levels of the "
+                "timesteps that the network was trained on."
+            )
+        self.set_timesteps(config.num_train_timesteps)
+        self.num_inference_steps = None
+
+    @property
+    def preconditioning(self) -> Preconditioning:
+        """The config's numbers as functions g, D and G of a network."""
+        return Preconditioning.from_config(self.config)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the first sample: unit noise is multiplied by it."""
+        return float(self.call_sigmas[0])
+
+    @property
+    def step_index(self) -> int | None:
+        """Number of network calls done since `set_timesteps`, None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first network call, if a pipeline set one."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at `timesteps[begin_index]`, for instance for image-to-image."""
+        self._begin_index = begin_index
+
+    def sigma_to_t(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """c_noise(sigma), what the network is shown for a noise level."""
+        return self.preconditioning.c_noise(sigma)
+
+    def t_to_sigma(self, timestep: torch.Tensor | float) -> torch.Tensor:
+        """The noise level whose c_noise is `timestep`."""
+        return self.preconditioning.sigma_of_c_noise(timestep)
+
+    def _start_levels(self, num_inference_steps, timesteps, sigmas, end: float) -> torch.Tensor:
+        """Checked noise levels at which steps start, float64 on the CPU and descending; the last step ends at `end`."""
+        config = self.config
+        given = [num_inference_steps is not None, timesteps is not None, sigmas is not None]
+        if sum(given) != 1:
+            raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
+        if num_inference_steps is not None:
+            check_count(num_inference_steps=num_inference_steps)
+            return karras_starts(num_inference_steps, end, config.sigma_min, config.sigma_max, config.rho)
+
+        name = "timesteps" if timesteps is not None else "sigmas"
+        if timesteps is not None and is_integer(timesteps):
+            raise ValueError(
+                "timesteps are c_noise values (floats, e.g. `scheduler.sigma_to_t(sigma)`), not indices. To choose noise "
+                "levels pass `sigmas=[80.0, ...]`; to choose how many, `num_inference_steps`."
+            )
+        levels = as_float64(timesteps if timesteps is not None else sigmas, name)
+        if levels.ndim != 1 or len(levels) == 0:
+            raise ValueError(f"{name} must be a list with one value per step, got shape {tuple(levels.shape)}.")
+        if timesteps is not None:
+            levels = self.t_to_sigma(levels)
+        if not levels.isfinite().all() or (levels[1:] >= levels[:-1]).any():
+            raise ValueError(
+                f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as noise levels."
+            )
+        if levels[-1] < (config.sigma_min * (1 - 1e-4) if end == 0 else end * (1 + 1e-4)):
+            added = "sigma_min" if end == config.sigma_min else f"{end:g}"
+            raise ValueError(
+                f"{name} ends at noise level {levels[-1].item():g}. It holds the level at which each step starts, none below "
+                f"sigma_min={config.sigma_min:g}; the end of the last step, {added}, is added for you: leave it out."
+            )
+        if levels[0] > config.sigma_max * (1 + 1e-4):
+            raise ValueError(
+                f"{name} starts at noise level {levels[0].item():g}, above sigma_max={config.sigma_max:g}, where the network "
+                "was not trained."
+            )
+        return levels.clamp(max=config.sigma_max)
+
+    def _set_calls(self, call_sigmas: torch.Tensor, device) -> None:
+        """Record the noise level of every network call and start counting anew."""
+        self.call_sigmas = call_sigmas.to(torch.float32)  # on the CPU: reading it never waits for a device
+        self.timesteps = self.sigma_to_t(call_sigmas).to(device=device, dtype=torch.float32)
+        self.is_scale_input_called = False
+        self._step_index = None
+        self._begin_index = None
+
+    def index_for_timestep(self, timestep: torch.Tensor | float, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """Index of the call whose timestep is nearest; the last one where several are equal."""
+        schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        distance = (as_float64(schedule, "schedule_timesteps") - as_float64(timestep, "timestep")).abs()
+        return int((distance == distance.min()).nonzero()[-1])
+
+    def _init_step_index(self, timestep) -> None:
+        self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+
+    def _sigma_of_call(self, timestep) -> torch.Tensor:
+        """Noise level (0-d, CPU) of the current call; the first call of a run is found by its `timestep`."""
+        if is_integer(timestep):
+            raise ValueError(
+                "Integer timesteps, such as indices from `enumerate(scheduler.timesteps)`, are not supported: pass one of "
+                "`scheduler.timesteps`, or `scheduler.sigma_to_t(sigma)` for a noise level."
+            )
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        if self._step_index >= len(self.call_sigmas):
+            raise ValueError("All steps are done; call `set_timesteps` before sampling again.")
+        return self.call_sigmas[self._step_index]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        """c_in(t) * sample (for "score" plus 1/2), the input of the network. Same shape and dtype as `sample`."""
+        sigma = self._sigma_of_call(timestep)
+        self.is_scale_input_called = True
+        return self.preconditioning.network_input(sample, sigma.double())
+
+    def _denoised(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """g (for s = t the denoiser's output) from the network's, in the dtype of `sample`."""
+        return self.preconditioning.g_of_output(model_output, sample, sigma.double())
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float | Sequence[float]
+    ) -> torch.Tensor:
+        """x_t = x_0 + sigma noise, with sigma the level of each of `timesteps` (c_noise values, shape (B,) or ()).
+
+        Any level may be asked, also one that is not in the schedule.
+        """
+        if is_integer(timesteps):
+            raise ValueError("Integer timesteps are not supported: pass `scheduler.sigma_to_t(sigma)`, shape (B,).")
+        dtype = accumulation_dtype(original_samples)
+        sigma = self.t_to_sigma(as_float64(timesteps, "timesteps"))
+        sigma = append_dims(sigma.to(device=original_samples.device, dtype=dtype), original_samples.ndim)
+        return (original_samples.to(dtype) + sigma * noise.to(dtype)).to(original_samples.dtype)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def accumulation_dtype(sample: torch.Tensor) -> torch.dtype:
+    """The dtype of a step's arithmetic: float32, or float64 for a float64 sample."""
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32

@@ -1,0 +1,482 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What both networks with two times have in common: growing from a teacher, the second time, and what diffusers offers for any model."""
+
+import copy
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import AutoModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
+
+import diffusers_ctm
+from diffusers_ctm import (
+    CTMImg2ImgPipeline,
+    CTMInversionPipeline,
+    CTMPipeline,
+    CTMScheduler,
+    CTMUNet2DModel,
+    EDMHeunScheduler,
+    EDMUNet2DModel,
+    steps_gamma_grid,
+)
+from diffusers_ctm.preconditioning import Preconditioning
+from diffusers_ctm.trajectory import jump
+from helpers.exact import GaussianData, randn
+from helpers.tiny_networks import FAMILIES, blocks, check_the_same, close, inputs, make_edm, make_unet_2d, times
+
+
+def kinds(*names):
+    """Pairs (family, changes): every kind of both families, or those of `names` that a family has."""
+    return pytest.mark.parametrize(
+        "family, changes",
+        [
+            pytest.param(family, changes, id=f"{name}-{kind}")
+            for name, family in FAMILIES.items()
+            for kind, changes in family.kinds.items()
+            if not names or kind in names
+        ],
+    )
+
+
+every_kind = kinds()
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+# Growing from a teacher -----------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_a_new_student_is_its_teacher_at_every_target(family, changes):
+    teacher = family.make_teacher(**changes)
+    student = family.student_class.from_unet(teacher)
+    sample, t, s, condition = inputs(teacher)
+    expected = teacher(sample, t, **condition).sample
+    assert expected.abs().mean() > 1e-2
+    for target in (s, t, 0.1 * s, None, torch.tensor(0.5)):
+        close(student(sample, t, target, **condition).sample, expected)
+    assert student.has_target_time and not getattr(teacher, "has_target_time", False)
+
+
+@every_kind
+def test_every_weight_of_the_teacher_keeps_its_name(family, changes):
+    teacher = family.make_teacher(**changes)
+    student = family.student_class.from_unet(teacher)
+    old, new = teacher.state_dict(), student.state_dict()
+    added = {name for name in old if name.startswith("time_embedding.")}
+    assert set(new) - set(old) == {f"target_{name}" for name in added} and not set(old) - set(new)
+    for name, weight in old.items():
+        if name.endswith("time_emb_proj.weight"):
+            first, second = new[name].chunk(2, dim=1)
+            assert torch.equal(first, weight) and torch.equal(second, torch.zeros_like(weight))
+        else:
+            assert torch.equal(new[name], weight)
+    for name in added:
+        assert torch.equal(new[f"target_{name}"], old[name])
+
+    public = {name: value for name, value in student.config.items() if not name.startswith("_")}
+    expected = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    assert public == ({**expected, "target_time": True} if "target_time" in expected else expected)
+    assert family.student_class.from_config(student.config).has_target_time
+
+
+@every_family
+def test_student_shares_no_storage_with_its_teacher(family):
+    teacher = family.make_teacher(num_class_embeds=7)
+    student = family.student_class.from_unet(teacher)
+    sample, t, s, condition = inputs(teacher)
+    before = student(sample, t, s, **condition).sample
+    assert not {p.data_ptr() for p in student.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+    assert len({p.data_ptr() for p in student.parameters()}) == len(list(student.parameters()))
+    for parameter in teacher.parameters():
+        parameter.data.zero_()
+    assert torch.equal(student(sample, t, s, **condition).sample, before)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_student_has_the_dtype_and_mode_of_its_teacher(family, dtype):
+    teacher = family.make_teacher().to(dtype)
+    student = family.student_class.from_unet(teacher)
+    assert {p.dtype for p in student.parameters()} == {dtype} and not student.training
+    assert family.student_class.from_unet(teacher.train()).training
+
+
+@every_family
+def test_untrained_student_is_an_euler_step_of_its_exact_teacher(family):
+    """F = 0 is the denoiser of N(0, sigma_data^2)."""
+    teacher = family.make_teacher()
+    for parameter in getattr(teacher, "last_layer", teacher.conv_out).parameters():
+        nn.init.zeros_(parameter)
+    student = family.student_class.from_unet(teacher)
+    preconditioning = Preconditioning(0.5, family.timestep_scale)
+    x, t, s = 3 * randn(2, 3, 8, 8, dtype=torch.float32), torch.tensor([3.0, 0.5]), torch.tensor([0.5, 0.002])
+    denoised = GaussianData(0.5).denoiser(x, t)
+    close(preconditioning.denoise(teacher, x, t), denoised)
+    close(preconditioning.denoise(student, x, t), denoised)
+    close(preconditioning.jump(student, x, t, s), jump(x, denoised, t, s))
+
+
+@pytest.mark.parametrize(
+    "student_class, wrong, message",
+    [
+        (CTMUNet2DModel, make_unet_2d, "starts from a diffusers UNet2DModel, not from CTMUNet2DModel"),
+        (CTMUNet2DModel, lambda: nn.Linear(1, 1), "not from Linear"),
+        (CTMUNet2DModel, lambda: UNet2DConditionModel.__new__(UNet2DConditionModel), "not from UNet2DConditionModel"),
+        (EDMUNet2DModel, lambda: make_edm(target_time=True), "has it already"),
+        (EDMUNet2DModel, lambda: nn.Linear(1, 1), "not from Linear"),
+        (EDMUNet2DModel, lambda: UNet2DModel.__new__(UNet2DModel), "not from UNet2DModel"),
+    ],
+)
+def test_from_unet_of_something_else(student_class, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        student_class.from_unet(wrong())
+
+
+# The second time ------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_the_target_matters_once_its_columns_are_not_zero(family, changes):
+    unet = family.make_student(**changes)
+    sample, t, s, condition = inputs(unet)
+    output = unet(sample, t, s, **condition).sample
+    assert (output - unet(sample, t, 0.5 * s, **condition).sample).abs().max() > 1e-3
+    assert (output - unet(sample, s, t, **condition).sample).abs().max() > 1e-3  # they are not interchangeable
+    # None is s = t
+    assert torch.equal(unet(sample, t, **condition).sample, unet(sample, t, t, **condition).sample)
+    for i in range(3):  # each sample has its own pair
+        alone = {name: value[i : i + 1] for name, value in condition.items()}
+        close(unet(sample[i : i + 1], t[i], s[i], **alone).sample, output[i : i + 1], atol=1e-4)
+
+
+@every_kind
+def test_before_training_the_target_does_not_matter(family, changes):
+    unet = family.make_student(random=False, **changes)
+    sample, t, s, condition = inputs(unet)
+    assert torch.equal(unet(sample, t, s, **condition).sample, unet(sample, t, **condition).sample)
+    for block in blocks(unet):
+        old, new = block.time_emb_proj.weight.chunk(2, dim=1)
+        assert (old != 0).all() and (new == 0).all()
+
+
+@every_family
+def test_training_reaches_every_weight_of_a_student(family):
+    """No weight is without gradient, as distributed training demands."""
+    student = family.student_class.from_unet(family.make_teacher()).train()
+    sample, t, s, _ = inputs(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        student(sample, t, s).sample.square().mean().backward()
+        assert not [name for name, parameter in student.named_parameters() if parameter.grad is None]
+        for block in blocks(student):
+            old, new = block.time_emb_proj.weight.grad.chunk(2, dim=1)
+            assert old.abs().max() > 0 and new.abs().max() > 0
+        # through columns of zero, nothing reaches the embedding of s at first
+        for parameter in student.target_time_embedding.parameters():
+            assert (parameter.grad.abs().max() > 0) == (step > 0)
+        optimizer.step()
+    assert (student(sample, t, s).sample - student(sample, t, t).sample).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [family.make_student for family in FAMILIES.values()] + [make_edm],
+    ids=[*FAMILIES, "EDMUNet2DModel, one time"],
+)
+def test_forms_of_a_time(make):
+    unet = make()
+    sample, _, _, _ = inputs(unet)
+    expected = unet(sample, *times(unet, torch.full((3,), 0.7), torch.full((3,), -1.5))).sample
+    for form in (
+        float,
+        np.float32,
+        torch.tensor,
+        lambda v: [v] * 3,
+        lambda v: torch.tensor([v]),
+        lambda v: torch.tensor(v, dtype=torch.float64),
+    ):
+        close(unet(sample, *times(unet, form(0.7), form(-1.5))).sample, expected)
+    pair = times(unet, 0.7, -1.5)
+    assert torch.equal(unet(sample, *pair, return_dict=False)[0], unet(sample, *pair).sample)
+
+
+@every_family
+@pytest.mark.parametrize("time", [3, np.int64(3), [3, 3, 3], torch.tensor(3), torch.tensor([3, 3, 3])])
+def test_integer_times(family, time):
+    unet = family.make_student(num_class_embeds=7)
+    sample, t, _, condition = inputs(unet)
+    with pytest.raises(ValueError, match="^timestep must be a float"):
+        unet(sample, time, t, **condition)
+    with pytest.raises(ValueError, match="target_timestep must be a float"):
+        unet(sample, t, time, **condition)  # also where a UNet2DModel takes its labels
+
+
+@every_family
+def test_times_are_embedded_in_float32(family):
+    # 250 ln t needs more digits than bfloat16 has: -1553.65 and -1553.0 are one number there
+    unet = family.make_student().to(torch.bfloat16)
+    sample = randn(1, 3, 8, 8).to(torch.bfloat16)
+    near, far = torch.tensor(-1553.65), torch.tensor(-1553.0)
+    assert near.bfloat16() == far.bfloat16()
+    assert not torch.equal(unet(sample, near).sample, unet(sample, far).sample)
+
+
+# Saving and loading ---------------------------------------------------------------------------------------------------
+
+
+def check_saved_and_loaded(unet, changes, folder):
+    unet.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["_class_name"] == type(unet).__name__
+    for name, value in changes.items():
+        assert config[name] == (list(value) if isinstance(value, tuple) else value)
+    again = type(unet).from_pretrained(folder)
+    check_the_same(again, unet)
+    assert again.config.num_class_embeds == changes.get("num_class_embeds")
+    assert again.has_target_time == unet.has_target_time
+
+
+@every_kind
+def test_saved_and_loaded_it_is_the_same(family, changes, tmp_path):
+    check_saved_and_loaded(family.make_student(**changes), changes, tmp_path)
+
+
+@pytest.mark.parametrize("changes", FAMILIES["EDMUNet2DModel"].kinds.values(), ids=FAMILIES["EDMUNet2DModel"].kinds)
+def test_a_teacher_saved_and_loaded_is_the_same(changes, tmp_path):
+    check_saved_and_loaded(make_edm(**changes), changes, tmp_path)
+
+
+@every_family
+@pytest.mark.parametrize(
+    "options", [{"variant": "ema"}, {"max_shard_size": "60KB"}, {"variant": "ema", "max_shard_size": "60KB"}]
+)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_variants_and_shards(family, options, low_cpu_mem_usage, tmp_path):
+    unet = family.make_student(num_class_embeds=7)
+    unet.save_pretrained(tmp_path, **options)
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert (len(files) > 1) == ("max_shard_size" in options)
+    assert all(("ema" in name) == ("variant" in options) for name in files)
+    loading = {"variant": options.get("variant"), "low_cpu_mem_usage": low_cpu_mem_usage}
+    check_the_same(family.student_class.from_pretrained(tmp_path, **loading), unet)
+
+
+@every_family
+def test_auto_model_finds_the_class(family, tmp_path):
+    unet = family.make_student(num_class_embeds=7)
+    unet.save_pretrained(tmp_path / "unet")
+    folder = str(tmp_path)  # AutoModel takes no Path
+    for again in (AutoModel.from_pretrained(folder + "/unet"), AutoModel.from_pretrained(folder, subfolder="unet")):
+        assert type(again) is family.student_class and type(again).__name__ in diffusers_ctm.__all__
+        check_the_same(again, unet)
+
+
+@every_family
+def test_a_copy_is_independent(family):
+    unet = family.make_student()
+    sample, t, s, _ = inputs(unet)
+    twin = copy.deepcopy(unet)
+    assert torch.equal(twin(sample, t, s).sample, unet(sample, t, s).sample)
+    twin.target_time_embedding.linear_2.weight.data.add_(1.0)
+    assert (twin(sample, t, s).sample - unet(sample, t, s).sample).abs().max() > 1e-3
+
+
+# Precision, memory, speed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@kinds("classes", "class_embed_type timestep", "ADM", "attention skip", "NCSN++", "skip")
+def test_half_precision(dtype, tolerance, family, changes, tmp_path):
+    unet = family.make_student(**changes)
+    sample, t, s, condition = inputs(unet)
+    expected = unet(sample, t, s, **condition).sample
+    unet.save_pretrained(tmp_path)
+    for low in (family.student_class.from_pretrained(tmp_path, dtype=dtype), unet.to(dtype)):
+        actual = low(sample.to(dtype), t, s, **condition).sample  # times stay float32
+        assert low.dtype == actual.dtype == dtype
+        assert (actual.float() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.fixture
+def warnings_of_casts():
+    """What diffusers' models log, as a list that grows; afterwards no filter must be left."""
+    records, handler = [], logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    filters = list(logger.filters)
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+    assert logger.filters == filters
+
+
+@every_family
+def test_a_cast_warns_of_modules_in_float32_only_if_there_are_some(family, warnings_of_casts):
+    """diffusers 0.42.1 warns of an empty list too."""
+    unet = family.make_student().to(torch.float64)
+    assert unet.dtype == torch.float64 and not warnings_of_casts
+    unet._keep_in_fp32_modules = ["conv_out"]
+    unet.to(dtype=torch.float32)
+    assert len(warnings_of_casts) == 1 and "float32: ['conv_out']" in warnings_of_casts[0]
+    assert unet.dtype == torch.float32
+
+
+@every_family
+def test_from_pipe_does_not_warn(family, warnings_of_casts):
+    scheduler = EDMHeunScheduler(timestep_scale=family.timestep_scale)
+    pipe = CTMImg2ImgPipeline.from_pipe(CTMPipeline(family.make_teacher(), scheduler))
+    assert pipe.to(torch.bfloat16).unet.dtype == torch.bfloat16 and not warnings_of_casts
+
+
+@kinds("classes", "ADM", "NCSN++")
+def test_channels_last_and_autocast(family, changes):
+    unet = family.make_student(**changes)
+    sample, t, s, condition = inputs(unet)
+    expected = unet(sample, t, s, **condition).sample
+    unet = unet.to(memory_format=torch.channels_last)
+    close(unet(sample.to(memory_format=torch.channels_last), t, s, **condition).sample, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = unet(sample, t, s, **condition).sample
+    assert 0 < (low.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@kinds("classes", "ADM", "NCSN++", "skip, filtered")
+def test_gradient_checkpointing_gives_the_same_gradients(family, changes):
+    unet, calls = family.make_student(**changes).train(), []
+    sample, t, s, condition = inputs(unet)
+
+    def gradients():
+        unet.zero_grad()
+        unet(sample, t, s, **condition).sample.square().mean().backward()
+        return {
+            name: parameter.grad.clone() for name, parameter in unet.named_parameters() if parameter.grad is not None
+        }
+
+    plain = gradients()
+    assert not unet.is_gradient_checkpointing
+
+    def counted(function, *args):
+        calls.append(function)
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+    unet.enable_gradient_checkpointing(counted)
+    again = gradients()
+    assert set(again) == set(plain) and len(plain) > 50
+    for name, gradient in again.items():
+        close(gradient, plain[name], rtol=1e-5, atol=1e-7)
+    assert unet.is_gradient_checkpointing and len(calls) == len(set(calls)) > 4
+    if family.checkpointed is not None:
+        assert set(calls) == {module for module in unet.modules() if isinstance(module, family.checkpointed)}
+
+
+@kinds("classes", "ADM", "NCSN++", "skip, filtered", "attention skip")
+def test_weights_that_are_brought_or_cast_when_they_are_needed(family, changes):
+    unet = family.make_student(**changes)
+    sample, t, s, condition = inputs(unet)
+    expected = unet(sample, t, s, **condition).sample
+    cast = copy.deepcopy(unet)
+    cast.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    assert cast.conv_in.weight.dtype == torch.float16
+    close(cast(sample, t, s, **condition).sample, expected, rtol=0.03, atol=0.03)
+    offloaded = cpu_offload(unet, execution_device=torch.device("cpu"))  # as `enable_sequential_cpu_offload`
+    assert offloaded.conv_in.weight.device.type == "meta"
+    close(offloaded(sample, t, s, **condition).sample, expected)
+
+
+@every_family
+def test_compiles_in_one_graph(family):
+    unet = family.make_student(**family.small)
+    sample, t, s, condition = inputs(unet)
+    compiled = torch.compile(unet, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(sample, t, s, **condition).sample, unet(sample, t, s, **condition).sample)
+
+
+@every_family
+def test_the_dtype_is_looked_up_once_per_evaluation(family, monkeypatch):
+    unet, looked_up = family.make_student(**family.small), []
+    sample, _, _, condition = inputs(unet)
+    dtype = type(unet).dtype
+    monkeypatch.setattr(type(unet), "dtype", property(lambda self: looked_up.append(1) or dtype.fget(self)))
+
+    def looks(function, *args, **options):
+        looked_up.clear()
+        function(*args, **options)
+        return len(looked_up)
+
+    # It walks through all modules. What is known before the first step is not asked again at each.
+    pipe = CTMInversionPipeline(unet, CTMScheduler(timestep_scale=family.timestep_scale))
+    pipe.set_progress_bar_config(disable=True)
+    labels = condition.get("class_labels")
+    few, many = (looks(CTMPipeline.__call__, pipe, class_labels=labels, num_inference_steps=n) for n in (1, 6))
+    assert many - few == 5
+    few, many = (looks(pipe, sample.sigmoid(), labels, num_inference_steps=n) for n in (1, 2))
+    assert many - few == 2
+    few, many = (looks(steps_gamma_grid, pipe, [n], [0.5], class_labels=1) for n in (1, 6))
+    assert many - few == 5
+
+
+# Adapters and attention -----------------------------------------------------------------------------------------------
+
+
+@every_family
+def test_lora(family, tmp_path):
+    peft = pytest.importorskip("peft")
+    unet, fresh = family.make_student(num_class_embeds=7), family.make_student(num_class_embeds=7)
+    sample, t, s, condition = inputs(unet)
+    before = unet(sample, t, s, **condition).sample
+    unet.requires_grad_(False)
+    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "time_emb_proj", "linear_1"]))
+    assert torch.equal(unet(sample, t, s, **condition).sample, before)  # an untrained adapter changes nothing
+
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    assert all("lora" in name for name, parameter in unet.named_parameters() if parameter.requires_grad)
+    assert len(trained) == 2 * (2 * family.num_attention + len(blocks(unet)) + 2)
+    optimizer = torch.optim.SGD(trained, lr=5.0)
+    for _ in range(2):
+        unet(sample, t, s, **condition).sample.square().mean().backward()
+        optimizer.step()
+    after = unet(sample, t, s, **condition).sample
+    assert (after - before).abs().max() > 1e-3
+
+    unet.save_lora_adapter(tmp_path)
+    assert torch.equal(fresh(sample, t, s, **condition).sample, before)
+    fresh.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    close(fresh(sample, t, s, **condition).sample, after)
+    fresh.disable_adapters()
+    close(fresh(sample, t, s, **condition).sample, before)
+    # the adapter of a block reads the columns of both times
+    width = 2 * unet.time_embedding.linear_2.out_features
+    adapters = [parameter for name, parameter in unet.named_parameters() if "time_emb_proj.lora_A" in name]
+    assert len(adapters) == len(blocks(unet)) and all(adapter.shape[1] == width for adapter in adapters)
+
+
+@every_family
+def test_attention_processors(family):
+    unet, calls = family.make_student(), []
+    sample, t, s, _ = inputs(unet)
+    expected = unet(sample, t, s).sample
+
+    class Counted(AttnProcessor):
+        def __call__(self, *args, **kwargs):
+            calls.append(1)
+            return super().__call__(*args, **kwargs)
+
+    processors = unet.attn_processors
+    assert len(processors) == family.num_attention
+    assert all(isinstance(processor, AttnProcessor2_0) for processor in processors.values())  # torch's SDPA
+    unet.set_attn_processor(Counted())
+    close(unet(sample, t, s).sample, expected)  # the same attention, written out
+    assert len(calls) == family.num_attention
+    unet.set_attn_processor({name: AttnProcessor2_0() for name in processors})
+    assert torch.equal(unet(sample, t, s).sample, expected)
+    unet.fuse_qkv_projections()
+    close(unet(sample, t, s).sample, expected)
+    unet.unfuse_qkv_projections()
+    assert torch.equal(unet(sample, t, s).sample, expected)

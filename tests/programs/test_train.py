@@ -1,0 +1,820 @@
+"""The programs themselves, at tiny size: what they save, that they resume, that processes share the work, that nothing is lost."""
+
+import dataclasses
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+
+import diffusers_ctm
+from helpers.places import ROOT
+from training import train_ctm, train_edm
+from training.cli.errors import UserError
+from training.cli.options import parse_config, save_config
+from training.cli.training_options import CTMConfig, EDMConfig
+from training.networks.teacher import Teacher, load_teacher
+from training.objective.adversarial import ProjectedDiscriminator
+from training.objective.losses import ctm_loss
+from training.objective.times import TimeSampler
+from training.run import devices
+from training.run import loop as run_module
+from training.run.batch import StepRandom
+from training.run.compiling import compile_network
+from training.run.monitor import SIGMA_BINS, SIGMA_EDGES
+
+
+SMALL = {
+    "label_column": "label",
+    "train_batch_size": 8,
+    "report_to": "none",
+    "sample_every": 0,
+    "checkpointing_steps": 0,
+    "logging_steps": 2,
+}
+NETWORK = {
+    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
+    "sigma_data": 0.75, "dropout": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Each test may ask for another precision, as another process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A tiny teacher, trained for a few steps."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    return train_edm.main(EDMConfig(output_dir=str(folder), max_train_steps=6, ema_warmup=True, **SMALL, **NETWORK))
+
+
+def distil(teacher, folder, **options):
+    options = {"max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, **SMALL, **options}
+    return train_ctm.main(CTMConfig(teacher=teacher, output_dir=str(folder), **options))
+
+
+def weights(pipeline):
+    return load_file(os.path.join(pipeline, "unet", "diffusion_pytorch_model.safetensors"))
+
+
+def assert_same_weights(a, b, **tolerance):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(
+            first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
+def test_saved_pipelines_load_and_sample(teacher, tmp_path, capfd):
+    student = distil(teacher, tmp_path / "run", sample_every=2, checkpointing_steps=2, report_to="tensorboard")
+    bar = capfd.readouterr().err.splitlines()[-1]
+    assert "4/4" in bar and all(
+        f"{name}=" in bar for name in ("trajectory_loss", "dsm_loss", "dsm_weight", "grad_norm")
+    )
+    pipe = DiffusionPipeline.from_pretrained(student)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe, diffusers_ctm.CTMPipeline)
+    assert pipe.scheduler.config.sigma_data == 0.75 and pipe.unet.config.dropout == 0.1
+    images = pipe(class_labels=["0", "9"], num_inference_steps=2, gamma=0.5).images
+    assert len(images) == 2 and images[0].size == (8, 8)
+    teacher_weights, student_weights = weights(teacher), weights(student)
+    moved = [n for n in teacher_weights if n in student_weights and not n.endswith("time_emb_proj.weight")]
+    assert any(not torch.equal(teacher_weights[n], student_weights[n]) for n in moved)
+    assert any(v[:, v.shape[1] // 2 :].any() for n, v in student_weights.items() if n.endswith("time_emb_proj.weight"))
+    assert sorted(os.listdir(tmp_path / "run" / "samples")) == [
+        f"step-{step:06d}-{name}.png" for step in (2, 4) for name in ("1-step", "4-steps")
+    ]
+    assert glob.glob(str(tmp_path / "run" / "logs" / "**" / "events*"), recursive=True)
+    assert not glob.glob(str(tmp_path / "run" / ".*"))  # no drafts left
+    config = json.loads((Path(student) / "unet" / "config.json").read_text())
+    assert "_name_or_path" not in config  # whoever gets the student does not learn where the teacher lay
+
+
+def test_label_dropout(teacher, tmp_path):
+    options = {"max_train_steps": 3, "label_dropout": 0.5, **SMALL, **NETWORK}
+    with_null = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), **options))
+    student = distil(with_null, tmp_path / "ctm", learning_rate=0.01)  # RAdam starts slowly
+    for folder in (with_null, student):
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.config.null_class == 10 and pipe.num_classes == 10 and pipe.unet.config.num_class_embeds == 11
+        images = [
+            pipe(class_labels="3", guidance_scale=scale, latents=torch.ones(1, 1, 8, 8), output_type="latent").images
+            for scale in (0.0, 1.0, 3.0)
+        ]
+        assert not torch.equal(images[0], images[1])
+        if folder == student:  # one jump: an image is affine in F
+            torch.testing.assert_close(images[2], images[0] + 3 * (images[1] - images[0]), rtol=1e-4, atol=1e-4)
+    rows = [weights(folder)["class_embedding.weight"][10] for folder in (with_null, student)]
+    assert not torch.equal(*rows)  # the student learns "no class" too
+    with pytest.raises(UserError, match="--label_dropout needs a teacher that was trained with it"):
+        distil(teacher, tmp_path / "no", label_dropout=0.1)
+    with pytest.raises(UserError, match="--label_dropout must be 0 without --label_column"):
+        EDMConfig(label_dropout=0.1)
+    for wrong in (1.0, -0.1):
+        with pytest.raises(UserError, match="--label_dropout must be in"):
+            EDMConfig(label_dropout=wrong, label_column="label")
+
+
+def test_labels_are_dropped_at_the_rate_that_was_asked():
+    labels = torch.arange(10_000) % 10
+
+    def batch():
+        random = StepRandom(0, 0, len(labels), slice(None), torch.device("cpu"))
+        return run_module.Batch(torch.zeros(len(labels), 1), labels, random)
+
+    dropped = batch().dropped_labels(0.2, 10)
+    assert abs((dropped == 10).float().mean() - 0.2) < 0.02 and torch.equal(dropped[dropped < 10], labels[dropped < 10])
+    one = batch()
+    assert one.dropped_labels(0.0, None) is labels
+    assert torch.equal(
+        one.random.uniform(), batch().random.uniform()
+    )  # nothing was drawn: earlier runs stay what they were
+
+
+@pytest.mark.parametrize("program", ["edm", "ctm"])
+def test_resumed_is_uninterrupted_bit_for_bit(teacher, tmp_path, program):
+    def train(name, **options):
+        folder = tmp_path / name
+        if program == "ctm":
+            return distil(teacher, folder, lr_scheduler="cosine", **options)
+        options = {**SMALL, **NETWORK, **options}
+        return train_edm.main(EDMConfig(output_dir=str(folder), lr_scheduler="cosine", **options))
+
+    whole = train("whole", max_train_steps=6, checkpointing_steps=4)
+    os.makedirs(tmp_path / "part")
+    os.rename(tmp_path / "whole" / "checkpoint-4", tmp_path / "part" / "checkpoint-4")  # as if it had stopped there
+    part = train("part", max_train_steps=6, resume_from_checkpoint="latest")
+    assert_same_weights(whole, part, rtol=0, atol=0)
+    other = train("other", max_train_steps=6, seed=1)
+    with pytest.raises(AssertionError):  # dropout, data and noise do depend on the seed
+        assert_same_weights(whole, other, rtol=0, atol=0)
+
+
+def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path):
+    options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0}  # what is saved is then the student itself
+    options |= {"optimizer": "adam", "adam_epsilon": 1e-3}  # RAdam would hardly move
+    one = distil(teacher, tmp_path / "one", **options)
+    two = distil(teacher, tmp_path / "two", **{**options, "train_batch_size": 4, "gradient_accumulation_steps": 2})
+    assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
+
+
+def test_the_environment_does_not_overrule_accumulation(teacher, tmp_path, monkeypatch):
+    """Accelerate reads it, and with it steps of several passes would be taken for one."""
+    one = distil(teacher, tmp_path / "one", max_train_steps=2, ema_decay=0.0, optimizer="adam")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    two = distil(teacher, tmp_path / "two", max_train_steps=2, ema_decay=0.0, optimizer="adam")
+    assert_same_weights(one, two, rtol=0, atol=0)
+
+
+def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
+    """Three passes of 4 to step 1, then two of 6: without counting anew, the first pass after would end a step."""
+    options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
+    options |= {"max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 4, "gradient_accumulation_steps": 3}
+    same = distil(teacher, tmp_path / "same", **options)
+    os.makedirs(tmp_path / "other")
+    os.rename(tmp_path / "same" / "checkpoint-1", tmp_path / "other" / "checkpoint-1")
+    options |= {"train_batch_size": 6, "gradient_accumulation_steps": 2}
+    other = distil(teacher, tmp_path / "other", resume_from_checkpoint="latest", **options)
+    assert_same_weights(same, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name, factors",
+    [
+        ("constant_with_warmup", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0.5, 1, 0.8535534, 0.5, 0.1464466, 0]),
+    ],
+)
+def test_learning_rate_over_the_steps(tmp_path, monkeypatch, name, factors):
+    """After step i, so that the last is that of a step never taken."""
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
+    options = {**SMALL, **NETWORK, "logging_steps": 1, "learning_rate": 1e-3, "max_train_steps": 6}
+    train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), lr_scheduler=name, lr_warmup_steps=2, **options))
+    rates = [values["train/learning_rate"] / 1e-3 for values in logged]
+    assert rates == pytest.approx(factors, abs=1e-6)
+
+
+def test_noise_levels_of_the_teacher_are_those_asked(tmp_path, monkeypatch):
+    drawn = []
+
+    def record(denoised, x_0, sigma, sigma_data):
+        drawn.append(sigma)
+        return (denoised - x_0).square().mean((1, 2, 3))
+
+    monkeypatch.setattr(train_edm, "dsm_loss", record)
+    options = {**SMALL, **NETWORK, "train_batch_size": 2000, "max_train_steps": 1, "p_mean": 0.4, "p_std": 0.3}
+    train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), **options))
+    logs = torch.cat(drawn).log()
+    assert logs.mean().item() == pytest.approx(0.4, abs=4 * 0.3 / 2000**0.5)
+    assert logs.std().item() == pytest.approx(0.3, abs=4 * 0.3 / 4000**0.5)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(teacher, tmp_path):
+    arguments = ["--teacher", teacher, "--max_train_steps", "3", "--max_solver_steps", "2", "--dropout", "0"]
+    # RAdam would hardly move in three steps.
+    options = {**SMALL, "learning_rate": 1e-3, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
+    for name, value in options.items():
+        arguments += [f"--{name}", str(value)]
+    shown = {}
+    folders = {1: tmp_path / "one", 2: tmp_path / "two"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for processes, folder in folders.items():
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*launch, "-m", "training.train_ctm", *arguments, "--output_dir", str(folder)]
+        command += ["--train_batch_size", str(8 // processes), "--checkpointing_steps", "3"]
+        command += ["--eval_every", "3", "--eval_samples", "300"]  # in two batches
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        states = glob.glob(str(folder / "checkpoint-3" / "random_states_*.pkl"))
+        assert len(states) == processes  # so many took part
+        shown[processes] = {n: float(v) for n, v in re.findall(r"(\w+)=([\d.e+-]+)", done.stderr)}  # the last of each
+    assert shown[1].keys() == shown[2].keys() >= {"trajectory_loss", "dsm_loss", "dsm_weight", "grad_norm"}
+    assert shown[2] == pytest.approx(shown[1], rel=0.006)  # three digits
+    assert_same_weights(str(folders[1] / "pipeline"), str(folders[2] / "pipeline"), rtol=1e-4, atol=2e-5)
+    one, two = (json.loads((folder / "metrics.jsonl").read_text())["frechet"] for folder in folders.values())
+    assert two == pytest.approx(one, rel=1e-3) and one.keys() == {"1-step", "4-steps"}
+
+
+def test_checkpoints_rotate_and_the_folder_is_not_overwritten(teacher, tmp_path):
+    folder = tmp_path / "run"
+    first = distil(teacher, folder, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(os.listdir(folder)) == ["checkpoint-3", "checkpoint-4", "config.yaml", "pipeline"]
+    before = weights(first)
+    with pytest.raises(UserError, match="Continue that run with --resume_from_checkpoint latest"):
+        distil(teacher, folder)
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "config.yaml").touch()  # such as a picture that cannot be read leaves
+    with pytest.raises(
+        UserError, match="No checkpoint is in it: start it afresh there with --resume_from_checkpoint latest"
+    ):
+        distil(teacher, tmp_path / "failed")
+    assert all(torch.equal(before[name], value) for name, value in weights(first).items())
+    distil(teacher, folder, resume_from_checkpoint="latest")  # a finished run: nothing to do, the same result
+    assert all(torch.equal(before[name], value) for name, value in weights(first).items())
+
+
+def test_resuming_from_an_older_checkpoint_loses_no_newer_one(teacher, tmp_path):
+    folder = tmp_path / "run"
+    distil(teacher, folder, checkpointing_steps=2)
+    with pytest.raises(UserError, match="holds .*checkpoint-4"):
+        distil(teacher, folder, checkpointing_steps=1, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert {"checkpoint-2", "checkpoint-4"} <= set(os.listdir(folder))
+    options = {"max_train_steps": 3, "checkpointing_steps": 1}
+    distil(teacher, tmp_path / "branch", resume_from_checkpoint=str(folder / "checkpoint-2"), **options)
+    assert "checkpoint-3" in os.listdir(tmp_path / "branch")
+
+
+def test_levels_of_score_matching_do_not_depend_on_the_split():
+    def draw(own):
+        random = run_module.StepRandom(0, 5, 6, own, torch.device("cpu"))
+        return train_ctm.draw_dsm_sigma(CTMConfig(teacher="none"), diffusers_ctm.CTMScheduler(), random)
+
+    whole = draw(slice(0, 6))
+    for size in (1, 2, 3):
+        parts = [draw(slice(begin, begin + size)) for begin in range(0, 6, size)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+
+
+def test_score_matching_is_logged_by_noise_level(teacher, tmp_path, monkeypatch):
+    """Each loss with its own level: the shares of the bins make the mean."""
+    drawn, logged = [], []
+    draw = train_ctm.draw_dsm_sigma
+    monkeypatch.setattr(train_ctm, "draw_dsm_sigma", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
+    distil(teacher, tmp_path / "run", max_train_steps=2)
+    bins = torch.bucketize(torch.cat(drawn), torch.tensor(SIGMA_EDGES), right=True)
+    shares = {f"dsm_loss_by_sigma/{SIGMA_BINS[index]}": (bins == index).float().mean() for index in set(bins.tolist())}
+    assert shares.keys() == {name for name in logged[0] if name.startswith("dsm")} and len(shares) > 2
+    total = sum(share * logged[0][name] for name, share in shares.items())
+    assert total.item() == pytest.approx(logged[0]["train/dsm_loss"], rel=1e-5)
+
+
+def test_random_numbers_of_a_step():
+    def draw(seed, step, own=slice(0, 4)):
+        random = run_module.StepRandom(seed, step, 4, own, torch.device("cpu"))
+        return random.normal(2), random.uniform()
+
+    for a, b in zip(draw(0, 1), draw(0, 1, slice(1, 3)), strict=True):
+        torch.testing.assert_close(a[1:3], b, rtol=0, atol=0)
+    for other in (draw(0, 2), draw(1, 1)):
+        assert not any(torch.equal(a, b) for a, b in zip(draw(0, 1), other, strict=True))
+
+
+def test_random_flip_mirrors_half_of_the_images():
+    images = torch.tensor([0, 255], dtype=torch.uint8).expand(200, 1, 1, 2)
+    options = EDMConfig(random_flip=True)
+    random = run_module.StepRandom(0, 0, 200, slice(0, 200), torch.device("cpu"))
+    run = SimpleNamespace(options=options, device=torch.device("cpu"), _memory_format=torch.contiguous_format)
+    mirrored = (run_module.TrainingRun._batch(run, images, None, random).images.diff(dim=-1) < 0).float().mean()
+    assert 0.4 < mirrored < 0.6
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("radam", torch.optim.RAdam), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
+)
+def test_options_reach_the_optimizer(name, kind):
+    options = {
+        "learning_rate": 0.1,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.6,
+        "adam_weight_decay": 0.2,
+        "adam_epsilon": 0.3,
+    }
+    optimizer = run_module.make_optimizer(EDMConfig(optimizer=name, **options), torch.nn.Linear(1, 1))
+    assert type(optimizer) is kind
+    assert [optimizer.defaults[key] for key in ("lr", "betas", "weight_decay", "eps")] == [0.1, (0.5, 0.6), 0.2, 0.3]
+
+
+def test_the_students_numbers_are_its_teachers():
+    numbers = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.7, "rho": 5.0, "timestep_scale": 1000.0}
+    teacher = Teacher(None, diffusers_ctm.EDMHeunScheduler(**numbers))
+    config = train_ctm.student_scheduler(teacher, CTMConfig(teacher="none", num_train_timesteps=40)).config
+    assert {name: config[name] for name in numbers} == numbers and config.num_train_timesteps == 40
+
+
+def test_gradients_are_clipped(teacher, tmp_path):
+    options = {"max_train_steps": 1, "dsm_adaptive": False}
+    student = weights(distil(teacher, tmp_path / "clipped", max_grad_norm=1e-9, **options))
+    free = weights(distil(teacher, tmp_path / "free", **options))
+    before = weights(teacher)["conv_out.weight"]
+    torch.testing.assert_close(student["conv_out.weight"], before, rtol=0, atol=1e-9)
+    assert (free["conv_out.weight"] - before).abs().max() > 1e-6
+
+
+def test_dropout_of_the_student_is_that_of_a_network_built_with_it(make_unet):
+    def probabilities(network):
+        return [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+
+    changed, built = make_unet(), make_unet(dropout=0.3)
+    train_ctm.set_dropout(changed, 0.3)
+    assert probabilities(changed) == probabilities(built) and changed.config.dropout == 0.3
+    assert set(probabilities(built)) == {0.0, 0.3}  # attention has its own, which the option leaves alone
+
+
+@pytest.mark.parametrize(
+    "options, sampler",
+    [
+        ({}, {"max_steps": 2, "distribution": "weighted"}),
+        ({"matching": "local", "max_solver_steps": None}, {"max_steps": 1}),
+        (
+            {"matching": "global", "solver_steps_distribution": "uniform", "solver_steps_per": "sample"},
+            {"distribution": "uniform", "per_sample": True},
+        ),
+        ({"continuous_times": True, "triples_per_path": 4}, {"continuous": True, "per_path": 4}),
+    ],
+)
+def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, options, sampler, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_ctm, "ctm_loss", lambda **given: calls.append(given) or ctm_loss(**given))
+    monkeypatch.setattr(train_ctm, "TimeSampler", lambda **given: calls.append(given) or TimeSampler(**given))
+    live = {} if options.get("matching") == "global" else {"inner_target": "live"}
+    adaptive = not live
+    options |= {
+        "distance": "pseudo_huber",
+        "dsm_sigma": "lognormal",
+        "dsm_weight": 0.7,
+        "dsm_adaptive": adaptive,
+        **live,
+    }
+    student = distil(teacher, tmp_path / "run", max_train_steps=2, **options)
+    assert not torch.equal(weights(student)["conv_out.weight"], weights(teacher)["conv_out.weight"])
+    given, loss = calls[:2]
+    assert given["num_levels"] == 18 and given["matching"] == options.get("matching", "soft")
+    assert {name: given[name] for name in sampler} == sampler
+    assert loss["times"].per_path == options.get("triples_per_path", 1)
+    assert (loss["distance"].about["name"], loss["inner_target"]) == ("pseudo_huber", "live" if live else "ema")
+    assert (loss["dsm_weight"], loss["dsm_adaptive"]) == (0.7, adaptive)
+    assert loss["last_weight"]() is loss["student"].conv_out.weight
+    assert torch.equal(loss["student_ema"].conv_out.weight, weights(student)["conv_out.weight"])  # what is saved
+
+
+def test_without_a_teacher_the_student_follows_its_own_average(tmp_path, monkeypatch):
+    solved = []
+    monkeypatch.setitem(
+        train_ctm.SOLVERS,
+        "heun",
+        lambda denoiser, x, levels, *rest: solved.append(denoiser(x, levels[0], *rest[1:])) or [x, x],
+    )
+    network = {"block_out_channels": [16, 32], "layers_per_block": 1, "attention_head_dim": 8, "sigma_data": 0.75}
+    student = distil(None, tmp_path / "scratch", max_train_steps=2, solver_model="ema", **network)
+    assert len(solved) == 2
+    pipe = DiffusionPipeline.from_pretrained(student)
+    assert list(pipe.unet.config.block_out_channels) == [16, 32] and pipe.scheduler.config.sigma_data == 0.75
+    assert pipe.unet.conv_out.weight.abs().max() > 0
+    record = json.loads((Path(student) / "training.json").read_text())
+    assert record["program"] == "training.train_ctm" and record["teacher"] is None
+    assert record["options"]["solver_model"] == "ema"
+
+
+def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp_path):
+    """With an average that never moves the two are the same run: the student starts as its teacher."""
+    options = {"max_train_steps": 2, "ema_decay": 0.9999999, "dropout": 0.0}
+    by_teacher = distil(teacher, tmp_path / "teacher", **options)
+    by_itself = distil(teacher, tmp_path / "ema", solver_model="ema", **options)
+    assert_same_weights(by_teacher, by_itself, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"teacher": None}, "--teacher is needed.*--solver_model ema"),
+        ({"layers_per_block": 3}, "--layers_per_block is for a run without --teacher"),
+        ({"teacher": None, "solver_model": "ema", "teacher_revision": "main"}, "--teacher_revision needs --teacher"),
+        ({"matching": "local", "max_solver_steps": 3}, "--max_solver_steps does not go with --matching local"),
+        ({"matching": "local", "solver_steps_per": "batch"}, "--solver_steps_per does not go with --matching local"),
+        ({"matching": "local", "triples_per_path": 2}, "--triples_per_path must be 1"),
+        ({"matching": "global", "inner_target": "ema"}, "--inner_target does not go with --matching global"),
+        ({"triples_per_path": 3, "train_batch_size": 8}, "--triples_per_path must be a divisor"),
+        ({"max_solver_steps": 0}, "--max_solver_steps must be in 1..17"),
+        ({"dsm_weight": 0, "dsm_sigma": "lognormal"}, "--dsm_sigma needs a --dsm_weight above 0; leave it out"),
+        ({"dsm_weight": 0, "dsm_adaptive": False}, "--dsm_adaptive needs a --dsm_weight"),
+        ({"posthoc_ema_every": 7}, "--posthoc_ema_every needs --posthoc_ema; leave it out"),
+        ({"shuffle_buffer": 7}, "--shuffle_buffer needs --streaming"),
+        ({"teacher": None, "solver_model": "ema", "label_dropout": 0.1}, "--label_dropout must be 0 without"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        CTMConfig(**{"teacher": "folder", **options})
+
+
+def test_saved_options_can_be_read_again(tmp_path):
+    for number, matching in enumerate(("soft", "local", "global")):
+        config = CTMConfig(teacher="folder", matching=matching)
+        save_config(config, str(tmp_path / f"{number}.yaml"))
+        again = parse_config(CTMConfig, ["--config", str(tmp_path / f"{number}.yaml")])
+        assert dataclasses.replace(again, config=None) == config
+
+
+def test_edms_own_network_is_trained_and_distilled(tmp_path):
+    options = {"architecture": "ddpmpp", "block_out_channels": [16, 16], "layers_per_block": 1, "attention_head_dim": 8}
+    edm = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), max_train_steps=2, **SMALL, **options))
+    student = distil(edm, tmp_path / "ctm", max_train_steps=2)
+    for folder, target_time in ((edm, False), (student, True)):
+        unet = DiffusionPipeline.from_pretrained(folder).unet
+        assert type(unet).__name__ == "EDMUNet2DModel" and unet.has_target_time == target_time
+        assert unet.config.model_channels == 8 and list(unet.config.block_out_channels) == [16, 16]
+    with pytest.raises(UserError, match="--norm_num_groups must be left out for --architecture ddpmpp"):
+        EDMConfig(norm_num_groups=4, **options)
+
+
+ADVERSARIAL = {
+    "discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_channels": 8, "discriminator_start": 2, "dropout": 0.0,
+}  # fmt: skip
+
+
+def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path):
+    options = {**ADVERSARIAL, "checkpointing_steps": 1, "checkpoints_total_limit": 0, "max_train_steps": 6}
+    whole = distil(teacher, tmp_path / "whole", **options)
+
+    def saved(step):
+        """Student, discriminator, the student's average."""
+        folder = tmp_path / "whole" / f"checkpoint-{step}"
+        files = sorted(folder.glob("model*.safetensors"))
+        assert len(files) == 2, sorted(os.listdir(folder))
+        schedule = torch.load(folder / "custom_checkpoint_0.pkl", weights_only=True)
+        assert schedule["last_epoch"] == step  # the learning rate's schedule counts the turns of both
+        (average,) = torch.load(folder / "run_state.pt", weights_only=True)["averages"].values()
+        return [*map(load_file, files), average["weights"]]
+
+    def moved(step):
+        return [
+            any(not torch.equal(value, after[name]) for name, value in before.items())
+            for before, after in zip(saved(step), saved(step + 1), strict=True)
+        ]
+
+    # Steps 1 and 2 are the student's; from then on it and the discriminator take turns.
+    of_student, of_discriminator = [True, False, True], [False, True, False]
+    turns = [of_student, of_student, of_discriminator, of_student, of_discriminator]
+    assert [moved(step) for step in range(1, 6)] == turns
+    frozen = [name for name in saved(1)[1] if "projections" in name or "fingerprints" in name]
+    assert frozen and all(torch.equal(saved(1)[1][name], saved(6)[1][name]) for name in frozen)
+
+    for stop in (3, 4):  # before a turn of each
+        folder = tmp_path / f"cut-{stop}"
+        distil(teacher, folder, **{**options, "max_train_steps": stop})
+        resumed = distil(teacher, folder, resume_from_checkpoint="latest", **options)
+        assert_same_weights(whole, resumed, rtol=0, atol=0)
+        for file in sorted((folder / "checkpoint-6").glob("model*.safetensors")):
+            ours, theirs = load_file(file), load_file(tmp_path / "whole" / "checkpoint-6" / file.name)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_adversarial_term_moves_the_student_and_its_weight_counts(teacher, tmp_path):
+    # With dropout: the discriminator draws nothing from the random numbers of the student.
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 1, "dropout": 0.1}
+    without = distil(teacher, tmp_path / "without", max_train_steps=1, dropout=0.1)
+    students = [
+        distil(teacher, tmp_path / f"weight-{weight}", **{**options, "discriminator_weight": weight})
+        for weight in (1e-12, 1.0)
+    ]
+    assert_same_weights(without, students[0], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(weights(without)["conv_out.weight"], weights(students[1])["conv_out.weight"], atol=1e-7)
+
+
+def test_weight_of_the_adversarial_term_is_that_of_its_options():
+    options = {"discriminator_weight": 0.5, "discriminator_weight_min": 2.0, "discriminator_weight_max": 3.0}
+    judge = SimpleNamespace(draw_augment=lambda *given: None)
+    config = CTMConfig(teacher="none", **options)
+    weight = train_ctm.adversarial_terms(config, judge, SimpleNamespace(uniform=None), (8, 8))["generator_weight"]
+    gradient = torch.ones(4)
+    for ratio, expected in ((1.0, 1.0), (2.5, 1.25), (9.0, 1.5)):
+        assert weight(ratio * gradient, gradient).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
+    events, seen = [], {}
+
+    def watch(owner, name, event):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            events.append(event)
+            seen[event] = args
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Teacher, "denoise", "teacher")
+    watch(train_ctm, "generator_loss", "generator")
+    watch(train_ctm, "discriminator_loss", "discriminator")
+    watch(train_ctm, "make_jumps", "jumps")
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
+    student = distil(teacher, tmp_path / "run", **options)
+    # The student's step asks the teacher before the discriminator; the discriminator's step does not ask it at all.
+    assert "teacher" in events[:-3] and events[-3:] == ["generator", "jumps", "discriminator"]
+    assert torch.equal(seen["jumps"][1].conv_out.weight, weights(student)["conv_out.weight"])  # the average's
+    _, estimate, augment = seen["generator"]
+    assert estimate.requires_grad and [len(parameters.brightness) for parameters in augment] == [8]
+    _, real, fake, augment = seen["discriminator"]
+    assert not fake.requires_grad and fake.shape == real.shape and not torch.equal(fake, real)
+    assert all(not torch.equal(*parameters.brightness.chunk(2)) for parameters in augment)  # fakes and data
+
+
+@pytest.mark.slow
+def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_path):
+    """Batch statistics are those of a pass, so a process is compared with an accumulation step of as many images."""
+    options = {
+        **SMALL, **ADVERSARIAL, "teacher": teacher, "max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, "ema_decay": 0.0,
+        "train_batch_size": 4, "checkpointing_steps": 4, "discriminator_start": 0,
+        # Constant weights: those of gradients are of a pass with accumulation, of all processes without.
+        "dsm_adaptive": False, "discriminator_weight_min": 1.0, "discriminator_weight_max": 1.0,
+    }  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        config = CTMConfig(**options, output_dir=str(folder), gradient_accumulation_steps=2 // processes)
+        save_config(config, str(tmp_path / "config.yaml"))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*launch, "-m", "training.train_ctm", "--config", str(tmp_path / "config.yaml")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(glob.glob(str(folder / "checkpoint-4" / "random_states_*.pkl"))) == processes
+    assert_same_weights(str(tmp_path / "1" / "pipeline"), str(tmp_path / "2" / "pipeline"), rtol=1e-4, atol=2e-5)
+    one, two = (load_file(tmp_path / name / "checkpoint-4" / "model_1.safetensors") for name in "12")
+    assert one.keys() == two.keys()
+    # What batch norm keeps of the passes it saw is of the first process, and training does not use it.
+    for name in (name for name in one if "running_" not in name and "num_batches" not in name):
+        torch.testing.assert_close(
+            one[name], two[name], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_adversarial_options_need_their_stage(teacher, tmp_path):
+    with pytest.raises(UserError, match="--discriminator_start needs a --discriminator_weight"):
+        CTMConfig(teacher="folder", discriminator_start=5)
+    with pytest.raises(UserError, match="The feature network nowhere cannot be"):
+        distil(teacher, tmp_path / "run", discriminator_weight=1.0, discriminator_backbones=["nowhere"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_single_images_cannot_train_discriminators_of_one_pixel(teacher, tmp_path, monkeypatch):
+    class Mean(torch.nn.Module):
+        resolution = 8
+
+        def forward(self, images):
+            return [images.mean((2, 3), keepdim=True)]
+
+    monkeypatch.setattr(train_ctm, "make_discriminator", lambda *_: ProjectedDiscriminator({"mean": Mean()}, 0, 1, 4))
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
+    with pytest.raises(UserError, match="--train_batch_size must be 2 or more with these discriminators"):
+        distil(teacher, tmp_path / "one", train_batch_size=1, **options)
+    assert not (tmp_path / "one").exists()
+    distil(teacher, tmp_path / "two", train_batch_size=2, **options)
+    monkeypatch.undo()  # whose maps have several pixels
+    distil(teacher, tmp_path / "digits", train_batch_size=1, **options)
+
+
+def test_a_second_stage_starts_from_the_first(teacher, tmp_path):
+    first = distil(teacher, tmp_path / "first", checkpointing_steps=4)
+    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2, "ema_decay": 0.9999999}
+    second = distil(teacher, tmp_path / "second", init_from=str(tmp_path / "first"), **options)
+    assert_same_weights(first, second, rtol=1e-4, atol=1e-6)  # an average that hardly moves is where it started
+
+
+def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
+    options = {"max_train_steps": 2, "dropout": 0.0, "ema_decay": 0.0}
+    plain = distil(teacher, tmp_path / "plain", **options)
+    saving = distil(teacher, tmp_path / "saving", gradient_checkpointing=True, **options)
+    assert_same_weights(plain, saving, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_and_is_not_compiled_again(teacher, tmp_path, monkeypatch):
+    """The sub-batches of soft matching vary from step to step. (Dynamo alone: a compiler of code takes minutes.)"""
+    compiled = []
+    monkeypatch.setattr(
+        run_module, "compile_network", lambda network: compiled.append(network) or compile_network(network, "eager")
+    )
+    graphs = []
+    update = run_module.TrainingRun.update
+    monkeypatch.setattr(
+        run_module.TrainingRun,
+        "update",
+        lambda *given: update(*given) or graphs.append(counters["stats"]["unique_graphs"]),
+    )
+    options = {"dropout": 0.0, "ema_decay": 0.0, "max_train_steps": 12, "train_batch_size": 12, "seed": 3}
+    plain = distil(teacher, tmp_path / "plain", **options)
+    graphs.clear()
+    student = distil(teacher, tmp_path / "compiled", compile=True, **options)
+    assert len(compiled) == 3 and 3 <= graphs[5] <= 8  # student, average, teacher; with a gradient and without
+    assert len(set(graphs[5:])) == 1
+    assert_same_weights(plain, student, rtol=1e-4, atol=1e-6)
+    assert DiffusionPipeline.from_pretrained(student).unet.config.sample_size == 8
+
+
+def test_bf16_runs(teacher, tmp_path):
+    student = distil(teacher, tmp_path / "bf16", mixed_precision="bf16", max_train_steps=2)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(student).values())
+
+
+# What a careless user does ----------------------------------------------------------------------------------------------
+
+
+def test_missing_and_corrupted_teachers(teacher, tmp_path):
+    with pytest.raises(UserError, match=r"--teacher nowhere cannot be loaded\. No such folder is here\. It must"):
+        load_teacher("nowhere")
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", teacher, broken], check=True)
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"--teacher .* cannot be loaded\. It must"):
+        load_teacher(str(broken))
+    assert not (tmp_path / "run").exists()
+
+
+def test_teacher_of_another_family(teacher, tmp_path):
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", teacher, other], check=True)
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "KarrasVeScheduler"}))
+    with pytest.raises(UserError, match="KarrasVeScheduler, which is not known: not of the EDM family"):
+        load_teacher(str(other))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_fp16_without_a_gpu(teacher, tmp_path):
+    with pytest.raises(UserError, match="--mixed_precision fp16 needs a GPU"):
+        distil(teacher, tmp_path / "run", mixed_precision="fp16")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"label_column": None}, "--label_column is needed"),
+        ({"resolution": 16}, "set --resolution"),
+        ({"image_mode": "RGB"}, "--image_mode"),
+        ({"label_column": "digit"}, "--label_column digit is not a column"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(teacher, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        distil(teacher, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_infinite_losses_stop_the_run(teacher, tmp_path):
+    with pytest.raises(UserError, match="Lower --learning_rate"):
+        distil(
+            teacher, tmp_path / "run", learning_rate=1e18, max_train_steps=10, logging_steps=100, checkpointing_steps=5
+        )
+    assert os.listdir(tmp_path / "run") == ["config.yaml"]  # no checkpoint of a broken network
+
+
+def test_a_ctm_is_no_teacher(teacher, tmp_path):
+    student = distil(teacher, tmp_path / "run", max_train_steps=1)
+    with pytest.raises(UserError, match="cannot become a CTM"):
+        distil(student, tmp_path / "again")
+
+
+def test_folder_that_cannot_be_made_and_tracker_that_is_not_installed(teacher, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="config.yaml could not be written"):
+        distil(teacher, tmp_path / "file" / "run")
+    monkeypatch.setattr(devices, "get_available_trackers", list)
+    with pytest.raises(UserError, match="--report_to wandb needs the package wandb"):
+        distil(teacher, tmp_path / "run", report_to="wandb")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resolution_must_fit_the_teachers_levels(tmp_path):
+    with pytest.raises(UserError, match="--resolution must be a multiple of 2"):
+        train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), resolution=7, **SMALL, **NETWORK))
+
+
+def test_resuming_with_other_options_is_refused(teacher, tmp_path):
+    folder = tmp_path / "run"
+    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    for changed, named in (
+        ({"learning_rate": 1e-2}, "learning_rate was 0.001, is 0.01"),
+        ({"train_batch_size": 4}, "was 8, is 4"),
+    ):
+        with pytest.raises(UserError, match=named):
+            distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest", **changed)
+
+
+def test_damaged_checkpoint_is_refused(teacher, tmp_path):
+    folder = tmp_path / "run"
+    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    path = folder / "checkpoint-2" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be resumed"):
+        distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest")
+
+
+def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
+    """A limit on the size of files refuses the write, as a full disk does."""
+    folder = tmp_path / "run"
+    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    listing = sorted(os.listdir(folder / "checkpoint-2"))
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import training.train_ctm as t; from training.cli.options import *; from training.cli.training_options import *;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); run_program(t.main, CTMConfig)"
+    )
+    arguments = ["--teacher", teacher, "--output_dir", str(folder), "--max_train_steps", "4", "--max_solver_steps", "2"]
+    for name, value in {
+        **SMALL,
+        "learning_rate": 1e-3,
+        "checkpointing_steps": 2,
+        "resume_from_checkpoint": "latest",
+    }.items():
+        arguments += [f"--{name}", str(value)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    names = sorted(name for name in os.listdir(folder))
+    assert names == ["checkpoint-2", "config.yaml", "pipeline"]
+    assert sorted(os.listdir(folder / "checkpoint-2")) == listing
+    distil(
+        teacher, folder, max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest"
+    )  # with room again
+
+
+def test_interrupted_save_is_not_a_checkpoint(teacher, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    replace = os.replace
+
+    def refuse(source, target):
+        if "checkpoint" in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(run_module.os, "replace", refuse)
+    with pytest.raises(UserError, match="No space left on device"):
+        distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    assert run_module.newest_checkpoint(str(folder)) is None and os.listdir(folder) == ["config.yaml"]
+
+
+def test_program_exits_with_a_message(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "training.train_ctm",
+        "--teacher",
+        "nowhere",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: --teacher nowhere cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

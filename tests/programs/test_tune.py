@@ -1,0 +1,255 @@
+"""The search finds what is best, measures nothing twice, and saves only what is better on other seeds."""
+
+import json
+import math
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
+
+from diffusers_ctm import CTMPipeline, CTMScheduler
+from training import tune
+from training.cli.errors import UserError
+from training.hub import client as hub
+from training.measure.sampling import Sampling
+from training.measure.schedules import Schedule, Space, run_search
+from training.tune import Cache, TuneConfig, improvement, main
+
+
+# The search -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+@pytest.mark.parametrize("final_sigma", [None, 0.0, 0.05])
+@pytest.mark.parametrize("first_level", [True, False])
+def test_every_point_is_a_schedule(steps, final_sigma, first_level):
+    scheduler = CTMScheduler(final_sigma=final_sigma)
+    space = Space(steps, scheduler, first_level)
+
+    scheduler.set_timesteps(steps, gamma=0.3)
+    expected = scheduler.sigmas.clone(), scheduler.target_sigmas.clone()
+    karras = space.schedule(space.karras(0.3))
+    assert karras.sigmas[0] == pytest.approx(80.0) and karras.nfe == steps
+    scheduler.set_timesteps(**karras.preset)
+    torch.testing.assert_close((scheduler.sigmas, scheduler.target_sigmas), expected, rtol=1e-4, atol=1e-6)
+
+    generator = torch.Generator().manual_seed(0)
+    directions = space.directions()
+    point, moves = space.karras(0.3), 0
+    for choice, stride in zip(torch.rand(200, generator=generator), [0.25, 0.1, 0.02, 1.0] * 50):
+        moved = space.moved(point, directions[int(choice * len(directions))], stride) if directions else None
+        moves += moved is not None
+        point = moved or point
+        schedule = space.schedule(point)
+        scheduler.set_timesteps(**schedule.preset)  # raises for what is no schedule
+        assert first_level or schedule.sigmas[0] == 80.0
+        assert all(a > b for a, b in zip(schedule.sigmas, schedule.sigmas[1:])) and schedule.gammas[-1] == 0
+    assert moves > 20 or (steps == 1 and (moves > 0) == first_level)
+
+
+def coordinates(space, schedule):
+    return np.array([*[space._ramp(level) for level in schedule.sigmas], *schedule.gammas[:-1]])
+
+
+def test_the_search_finds_the_lowest_point():
+    space = Space(3, CTMScheduler(), first_level=False)
+    wanted = np.array([0.0, 0.31, 0.77, 0.85, 0.4])
+
+    def measure(schedule):
+        away = coordinates(space, schedule) - wanted
+        return [1 + away @ away + 0.5 * away[1] * away[3], 3.0]
+
+    trials = run_search(space, [0.0, 0.5, 1.0], 300, measure)
+    assert len({trial.schedule for trial in trials}) == len(trials) < 300  # none twice, and it ends
+    best = min(trials, key=lambda trial: trial.mean)
+    assert np.abs(coordinates(space, best.schedule) - wanted).max() < 0.03
+    assert best.mean == sum(best.by_seed) / 2 < 2.001
+    assert [trial.schedule.gammas for trial in trials[:3]] == [(g, g, 0.0) for g in (0.0, 0.5, 1.0)]
+    assert len(run_search(space, [0.0], 7, measure)) == 7
+
+
+def test_a_preset_must_be_better_by_more_than_its_spread():
+    assert improvement([3.0, 4.0, 5.0], [2.0, 2.9, 4.1])["better"]
+    assert improvement([3.0, 4.0, 5.0], [2.0, 2.9, 4.1])["mean"] == pytest.approx(1.0)
+    assert not improvement([3.0, 4.0, 5.0], [1.0, 4.5, 5.5])["better"]  # 0.33 in the mean, spread 1.4
+    assert not improvement([3.0, 4.0, 5.0], [3.1, 4.1, 5.1])["better"]
+    same = [3.0, 4.0, 5.0]
+    assert not improvement(same, same)["better"] and not improvement(same, [2.999, 3.999, 4.999])["better"]
+
+
+def test_the_cache_survives_a_line_that_was_cut_off(tmp_path):
+    path, schedule = str(tmp_path / "deep" / "cache.jsonl"), Schedule(2, (80.0, 1.0), (0.5, 0.0))
+    cache = Cache(path, {"weights": 1})
+    cache.put(schedule, 0, 0.25)
+    with open(path, "a") as file:
+        file.write('\n{"key": "abc')
+    cache = Cache(path, {"weights": 1})
+    cache.put(schedule, 1, 0.5)
+    again = Cache(path, {"weights": 1})
+    assert (again.get(schedule, 0), again.get(schedule, 1), again.get(schedule, 2)) == (0.25, 0.5, None)
+    assert again.get(Schedule(2, (80.0, 1.0), (0.4, 0.0)), 0) is None and again.get(Schedule(2), 0) is None
+    assert Cache(path, {"weights": 2}).get(schedule, 0) is None
+
+
+# The program ----------------------------------------------------------------------------------------------------------
+
+
+BAD = {"4": {"gamma": 0.0, "final_sigma": 0.7}}  # leaves noise in the images
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The shipped CTM, whose scheduler has one bad preset."""
+    pipe = DiffusionPipeline.from_pretrained("assets/digits-ctm")
+    pipe.scheduler = CTMScheduler.from_config(pipe.scheduler.config, presets={**BAD, "7": {"gamma": [0.5] * 7}})
+    pipe.save_pretrained(tmp_path / "model")
+    shutil.copy("assets/digits-ctm/training.json", tmp_path / "model")
+    shutil.copy("assets/emoji-ctm/NOTICE.md", tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def small(model, tmp_path, **options):
+    options = {
+        "label_column": "label", "steps": [4], "evaluations": 4, "gammas": [0.0, 1.0], "num_samples": 80, "seeds": [0],
+        "confirm_seeds": [5, 6], "output_dir": str(tmp_path / "out"), "device": "cpu", **options,
+    }  # fmt: skip
+    return TuneConfig(model=model, **options)
+
+
+def counted(monkeypatch, most=math.inf):
+    """Count measurements; the one after `most` fails as a machine does that is switched off."""
+    calls, features = [], Sampling.features
+
+    def counting(self, schedule, seed, progress):
+        if len(calls) >= most:
+            raise KeyboardInterrupt
+        calls.append((schedule, seed))
+        return features(self, schedule, seed, progress)
+
+    monkeypatch.setattr(Sampling, "features", counting)
+    return calls
+
+
+def test_an_interrupted_run_goes_on_and_saves_what_is_better(model, tmp_path, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted(patch, most=3)
+        main(small(model, tmp_path))
+    assert os.listdir(tmp_path / "out") == ["cache.jsonl"]
+    with monkeypatch.context() as patch:
+        rest = counted(patch)
+        report = main(small(model, tmp_path))
+    with monkeypatch.context() as patch:
+        whole = counted(patch)
+        other = main(small(model, tmp_path, output_dir=str(tmp_path / "other")))
+    (row,) = report["results"]
+    assert len(set(whole)) == len(whole) and len(rest) == len(whole) - 3
+    assert row == other["results"][0]
+    assert {seed for _, seed in whole} == {0, 5, 6}
+    with monkeypatch.context() as patch:
+        again = counted(patch)
+        main(small(model, tmp_path))
+    assert again == []
+
+    # The search is what it says: the lowest mean, confirmed on the other seeds.
+    assert len(row["trials"]) == 4 and row["now_is"] == "its preset"
+    assert row["best"]["search"]["mean"] == min(trial["mean"] for trial in row["trials"])
+    assert row["karras"]["search"]["mean"] == min(trial["mean"] for trial in row["trials"][:2])
+    gains = np.subtract(row["now"]["confirm"]["by_seed"], row["best"]["confirm"]["by_seed"])
+    assert row["improvement"]["by_seed"] == gains.tolist() and gains.min() > 0 and row["saved"]
+
+    # The new folder samples so when it is told 4, as it did when told another number, and the model is as it was.
+    found = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert type(found) is CTMPipeline and set(found.scheduler.config.presets) == {"4", "7"}
+    assert found.scheduler.config.presets["4"] == row["preset"]
+    found.set_progress_bar_config(disable=True)
+
+    def sample(pipe, **options):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(class_labels=[3, 4], generator=generator, output_type="latent", **options).images
+
+    by_preset = sample(found, num_inference_steps=4)
+    assert torch.equal(by_preset, sample(found, **row["preset"]))
+    source = DiffusionPipeline.from_pretrained(model)
+    source.set_progress_bar_config(disable=True)
+    assert not torch.allclose(by_preset, sample(source, num_inference_steps=4), atol=0.1)
+    assert torch.equal(sample(found, num_inference_steps=3), sample(source, num_inference_steps=3))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert (tmp_path / "out" / "pipeline" / "training.json").exists()
+
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["results"] == report["results"]
+    text = (tmp_path / "out" / "tune.md").read_text()
+    assert "Other seeds: 5, 6" in text and text in capsys.readouterr().out and str(tmp_path) not in text
+    with Image.open(tmp_path / "out" / "tune.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_what_is_not_better_is_not_saved_unless_forced(model, tmp_path, monkeypatch, capsys):
+    class Same:
+        """Every set of features is as near as every other, but those of the search's seed fall: it is chosen by chance."""
+
+        def __init__(self, reference):
+            self.calls = 0
+
+        def __call__(self, features):
+            self.calls += 1
+            return {"frechet": 1.0 - 0.01 * self.calls if self.calls <= 4 else 0.5}
+
+    monkeypatch.setattr(tune, "Distances", Same)
+    report = main(small(model, tmp_path))
+    assert not report["results"][0]["saved"] and not (tmp_path / "out" / "pipeline").exists()
+    assert "No preset is saved for 4 steps" in capsys.readouterr().out
+    report = main(small(model, tmp_path, force=True))
+    assert report["results"][0]["saved"] and not report["results"][0]["improvement"]["better"]
+    presets = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline").scheduler.config.presets
+    assert presets["4"] == report["results"][0]["preset"] != BAD["4"]
+
+
+def test_what_a_model_on_the_hub_says_of_its_making_goes_with_it(model, tmp_path, monkeypatch):
+    """Its licence stands there, too."""
+
+    def download(repo, name):
+        if name == "conversion.json":
+            raise EntryNotFoundError("none")
+        assert repo == "user/name"
+        return os.path.join(model, name)
+
+    load = tune.load_model
+    monkeypatch.setattr(tune, "load_model", lambda name, gammas: load(model if name == "user/name" else name, gammas))
+    monkeypatch.setattr(hub, "api", lambda: SimpleNamespace(hf_hub_download=download))
+    tune.save_with_presets({"2": {"gamma": [0.5, 0.0]}}, small("user/name", tmp_path))
+    saved = tmp_path / "out" / "pipeline"
+    for name in ("training.json", "NOTICE.md"):
+        assert (saved / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    assert not (saved / "conversion.json").exists()
+    assert set(json.loads((saved / "scheduler" / "scheduler_config.json").read_text())["presets"]) == {"2", "4", "7"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": None}, "--model is needed"),
+        ({"steps": [1]}, "--steps 1 has no level and no gamma to choose"),
+        ({"steps": [0, 2]}, "--steps must be 1 or more"),
+        ({"gammas": [0.5, 1.5]}, r"--gammas must be in \[0, 1\]"),
+        ({"seeds": [0, 3], "confirm_seeds": [3, 4]}, "--confirm_seeds must be other seeds than --seeds"),
+        ({"confirm_seeds": [7, 7]}, "--confirm_seeds must be two different seeds"),
+        ({"evaluations": 2}, r"--evaluations must be more than --gammas has \(2\)"),
+        ({"batch_size": 0}, "--batch_size must be positive"),
+        ({"model": "runs/a/pipeline", "output_dir": "runs/a"}, "would replace --model"),
+    ],
+)
+def test_options_that_do_not_fit(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        small(options.pop("model", "assets/digits-ctm"), tmp_path, **options)
+
+
+def test_steps_that_are_too_many(model, tmp_path):
+    with pytest.raises(UserError, match="--steps 120 is too many to search"):
+        main(small(model, tmp_path, steps=[120], evaluations=300))

@@ -1,0 +1,231 @@
+import dataclasses
+import importlib
+import re
+
+import pytest
+import yaml
+
+from diffusers_ctm import CTMScheduler
+from helpers.places import ROOT
+from training.cli.errors import UserError
+from training.cli.options import parse_config, save_config
+from training.cli.training_options import CTMConfig, EDMConfig
+from training.evaluate import EvaluateConfig
+from training.train_ctm import time_sampler
+
+
+def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: some/repo\nlearning_rate: 1e-3\nmax_train_steps: 7\nema_warmup: true\n")
+    config = parse_config(CTMConfig, ["--config", str(path), "--max_train_steps", "9"])
+    assert (config.teacher, config.learning_rate, config.max_train_steps) == ("some/repo", 1e-3, 9)
+    assert config.ema_warmup is True and config.matching == "soft" and config.max_solver_steps is None
+
+
+def test_what_a_file_says_is_taken_back_by_nothing(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: some/repo\nmax_solver_steps: 3\ninner_target: live\nlearning_rate: 1e-3\n")
+    taken_back = ["--max_solver_steps", "", "--inner_target="]
+    config = parse_config(CTMConfig, ["--config", str(path), *taken_back])
+    assert (config.teacher, config.max_solver_steps, config.inner_target) == ("some/repo", None, None)
+    with pytest.raises(SystemExit):
+        parse_config(CTMConfig, ["--config", str(path), "--learning_rate", ""])  # which is never None
+    with pytest.raises(SystemExit):
+        parse_config(CTMConfig, ["--config", str(path), "--teacher", ""])  # as without it
+
+
+def test_saved_options_are_read_again(tmp_path):
+    config = EDMConfig(
+        block_out_channels=[16, 32], attention_levels=[], learning_rate=3e-4, random_flip=True, label_column="label"
+    )
+    save_config(config, str(tmp_path / "config.yaml"))
+    again = parse_config(EDMConfig, ["--config", str(tmp_path / "config.yaml")])
+    assert dataclasses.replace(again, config=None) == config
+
+
+@pytest.mark.parametrize("path", ["digits.yaml", "digits_edm.yaml", "digits_long.yaml"])
+def test_shipped_configs_are_valid(path):
+    config = parse_config(EDMConfig if "edm" in path else CTMConfig, ["--config", f"training/configs/{path}"])
+    assert config.dataset_name == "digits" and config.label_column == "label"
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--max_train_steps", "0"], "max_train_steps"),
+        (["--max_train_steps", "many"], "max_train_steps"),
+        (["--max_train_step_count", "5"], "max_train_step_count"),
+        (["--matching", "hard"], "matching"),
+        (["--ema_decay", "1.5"], "ema_decay"),
+        (["--max_solver_steps", "18"], "max_solver_steps"),
+        (["--mixed_precision", "fp8"], "mixed_precision"),
+        (["--dropout", "1"], "dropout"),
+        (["--train_batch_size", "-4"], "train_batch_size"),
+        (["--adam_beta2", "1"], "adam_beta2"),
+        (["--adam_weight_decay", "-1"], "adam_weight_decay"),
+    ],
+)
+def test_impossible_values_name_the_option(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(CTMConfig, ["--teacher", "t", *arguments])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("no_such_option: 1", "no_such_option"),
+        ("- 1", "option: value"),
+        ("a: [", "cannot be read"),
+        ("max_train_steps: x", "max_train_steps"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, named, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(CTMConfig, ["--teacher", "t", "--config", str(path)])
+    assert stopped.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_a_misspelt_option_is_refused_with_the_right_one(tmp_path, capsys):
+    """A part of a name, too: it would mean another option as soon as there is a second one that starts so."""
+    path = tmp_path / "bad.yaml"
+    path.write_text("lerning_rate: 1e-3\n")
+    for arguments, said in (
+        (["--lable_column", "label"], "--lable_column is no option (did you mean --label_column?)."),
+        (["--max_train_step=9"], "--max_train_step is no option (did you mean --max_train_steps?)."),
+        (["--config", str(path)], "unknown options: lerning_rate (did you mean learning_rate?)."),
+        (["--qqqq", "5"], "--qqqq is no option. See --help for all."),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parse_config(CTMConfig, ["--teacher", "t", *arguments])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_missing_yaml_and_missing_teacher(capsys):
+    for arguments, named in ((["--config", "nowhere.yaml"], "nowhere.yaml"), ([], "--teacher is needed")):
+        with pytest.raises(SystemExit):
+            parse_config(CTMConfig, arguments)
+        assert named in capsys.readouterr().err
+
+
+def test_channels_must_divide():
+    with pytest.raises(UserError, match="block_out_channels"):
+        EDMConfig(block_out_channels=[30, 64])
+
+
+@pytest.mark.parametrize("architecture", ["unet_2d", "ddpmpp"])
+def test_a_head_of_attention_is_no_wider_than_its_level(architecture):
+    options = {"architecture": architecture, "attention_head_dim": 16}
+    EDMConfig(block_out_channels=[8, 16], **options)
+    for wrong in ({"block_out_channels": [16, 8]}, {"block_out_channels": [8, 16], "attention_levels": [0]}):
+        with pytest.raises(UserError, match="--attention_head_dim must be at most 8"):
+            EDMConfig(**options, **wrong)
+    if architecture == "unet_2d":
+        EDMConfig(block_out_channels=[16, 8], attention_levels=[0], mid_attention=False, **options)
+
+
+PROGRAMS = {  # module: the name of its options' class
+    path.stem: found[1]
+    for path in sorted((ROOT / "training").glob("*.py"))
+    if (found := re.search(r"run_program\(main, (\w+)\)", path.read_text()))
+}
+
+
+@pytest.mark.parametrize("module, name", PROGRAMS.items())
+def test_help_says_a_sentence_about_every_option(module, name, capsys):
+    config = getattr(importlib.import_module(f"training.{module}"), name)
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(config, ["--help"])
+    assert {"train_edm", "train_ctm", "evaluate", "convert", "publish", "features"} <= set(PROGRAMS)
+    shown = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    assert stopped.value.code == 0 and " ".join(config.__doc__.split()) in shown
+    for field in dataclasses.fields(config):
+        sentence = field.metadata["help"].replace("%%", "%")
+        assert sentence.endswith((".", "'.")) and len(sentence) > 10, field.name
+        assert f"--{field.name}" in shown and sentence.replace(" ", "") in shown.replace(" ", ""), field.name
+
+
+def test_a_wrong_value_is_not_buried_in_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(CTMConfig, ["--matching", "hard"])
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_configs_hold_known_options_only():
+    with open("training/configs/digits.yaml") as file:
+        assert set(yaml.safe_load(file)) <= {field.name for field in dataclasses.fields(CTMConfig)}
+
+
+SHIPPED = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_options_of_their_program(path):
+    if path.stem.endswith("_variants"):  # of training.study, which tests it
+        return
+    kind = EDMConfig if path.stem.endswith("_edm") else EvaluateConfig if path.stem.endswith("_evaluate") else CTMConfig
+    config = parse_config(kind, ["--config", str(path)])
+    assert config.dataset_name and (kind is not CTMConfig or config.teacher)
+
+
+def test_shipped_stages_fit_together():
+    """A second stage has teacher, data and grid of the first, starts from it and adds the discriminator."""
+    for path in SHIPPED:
+        if not path.stem.endswith("_adversarial"):
+            continue
+        second = parse_config(CTMConfig, ["--config", str(path)])
+        stage = "_long" if path.stem.startswith("digits") else ""
+        first = parse_config(CTMConfig, ["--config", str(path).replace("_adversarial", stage)])
+        for name in ("teacher", "dataset_name", "label_column", "num_train_timesteps", "distance", "inner_target"):
+            assert getattr(first, name) == getattr(second, name), (path.stem, name)
+        assert second.discriminator_weight == 1 and first.discriminator_weight == 0
+        assert path.stem.startswith("digits") or second.init_from == first.output_dir
+
+
+# Of the authors' commands, and their code's defaults for what the commands leave out: images of an iteration and of a pass, N, M, learning
+# rate, rate of the target's average, other rates, dropout.
+CIFAR, IMAGENET = (18, 17, 4e-4), ([0.9999, 0.9999432189950708], None)
+AUTHORS = {
+    "cifar10_cond": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_uncond": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_cond_adversarial": (528, 11, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_uncond_adversarial": (528, 11, *CIFAR, 0.9999, [0.999], 0.13),
+    "imagenet64": (1440, 18, 40, 39, 4e-4, 0.999, *IMAGENET),
+    "imagenet64_adversarial": (2112, 11, 40, 20, 8e-6, 0.999, *IMAGENET),
+}
+
+
+@pytest.mark.parametrize("stem", AUTHORS)
+def test_the_authors_configs_have_their_numbers(stem):
+    config = parse_config(CTMConfig, ["--config", f"training/configs/{stem}.yaml"])
+    sampler = time_sampler(config, CTMScheduler())
+    assert AUTHORS[stem] == (
+        config.train_batch_size * config.gradient_accumulation_steps, config.train_batch_size, config.num_train_timesteps, sampler.max_steps,
+        config.learning_rate, config.ema_decay, config.extra_ema_decays, config.dropout,
+    )  # fmt: skip
+    assert (sampler.matching, sampler.distribution, sampler.per_sample, sampler.continuous) == ("soft", "weighted", False, False)  # fmt: skip
+    assert (config.optimizer, config.adam_beta1, config.adam_beta2, config.adam_weight_decay) == ("radam", 0.9, 0.999, 0)  # fmt: skip
+    assert (config.lr_scheduler, config.lr_warmup_steps, config.max_grad_norm) == ("constant_with_warmup", 0, 0)
+    assert (config.solver, config.inner_target, config.random_flip, config.ema_warmup) == ("heun", "live", True, False)
+    assert (config.dsm_weight, config.dsm_adaptive, config.dsm_sigma) == (1, True, "half_lognormal")
+    assert (config.distance, config.distance_network, config.distance_pooling) == ("lpips", "vgg", "average")
+    judge = {
+        "period": 2, "start": 0, "channels": 64, "augment": True, "learning_rate": 2e-3, "beta1": 0.5, "beta2": 0.9, "weight_min": 0.01,
+        "weight_max": 10,
+    }  # fmt: skip
+    assert {name: getattr(config, f"discriminator_{name}") for name in judge} == judge
+    if config.discriminator_weight:
+        backbones = {"facebook/deit-base-distilled-patch16-224", "efficientnet_lite0"}
+        assert set(config.discriminator_backbones) == backbones
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_say_how_long_and_whose_the_result_is(path):
+    if path.stem.endswith(("_variants", "_evaluate")):
+        return
+    words = " ".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"\b(minutes?|hours?|days|night)\b|assets/README.md", words), "how long"
+    assert re.search(r"[Mm]easured by us|not run by us|assets/README.md", words), "whose"

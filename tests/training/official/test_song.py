@@ -1,0 +1,476 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Official SongUNet checkpoints as EDMUNet2DModel and back: the authors' numbers, names and shapes."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import silu
+
+from diffusers_ctm import EDMUNet2DModel
+from diffusers_ctm.preconditioning import Preconditioning
+from diffusers_ctm.trajectory import append_dims
+from helpers.exact import randn
+from helpers.places import ORACLE
+from helpers.tiny_networks import EDM_KINDS, inputs, make_edm, times
+from training.cli.errors import UserError
+from training.official import song as convert_edm
+
+
+EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond", "edm_ncsnpp_cond"]
+PRECONDITIONING = Preconditioning(convert_edm.DEFAULTS["sigma_data"], convert_edm.DEFAULTS["timestep_scale"])
+square = {name: changes for name, changes in EDM_KINDS.items() if name != "not square"}
+every_kind = pytest.mark.parametrize("changes", square.values(), ids=square.keys())
+both_times = pytest.mark.parametrize("target_time", [False, True], ids=["teacher", "ctm"])
+
+
+def close(actual, expected, atol=2e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def shapes_of(state_dict):
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
+@pytest.fixture
+def official(oracle):
+    """Read the network `name` of the oracle: its state dict, and its inputs and outputs as tensors."""
+
+    def read(name):
+        numbers = {key: torch.from_numpy(value) for key, value in oracle(f"{name}_io.npz").items()}
+        return load_file(ORACLE / f"{name}.safetensors"), numbers
+
+    return read
+
+
+def captured(network, **modules):
+    """First outputs of the named submodules, in a dict that fills as the network is called."""
+    outputs = {}
+
+    def keep(key):
+        def hook(module, args, output):
+            outputs.setdefault(key, output)
+
+        return hook
+
+    for key, name in modules.items():
+        network.get_submodule(name).register_forward_hook(keep(key))
+    return outputs
+
+
+# The authors' numbers -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_ctm_gives_the_authors_numbers(official):
+    state_dict, io = official("ctm_cifar_uncond")
+    network = convert_edm.to_diffusers(state_dict)
+    assert network.has_target_time and not network.training
+    inside = captured(
+        network,
+        act_map_layer0="time_embedding.linear_1",
+        act_map_layer1="time_embedding.linear_2",
+        act_map_layer0_s="target_time_embedding.linear_1",
+        act_map_layer1_s="target_time_embedding.linear_2",
+        **{"act_enc.32x32_conv": "conv_in", "act_enc.32x32_block0": "down_blocks.0.resnets.0"},
+        **{"act_enc.16x16_down": "down_blocks.1.resnets.0", "act_enc.16x16_block0": "down_blocks.1.attentions.1"},
+        **{"act_enc.8x8_block3": "down_blocks.2.resnets.4"},
+    )
+    x, t, s = io["x"], io["t"], io["s"]
+    close(network(io["net_in"], t.log() / 4, s.log() / 4).sample, io["F"])
+    assert len(inside) == 9
+    for name, output in inside.items():
+        close(output[: len(io[name])], io[name])
+    close(network(io["net_in"], t.log() / 4).sample, io["F_s_eq_t"])
+    close(PRECONDITIONING.g(network, x, t, s), io["g"])
+    close(PRECONDITIONING.jump(network, x, t, s), io["G"])
+    close(PRECONDITIONING.denoise(network, x, t), io["g_s_eq_t"])
+
+
+@torch.no_grad()
+def test_ctms_teacher_gives_the_authors_numbers(official):
+    teacher = convert_edm.to_diffusers(official("edm_ddpmpp_uncond")[0])
+    _, io = official("ctm_cifar_uncond")
+    # they recover F from D, which loses digits where t is small
+    close(teacher(io["net_in"], io["t"].log() / 4).sample, io["teacher_F"], atol=1e-4)
+    close(PRECONDITIONING.denoise(teacher, io["x"], io["t"]), io["teacher_D"])
+    close(PRECONDITIONING.denoise(EDMUNet2DModel.from_unet(teacher), io["x"], io["t"]), io["teacher_D"])
+
+
+@pytest.mark.parametrize("name", EDM)
+@torch.no_grad()
+def test_edm_gives_the_authors_numbers(official, name):
+    state_dict, io = official(name)
+    network = convert_edm.to_diffusers(state_dict)
+    inside = captured(network, map_layer1="time_embedding.linear_2")
+    x, sigma, augment = io["x"], io["sigma"], io["augment_labels"]
+    labels = {"class_labels": io["labels"]} if "labels" in io else {}
+    close(network(append_dims(io["c_in"], 4) * x, io["c_noise"], **labels).sample, io["F"])
+    close(inside["map_layer1"], io["map_layer1"])
+    cosines, sines = io["map_noise"].chunk(2, dim=1)  # the authors swap them afterwards
+    close(network.time_proj(io["c_noise"]), torch.cat([sines, cosines], dim=1))
+    close(PRECONDITIONING.denoise(network, x, sigma, **labels), io["D"])
+    close(PRECONDITIONING.denoise(network, x, sigma, augment_labels=augment, **labels), io["D_augment"])
+    if labels:
+        close(PRECONDITIONING.denoise(network, x, sigma), io["D_nolabel"])
+        one_hot = torch.eye(10)[io["labels"]]
+        close(PRECONDITIONING.denoise(network, x, sigma, class_labels=one_hot), io["D"])
+
+
+@torch.no_grad()
+def test_heun_sampler_gives_the_authors_images(official, oracle):
+    from diffusers_ctm import CTMPipeline, EDMHeunScheduler
+
+    run = oracle("edm_ddpmpp_uncond_edmsampler18.npz")
+    network = convert_edm.to_diffusers(official("edm_ddpmpp_uncond")[0])
+    pipe = CTMPipeline(network, EDMHeunScheduler(timestep_scale=1.0))
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.from_numpy(run["latents"][:1]).float()
+    images = pipe(latents=latents, num_inference_steps=18, output_type="latent").images
+    close(images, torch.from_numpy(run["x"][:1]).float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*EDM, "ctm_cifar_uncond"])
+def test_official_tensors_return(official, name):
+    """Bit for bit, but for the two biases of a CTM's block: their sum returns in the first."""
+    state_dict, _ = official(name)
+    again = convert_edm.to_official(convert_edm.to_diffusers(state_dict))
+    assert again.keys() == state_dict.keys()
+    for key, tensor in state_dict.items():
+        if key.endswith("affine.bias") and name.startswith("ctm"):
+            tensor = tensor + state_dict[key.replace("affine", "affine_s")]
+        elif key.endswith("affine_s.bias"):
+            tensor = torch.zeros_like(tensor)
+        assert torch.equal(again[key], tensor), key
+        assert again[key].is_contiguous()
+
+
+# Names and shapes of the full-size networks ---------------------------------------------------------------------------
+
+FULL = {
+    "edm_cifar10_ddpmpp_uncond(vp)": 55733891,
+    "edm_cifar10_ddpmpp_cond(vp)": 55735299,
+    "edm_cifar10_ncsnpp_cond(ve)": 56400643,
+    "edm_cifar10_ncsnpp_uncond(ve)": 56397827,
+    "ctm_cifar10_uncond": 60395267,
+    "ctm_cifar10_cond": 60396675,
+}
+
+
+def full_size(name):
+    """Entry of the lists of the authors' keys, or skip where the checkout has none."""
+    path = ORACLE / ("keys_ctm_cifar_fullsize.json" if name.startswith("ctm") else "keys_edm_fullsize.json")
+    if not path.exists():
+        pytest.skip("the oracle folder is not here")
+    return json.loads(path.read_text())[name]
+
+
+@pytest.mark.parametrize("name, count", FULL.items(), ids=FULL.keys())
+@pytest.mark.parametrize("prefix", ["model.", ""], ids=["prefix", "no prefix"])
+def test_full_size_names_map_one_to_one(name, count, prefix):
+    entry = full_size(name)
+    expected = {key: tuple(shape) for key, shape, _ in entry["state_dict"]}
+    assert entry["n_params"] == count
+    shapes = {prefix + key.removeprefix("model."): shape for key, shape in expected.items()}
+    assert convert_edm.matches(shapes)
+    with torch.device("meta"):
+        network = convert_edm.to_diffusers({key: torch.empty(shape) for key, shape in shapes.items()})
+    assert {tensor.device.type for tensor in network.state_dict().values()} == {"meta"}
+
+    again = convert_edm.to_official(network)
+    assert shapes_of(again) == expected
+    merged = sum(math.prod(shape) for key, shape in expected.items() if key.endswith("affine_s.bias"))
+    assert sum(parameter.numel() for parameter in network.parameters()) == count - merged
+    assert sum(tensor.numel() for tensor in again.values()) == count + entry["n_buffers"]
+
+    config = network.config
+    assert (config.sample_size, config.in_channels, config.model_channels) == (32, 3, 128)
+    assert config.block_out_channels == (256, 256, 256) and config.layers_per_block == 4
+    assert config.attention_levels == (1,) and config.dropout == 0.13
+    assert config.time_embedding_type == ("fourier" if "ncsnpp" in name else "positional")
+    assert config.encoder_type == ("residual" if "ncsnpp" in name else "standard")
+    assert config.resample_filter == ((1, 3, 3, 1) if "ncsnpp" in name else (1, 1))
+    assert config.num_class_embeds == (None if "uncond" in name else 10)
+    assert config.augment_dim == (None if "ctm" in name else 9) and config.target_time == ("ctm" in name)
+
+
+def test_another_family_does_not_match():
+    other = {key: tuple(shape) for key, shape, _ in full_size("edm_imagenet64_adm_cond")["state_dict"]}
+    assert not convert_edm.matches(other)
+    assert not convert_edm.matches({"conv_in.weight": (8, 3, 3, 3)}) and not convert_edm.matches({})
+
+
+# The official network, written out ------------------------------------------------------------------------------------
+
+
+class Song:
+    """The U-Net of Karras et al. 2022 (Appendix F.1; after Song et al. 2021) as a function of its official state dict.
+
+    In float64, of elementary operations, by the official names. Resampling is a matrix: D halves an axis with the filter's taps, and
+    its transpose, twice as strong, doubles it.
+    """
+
+    def __init__(self, weights, network):
+        self.w = {name.removeprefix("model."): tensor.double() for name, tensor in weights.items()}
+        config = network.config
+        self.encoder, self.decoder, self.head_dim = config.encoder_type, config.decoder_type, config.attention_head_dim
+        self.sizes = [config.sample_size >> level for level in range(len(config.block_out_channels))]
+        self.layers = config.layers_per_block
+        self.taps = torch.tensor(config.resample_filter).double() / sum(config.resample_filter)
+
+    def halving(self, size, pad):
+        """The matrix that halves an axis of `size`, which is filled up with `pad` zeros at both ends."""
+        rows = torch.zeros((size + 2 * pad - len(self.taps)) // 2 + 1, size + 2 * pad, dtype=torch.float64)
+        for i, row in enumerate(rows):
+            row[2 * i : 2 * i + len(self.taps)] = self.taps
+        return rows[:, pad : pad + size]
+
+    def half(self, x):
+        matrix = self.halving(x.shape[-1], len(self.taps) // 2 - 1)
+        return matrix @ x @ matrix.T
+
+    def double(self, x):
+        matrix = 2 * self.halving(2 * x.shape[-1], len(self.taps) // 2 - 1).T
+        return matrix @ x @ matrix.T
+
+    def linear(self, name, x):
+        return x @ self.w[f"{name}.weight"].T + self.w.get(f"{name}.bias", 0)
+
+    def conv(self, name, x, pad=0):
+        weight = self.w[f"{name}.weight"]
+        return nn.functional.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2 + pad)
+
+    def norm(self, name, x):
+        groups = x.reshape(len(x), min(32, x.shape[1] // 4), -1)
+        groups = groups - groups.mean(-1, keepdim=True)
+        x = (groups / (groups.square().mean(-1, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
+        return x * self.w[f"{name}.weight"][:, None, None] + self.w[f"{name}.bias"][:, None, None]
+
+    def block(self, name, x, embs, resample=lambda x: x):
+        h = self.conv(f"{name}.conv0", resample(silu(self.norm(f"{name}.norm0", x))))
+        for emb, end in zip(embs, ("affine", "affine_s")):
+            h = h + self.linear(f"{name}.{end}", emb)[:, :, None, None]
+        h = self.conv(f"{name}.conv1", silu(self.norm(f"{name}.norm1", h)))
+        x = resample(x)
+        x = (h + (self.conv(f"{name}.skip", x) if f"{name}.skip.weight" in self.w else x)) / math.sqrt(2)
+        return (x + self.attention(name, x)) / math.sqrt(2) if f"{name}.qkv.weight" in self.w else x
+
+    def attention(self, name, x):
+        dim = self.head_dim or x.shape[1]
+        rows = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", x)).reshape(len(x), -1, dim, 3, x[0, 0].numel())
+        q, k, v = rows.unbind(3)
+        weights = torch.einsum("bhdi,bhdj->bhij", q, k).div(math.sqrt(dim)).softmax(-1)
+        return self.conv(f"{name}.proj", torch.einsum("bhij,bhdj->bhdi", weights, v).reshape(x.shape))
+
+    def embedding(self, time, condition, end):
+        if "map_noise.freqs" in self.w:
+            angles = 2 * math.pi * time[:, None] * self.w["map_noise.freqs"]
+        else:
+            half = self.w["map_layer0.weight"].shape[1] // 2
+            angles = time[:, None] * 1e-4 ** (torch.arange(half, dtype=torch.float64) / (half - 1))
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)
+        if "map_label.weight" in self.w:
+            count = self.w["map_label.weight"].shape[1]
+            emb = emb + self.linear(
+                "map_label", math.sqrt(count) * torch.eye(count).double()[condition["class_labels"]]
+            )
+        if "map_augment.weight" in self.w:
+            emb = emb + self.linear("map_augment", condition["augment_labels"].double())
+        return silu(self.linear(f"map_layer1{end}", silu(self.linear(f"map_layer0{end}", emb))))
+
+    def __call__(self, x, *times, **condition):
+        embs = [self.embedding(time.double(), condition, end) for time, end in zip(times, ("", "_s"))]
+        image = x = x.double()
+        skips = []
+        for level, size in enumerate(self.sizes):
+            name = f"enc.{size}x{size}"
+            if level == 0:
+                x = self.conv(f"{name}_conv", x)
+            else:
+                x = self.block(f"{name}_down", x, embs, self.half)
+                if self.encoder == "skip":  # the input itself, smaller, is added at every level
+                    image = self.half(image)
+                    x = x + self.conv(f"{name}_aux_skip", image)
+                elif self.encoder == "residual":  # a way of convolutions beside the blocks; both go on as their sum
+                    pad = len(self.taps) // 2 - 1
+                    matrix = self.halving(image.shape[-1] + 2 * pad, 0)
+                    image = matrix @ self.conv(f"{name}_aux_residual", image, pad) @ matrix.T
+                    x = image = (x + image) / math.sqrt(2)
+            skips.append(x)
+            for i in range(self.layers):
+                x = self.block(f"{name}_block{i}", x, embs)
+                skips.append(x)
+
+        output = 0
+        for level, size in reversed(list(enumerate(self.sizes))):
+            name = f"dec.{size}x{size}"
+            if size == self.sizes[-1]:
+                x = self.block(f"{name}_in1", self.block(f"{name}_in0", x, embs), embs)
+            else:
+                x = self.block(f"{name}_up", x, embs, self.double)
+            for i in range(self.layers + 1):
+                x = self.block(f"{name}_block{i}", torch.cat([x, skips.pop()], dim=1), embs)
+            if self.decoder == "skip" or level == 0:  # "skip": every level gives an image, added to the larger ones
+                part = self.conv(f"{name}_aux_conv", silu(self.norm(f"{name}_aux_norm", x)))
+                output = part if isinstance(output, int) else part + self.double(output)
+        assert not skips
+        return output
+
+
+@every_kind
+@both_times
+@torch.no_grad()
+def test_equals_the_official_arithmetic(changes, target_time):
+    network = make_edm(target_time=target_time, **changes)
+    sample, t, s, condition = inputs(network)
+    official = Song(convert_edm.to_official(network), network)(sample, *times(network, t, s), **condition)
+    assert official.std() > 0.1
+    close(network(sample, *times(network, t, s), **condition).sample.double(), official)
+
+
+# Without the authors' files -------------------------------------------------------------------------------------------
+
+
+@every_kind
+@both_times
+def test_there_and_back_is_the_same_function(changes, target_time):
+    network = make_edm(target_time=target_time, **changes)
+    state_dict = convert_edm.to_official(network)
+    overrides = {name: changes[name] for name in ("attention_head_dim", "decoder_type") if name in changes}
+    assert convert_edm.matches(shapes_of(state_dict))
+    again = convert_edm.to_diffusers(state_dict, dropout=0.0, **overrides)
+    sample, t, s, condition = inputs(network)
+    pair = times(network, t, s)
+    assert torch.equal(again(sample, *pair, **condition).sample, network(sample, *pair, **condition).sample)
+    public = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    explicit = {"time_proj_dim": network.time_embedding.linear_1.in_features, "time_embedding_dim": 32}
+    assert {key: again.config[key] for key in public} == {**public, **explicit}
+    assert not {p.data_ptr() for p in again.parameters()} & {tensor.data_ptr() for tensor in state_dict.values()}
+    assert {tuple(p.shape) for p in again.parameters() if not p.requires_grad} == set()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@torch.no_grad()
+def test_attention_is_that_of_the_official_rows(heads):
+    """qkv as the authors read it: reshaped to (batch * heads, channels of a head, three, positions)."""
+    network = make_edm(attention_head_dim=16 // heads)
+    state = {name.removeprefix("model."): tensor for name, tensor in convert_edm.to_official(network).items()}
+    x = randn(2, 16, 4, 4, dtype=torch.float32)
+    normed = nn.functional.group_norm(x, 4, state["dec.4x4_in0.norm2.weight"], state["dec.4x4_in0.norm2.bias"], 1e-6)
+    qkv = nn.functional.conv2d(normed, state["dec.4x4_in0.qkv.weight"], state["dec.4x4_in0.qkv.bias"])
+    q, k, v = qkv.reshape(2 * heads, 16 // heads, 3, 16).unbind(2)
+    weights = (q.transpose(1, 2) @ k / math.sqrt(16 / heads)).softmax(dim=2)
+    mixed = (v @ weights.transpose(1, 2)).reshape(2, 16, 4, 4)
+    mixed = nn.functional.conv2d(mixed, state["dec.4x4_in0.proj.weight"], state["dec.4x4_in0.proj.bias"])
+    close(network.mid_block.attentions["0"](x), (mixed + x) * math.sqrt(0.5))
+
+
+@torch.no_grad()
+def test_a_ctm_that_is_merged_by_hand():
+    """Two linear layers and two biases per block become one layer: emb @ A + a + emb_s @ B + b."""
+    state = convert_edm.to_official(make_edm(target_time=True))
+    for seed, name in enumerate(name for name in state if name.endswith("affine_s.bias")):
+        state[name] = randn(*state[name].shape, seed=seed, dtype=torch.float32)
+    block = convert_edm.to_diffusers(state).down_blocks[0].resnets[0]
+    emb, emb_s = randn(2, 4, 32, dtype=torch.float32)
+    name = "model.enc.8x8_block0.affine"
+    expected = emb @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+    expected = expected + emb_s @ state[f"{name}_s.weight"].T + state[f"{name}_s.bias"]
+    close(block.time_emb_proj(torch.cat([emb, emb_s], dim=1)), expected)
+
+
+def test_half_precision_files_become_float32():
+    state = {name: tensor.half() for name, tensor in convert_edm.to_official(make_edm(**EDM_KINDS["NCSN++"])).items()}
+    network = convert_edm.to_diffusers(state)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    frequencies = network.time_proj.frequency_bits.view(torch.float32)
+    assert torch.equal(frequencies, state["model.map_noise.freqs"].float())
+
+
+def test_overrides_win():
+    state = convert_edm.to_official(make_edm(num_class_embeds=7))
+    config = convert_edm.config_of(shapes_of(state))
+    assert config["dropout"] == 0.13 and config["label_dropout"] == 0.0 and config["num_class_embeds"] == 7
+    config = convert_edm.config_of(shapes_of(state), dropout=0.3, attention_head_dim=8)
+    assert config["dropout"] == 0.3 and config["attention_head_dim"] == 8
+    assert convert_edm.to_diffusers(state, dropout=0.3).mid_block.resnets[0].dropout.p == 0.3
+
+
+@pytest.mark.parametrize("convert", ["config_of", "to_diffusers"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "map_layer0.weight",
+        "map_layer1.bias",
+        "map_label.bias",
+        "enc.8x8_conv.weight",
+        "enc.4x4_down.skip.resample_filter",
+        "enc.4x4_block0.norm2.weight",
+        "dec.8x8_block1.affine.weight",
+        "dec.8x8_aux_conv.weight",
+    ],
+)
+@pytest.mark.parametrize("change", ["missing", "misshapen"])
+def test_a_key_that_is_missing_or_misshapen_is_named(convert, key, change):
+    state = convert_edm.to_official(make_edm(num_class_embeds=7))
+    tensor = state.pop("model." + key)
+    if change == "misshapen":
+        state["model." + key] = torch.zeros(5, *tensor.shape)
+    call = getattr(convert_edm, convert)
+    named = "enc.<size>x<size>_conv" if key.startswith("enc.8x8_conv") and change == "missing" else key
+    with pytest.raises(UserError) as error:
+        call(shapes_of(state) if convert == "config_of" else state)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["model.enc.8x8_block0.affine_train.weight", "model.sigma_min", "logvar", "enc.4x4_block7.norm0.weight"]
+)
+def test_a_surplus_key_is_named(key):
+    state = {**convert_edm.to_official(make_edm()), key: torch.zeros(3)}
+    with pytest.raises(UserError, match=f"has {key.removeprefix('model.')}, which has no place"):
+        convert_edm.to_diffusers(state)
+
+
+def test_what_cannot_be_placed():
+    state = convert_edm.to_official(make_edm())
+    shapes = shapes_of(state)
+    with pytest.raises(UserError, match="has map_layer0.bias twice, with and without the prefix 'model.'"):
+        convert_edm.config_of({**shapes, "map_layer0.bias": shapes["model.map_layer0.bias"]})
+    with pytest.raises(UserError, match="no_such is not an argument of EDMUNet2DModel"):
+        convert_edm.config_of(shapes, no_such=1)
+    with pytest.raises(UserError, match="encoder_type='dense' is not known"):
+        convert_edm.config_of(shapes, encoder_type="dense")
+    with pytest.raises(UserError, match="has no .*_s.*is it complete"):
+        convert_edm.config_of(shapes, target_time=True)
+    with pytest.raises(UserError, match=r"has 6 taps; EDMUNet2DModel knows the filters"):
+        convert_edm.config_of({n: (1, 1, 6, 6) if n.endswith("resample_filter") else v for n, v in shapes.items()})
+    with pytest.raises(UserError, match="has dec.4x4_block|has no dec.8x8|has enc.4x4"):
+        convert_edm.config_of({n: v for n, v in shapes.items() if ".4x4_block0." not in n})
+    triangle = {n: torch.ones_like(v) / 3 if n.endswith("resample_filter") else v for n, v in state.items()}
+    with pytest.raises(UserError, match=r"resample_filter is not the filter \(1, 1\)"):
+        convert_edm.to_diffusers(triangle)
+
+
+def test_networks_that_have_no_official_names():
+    with pytest.raises(UserError, match=r"sample_size=\(8, 16\)"):
+        convert_edm.to_official(make_edm(sample_size=(8, 16)))
+    peft = pytest.importorskip("peft")
+    network = make_edm()
+    network.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(UserError, match="to_q.* has no official name; unload adapters"):
+        convert_edm.to_official(network)
+
+
+def test_names_that_say_more_blocks_than_there_are_tensors():
+    """500 levels of 500 blocks, in 1,000 names, would take minutes and gigabytes to be made."""
+    top = 2**501
+    shapes = {f"enc.{top}x{top}_conv.weight": (8, 3, 3, 3), f"dec.{top}x{top}_aux_conv.weight": (3, 8, 3, 3)}
+    shapes |= {f"enc.{top >> i}x{top >> i}_block0.conv0.weight": (8, 8, 3, 3) for i in range(500)}
+    shapes |= {f"enc.{top}x{top}_block{i}.conv0.weight": (8, 8, 3, 3) for i in range(500)}
+    shapes |= {"map_layer0.weight": (32, 8)}
+    with pytest.raises(UserError, match="tensors for 500 levels of 500 blocks"):
+        convert_edm.config_of(shapes)

@@ -1,0 +1,755 @@
+"""What every run does around its loss: several averages, second networks, skipped steps, signals, trackers; interrupted at any step."""
+
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_ctm import CTMPipeline
+from training import evaluate, train_edm
+from training.cli.errors import UserError
+from training.cli.training_options import EDMConfig
+from training.data.batches import StepSampler, load_images
+from training.data.images import ImageDataset
+from training.evaluate import EvaluateConfig
+from training.networks.build import build_scheduler, build_unet
+from training.objective.times import draw_lognormal_sigma
+from training.run import devices, interruption
+from training.run import loop as run_module
+from training.run.averages import EMA
+from training.run.learner import TrainedNetwork
+from training.run.loop import TrainingRun
+from training.run.monitor import SIGMA_BINS, Means
+
+
+TINY = {
+    "label_column": "label", "train_batch_size": 4, "report_to": "none", "sample_every": 0, "checkpointing_steps": 0, "logging_steps": 2,
+    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
+    "sigma_data": 0.75, "dropout": 0.1, "max_train_steps": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Each test may ask for another precision, as another process would."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(folder, **options):
+    return train_edm.main(EDMConfig(output_dir=str(folder), **{**TINY, **options}))
+
+
+def weights(pipeline):
+    return load_file(os.path.join(pipeline, "unet", "diffusion_pytorch_model.safetensors"))
+
+
+def files_of(folder):
+    """Contents of all weight files below a folder, by path."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".safetensors"):
+                path = os.path.join(parent, name)
+                found[os.path.relpath(path, folder)] = load_file(path)
+    return found
+
+
+def assert_same(a, b):
+    """Two runs left the same weights, to the last bit, under the same names."""
+    first, second = files_of(a), files_of(b)
+    assert first.keys() == second.keys() and first
+    for path in first:
+        for name, value in first[path].items():
+            torch.testing.assert_close(second[path][name], value, rtol=0, atol=0, msg=f"{path}: {name}")
+
+
+def interrupt(whole, part, step):
+    """Make `part` what `whole` was after its checkpoint of `step`, as if it had been killed there."""
+    os.makedirs(part)
+    os.rename(whole / f"checkpoint-{step}", part / f"checkpoint-{step}")
+
+
+def test_each_process_drops_out_other_units(tmp_path, monkeypatch):
+    """What torch draws by itself depends on the seed and the process."""
+    start_accelerator = Accelerator
+
+    def first_number(process, seed):
+        def started(*args, **options):
+            accelerator = start_accelerator(*args, **options)
+            PartialState._shared_state["process_index"] = process
+            return accelerator
+
+        monkeypatch.setattr(devices, "Accelerator", started)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run_module.make_accelerator(EDMConfig(output_dir=str(tmp_path), seed=seed, report_to="none"))
+        return torch.rand(()).item()
+
+    numbers = [first_number(process, seed) for process, seed in ((0, 5), (1, 5), (0, 9), (0, 5))]
+    assert numbers[0] == numbers[3] and len(set(numbers)) == 3
+
+
+# Averages ---------------------------------------------------------------------------------------------------------------
+
+
+def test_each_rate_is_a_pipeline_and_the_targets_rate_is_kept_once(tmp_path, monkeypatch):
+    made = []
+    init = EMA.__init__
+    monkeypatch.setattr(EMA, "__init__", lambda self, *given: made.append(given[1]) or init(self, *given))
+    path = train(tmp_path / "run", ema_decay=0.5, extra_ema_decays=[0.5, 0.0, 0.9])
+    assert made == [0.5, 0.0, 0.9]
+    folders = [path, *(f"{path}-ema-{decay}" for decay in (0.0, 0.9))]
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.yaml", *map(os.path.basename, folders)]
+    for folder in folders:
+        assert DiffusionPipeline.from_pretrained(folder).unet.config.sample_size == 8
+    live = weights(train(tmp_path / "live", ema_decay=0.0))
+    extra = weights(folders[1])
+    assert all(torch.equal(value, extra[name]) for name, value in live.items())
+    assert any(not torch.equal(value, weights(folders[2])[name]) for name, value in weights(path).items())
+
+
+def test_all_averages_resume_bit_for_bit(tmp_path):
+    options = {"extra_ema_decays": [0.5], "posthoc_ema": [0.05, 0.1], "posthoc_ema_every": 2, "max_train_steps": 5}
+    train(tmp_path / "whole", checkpointing_steps=3, **options)
+    interrupt(tmp_path / "whole", tmp_path / "part", 3)
+    train(tmp_path / "part", resume_from_checkpoint="latest", **options)
+    snapshots = sorted(os.listdir(tmp_path / "whole" / "ema-snapshots"))
+    assert snapshots == [f"sigma_rel-{width}-step-{step:06d}" for width in (0.05, 0.1) for step in (2, 4, 5)]
+    for name in [*(f"ema-snapshots/{name}" for name in snapshots[1:3] + snapshots[4:]), "pipeline", "pipeline-ema-0.5"]:
+        assert_same(tmp_path / "whole" / name, tmp_path / "part" / name)
+
+
+# A second network -------------------------------------------------------------------------------------------------------
+
+
+class Judge(torch.nn.Module):
+    """A discriminator in small: parameters, buffers that training changes, dropout."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)]
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def start(folder, judges=torch.optim.SGD, **options):
+    """A run with a network and its judge, before its first step."""
+    config = EDMConfig(output_dir=str(folder), **{**TINY, "dropout": 0.0, **options})
+    dataset = load_images(config)
+    torch.manual_seed(config.seed)
+    network = build_unet(config, dataset, config.dropout, 0.0)
+    scheduler = build_scheduler(config, 0.002, 80.0)
+    run = TrainingRun(config, dataset, network, lambda unet: CTMPipeline(unet, scheduler), {})
+    judge = run.place(Judge())
+    run.add_network("judge", judge, judges(judge.parameters(), lr=0.1))
+    return run
+
+
+def start_edm(folder, **options):
+    """A run of `train` before its first step."""
+    runs = []
+
+    class Started(Exception):
+        pass
+
+    def first(self):
+        runs.append(self)
+        raise Started
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "batches", first)
+        with pytest.raises(Started):
+            train(folder, **options)
+    return runs[0]
+
+
+def learn(run, until=None, broken=lambda step: False):
+    """Train both networks; where `broken(step)`, the loss of the first is infinite. Stop before step `until` (0 is the first)."""
+    for batch in run.batches():
+        if run.step == until:
+            break
+        with run.accumulate():
+            noise = batch.random.normal(*batch.images.shape[1:])
+            labels = {"class_labels": batch.labels}
+            levels = torch.zeros(len(noise))
+            output = run.network(batch.images + noise, levels, **labels).sample
+            loss = (output - batch.images).square().mean() * (float("inf") if broken(run.step) else 1)
+            run.update(loss, {"loss": loss})
+            judge = run.networks["judge"].network
+            loss = (judge(batch.images) - judge(noise)).square().mean()
+            run.update(loss, {"judge_loss": loss}, network="judge")
+    return run
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], value) for name, value in b.items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_networks_resume_bit_for_bit(tmp_path, accumulation):
+    options = {"max_train_steps": 5, "lr_scheduler": "cosine", "gradient_accumulation_steps": accumulation}
+    adam = functools.partial(torch.optim.Adam, fused=True)
+    whole = learn(start(tmp_path / "whole", adam, checkpointing_steps=3, **options))
+    interrupt(tmp_path / "whole", tmp_path / "part", 3)
+    part = start(tmp_path / "part", adam, resume_from_checkpoint="latest", **options)
+    assert part.step == 0 and not same(state(part.networks["judge"].bare), state(whole.networks["judge"].bare))
+    learn(part)
+    for name in ("main", "judge"):
+        assert same(state(part.networks[name].bare), state(whole.networks[name].bare))
+        ours, theirs = (run.networks[name].optimizer.state_dict()["state"] for run in (part, whole))
+        assert all(same(values, theirs[index]) for index, values in ours.items()) and ours
+    assert same(state(part.ema.module), state(whole.ema.module))
+    assert part.networks["judge"].bare.body[2].num_batches_tracked == 2 * 5 * accumulation  # buffers too
+
+
+def test_a_step_of_one_network_leaves_the_other(tmp_path):
+    run = start(tmp_path / "run", max_train_steps=3, lr_scheduler="linear", learning_rate=1.0)
+    main, judge = run.networks["main"], run.networks["judge"]
+    rates = []
+    for batch in run.batches():
+        with run.accumulate():
+            before = state(main.bare), state(run.ema.module)
+            score = judge.network(run.network(batch.images, torch.zeros(4), class_labels=batch.labels).sample).mean()
+            run.update(score, {"score": score}, network="judge")  # its gradient passes through the first network too
+            assert same(state(main.bare), before[0]) and same(state(run.ema.module), before[1])
+            assert all(parameter.grad is None for parameter in main.bare.parameters())
+            rates.append(main.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1.0, 2 / 3, 1 / 3])  # steps of the run count, whichever network learns
+    assert run.ema.updates == 0 and judge.optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_accumulation_and_clipping_of_the_second_network(tmp_path, clip):
+    """One step of plain gradient descent, by hand."""
+    run = start(tmp_path / "run", max_train_steps=1, gradient_accumulation_steps=2, max_grad_norm=clip)
+    judge = run.networks["judge"].bare.eval()
+    before, gradients = state(judge), []
+    for batch in run.batches():
+        with run.accumulate():
+            loss = 100 * judge(batch.images).square().mean()
+            gradients.append(torch.autograd.grad(loss, list(judge.parameters()), retain_graph=True))
+            run.update(loss, {"loss": loss}, network="judge")
+    gradient = [(a + b) / 2 for a, b in zip(*gradients, strict=True)]
+    norm = torch.cat([value.flatten() for value in gradient]).norm()
+    assert norm > 0.5
+    factor = clip / norm if clip else 1.0
+    for (name, parameter), value in zip(judge.named_parameters(), gradient, strict=True):
+        torch.testing.assert_close(parameter, before[name] - 0.1 * value * factor, rtol=1e-4, atol=1e-6)
+
+
+def test_networks_of_a_checkpoint_must_be_those_of_the_run(tmp_path):
+    learn(start(tmp_path / "run", checkpointing_steps=4))
+    with pytest.raises(UserError, match="holds the networks main, judge, this run has main.*--init_from"):
+        train(tmp_path / "run", dropout=0.0, resume_from_checkpoint="latest", max_train_steps=5)
+    run = start(tmp_path / "other")
+    with pytest.raises(ValueError, match="'judge' already"):
+        run.add_network("judge", Judge(), torch.optim.SGD(Judge().parameters()))
+
+
+# A first stage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """A finished run with a checkpoint, its network, and its averages."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = start(tmp_path_factory.mktemp("first") / "run", checkpointing_steps=4, extra_ema_decays=[0.5])
+    learn(run).finish()
+    return run
+
+
+def started(folder, **options):
+    """A run as it stands before its first step."""
+    return learn(start(folder, **options), until=0)
+
+
+@pytest.mark.parametrize("source", [".", "checkpoint-4", "pipeline"])
+def test_a_run_starts_from_a_first_stage(tmp_path, first_stage, source):
+    path = os.path.join(first_stage.options.output_dir, source)
+    run = started(tmp_path / "run", init_from=path, extra_ema_decays=[0.5, 0.25])
+    average = state(first_stage.ema.module)
+    assert same(state(run.bare_network), average if source == "pipeline" else state(first_stage.bare_network))
+    assert same(state(run.ema.module), average) and same(state(run.averages["0.25"].module), average)
+    half = average if source == "pipeline" else state(first_stage.averages["0.5"].module)
+    assert same(state(run.averages["0.5"].module), half) and not same(half, state(first_stage.bare_network))
+    assert run.step == 0 and not run.networks["main"].optimizer.state  # these start anew
+    before = state(run.ema.module)
+    run.ema.step(run.bare_network)  # and the average goes on: it copies no more
+    for name, value in run.bare_network.named_parameters():
+        expected = 0.999 * before[name] + 0.001 * value
+        torch.testing.assert_close(run.ema.module.state_dict()[name], expected)
+
+
+def test_resuming_wins_over_a_first_stage(tmp_path, first_stage):
+    path = first_stage.options.output_dir
+    options = {"max_train_steps": 3, "init_from": path}
+    whole = learn(start(tmp_path / "whole", checkpointing_steps=2, **options))
+    interrupt(tmp_path / "whole", tmp_path / "part", 2)
+    options["init_from"] = "gone"  # nobody looks
+    part = learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options))
+    assert same(state(part.bare_network), state(whole.bare_network))
+    assert same(state(part.ema.module), state(whole.ema.module))
+    assert part.record["first_stage"]["name"] == "run"  # what it came from in truth
+
+
+@pytest.mark.parametrize(
+    "source, options, message",
+    [
+        ("nowhere", {}, "--init_from nowhere is no checkpoint folder, no pipeline"),
+        (None, {"block_out_channels": [16, 16]}, "is not of the network that this run trains: .*58 of another shape"),
+        (
+            None,
+            {"sigma_data": 0.5},
+            "run/checkpoint-4 learnt with another preconditioning: sigma_data 0.75, here 0.5. ",
+        ),
+        (
+            "pipeline",
+            {"sigma_data": 0.5},
+            "run/pipeline learnt with another preconditioning: sigma_data 0.75, here 0.5. ",
+        ),
+        (None, {"layers_per_block": 2}, "is not of the network that this run trains: [0-9]+ missing, such as"),
+    ],
+)
+def test_a_first_stage_that_does_not_fit(tmp_path, first_stage, source, options, message):
+    with pytest.raises(UserError, match=message):
+        folder = first_stage.options.output_dir
+        source = os.path.join(folder, "pipeline") if source == "pipeline" else source or folder
+        started(tmp_path / "run", init_from=source, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_first_stage(tmp_path, first_stage):
+    shutil.copytree(os.path.join(first_stage.options.output_dir, "checkpoint-4"), tmp_path / "checkpoint-4")
+    with open(tmp_path / "checkpoint-4" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="checkpoint-4 cannot be loaded: "):
+        started(tmp_path / "run", init_from=str(tmp_path / "checkpoint-4"))
+
+
+# Steps that are left out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+def test_a_broken_step_changes_nothing_of_that_network(tmp_path, optimizer):
+    run = start(tmp_path / "run", max_train_steps=4, optimizer=optimizer, gradient_accumulation_steps=2)
+    main, judge = run.networks["main"], run.networks["judge"]
+
+    def snapshot():
+        return state(main.bare), state(run.ema.module), main.optimizer.state_dict()["state"][0]
+
+    learn(run, until=2)
+    before, judged = (
+        [{name: torch.clone(value) for name, value in part.items()} for part in snapshot()],
+        state(judge.bare),
+    )
+    learn(run, until=3, broken=lambda step: step == 2)
+    assert all(same(a, b) for a, b in zip(snapshot(), before, strict=True))
+    assert not same(state(judge.bare), judged)
+    assert (main.skipped, main.skipped_in_a_row, judge.skipped) == (1, 1, 0)
+    learn(run)
+    assert not any(same(a, b) for a, b in zip(snapshot(), before, strict=True))
+    assert (main.skipped, main.skipped_in_a_row) == (1, 0)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_found_too(tmp_path):
+    run = start(tmp_path / "run", max_train_steps=2)
+    for batch in run.batches():
+        with run.accumulate():
+            before = state(run.bare_network)
+            output = run.network(batch.images, torch.zeros(4), class_labels=batch.labels).sample
+            if run.step == 1:
+                output.register_hook(lambda gradient: gradient * float("inf"))
+            run.update(output.mean(), {})
+    assert same(state(run.bare_network), before) and run.networks["main"].skipped == 1
+
+
+def test_skipped_steps_are_shown_and_counted_on_when_resumed(tmp_path, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.update({step: values}))
+    broken = {1, 2, 4}.__contains__
+    options = {"max_train_steps": 6, "logging_steps": 3}
+    learn(start(tmp_path / "whole", checkpointing_steps=4, **options), broken=broken)
+    skipped = [logged[step]["train/skipped_steps"] for step in (3, 6)]
+    losses = [logged[step]["train/loss"] for step in (3, 6)]
+    assert skipped == [2, 3] and all(map(math.isfinite, losses))
+    interrupt(tmp_path / "whole", tmp_path / "part", 4)
+    logged.clear()
+    learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options), broken=broken)
+    # The mean goes on from the checkpoint's, whose step is one of three.
+    assert logged[6]["train/skipped_steps"] == 3 and logged[6]["train/loss"] == losses[1]
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
+    """Neither is a checkpoint saved while they go on, nor an old one lost."""
+    options = {"checkpointing_steps": 2, "checkpoints_total_limit": 1, "max_train_steps": 9, "max_skipped_steps": 3}
+    run = start(tmp_path / "run", **options)
+    with pytest.raises(
+        UserError, match="last 3 steps were left out, up to step 6: loss became .*checkpoint-2 is intact"
+    ):
+        learn(run, broken=lambda step: step >= 3)
+    assert "checkpoint-2" in os.listdir(tmp_path / "run") and "checkpoint-4" not in os.listdir(tmp_path / "run")
+    with pytest.raises(UserError, match="no checkpoint had been saved"):  # at the end of a short run
+        learn(start(tmp_path / "short"), broken=lambda step: step >= 2)
+
+
+def test_a_checkpoint_waits_for_the_first_good_step(tmp_path):
+    learn(start(tmp_path / "run", checkpointing_steps=2, max_train_steps=6), broken={1, 2}.__contains__)
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-4", "checkpoint-6", "config.yaml"]
+
+
+def test_half_precision_scales_its_loss_and_each_network_has_its_own_scale(tmp_path):
+    """The scaler of fp16, on the CPU: the step is that without it, and an overflow halves the scale."""
+    accelerator = SimpleNamespace(
+        is_fsdp2=False,
+        prepare=lambda *given: (given[0], SimpleNamespace(optimizer=given[1])), device=torch.device("cpu"),
+        gradient_accumulation_steps=1, scaler=None,
+    )  # fmt: skip
+
+    def trained(scaler):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+        return TrainedNetwork(accelerator, layer, torch.optim.Adam(layer.parameters(), fused=True), scaler)
+
+    plain, scaled = trained(None), trained(torch.amp.GradScaler("cpu", init_scale=1024.0))
+    x = torch.randn(4, 3)
+    for network in (plain, scaled):
+        network.backward(network.bare(x).square().mean())
+        norm, _ = network.step(0.0)
+        assert 0 < norm < 100
+    torch.testing.assert_close(scaled.bare.weight, plain.bare.weight)
+    before = scaled.bare.weight.clone()
+    scaled.backward(scaled.bare(x).square().mean() * 1e36)  # finite itself
+    scaled.step(0.0)
+    assert torch.equal(scaled.bare.weight, before) and scaled.skipped == 1
+    assert scaled.scaler.get_scale() == 512
+    again = trained(torch.amp.GradScaler("cpu"))
+    again.load_state_dict(scaled.state_dict())
+    assert again.scaler.get_scale() == 512 and again.skipped_in_a_row == 1
+
+
+# What happens to a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum, streaming", [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(tmp_path, signum, streaming, capsys):
+    """In the middle of an accumulated step, with no checkpoint due."""
+    options = {"max_train_steps": 5, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "optimizer": "adam"}
+    options |= {"streaming": True, "shuffle_buffer": 11} if streaming else {}
+    whole = learn(start(tmp_path / "whole", **options))
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run = start(tmp_path / "part", **options)
+    with pytest.raises(SystemExit) as stopped:
+        learn(run, broken=lambda step: step == 2 and os.kill(os.getpid(), signum))
+    assert stopped.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    said = capsys.readouterr().err
+    assert f"\nStopped by {signum.name} after step 3 of 5" in said and "--resume_from_checkpoint latest" in said
+    assert sorted(os.listdir(tmp_path / "part")) == ["checkpoint-3", "config.yaml"]
+    part = learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options))
+    for name in ("main", "judge"):
+        assert same(state(part.networks[name].bare), state(whole.networks[name].bare))
+    assert same(state(part.ema.module), state(whole.ema.module))
+
+
+def test_an_impatient_user_is_heard(tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "IMPATIENCE", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        learn(start(tmp_path / "run"), broken=lambda step: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert os.listdir(tmp_path / "run") == ["config.yaml"]
+
+
+def break_data(monkeypatch, what):
+    """Let reading the batch of the third step fail, in whatever process that happens."""
+    read = ImageDataset.__getitem__
+
+    def broken(self, indices):
+        if indices == list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0]:
+            what(self)
+        return read(self, indices)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", broken)
+    monkeypatch.setattr(ImageDataset, "__getitems__", broken)
+
+
+def test_a_reading_process_that_dies(tmp_path, monkeypatch):
+    whole = learn(start(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        break_data(patch, lambda data: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(UserError, match="died .*Lower --dataloader_num_workers 1.*checkpoint-[12] is saved"):
+            learn(start(tmp_path / "part", dataloader_num_workers=1))
+    part = learn(start(tmp_path / "part", resume_from_checkpoint="latest"))
+    assert same(state(part.bare_network), state(whole.bare_network))
+
+
+def test_torch_hears_of_dead_reading_processes_only_once_they_are_gone(tmp_path, monkeypatch):
+    """Else it raises the death of one whose connection broke first, in whatever line runs then."""
+    handlers = []
+    loader = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    end = loader._shutdown_workers
+
+    def record(self):
+        if not self._shutdown:  # it is called again when this is collected
+            handlers.append(signal.getsignal(signal.SIGCHLD))
+        end(self)
+
+    monkeypatch.setattr(loader, "_shutdown_workers", record)
+    monkeypatch.setattr(loader, "_try_get_data", lambda *_: (_ for _ in ()).throw(ConnectionResetError(104, "reset")))
+    with pytest.raises(UserError, match="died"):
+        learn(start(tmp_path / "run", dataloader_num_workers=1))
+    assert handlers == [signal.SIG_DFL]
+    assert callable(signal.getsignal(signal.SIGCHLD))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_reading_process_that_died_with_images_to_fetch(tmp_path, monkeypatch, error):
+    def fetch(*args, **kwargs):
+        raise error
+
+    run = start(tmp_path / "run", dataloader_num_workers=1)
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_try_get_data", fetch)
+    with pytest.raises(
+        UserError, match=f"died .*({'reset' if error.args else 'EOFError'}).*Lower --dataloader_num_workers 1"
+    ):
+        learn(run)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
+    """In this process, or in another."""
+    bad = list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0][1]
+
+    class Source(list):
+        def __getitem__(self, index):
+            if bad in (index if isinstance(index, list) else [index]):
+                raise OSError("cannot identify image file")
+            return self.rows[index]
+
+    run = start(tmp_path / "run", dataloader_num_workers=workers)
+    source = Source()
+    source.rows = run.dataset.source
+    run.dataset.source = source
+    run.dataset.__class__ = type("Data", (ImageDataset,), {"__len__": lambda self: len(self.source.rows)})
+    with pytest.raises(
+        UserError, match=f"^Image {bad} of the data set cannot be read: OSError: cannot.*checkpoint-2 is saved"
+    ):
+        learn(run)
+
+
+def test_samples_and_logs_that_cannot_be_written_end_nothing(tmp_path, capsys, monkeypatch):
+    def full(self, values, step):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "log", full)
+
+    def unsavable(*given):
+        picture = Image.new("RGB", (4, 4))
+        picture.save = lambda draft: full(None, None, None)
+        return picture
+
+    monkeypatch.setattr(run_module, "enlarged_grid", unsavable)
+    path = train(tmp_path / "run", sample_every=2, logging_steps=1, report_to="tensorboard")
+    said = capsys.readouterr().err
+    for what in ("the samples", "the logs"):
+        assert said.count(f"Warning: {what}: ") == 1
+    assert weights(path) and not os.listdir(tmp_path / "run" / "samples")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers, monkeypatch):
+    options = {"streaming": True, "shuffle_buffer": 9, "gradient_accumulation_steps": 2, "max_train_steps": 5}
+    whole = train(tmp_path / "whole", checkpointing_steps=3, **options)
+    interrupt(tmp_path / "whole", tmp_path / "part", 3)
+    options["dataloader_num_workers"] = workers
+    begun = []
+    read = run_module.stream_batches
+    monkeypatch.setattr(run_module, "stream_batches", lambda *given: begun.append(given[7]) or read(*given))
+    part = train(tmp_path / "part", resume_from_checkpoint="latest", **options)
+    assert_same(whole, part)
+    assert begun[0]["first"] == 18  # of 24 images: the third window of 9
+    del options["streaming"], options["shuffle_buffer"]
+    plain = train(tmp_path / "plain", **options)
+    assert any(not torch.equal(value, weights(plain)[name]) for name, value in weights(part).items())
+    with pytest.raises(UserError, match="--eval_every must be 0 with --streaming"):
+        EDMConfig(streaming=True, eval_every=1)
+
+
+# What a run shows of itself ---------------------------------------------------------------------------------------------
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_distance_measured_during_training_is_that_of_evaluate(tmp_path, capsys):
+    options = {"eval_every": 3, "eval_samples": 100}
+    path = train(tmp_path / "run", **options)
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [3, 4]
+    last = lines_of(tmp_path / "run")[-1]
+    config = EvaluateConfig(
+        teacher=path, label_column="label", output_dir=str(tmp_path / "out"), num_samples=100, seeds=[0], kid=False
+    )
+    expected = evaluate.main(config)["results"][0]["frechet"]["mean"]
+    assert last["frechet"]["heun-18"] == pytest.approx(expected, rel=1e-4)
+    assert (last["num_samples"], last["num_reference"], last["features"]) == (100, 1797, "digits")
+    assert f"Step 4: Frechet distance {expected:.4g} (heun-18)" in capsys.readouterr().err
+    plain = train(tmp_path / "plain")
+    assert_same(plain, path)  # measuring changes nothing
+
+
+def test_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path):
+    options = {"eval_every": 1, "eval_samples": 70, "max_train_steps": 5, "ema_decay": 0.5, "learning_rate": 0.01}
+    train(tmp_path / "run", checkpointing_steps=2, checkpoints_total_limit=0, **options)
+    whole = lines_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # as if killed at step 3, with two more lines written
+    interrupted = start_edm(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    for _ in interrupted.batches():
+        assert lines_of(tmp_path / "run") == whole[:2]
+        break
+    train(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    assert lines_of(tmp_path / "run") == whole and [line["step"] for line in whole] == [1, 2, 3, 4, 5]
+
+
+def test_measurements_that_cannot_be_made_are_refused_at_the_start(tmp_path):
+    for options, message in (
+        ({"eval_samples": 60}, "--eval_samples: 60 samples are too few for 64 features.*--eval_features with fewer"),
+        ({"resolution": 16}, "--eval_features is a network for 8x8 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "run", eval_every=1, **options)
+    with pytest.raises(UserError, match="--eval_features must be given with --eval_every"):
+        EDMConfig(dataset_name="cifar10", eval_every=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_samples_are_a_missing_number(tmp_path):
+    run = start_edm(tmp_path / "run", eval_every=1, eval_samples=70)
+    with torch.no_grad():
+        run.ema.module.conv_in.bias.fill_(float("nan"))
+    run.measure()
+    assert lines_of(tmp_path / "run")[0]["frechet"] == {"heun-18": None}
+
+
+def test_tensorboard_has_each_step_once_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {
+        "report_to": "tensorboard",
+        "logging_steps": 1,
+        "max_train_steps": 5,
+        "eval_every": 5,
+        "eval_samples": 70,
+    }
+    train(tmp_path / "run", checkpointing_steps=2, checkpoints_total_limit=0, **options)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(tmp_path / "run", resume_from_checkpoint="latest", sample_every=5, **options)
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "diffusers-ctm")).Reload()
+    names = {"dsm_loss", "grad_norm", "learning_rate", "skipped_steps", "images_per_second"}
+    by_level = {f"dsm_loss_by_sigma/{name}" for name in SIGMA_BINS}
+    shown = {f"train/{name}" for name in names} | {"frechet/heun-18"}
+    assert shown == set(events.Tags()["scalars"]) - by_level and by_level & set(events.Tags()["scalars"])
+    for name in names:
+        assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3, 4, 5]
+    assert all(event.value > 0 for event in events.Scalars("train/images_per_second"))
+    (picture,) = events.Images("samples/heun-18")
+    saved = Image.open(tmp_path / "run" / "samples" / "step-000005-heun-18.png")
+    assert (picture.width, picture.height) == saved.size
+    drawn = Image.open(io.BytesIO(picture.encoded_image_string))
+    assert np.array_equal(np.asarray(drawn), np.asarray(saved))
+
+
+def test_gradient_norm_is_that_before_clipping(tmp_path, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.update({step: values}))
+    norms = []
+    for folder, clip in (("free", 0.0), ("clipped", 1e-3)):
+        train(tmp_path / folder, max_train_steps=1, logging_steps=1, max_grad_norm=clip)
+        norms.append(logged[1]["train/grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 1e-3
+
+
+def test_losses_by_noise_level(tmp_path, monkeypatch):
+    sigma = torch.tensor([0.002, 0.1, 0.2999, 0.3, 2.0, 9.0, 10.0, 80.0, 0.05, 0.5])
+    values = torch.tensor([1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 12.0, math.nan, math.inf])
+    means, accelerator = Means(), Accelerator()
+    means.add_by_level("x", values[:4], sigma[:4])
+    means.add_by_level("x", values[4:], sigma[4:])
+    saved, other = means.state_dict(accelerator), Means()
+    other.load_state_dict(saved, torch.device("cpu"), True)
+    expected = {"below_0.1": 1, "0.1_to_0.3": 3, "0.3_to_1": 5, "1_to_3": 6, "3_to_10": 7, "from_10": 10}
+    for each in (means, other):
+        assert each.read(accelerator) == ({f"x/{name}": value for name, value in expected.items()}, [])
+    Means().add_by_level("x", values.to("meta"), sigma.to("meta"))  # whose numbers nothing can read
+
+    drawn, logged = [], []
+
+    def record(*given):
+        drawn.append(draw_lognormal_sigma(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(train_edm, "draw_lognormal_sigma", record)
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
+    train(tmp_path / "run", gradient_accumulation_steps=2)
+    for number, values in enumerate(logged):
+        bins = np.digitize(torch.cat(drawn[4 * number : 4 * number + 4]), [0.1, 0.3, 1, 3, 10])
+        shares = {f"dsm_loss_by_sigma/{SIGMA_BINS[index]}": np.mean(bins == index) for index in set(bins)}
+        assert shares.keys() == {name for name in values if name.startswith("dsm")}
+        total = sum(share * values[name] for name, share in shares.items())
+        assert total == pytest.approx(values["train/dsm_loss"], rel=1e-5)
+    assert len(logged) == 2
+
+
+def test_the_trackers_run_is_kept_when_resumed(tmp_path, monkeypatch):
+    """Of Weights & Biases by its id."""
+    begun = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *given: begun.append(given[2]["wandb"]))
+    monkeypatch.setattr(devices, "get_available_trackers", lambda: ["wandb"])
+    options = {"report_to": "wandb", "checkpointing_steps": 2}
+    train(tmp_path / "run", max_train_steps=2, **options)
+    train(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    train(tmp_path / "other", max_train_steps=1, **options)
+    ids = [settings["id"] for settings in begun]
+    assert ids[0] == ids[1] != ids[2] and begun[0]["resume"] == "allow" and begun[0]["name"] == "run"
+
+    def refuse(self, *given):
+        raise ValueError("api_key not configured")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(UserError, match="--report_to wandb cannot start: api_key not configured.*WANDB_MODE=offline"):
+        train(tmp_path / "third", **options)
+
+
+# Checkpoints of older code ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_lacks_a_new_option_resumes_if_that_has_its_default(tmp_path):
+    whole = train(tmp_path / "whole", checkpointing_steps=2)
+    interrupt(tmp_path / "whole", tmp_path / "part", 2)
+    path = tmp_path / "part" / "checkpoint-2" / "run_state.pt"
+    saved = torch.load(path, weights_only=True)
+    for name in ("p_mean", "extra_ema_decays", "timestep_scale", "streaming", "shuffle_buffer"):
+        del saved["options"][name]
+    torch.save({name: saved[name] for name in ("step", "averages", "options")}, path)  # all that there was once
+    with pytest.raises(UserError, match="--p_mean was -1.2, is -1.0"):
+        train(tmp_path / "part", resume_from_checkpoint="latest", p_mean=-1.0)
+    part = train(tmp_path / "part", resume_from_checkpoint="latest")
+    assert_same(whole, part)

@@ -1,0 +1,137 @@
+"""Weights spread over processes by FSDP: the same training; what cannot be launched is refused; the shipped configs say what they should."""
+
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import accelerate.commands.config  # noqa: F401  (before launch, which imports it in a circle)
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from torch.distributed.fsdp import StateDictType
+
+from helpers.places import ROOT
+from training import train_ctm, train_edm
+from training.cli.errors import UserError
+from training.cli.training_options import CTMConfig, EDMConfig
+from training.run.checkpoints import load_first_stage
+from training.run.sharding import check_sharding
+
+
+CONFIGS = sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))
+NETWORK = {
+    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
+    "sigma_data": 0.75,
+}  # fmt: skip
+SMALL = {"label_column": "label", "report_to": "none", "sample_every": 0, "logging_steps": 1, "max_train_steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        monkeypatch.delenv(f"ACCELERATE_USE_{name}", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def weights(pipeline):
+    return load_file(os.path.join(pipeline, "unet", "diffusion_pytorch_model.safetensors"))
+
+
+@pytest.mark.slow
+def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
+    """Two processes on a CPU, where a launcher stands in for the line of Accelerate that wants GPUs."""
+    small = {**SMALL, "train_batch_size": 8}
+    teacher = train_edm.main(EDMConfig(output_dir=str(tmp_path / "teacher"), checkpointing_steps=0, **small, **NETWORK))
+    options = {"teacher": teacher, "max_solver_steps": 2, "dropout": 0.0, "learning_rate": 1e-3, "max_grad_norm": 0.5}
+    options |= {"streaming": True, "shuffle_buffer": 50}  # which the processes share
+    options |= {"ema_decay": 0.5, "optimizer": "adam", "adam_epsilon": 1e-3, "checkpointing_steps": 2}
+    whole = train_ctm.main(CTMConfig(output_dir=str(tmp_path / "whole"), **{**small, **options}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONFAULTHANDLER"] = "1"
+
+    def spread(folder, *more):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launch, "tests/helpers/sharded_on_cpu.py", "train_ctm", *more]
+        for name, value in {**small, **options, "train_batch_size": 4, "output_dir": folder}.items():
+            command += [f"--{name}", str(value)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr  # the launcher's own comes last
+        return str(folder / "pipeline")
+
+    first = spread(tmp_path / "spread")
+    start = weights(teacher)
+    for name, value in weights(first).items():
+        torch.testing.assert_close(value, weights(whole)[name], rtol=1e-4, atol=2e-5)
+    assert max((weights(first)[name] - value).abs().max() for name, value in start.items() if "emb" not in name) > 1e-3
+    os.makedirs(tmp_path / "part")
+    checkpoint = shutil.copytree(tmp_path / "spread" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    second = spread(tmp_path / "part", "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
+    stage, other = load_first_stage(str(checkpoint)), load_first_stage(str(tmp_path / "whole" / "checkpoint-2"))
+    assert stage.network.keys() == other.network.keys()
+    for name, value in stage.network.items():
+        torch.testing.assert_close(value, other.network[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("DEEPSPEED", "DeepSpeed resumes from pickles.*ddp.yaml and fsdp.yaml"),
+        ("MEGATRON_LM", "Megatron-LM trains networks of its own.*ddp.yaml"),
+        ("FSDP", "FSDP for several processes on GPUs only"),
+    ],
+)
+def test_launches_that_cannot_train_are_refused(tmp_path, monkeypatch, name, message):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=message):
+        train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), **SMALL, **NETWORK))
+    assert not (tmp_path / "run").exists()
+
+
+def launched(config, monkeypatch):
+    """What `accelerate launch` makes of a config file, as environment."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "-m", "training.train_ctm"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    environment = prepare_multi_gpu_env(arguments)
+    for name, value in environment.items():
+        if name.startswith(("FSDP", "ACCELERATE_")):
+            monkeypatch.setenv(name, value)
+    return environment
+
+
+def fake(plugin, precision="bf16"):
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=state, mixed_precision=precision)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_what_the_training_takes(config, monkeypatch):
+    environment = launched(config, monkeypatch)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (config.stem == "fsdp")
+    if config.stem == "fsdp":
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_mixed_precision("bf16")
+        check_sharding(fake(plugin), EDMConfig())
+        assert plugin.mixed_precision_policy is None  # of noise levels too
+
+
+def test_what_does_not_go_with_spread_weights(monkeypatch):
+    launched(ROOT / "training" / "configs" / "accelerate" / "fsdp.yaml", monkeypatch)
+    plugin = FullyShardedDataParallelPlugin()
+    with pytest.raises(UserError, match="--compile cannot"):
+        check_sharding(fake(plugin), EDMConfig(compile=True))
+    with pytest.raises(UserError, match="--mixed_precision fp16 cannot"):
+        check_sharding(fake(plugin, "fp16"), EDMConfig())
+    plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
+    with pytest.raises(UserError, match="FULL_STATE_DICT"):
+        check_sharding(fake(plugin), EDMConfig())
+    plugin.fsdp_version = 1
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        check_sharding(fake(plugin), EDMConfig())

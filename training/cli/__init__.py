@@ -1,0 +1,1 @@
+"""Every program's options, errors, files, names and device."""

@@ -1,0 +1,120 @@
+"""Files and folders that are whole or not there; JSON that may be missing; a digest of a file or of weights."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .errors import UserError
+
+
+# What torch, safetensors and the system raise when a disk refuses a write.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str) -> Iterator[str]:
+    """Yield a new folder beside `path`; when the block ends well it becomes `path`, replacing a former one as a whole.
+
+    If the block fails, nothing stays behind and the former folder is untouched. A disk that refuses the write is a UserError.
+    """
+    path = os.path.normpath(path)
+    if os.path.isfile(path):
+        raise UserError(f"{path} is a file, and stays; choose another folder.")
+    parent, name = os.path.split(path)
+    draft = os.path.join(parent, f".{name}.draft")
+    former = os.path.join(parent, f".{name}.former")
+    try:
+        if os.path.isdir(former) and not os.path.exists(path):
+            os.rename(former, path)  # a process was killed between the two renames
+        shutil.rmtree(draft, ignore_errors=True)
+        os.makedirs(draft)
+        yield draft
+        replace_folder(draft, path, former)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(draft: str, path: str, former: str) -> None:
+    """Rename `draft` to `path`, moving what is there out of the way first."""
+    shutil.rmtree(former, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, former)
+    try:
+        os.rename(draft, path)
+    except OSError:
+        if os.path.exists(former):
+            os.rename(former, path)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def check_writable(folder: str) -> None:
+    """Raise UserError if `folder` cannot be written, before long work and not after it. Leaves nothing behind."""
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Choose another folder.") from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: str) -> Iterator[str]:
+    """Yield the name of a new file beside `path`; when the block ends well it is renamed to `path`."""
+    parent, name = os.path.split(path)
+    stem, extension = os.path.splitext(name)
+    draft = os.path.join(parent, f".{stem}.draft{extension}")
+    try:
+        if parent:
+            os.makedirs(parent, exist_ok=True)
+        yield draft
+        os.replace(draft, path)
+    except WRITE_ERRORS as error:
+        raise UserError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+    finally:
+        if os.path.exists(draft):
+            os.remove(draft)
+
+
+def write_files(folder: str, files: dict[str, bytes]) -> None:
+    """Write `files`, contents by name, into `folder`. All are written before the first replaces a former one."""
+    with contextlib.ExitStack() as results:
+        for name, content in files.items():
+            with open(results.enter_context(atomic_file(os.path.join(folder, name))), "wb") as file:
+                file.write(content)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """The object in a JSON file of `folder`; empty if there is none or it cannot be read."""
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(value: dict[str, Any], name: str, folder: str) -> None:
+    """Write a JSON file to `folder`."""
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,165 @@
+"""Dataclasses as command lines: YAML below, command line above, checked."""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import UserError, without_token
+
+
+Config = TypeVar("Config")
+
+
+def option(
+    default: Any, help: str, choices: Sequence[Any] | None = None, recorded: bool = True, free: bool = False
+) -> Any:
+    """A field of an option class.
+
+    Args:
+        help: one sentence for `--help`.
+        choices: the values that it may take. Default: any.
+        recorded: whether it is part of a result, and therefore of `training.json`; otherwise it says where, how often and what is shown.
+        free: whether a resumed run may have another value. An option that is not recorded may always differ.
+    """
+    help = help.replace("%", "%%")  # argparse formats it
+    metadata = {"help": help, "recorded": recorded, "free": free or not recorded}
+    if choices is not None:
+        metadata["choices"] = list(choices)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Checked:
+    """Base of the option classes: `check(condition, field, advice)` raises UserError naming the field."""
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            choices, value = entry.metadata.get("choices"), getattr(self, entry.name)
+            if choices is not None:
+                self.check(value in choices, entry.name, f"one of {', '.join(map(str, choices))}")
+
+    def check(self, condition: bool, name: str, advice: str) -> None:
+        if not condition:
+            raise UserError(f"--{name} must be {advice}, got {getattr(self, name)!r}.")
+
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            self.check(getattr(self, name) > 0, name, "positive")
+
+    def check_not_negative(self, *names: str) -> None:
+        for name in names:
+            self.check(getattr(self, name) >= 0, name, "0 or more")
+
+    def refuse(self, names: list[str], reason: str) -> None:
+        """Raise UserError if one of these options is not as by default."""
+        for entry in dataclasses.fields(self):
+            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+            if entry.name in names and getattr(self, entry.name) != default:
+                raise UserError(f"--{entry.name} {reason}; leave it out.")
+
+    def check_folder(self, name: str) -> None:
+        """Of a folder that is to be written."""
+        folder = getattr(self, name)
+        self.check(folder != "" and not os.path.isfile(folder), name, "a folder")
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
+
+    The options that its class attribute POSITIONAL lists may also be given without their names, in that order. An option that may be None
+    is that if nothing is given: `--teacher ""`.
+
+    Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    positional = getattr(config_class, "POSITIONAL", ())
+    usage = " ".join(["%(prog)s", *(name.upper() for name in positional), "[--option VALUE ...]"])
+    parser = HfArgumentParser(config_class, description=config_class.__doc__, usage=usage, allow_abbrev=False)
+    for name in positional:
+        parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"  # an empty list is a value too
+        elif action.nargs is None and action.default is None and action.type is not None:
+            action.type = _or_none(action.type)
+    try:
+        options = [name for action in parser._actions for name in action.option_strings]
+        for word in argv:
+            name = word.split("=")[0]
+            if re.match("--[a-zA-Z]", name) and name not in options:
+                raise UserError(f"{name} is no option{_did_you_mean(name, options)}. See --help for all.")
+        known, _ = parser.parse_known_intermixed_args(argv)
+        arguments = _yaml_arguments(known.config, {f.name for f in dataclasses.fields(config_class)}) + argv
+        namespace = parser.parse_intermixed_args(arguments)
+        return config_class(**vars(namespace))
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`kind`, to which nothing is None: what a file says of an option can be taken back on the command line."""
+
+    @functools.wraps(kind, updated=())
+    def read(text: str) -> Any:
+        return kind(text) if text else None
+
+    return read
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Words that name the one of `names` that `name` nearly is, or none."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _yaml_arguments(path: str | None, known: set[str]) -> list[str]:
+    """The contents of a YAML file as command-line arguments, so that both are checked alike."""
+    if path is None:
+        return []
+    try:
+        with open(path) as file:
+            values = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path} must hold `option: value` lines.")
+    known = known - {"config"}
+    if unknown := sorted(set(map(str, values)) - known):
+        names = ", ".join(name + _did_you_mean(name, known) for name in unknown)
+        raise UserError(f"--config {path} has unknown options: {names}. See --help for all.")
+    arguments = []
+    for name, value in values.items():
+        if value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def save_config(config: Any, path: str) -> None:
+    """Write the options as YAML, readable by `--config`."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
+    with open(path, "w") as file:
+        yaml.safe_dump(values, file, sort_keys=False)
+
+
+def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:
+    """Parse the command line and call `main`. A UserError becomes one line on standard error, without a token, and exit status 1."""
+    config = parse_config(config_class)
+    try:
+        main(config)
+    except UserError as error:
+        if os.environ.get("CTM_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {without_token(str(error))}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Networks that only look: feature vectors and feature maps of images."""

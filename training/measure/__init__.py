@@ -1,0 +1,1 @@
+"""How good samples are: distances to real images, nearest images, schedules."""

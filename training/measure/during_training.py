@@ -1,0 +1,126 @@
+"""The same distances while a run goes on, in metrics.jsonl."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from diffusers_ctm import CTMPipeline
+
+from ..cli.errors import UserError
+from ..cli.files import atomic_file
+from ..cli.training_options import RunOptions
+from ..data.images import ImageDataset
+from ..frozen.vectors import load_feature_network
+from .distances import Distances, check_counts
+from .sampling import Setting, class_labels, draw
+
+
+METRICS = "metrics.jsonl"
+
+BATCH = 250  # most images per network evaluation
+
+MOST_REFERENCE = 50_000  # images; of more, so many evenly spaced ones
+
+
+class DistanceToData:
+    """The Frechet distance of samples to the data set's images, measured by all processes together.
+
+    Numbers do not depend on how many processes there are, nor does the training on whether they are measured: noise is drawn from
+    generators of its own.
+
+    Args:
+        options: of the run.
+        dataset: images.
+        accelerator: of the run.
+
+    Raises UserError if the features do not fit the images or there are too few of these.
+    """
+
+    def __init__(self, options: RunOptions, dataset: ImageDataset, accelerator: Accelerator):
+        self.options, self.dataset, self.accelerator = options, dataset, accelerator
+        try:
+            with torch.random.fork_rng(devices=[]):  # making a network draws weights first
+                self.network = load_feature_network(options.eval_features, accelerator.device)
+            self.network.check_images(dataset.channels, dataset.resolution, dataset.resolution)
+            self.num_reference = min(len(dataset), MOST_REFERENCE)
+            check_counts(options.eval_samples, self.num_reference, self.network.num_features)
+        except UserError as error:
+            text = str(error).replace("--features", "--eval_features").replace("--num_samples", "--eval_samples")
+            raise UserError(text) from error
+        self._distances: Distances | None = None
+
+    @torch.inference_mode()
+    def __call__(self, pipe: CTMPipeline, sample_settings: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """Distance of each setting's samples, by its name; NaN if the network makes no finite pixels. Empty in all but the main process."""
+        count = self.options.eval_samples
+        labels = class_labels(pipe.num_classes, self.dataset.labels(), count)
+        pipe.set_progress_bar_config(disable=True)
+        if self._distances is None:
+            reference = self._features(self.num_reference, self._reference)
+            # Further processes only draw: they keep no reference.
+            self._distances = Distances(reference) if self.accelerator.is_main_process else lambda features: {}
+        measured = {}
+        for name, settings in sample_settings.items():
+            setting = Setting("ctm", settings["num_inference_steps"], settings.get("gamma"))
+
+            def samples(indices: torch.Tensor, batch: int, setting=setting) -> torch.Tensor:
+                own = None if labels is None else labels[indices]
+                return draw(pipe, setting, len(indices), own, 0, batch)
+
+            features = self._features(count, samples)
+            if features is not None:
+                finite = bool(features.isfinite().all())
+                measured[name] = self._distances(features)["frechet"] if finite else math.nan
+        return measured
+
+    def _reference(self, indices: torch.Tensor, batch: int) -> torch.Tensor:
+        spaced = indices * len(self.dataset) // self.num_reference
+        images, _ = self.dataset[spaced.tolist()]
+        if self.options.random_flip:
+            mirror = torch.rand(len(images), generator=torch.Generator().manual_seed(batch)) < 0.5
+            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+        return images.to(self.accelerator.device)
+
+    def _features(self, count: int, make: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor | None:
+        """Features of `count` images, (count, F) on the CPU of the main process, None elsewhere. Each process makes every n-th batch.
+
+        `make(indices, batch)` gives uint8 images; where it raises UserError, features are NaN.
+        """
+        accelerator, own = self.accelerator, {}
+        for batch, indices in enumerate(torch.arange(count).split(BATCH)):
+            if batch % accelerator.num_processes != accelerator.process_index:
+                continue
+            try:
+                own[batch] = self.network(make(indices, batch)).float().cpu()
+            except UserError:
+                own[batch] = torch.full((len(indices), self.network.num_features), math.nan)
+        batches = {batch: features for part in gather_object([own]) for batch, features in part.items()}
+        return torch.cat([batches[batch] for batch in sorted(batches)]) if accelerator.is_main_process else None
+
+
+# The file -------------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(output_dir: str, before: int) -> list[dict[str, Any]]:
+    """The lines of output_dir/metrics.jsonl of the steps before `before`."""
+    path = os.path.join(output_dir, METRICS)
+    if not os.path.isfile(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if line.strip()]
+        return [line for line in lines if line["step"] < before]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to have it written anew.") from error
+
+
+def write_metrics(output_dir: str, lines: list[dict[str, Any]]) -> None:
+    """Replace output_dir/metrics.jsonl as a whole."""
+    with atomic_file(os.path.join(output_dir, METRICS)) as draft, open(draft, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)

@@ -1,0 +1,1 @@
+"""Networks that a run starts from, and pipelines that users bring."""

@@ -1,0 +1,55 @@
+"""The network that options describe."""
+
+import torch
+from diffusers import UNet2DModel
+
+from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
+
+from ..cli.errors import UserError
+from ..cli.shared_options import NetworkOptions
+from ..data.images import ImageDataset
+
+
+def build_unet(
+    config: NetworkOptions, dataset: ImageDataset, dropout: float, label_dropout: float
+) -> UNet2DModel | EDMUNet2DModel:
+    """The network that the options describe; untrained it predicts nothing, so that D is the best linear denoiser, as in EDM."""
+    levels = range(len(config.block_out_channels))
+    halvings = 2 ** (len(levels) - 1)
+    if dataset.resolution % halvings:
+        raise UserError(
+            f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got {dataset.resolution}."
+        )
+    kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
+    shared = {
+        "sample_size": dataset.resolution,
+        "in_channels": dataset.channels,
+        "out_channels": dataset.channels,
+        "block_out_channels": tuple(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "attention_head_dim": config.attention_head_dim,
+        "dropout": dropout,
+        "num_class_embeds": dataset.num_classes + 1 if label_dropout else dataset.num_classes,
+    }
+    if config.architecture == "ddpmpp":
+        return EDMUNet2DModel(
+            model_channels=config.block_out_channels[0] // 2, attention_levels=tuple(config.attention_levels), **shared
+        )
+    network = UNet2DModel(
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        add_attention=config.mid_attention,
+        norm_num_groups=config.norm_num_groups,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        **shared,
+    )
+    torch.nn.init.zeros_(network.conv_out.weight)
+    torch.nn.init.zeros_(network.conv_out.bias)
+    return network
+
+
+def build_scheduler(config: NetworkOptions, sigma_min: float, sigma_max: float) -> EDMHeunScheduler:
+    """The preconditioning and levels of such a network."""
+    return EDMHeunScheduler(
+        sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=config.sigma_data, timestep_scale=config.timestep_scale
+    )

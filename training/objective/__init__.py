@@ -1,0 +1,1 @@
+"""The objective of training: times, solvers, losses, distances, the adversarial stage."""

@@ -1,0 +1,112 @@
+"""Find the state dict in what a file holds."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..cli.errors import UserError
+from .pickles import ENTRIES, Record, _short
+
+
+MAX_MODULES = 20_000  # modules of a network
+
+MAX_DEPTH = 100  # modules within modules
+
+
+def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
+    """The state dict of a torch.nn.Module that was pickled whole: parameters and persistent buffers, by dotted names.
+
+    Raises UserError if it is no module, or modules lie within each other endlessly.
+    """
+    result: dict[str, torch.Tensor] = {}
+    for prefix, state in _modules(module):
+        transient = state.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, set | list | tuple) else ()
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in _children(state, kind):
+                if isinstance(tensor, torch.Tensor) and not (kind == "_buffers" and name in transient):
+                    result[f"{prefix}{name}"] = tensor
+    return result
+
+
+def module_numbers(module: Record, name: str) -> set[float]:
+    """The finite numbers that a pickled module and its parts hold under the attribute `name`, such as "dropout"."""
+    values = (state.get(name) for _, state in _modules(module))
+    return {float(value) for value in values if type(value) in (int, float) and abs(value) < 1e30}
+
+
+def _modules(module: Record) -> Iterator[tuple[str, dict]]:
+    """(prefix of its names, attributes) of a pickled module and all its parts, in their order."""
+    waiting, seen = [("", module)], 0
+    while waiting:
+        prefix, part = waiting.pop()
+        seen += 1
+        if seen > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
+            raise UserError(f"The module {_short(module.class_name)} has more parts than any network.")
+        state = part.state if isinstance(part, Record) else None
+        if type(state) is not dict or type(state.get("_parameters")) is not dict:
+            raise UserError(f"{_short(prefix) or 'The object'} is no torch.nn.Module.")
+        yield prefix, state
+        children = [(f"{prefix}{name}.", child) for name, child in _children(state, "_modules") if child is not None]
+        waiting += reversed(children)
+
+
+def _children(state: Mapping, kind: str) -> list[tuple[str, Any]]:
+    children = state.get(kind) or {}
+    if type(children) is not dict or not all(type(name) is str and len(name) <= 200 for name in children):
+        raise UserError(f"A module's {kind} are no names.")
+    return list(children.items())
+
+
+def weights_of(value: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict or of a pickled module, by name; nothing of anything else."""
+    if isinstance(value, Record):
+        is_module = type(value.state) is dict and "_parameters" in value.state
+        return module_state_dict(value) if is_module else {}
+    if not isinstance(value, dict):
+        return {}
+    return {name: tensor for name, tensor in value.items() if type(name) is str and isinstance(tensor, torch.Tensor)}
+
+
+def find_weights(checkpoint: Any, entry: str | None = None) -> tuple[str, dict | Record]:
+    """(name of the entry, state dict or pickled module) that holds the weights in what `read_checkpoint` returned.
+
+    Args:
+        checkpoint: a state dict, a module, or a dict that holds one of them, maybe one dict further down.
+        entry: its name, dotted if it lies deeper. None takes the first of ENTRIES that is there, averaged weights before others, and
+            the checkpoint itself, named "", if it is a state dict.
+
+    Raises:
+        UserError: there are none; the message lists what there is.
+    """
+    found = {"": checkpoint}
+    levels, seen = [("", checkpoint)], {id(checkpoint)}
+    for _ in range(2):
+        inner = []
+        for prefix, value in levels:
+            for name, part in value.items() if type(value) is dict else ():
+                if type(name) is str and isinstance(part, dict | Record) and id(part) not in seen:
+                    seen.add(id(part))  # what is shared is looked at once
+                    inner.append((f"{prefix}{name}.", part))
+        levels = inner
+        found |= {name.removesuffix("."): part for name, part in levels}
+    counts = {name: len(weights_of(part)) for name, part in found.items()}
+    found = {name: part for name, part in found.items() if counts[name]}
+    listed = ", ".join(f"{_short(name) or 'the file itself'} ({counts[name]})" for name in list(found)[:8])
+    if entry is not None:
+        if entry not in found:
+            raise UserError(f"--entry {entry} has no tensors. Entries with tensors: {listed or 'none'}.")
+        return entry, found[entry]
+    nested = [name for name in found if name]
+    for wanted in ENTRIES:
+        for name in sorted(nested, key=lambda name: name.count(".")):
+            if name.rpartition(".")[2] == wanted:
+                return name, found[name]
+    if "" in found:
+        return "", found[""]
+    if len(nested) == 1:
+        return nested[0], found[nested[0]]
+    raise UserError(
+        f"The file has no weights under a usual name; name one with --entry. Entries with tensors: {listed or 'none'}."
+    )

@@ -1,0 +1,1 @@
+"""Numbers in words, tables, plots and pictures. Imports nothing of ours."""

@@ -1,0 +1,38 @@
+"""Mean and spread of several seeds; numbers, times and cells in words."""
+
+import math
+import statistics
+
+
+def summaries(measured: list[dict[str, float]]) -> dict[str, dict]:
+    """Each distance's values by seed, mean, standard deviation (n - 1; None of one seed), lowest and highest."""
+    return {name: summary([values[name] for values in measured]) for name in measured[0]}
+
+
+def summary(values: list[float]) -> dict:
+    return {
+        "by_seed": values,
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent where it reads well."""
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def cell(values: dict) -> str:
+    """Mean +- standard deviation, this with two digits and both with as many decimals."""
+    mean, std = values["mean"], values["std"]
+    if not std:
+        return number(mean)
+    decimals = max(0, 1 - math.floor(math.log10(std)))
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def duration(seconds: float) -> str:
+    unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
+    return f"{seconds * factor:.3g} {unit}"

@@ -1,0 +1,1 @@
+"""Around the loss of every run: devices, batches, averages, checkpoints, logs."""

@@ -1,0 +1,103 @@
+"""A network with its optimiser and loss scale; steps that are left out."""
+
+import torch
+from accelerate import Accelerator
+
+from .sharding import whole
+
+
+class TrainedNetwork:
+    """A network, prepared by Accelerate, with its optimiser and, in fp16, a loss scale of its own.
+
+    A step whose gradient has an infinite or NaN entry changes nothing: neither the weights nor the optimiser's state.
+
+    Args:
+        accelerator: of the run.
+        module: on the device.
+        optimizer: over parameters of `module`.
+        scaler: of its loss; None in other precisions than fp16.
+
+    Attributes:
+        network: `module` wrapped for several processes. `bare` is `module`.
+        skipped: number of steps left out, and `skipped_in_a_row` of those since the last that was not: 0-d tensors on the device, the same
+            in every process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
+    ):
+        self.accelerator, self.bare, self.scaler = accelerator, module, scaler
+        self.network, prepared = accelerator.prepare(module, optimizer)
+        self.optimizer = prepared.optimizer
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        self.skipped_in_a_row = self.skipped.clone()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, divided by the number of accumulation steps, to that of this network's parameters alone."""
+        loss = loss / self.accelerator.gradient_accumulation_steps
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        if self.accelerator.is_fsdp2:  # whose graph has other tensors; there is one network
+            loss.backward()
+        else:
+            loss.backward(inputs=self.parameters)
+
+    def step(self, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor | bool]:
+        """Take the optimiser's step if the gradient is finite, and forget the gradient.
+
+        Args:
+            max_grad_norm: clip the gradient's norm to this; 0 is no clipping.
+
+        Returns:
+            The norm before clipping, and whether the step was taken: 1 or 0 on the device, where that alone knows it, or a bool.
+        """
+        optimizer = self.optimizer
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        norm = whole(clip_gradient(self.parameters, max_grad_norm))
+        # After the mean over processes the gradients are the same everywhere, so every process decides alike.
+        broken = norm.isfinite().logical_not_()
+        self.skipped += broken
+        self.skipped_in_a_row += 1
+        self.skipped_in_a_row *= broken
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.accelerator.is_fsdp2:
+            # Fused Adam and AdamW read the flag on the device, as they do for torch's GradScaler: nothing waits for it.
+            optimizer.found_inf = broken.float()
+            optimizer.step()
+            del optimizer.found_inf
+            applied = broken.logical_not()
+        else:
+            # RAdam has no such way: on a GPU the host waits here for the backward pass, once per step.
+            applied = not broken.item()
+            if applied:
+                optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.update()
+        return norm, applied
+
+    def state_dict(self) -> dict:
+        """What Accelerate does not save: the counts, and the loss scale of a second network."""
+        state = {"skipped": self.skipped.item(), "skipped_in_a_row": self.skipped_in_a_row.item()}
+        if self.scaler is not None and self.scaler is not self.accelerator.scaler:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped.fill_(state.get("skipped", 0))
+        self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def clip_gradient(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d. Nothing waits for the device."""
+    if max_norm > 0:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients)).norm()

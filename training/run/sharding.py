@@ -1,0 +1,61 @@
+"""Weights spread over processes by torch's FSDP2, through Accelerate: what can be launched so, and what the training must know of it."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ..cli.errors import UserError
+from ..cli.training_options import RunOptions
+
+
+WHAT_WORKS = "training/configs/accelerate has what works: ddp.yaml and fsdp.yaml."
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def check_launch() -> None:
+    """Raise UserError if the launcher asks for what this training cannot do."""
+    if _asked("DEEPSPEED"):
+        raise UserError(
+            f"DeepSpeed resumes from pickles, which can run code, and makes clipping and the step its own. {WHAT_WORKS}"
+        )
+    if _asked("MEGATRON_LM"):
+        raise UserError(f"Megatron-LM trains networks of its own. {WHAT_WORKS}")
+
+
+def check_sharding(accelerator: Accelerator, options: RunOptions) -> None:
+    """Raise UserError for what does not go with FSDP; leave precision to autocast."""
+    if not _asked("FSDP"):
+        return
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("Accelerate has FSDP for several processes on GPUs only. Leave it out (ACCELERATE_USE_FSDP).")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError(f"FSDP must be version 2 (fsdp_version: 2). {WHAT_WORKS}")
+    if plugin.state_dict_type.name != "FULL_STATE_DICT":  # the others are read by pickle, which runs code
+        raise UserError(f"FSDP must save whole weights (fsdp_state_dict_type: FULL_STATE_DICT). {WHAT_WORKS}")
+    if options.compile:
+        raise UserError("--compile cannot be combined with FSDP; leave one of them out.")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 cannot be combined with FSDP; use bf16 or no.")
+    # Else it would round what the network is shown, noise levels included, to bfloat16.
+    plugin.mixed_precision_policy = None
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with all its entries if this process has a part of them, else as it is. All processes must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def load_whole(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """`load_state_dict` of whole weights, which each process has, into a network that may be spread."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        network.load_state_dict(weights)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True))

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Consistency trajectory models in the browser: `python app.py`, then open the address that it prints.
 
-This file describes the page. demo/actions.py has the actions of the tabs, demo/recipes.py the Python that they run and show,
-demo/page.py the parts of every tab.
+This file describes the page. demo/actions.py has the actions of the tabs, demo/recipes.py the Python that they run and
+show, demo/page.py the parts that every tab has.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from training.cli.errors import UserError
 HERE = Path(__file__).parent
 WAITING = 64  # requests in the queue, of all visitors
 INTRODUCTION = """# Consistency trajectory models
-One network jumps from noise to an image in one step, or goes there in several. **gamma** says what happens between two steps: at 0 nothing, the path is
-fixed by the first noise; up to 1 more and more of what was reached is dissolved in new noise and made again. In one step there is no between, so take two or more
-to see it."""
+One network jumps from noise to an image in one step, or gets there in several. **gamma** says what happens between two
+steps. At 0 nothing happens: the first noise fixes the path. The larger gamma is, the more of the image dissolves in new
+noise and is made again. One step has no between, so take two or more to see it."""
 
 
 def build() -> gr.Blocks:
@@ -70,7 +70,7 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Trajectory",
-        "On the way from noise: every state, and below it where its jump to the end leads.",
+        "Every state on the way from noise, and below each the end of its jump.",
         actions.trajectory,
         lambda: {"label": class_choice(), "steps": steps(5, 8), "seed": seed()},
         at_once=True,
@@ -86,7 +86,7 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "One step or many",
-        "Drag the line: left the CTM, right the diffusion model that it came from, in 18 steps of Heun's method from the same noise.",
+        "Drag the line. Left: the CTM. Right: its teacher, a diffusion model, in 18 Heun steps from the same noise.",
         actions.compare,
         lambda: {
             "label": class_choice(every=True),
@@ -108,7 +108,7 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Inpaint",
-        "Draw over a part of a picture; it is painted again, the rest stays.",
+        "Draw over a part of a picture. That part is painted anew, the rest stays.",
         actions.inpaint,
         lambda: {
             "drawing": drawing("Picture, with the part to repaint drawn over", ["#c83ca0"], 28),
@@ -122,7 +122,7 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Strokes",
-        "Draw, and choose how much of the drawing is dissolved in noise before the model makes an image of it.",
+        "Draw something. Strength says how much of it dissolves in noise before the model makes an image of it.",
         actions.edit,
         lambda: {
             "drawing": drawing("Drawing", ["#ffffff", "#000000", "#f5c33b", "#c0392b", "#2e7d32", "#1565c0"], 28),
@@ -139,7 +139,7 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Between seeds",
-        "From one noise to another, and what becomes of each on the way.",
+        "The way from one noise to another, and the image of each noise on it.",
         actions.interpolate_seeds,
         lambda: {
             "label": class_choice(),
@@ -152,7 +152,7 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Between pictures",
-        "Two pictures are led back to their noise, and what lies between is led forward again.",
+        "Two pictures are encoded to their noises; the noises between them are decoded again.",
         actions.interpolate_images,
         lambda: {
             "image": picture("First picture"),
@@ -165,7 +165,9 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Guide",
-        "The model is not told the class; a classifier's gradient pulls each step towards it. For checkpoints trained with label dropout, guidance needs no classifier.",
+        "The model is not told the class; the gradient of a classifier pulls each step towards it. Checkpoints that "
+        "were "
+        "trained with label dropout need no classifier.",
         actions.guide,
         lambda: {
             "label": class_choice(),
@@ -178,7 +180,9 @@ def tabs_of(page: Page) -> None:
     )
     page.tab(
         "Likelihood",
-        "How probable is a picture under the model? In bits per dimension, beside images that belong there; less is likelier. It takes seconds.",
+        "Bits per dimension of a picture under the model, beside those of images like its training data. Less is "
+        "likelier. "
+        "It takes seconds.",
         actions.likelihood,
         lambda: {"image": picture("Picture"), "label": class_choice(), "seed": seed()},
         examples=(examples.likelihood_example, ("image", "upside down", "noise"), ("image", "label")),
@@ -200,7 +204,7 @@ def start(page: gr.Blocks, **options) -> tuple:
         state_session_capacity=256,
         footer_links=["api", "settings"],
         ssr_mode=False,
-        show_error=True,  # what a component refuses, in words; actions word their own
+        show_error=True,  # the messages of components; actions have their own
         allowed_paths=[],
         **options,
     )
@@ -223,13 +227,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unchecked = checkpoint.pipe.config.requires_safety_checker and checkpoint.pipe.safety_checker is None
             if unchecked and (options.share or not is_loopback(options.host)):
                 raise UserError(
-                    f"{checkpoint.source} asks for a safety checker and has none. It is shown on this machine only: leave out --host and --share."
+                    f"{checkpoint.source} asks for a safety checker and has none. It is shown on this machine only: "
+                    "leave "
+                    "out --host and --share."
                 )
     except UserError as error:
         sys.exit(str(error))
     torch.set_num_threads(options.threads or threads())
     os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="ctm-page-")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder goes, too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the folder is removed
     try:
         start(
             build(),
@@ -244,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_address(host: str, port: int | None) -> None:
-    """Raise OSError if nothing can listen there, before anything is loaded. Gradio would try a wrong host for minutes."""
+    """Raise OSError if the page cannot listen there, before loading anything. Gradio tries a wrong host for minutes."""
     family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections do not count
@@ -252,7 +258,7 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def threads() -> int:
-    """One for small networks: on them several only wait for each other."""
+    """One thread for small networks, on which several only wait for each other."""
     largest = max(sum(p.numel() for p in one.pipe.unet.parameters()) for one in CHECKPOINTS.values())
     return 1 if largest < SMALL else torch.get_num_threads()
 
@@ -274,28 +280,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--host",
         default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        help="Address to listen on. Default: this machine alone. 0.0.0.0 serves everybody who can reach this machine: without --auth anybody there "
-        "uses its processor, unencrypted.",
+        help="Address to listen on. Default: this machine alone. 0.0.0.0 serves everybody who can reach this machine, "
+        "without "
+        "encryption; without --auth everybody there can use its processor.",
     )
     parser.add_argument("--port", type=int, help="Port to listen on. Default: the first free one from 7860.")
     parser.add_argument(
         "--share",
         action="store_true",
-        help="Make a public address for a week, through a server of Gradio's: what visitors send and see passes through it, and whoever knows or guesses "
-        "the address can use the page. Use it with --auth.",
+        help="Make a public address that is valid for a week. All traffic passes through Gradio's server, and anyone "
+        "who knows "
+        "or guesses the address can use the page. Use it with --auth.",
     )
     parser.add_argument(
         "--auth",
         type=user_and_password,
         metavar="FILE",
-        help="Ask for a name and password: a file with one user:password per line. They cross the network unencrypted unless a server in front or --share "
-        "adds https.",
+        help="Ask for a name and password: a file with one user:password per line. They cross the network unencrypted, "
+        "unless "
+        "a server in front or --share adds https.",
     )
     parser.add_argument(
         "--mcp",
         action="store_true",
-        help="Also serve every action as a tool of the Model Context Protocol, at /gradio_api/mcp/. An agent that may use it can start as much work as "
-        "a visitor.",
+        help="Also serve every action as a tool of the Model Context Protocol, at /gradio_api/mcp/. An agent with "
+        "access can "
+        "start as much work as a visitor.",
     )
     parser.add_argument(
         "--threads", type=int, help="Processor threads of one request. Default: 1 for networks below 10 M parameters."

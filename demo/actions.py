@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What each tab does: arguments of visitors checked, a recipe run, its pictures, words and Python made.
+"""Actions of the tabs: each checks a visitor's arguments, runs a recipe and makes its picture, words and Python.
 
-Every function here is an endpoint of the page's API, so that its docstring is read there.
+Each action is an endpoint of the page's API, which shows its docstring.
 """
 
 import os
@@ -46,14 +46,14 @@ HEUN_STEPS = 18
 
 LONGEST_COMPARISON = 60  # seconds for the likelihood of images to compare with, after which fewer do
 
-FILES = "The images of `{name}` one by one, each with how it was made in it, and the Python that makes them: a .zip."
+FILES = "A .zip of the images of `{name}`, each with its provenance, and of the Python that makes them."
 
 
 def schedule_words(pipe: CTMPipeline) -> str:
     """The levels and gammas of the last run of `pipe`."""
     levels, gammas = pipe.scheduler.sigmas[:-1].tolist(), pipe.scheduler.gammas[:-1].tolist()
-    said = f" Tuned schedule: noise levels {', '.join(f'{level:.3g}' for level in levels)}"
-    return said + (f"; gamma {', '.join(f'{one:.3g}' for one in gammas)}." if gammas else ".")
+    words = f" Tuned schedule: noise levels {', '.join(f'{level:.3g}' for level in levels)}"
+    return words + (f"; gamma {', '.join(f'{one:.3g}' for one in gammas)}." if gammas else ".")
 
 
 def words_of(run: Run, count: int, steps: int, seeds: range) -> str:
@@ -75,7 +75,7 @@ def sample(
     own_schedule: bool = False,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008 gradio looks for it here
 ) -> Made:
-    """Draw images with a consistency trajectory model. The same seed is the same noise at every gamma and number of steps.
+    """Draw images with a consistency trajectory model. A seed is the same noise at every gamma and number of steps.
 
     Args:
         model: name of a checkpoint of this page.
@@ -84,7 +84,7 @@ def sample(
         gamma: 0 is deterministic, 1 is multistep sampling of consistency models; counts from two steps on.
         seed: of the first image, which has the number seed; the next has seed + 1 and so on.
         count: images, 1 to 36.
-        own_schedule: noise levels and gamma that were tuned for this checkpoint and number of steps, instead of gamma, if it carries them.
+        own_schedule: use the levels and gammas that the checkpoint carries for this number of steps, not `gamma`.
     """
     checkpoint, seeds = chosen(model), seeds_from(seed, count)
     steps, gamma = whole("Steps", steps, 1, MOST_STEPS), within("gamma", gamma, 0, 1)
@@ -132,8 +132,11 @@ def trajectory(
     pipe.value._set_timesteps(steps, "cpu", None, None, 0.0)
     above = [f"{level:.2g}" if level < 10 else f"{level:.0f}" for level in pipe.value.scheduler.sigmas.tolist()]
     report = (
-        f"{len(STRIP_GAMMAS)} times {2 * steps} network evaluations, {1000 * run.seconds:.0f} ms in all. Above each column stands its noise level. "
-        "At gamma 0 the jumps agree: the trajectory is fixed. At gamma 1 each step forgets, and the jump changes its mind."
+        f"{len(STRIP_GAMMAS)} times {2 * steps} network evaluations, {1000 * run.seconds:.0f} ms in all. Each column "
+        "has its "
+        "noise level above it. At gamma 0 the jumps agree: the trajectory is fixed. At gamma 1 each step forgets, and "
+        "the "
+        "jump changes."
     )
     return run.made(captioned(table, left, above), report, images)
 
@@ -180,7 +183,7 @@ def compare(
         steps: of the CTM, 1 to 40.
         seed: of the first image.
         count: images, 1 to 36.
-        own_schedule: of the CTM, noise levels and gamma that were tuned for this number of steps, instead of gamma 0, if it carries them.
+        own_schedule: use the noise levels and gammas that the CTM carries for this number of steps, instead of gamma 0.
     """
     checkpoint, seeds = chosen(model), seeds_from(seed, count)
     steps, labels = whole("Steps", steps, 1, MOST_STEPS), classes(checkpoint, label, len(seeds))
@@ -190,7 +193,7 @@ def compare(
     ctm = run(recipes.sample, pipe, labels, steps, gamma, seeds, variable="ctm")
     report = f"Left: the CTM, {run.cost}.{schedule_words(pipe.value) if gamma is None else missing} "
     if checkpoint.teacher is None:
-        other, name = run.model("model"), "the CTM's own exact score, as its teacher is not here"
+        other, name = run.model("model"), "the CTM's exact score, since its teacher is not here"
     else:
         other, name = (
             run.model("model", *checkpoint.teacher),
@@ -216,11 +219,11 @@ def inpaint(
     count: float = 8,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008
 ) -> Made:
-    """Repaint what is drawn over in a picture; the rest stays, pixel for pixel.
+    """Repaint the part of a picture that is drawn over; the rest stays, pixel for pixel.
 
     Args:
         model: name of a checkpoint of this page.
-        drawing: the picture as "background"; what is not transparent in its "layers" is repainted.
+        drawing: the picture as "background"; the opaque part of its "layers" is repainted.
         label: class by name or number.
         steps: 1 to 40.
         gamma: 0 to 1; 1, which renoises most, is usually best here.
@@ -233,7 +236,7 @@ def inpaint(
         raise refuse("Put in a picture first, or take an example.")
     mask = mask_of(drawing, checkpoint.size)
     if mask.getextrema()[1] == 0:
-        raise refuse("Draw over the part that is to be repainted.")
+        raise refuse("Draw over the part to repaint.")
     picture = fitted(drawing["background"], checkpoint.pipe)
     run = Run(checkpoint)
     files = given("image.png", picture), given("mask.png", mask)
@@ -241,7 +244,7 @@ def inpaint(
     output = run(recipes.inpaint, run.model(), *files, label, steps, gamma, seeds)
     hidden = picture.convert("RGB")
     hidden.paste((200, 60, 160), mask=mask)
-    report = f"First what was given, then {words_of(run, len(seeds), steps, seeds)}"
+    report = f"First the picture given, then {words_of(run, len(seeds), steps, seeds)}"
     return run.made(grid([hidden, *output.images]), report, output)
 
 
@@ -256,11 +259,11 @@ def edit(
     count: float = 8,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008
 ) -> Made:
-    """Make images of strokes: noise is added to the drawing, and the model takes it away again.
+    """Turn strokes into images: noise is added to the drawing, and the model removes it again.
 
     Args:
         model: name of a checkpoint of this page.
-        drawing: "background", "layers" or both, which are put upon each other.
+        drawing: "background", "layers" or both, on top of each other.
         label: class by name or number.
         strength: how much noise, 0.05 to 1; at 1 nothing of the drawing is left.
         steps: 1 to 40.
@@ -278,7 +281,7 @@ def edit(
     run = Run(checkpoint)
     label, file = one_class(checkpoint, label), given("image.png", picture)
     output = run(recipes.edit, run.model(), file, strength, label, steps, gamma, seeds)
-    report = f"First what was given, then {words_of(run, len(seeds), steps, seeds)}"
+    report = f"First the picture given, then {words_of(run, len(seeds), steps, seeds)}"
     return run.made(grid([picture, *output.images]), report, output)
 
 
@@ -321,7 +324,7 @@ def interpolate_images(
     count: float = 9,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008
 ) -> Made:
-    """Images between two pictures: both are led back to their noise by the exact score, mixed, and led forward again.
+    """Images between two pictures: the exact score encodes both to their noises, which are mixed and decoded.
 
     Args:
         model: name of a checkpoint of this page.
@@ -341,7 +344,9 @@ def interpolate_images(
     labels = [one_class(checkpoint, one) for one in (label, other_label)] if checkpoint.classes else None
     run = Run(checkpoint)
     output = run(recipes.between_images, run.model(), *pair, labels, HEUN_STEPS, count)
-    report = f"The two pictures, and {count} images from the one to the other: {run.nfe} network evaluations, {1000 * run.seconds:.0f} ms."
+    report = (
+        f"The two pictures and {count} images between them: {run.nfe} network evaluations, {1000 * run.seconds:.0f} ms."
+    )
     return run.made(grid([pair[0].value, *output.images, pair[1].value]), report, output)
 
 
@@ -358,12 +363,12 @@ def guide(
     count: float = 8,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008
 ) -> Made:
-    """Lead samples to a class that the network is not told: by a classifier's gradient, or classifier-free where it was trained so.
+    """Lead samples to a class: by the gradient of a classifier, or classifier-free if the network was trained for it.
 
     Args:
         model: name of a checkpoint of this page.
-        label: the class that is wanted, by name or number.
-        scale: of the guidance, 0 (none) to 20.
+        label: the class to lead to, by name or number.
+        scale: strength of the guidance, 0 (off) to 20.
         steps: 1 to 40.
         gamma: 0 to 1.
         seed: of the first image.
@@ -375,8 +380,8 @@ def guide(
     scale = within("Scale", scale, 0, 20)
     run = Run(checkpoint)
     if checkpoint.classifier is not None:
-        folder, known = checkpoint.classifier
-        target, folder = one_class(checkpoint, label, known), Shown(ROOT / folder, repr(folder))
+        folder, names = checkpoint.classifier
+        target, folder = one_class(checkpoint, label, names), Shown(ROOT / folder, repr(folder))
         recipe, target_or_label = recipes.guide_by_classifier, (folder, target)
         how = "the gradient of a classifier"
     elif checkpoint.classifier_free:
@@ -384,13 +389,14 @@ def guide(
         how = "classifier-free guidance"
     else:
         raise refuse(
-            "This checkpoint cannot be guided here: there is no classifier for its images, and it was not trained with label dropout."
+            "This checkpoint cannot be guided here: there is no classifier for its images, and it was not trained with "
+            "label dropout."
         )
     pipe = run.model()
     without = run(recipe, pipe, *target_or_label, 0.0, steps, gamma, seeds, variable="without")
     output = run(recipe, pipe, *target_or_label, scale, steps, gamma, seeds)
-    found = f"Above without, below with {how}. {words_of(run, count, steps, seeds)}"
-    return run.made(rows([without.images, output.images], max(24, 720 // count)), found, output)
+    report = f"Above without, below with {how}. {words_of(run, count, steps, seeds)}"
+    return run.made(rows([without.images, output.images], max(24, 720 // count)), report, output)
 
 
 def likelihood(
@@ -400,7 +406,9 @@ def likelihood(
     seed: float = 0,
     progress=gr.Progress(track_tqdm=True),  # noqa: B008
 ) -> Made:
-    """Bits per dimension of a picture under the model's exact score, among those of images that belong there. Less is likelier.
+    """Bits per dimension of a picture under the exact score, beside those of images like the training data.
+
+    Less is likelier.
 
     Args:
         model: name of a checkpoint of this page.
@@ -413,12 +421,14 @@ def likelihood(
         raise refuse("Put in a picture first, or take an example.")
     picture, label = fitted(image, checkpoint.pipe), one_class(checkpoint, label)
     run = Run(checkpoint)
-    found = run(recipes.likelihood, run.model(), given("image.png", picture), label, seed)
-    bits, nfe, seconds = found.bits_per_dim.item(), found.nfe, run.seconds
+    output = run(recipes.likelihood, run.model(), given("image.png", picture), label, seed)
+    bits, nfe, seconds = output.bits_per_dim.item(), output.nfe, run.seconds
     what, others = among(checkpoint, progress)
     beaten = sum(other > bits for other in others)
     report = (
-        f"**{bits:.2f} bits per dimension**, likelier than {beaten} of {len(others)} {what}, which have {min(others):.2f} to {max(others):.2f}. "
+        f"**{bits:.2f} bits per dimension**, likelier than {beaten} of {len(others)} {what}, which have "
+        f"{min(others):.2f} to "
+        f"{max(others):.2f}. "
         f"{nfe} network evaluations with as many backward passes, {seconds:.1f} s."
     )
     return Made(
@@ -427,7 +437,10 @@ def likelihood(
 
 
 def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]:
-    """What images to compare with, and the bits per dimension of each: those the checkpoint carries, else its examples, computed once."""
+    """Words for images to compare with, and bits per dimension of each.
+
+    They are those that the checkpoint carries, else those of its examples, computed once.
+    """
     if checkpoint.likelihood is None:
         what, images, labels = checkpoint.examples
         bits, until = [], time.monotonic() + LONGEST_COMPARISON
@@ -436,8 +449,8 @@ def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]
                 break
             progress(i / len(images), desc=f"Comparing with {len(images)} {what}, once")
             part = slice(i, i + 8)
-            found = recipes.likelihood(checkpoint.fresh(), images[part], labels and labels[part], 0)
-            bits += found.bits_per_dim.tolist()
+            output = recipes.likelihood(checkpoint.fresh(), images[part], labels and labels[part], 0)
+            bits += output.bits_per_dim.tolist()
         checkpoint.likelihood = what, bits
     return checkpoint.likelihood
 
@@ -446,7 +459,7 @@ def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]
 
 
 def zipped(made: Made, name: str) -> str:
-    """A .zip of the images with their provenance, the Python that makes them, and the pictures that it reads."""
+    """Path of a .zip with the images, their provenance, the Python that makes them and the pictures that it reads."""
     folder = Path(
         tempfile.mkdtemp(prefix="files-", dir=os.environ.get("GRADIO_TEMP_DIR"))
     )  # whose old files gradio deletes

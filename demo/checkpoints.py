@@ -45,7 +45,7 @@ class Checkpoint:
         pipe: is never sampled; `fresh` copies it.
         teacher: (source, pipeline) of the teacher, if it lies beside the checkpoint.
         evaluation: the report of `training.evaluate`, if the checkpoint carries it.
-        likelihood: (words for the images, bits per dimension of each) from `training.likelihood`, if the checkpoint carries it.
+        likelihood: (words for the images, bits per dimension of each) from `training.likelihood`, if it carries them.
         notice: license, attribution and warnings, in Markdown.
         dataset: name of the training data, "" if unknown.
     """
@@ -158,12 +158,14 @@ def load(source: str) -> Checkpoint:
     if not isinstance(pipe, CTMPipeline) or not hasattr(pipe.scheduler, "target_timesteps"):
         scheduler = type(getattr(pipe, "scheduler", None)).__name__
         raise UserError(
-            f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m training.train_ctm --teacher {source}"
+            f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m "
+            f"training.train_ctm --teacher {source}"
         )
     channels = pipe.unet.config.in_channels
     if channels not in (1, 3) or pipe.unet.config.sample_size is None or max(image_size(pipe.unet)) > MOST_SIDE:
         raise UserError(
-            f"{source} makes images of {channels} channels and {pipe.unet.config.sample_size or 'any'} pixels; the page shows gray "
+            f"{source} makes images of {channels} channels and {pipe.unet.config.sample_size or 'any'} pixels; the "
+            "page shows gray "
             f"and color images of one size up to {MOST_SIDE} pixels."
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,12 +211,12 @@ def _shown(source: str) -> str:
 
 
 def _beside(source: str, folder: Path, name: str) -> Path | None:
-    """The file `name` of a checkpoint; None if it has none."""
+    """The file `name` of a checkpoint, or None."""
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
         return Path(hf_hub_download(source, name))
-    except Exception:  # it has none, or there is no network
+    except Exception:  # the repository lacks it, or there is no network
         return None
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What visitors move, and where results appear. Some follow the checkpoint, some are restored by a link."""
+"""Controls for visitors, and places for results. Some follow the checkpoint, some are restored by a link."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class ClassChoice(gr.Dropdown):
 
 
 def following(make: Callable[..., gr.components.Component], properties: Callable[[str], dict]):
-    """What `make` makes with the `properties` of a checkpoint, by name; they change when another one is chosen."""
+    """A component from `make` with the `properties` of a checkpoint; they change when another one is chosen."""
     field = make(**properties(first_checkpoint()))
     field.properties_for = properties
     return field
@@ -44,7 +44,7 @@ def class_choice(label: str = "Class", every: bool = False) -> gr.Dropdown:
 
 
 def own_schedule(instead_of: str) -> gr.Checkbox:
-    """Whether to use what `training.tune` found; seen where the checkpoint carries it."""
+    """Checkbox for the schedule that `training.tune` saved; visible where the checkpoint carries one."""
 
     def properties(model: str) -> dict:
         steps = [str(number) for number in CHECKPOINTS[model].presets]

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What the example buttons fill in."""
+"""Pictures that the example buttons fill in."""
 
 import torch
 from PIL import Image, ImageDraw
@@ -57,12 +57,12 @@ def edit_example(model: str, which: str) -> tuple[dict, str]:
     checkpoint = chosen(model)
     if which not in ("ring", "bar", "blocks"):
         raise refuse("The examples are: ring, bar, blocks.")
-    grey = checkpoint.channels == 1
+    gray = checkpoint.channels == 1
     image = Image.new("RGBA", (CANVAS, CANVAS), background(checkpoint.channels))
-    draw, pen = ImageDraw.Draw(image), "white" if grey else "#f5c33b"
+    draw, pen = ImageDraw.Draw(image), "white" if gray else "#f5c33b"
     k = {"ring": 0, "bar": 1, "blocks": 3}[which]
     if which == "ring":
-        draw.ellipse([64, 16, 192, 240], None if grey else pen, pen if grey else "#7a4b00", 36 if grey else 8)
+        draw.ellipse([64, 16, 192, 240], None if gray else pen, pen if gray else "#7a4b00", 36 if gray else 8)
     elif which == "bar":
         draw.line([150, 16, 110, 240], pen, 44)
     else:

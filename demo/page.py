@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What every tab has: its action wired to controls, picture, words, Python, files and link; and how a link restores it."""
+"""Parts of every tab: controls wired to its action, picture, words, Python, files, and a link that restores it."""
 
 import functools
 import inspect
@@ -18,13 +18,13 @@ from .uploads import Drawing, Picture
 
 logger = logging.getLogger(__name__)
 
-LIVE = {"concurrency_id": "live", "concurrency_limit": 1}  # short and long work in a line of its own each
+LIVE = {"concurrency_id": "live", "concurrency_limit": 1}  # short and long work wait in lines of their own
 
 LONG = {"concurrency_id": "long", "concurrency_limit": 1}
 
 
 def guarded(action: Callable, take: Callable) -> Callable:
-    """`action`, of whose result `take` makes what the page shows; what it refuses becomes a message in the page."""
+    """`action` with its result given to `take`; its errors become messages in the page."""
 
     @functools.wraps(action)
     def call(*arguments):
@@ -32,7 +32,7 @@ def guarded(action: Callable, take: Callable) -> Callable:
             return take(action(*arguments))
         except (gr.Error, Superseded):
             raise
-        except (ValueError, ImportError) as error:  # the pipelines' own checks; programs that are not installed
+        except (ValueError, ImportError) as error:  # checks of the pipelines; packages that are not installed
             raise gr.Error(str(error), print_exception=False) from error
         except Exception as error:
             logger.exception("%s failed", action.__name__)
@@ -42,7 +42,7 @@ def guarded(action: Callable, take: Callable) -> Callable:
 
 
 def as_files(action: Callable) -> Callable:
-    """`action` for an endpoint of its own, whose result is a .zip."""
+    """`action` as an endpoint that gives a .zip."""
     name = action.__name__
     call = guarded(action, lambda made: actions.zipped(made, name))
     call.__name__ = f"{name}_files"  # what MCP calls it
@@ -70,9 +70,9 @@ class Page:
         files: bool = True,
         below: Callable[[], list[gr.Column]] | None = None,
     ) -> None:
-        """One tab: `controls` by the names of the action's arguments, and its picture, words, Python, files and link.
+        """Add a tab: `controls` by the names of the action's arguments, and its picture, words, Python, files and link.
 
-        `at_once`: it runs whenever a control moves. `examples`: (function of checkpoint and name, names, which controls it fills).
+        `at_once`: it runs whenever a control moves. `examples`: (function, names of the examples, controls to fill).
         """
         name = action.__name__
         with gr.Tab(title, id=name) as tab:
@@ -148,11 +148,11 @@ class Page:
     def wire_examples(
         self, buttons: list, fields: dict, function: Callable, names: Sequence[str], fills: Sequence[str]
     ) -> None:
-        """A press fills the controls and runs. One endpoint serves all: the name of the example is its argument."""
+        """Let a press fill the controls and run. One endpoint serves all: its argument is the name of the example."""
         for button, which in zip(buttons, names, strict=True):
             first = which == names[0]
             button.click(
-                guarded(function, lambda found: found),
+                guarded(function, lambda values: values),
                 [self.model, gr.Textbox(which, visible=False)][: 1 + (len(names) > 1)],
                 [fields[name] for name in fills],
                 api_name=function.__name__ if first else None,
@@ -161,22 +161,23 @@ class Page:
             ).success(None, js="() => setTimeout(window.ctmRun, 400)")
 
     def linked(self, fields: dict) -> dict:
-        """What a link can hold: no pictures."""
+        """The controls that a link can hold: no pictures."""
         return {name: field for name, field in fields.items() if not isinstance(field, (Drawing, Picture))}
 
     def remember(self, name: str, fields: dict) -> str:
-        return f"(...values) => window.ctmRemember({json.dumps(name)}, {json.dumps(['model', *self.linked(fields)])}, values)"
+        names = json.dumps(["model", *self.linked(fields)])
+        return f"(...values) => window.ctmRemember({json.dumps(name)}, {names}, values)"
 
     def restore(self, request: gr.Request) -> dict:
-        """The settings that the page's address holds; what does not fit is left as it is, with a warning."""
+        """Settings in the address of the page; a setting that does not fit stays as it is, with a warning."""
         query, strange = dict(request.query_params), []
         model, name = query.get("model", first_checkpoint()), query.get("tab")
         if model not in CHECKPOINTS:
             strange.append("model")
             model = first_checkpoint()
-        found = {self.model: model, **self.follow(model)}
+        updates = {self.model: model, **self.follow(model)}
         if name in self.controls:
-            found[self.tabs] = gr.Tabs(selected=name)
+            updates[self.tabs] = gr.Tabs(selected=name)
             for key, field in self.linked(self.controls[name]).items():
                 if key not in query:
                     continue
@@ -184,10 +185,10 @@ class Page:
                 if update is None:
                     strange.append(key)
                 else:
-                    found[field] = update
+                    updates[field] = update
         if strange:
-            gr.Warning(f"What the link says of {', '.join(strange)} does not fit this page and was left out.")
-        return found
+            gr.Warning(f"The link's {', '.join(strange)} does not fit this page and was left out.")
+        return updates
 
     def followers(self) -> list[gr.components.Component | gr.Column]:
         fields = [one for fields in self.controls.values() for one in fields.values()]
@@ -201,7 +202,7 @@ class Page:
         return [self.model, self.tabs, *fields, *self.parts]
 
     def follow_and_restore(self) -> None:
-        """Once all tabs are there: the controls follow the checkpoint that is chosen, and the page's address restores them."""
+        """Let controls follow the chosen checkpoint, and the address restore them. Call it once all tabs are there."""
         self.model.input(self.follow, self.model, self.followers(), api_visibility="private", **LIVE).success(
             None, js="() => window.ctmRunLive()"
         )

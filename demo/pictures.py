@@ -61,7 +61,7 @@ def captioned(
 
 
 def histogram(values: list[float], mark: float, image: Image.Image) -> Image.Image:
-    """How many of `values` lie where, with a line at `mark`, upon which `image` stands."""
+    """Histogram of `values` with a line at `mark`, below `image`."""
     low, high = min(*values, mark), max(*values, mark)
     width, height, bins, base = 640, 264, 32, 225
     picture = Image.new("RGBA", (width, height), (0, 0, 0, 0))

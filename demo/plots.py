@@ -9,26 +9,27 @@ from .controls import following
 
 
 def plots() -> list[gr.Column]:
-    """Distance against network evaluations, of the checkpoints that carry an evaluation; that of the chosen one is seen."""
-    found = []
+    """A plot for each checkpoint that carries an evaluation; that of the chosen one is visible."""
+    columns = []
     for name, checkpoint in CHECKPOINTS.items():
         if checkpoint.evaluation is None:
             continue
         try:
             table = pd.DataFrame(distances(checkpoint.evaluation))
             features = checkpoint.evaluation["features"]["name"]
-        except (KeyError, TypeError, IndexError):  # another program's
+        except (KeyError, TypeError, IndexError):  # from another program
             continue
         with following(gr.Column, lambda model, name=name: {"visible": model == name}) as column:
             draw_plot(name, features, table)
-        found.append(column)
-    return found
+        columns.append(column)
+    return columns
 
 
 def draw_plot(name: str, features: str, table: pd.DataFrame) -> None:
     gr.Markdown(
-        f"{name}: Frechet distance to real images on the features `{features}` against network evaluations; lower is better. "
-        "The teacher is sampled by Heun's method."
+        f"{name}: Frechet distance to real images (features `{features}`) against network evaluations; lower is "
+        "better. The "
+        "teacher is sampled by Heun's method."
     )
     gr.ScatterPlot(
         table,

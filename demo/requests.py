@@ -38,7 +38,7 @@ def within(name: str, value: Any, low: float, high: float) -> float:
 
 
 def one_class(checkpoint: Checkpoint, label: Any, otherwise: Sequence[str] = ()) -> int | None:
-    """The number of the class `label`, a name or number as text; of `otherwise` if the checkpoint is unconditional."""
+    """Number of the class `label`, a name or number as text; for an unconditional checkpoint among `otherwise`."""
     names = checkpoint.classes or otherwise
     text = "" if label is None else str(label)[:100].strip()
     if not names:
@@ -53,7 +53,7 @@ def one_class(checkpoint: Checkpoint, label: Any, otherwise: Sequence[str] = ())
 
 
 def classes(checkpoint: Checkpoint, label: Any, count: int) -> list[int] | None:
-    """As many class numbers: those of one class, or for "all" spread over all."""
+    """`count` class numbers: of one class, or for "all" spread over all classes."""
     total = len(checkpoint.classes)
     if not total:
         return None
@@ -69,7 +69,7 @@ def seeds_from(seed: Any, count: Any) -> range:
 
 
 def gamma_or_own(checkpoint: Checkpoint, steps: int, gamma: float, own_schedule: Any) -> tuple[float | None, str]:
-    """What recipes take for gamma, None for the checkpoint's own schedule; and words if there is none for `steps`."""
+    """gamma for recipes, None for the tuned schedule; and words if the checkpoint has no schedule for `steps`."""
     if not isinstance(own_schedule, bool):
         raise refuse("own_schedule must be true or false.")
     if not own_schedule or steps in checkpoint.presets:

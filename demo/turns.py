@@ -12,8 +12,8 @@ MOST_TURN = 64  # characters of a turn
 
 STOPPING = threading.Lock()
 
-# Each run of a page that is open has a turn, a name nobody else can guess. Networks are shared, so a run is stopped by its turn alone,
-# before the next network evaluation in its own thread.
+# Each run of an open page has a turn, a name that nobody else can guess. Networks are shared, so a turn stops its run
+# alone, before the next network evaluation of its thread.
 TURN: ContextVar[str] = ContextVar("TURN", default="")
 
 STOPPED: dict[str, None] = {}  # turns, the newest last
@@ -26,7 +26,7 @@ class Superseded(Exception):
 
 
 def in_turn(call: Callable) -> Callable:
-    """`call` for the page itself: the last argument is its turn, by which a later movement ends it. What is shown then stays."""
+    """`call` for the page: its last argument is its turn, by which a later movement ends it. The old result stays."""
 
     def run(*arguments):
         token = TURN.set(str(arguments[-1])[:MOST_TURN])

@@ -33,7 +33,7 @@ def open_upload(source, name: str = "The picture") -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
             image = Image.open(source, formats=FORMATS)
         if max(image.size) > MOST_SIDE:
-            refused = f"{name} is {image.width}x{image.height} pixels. The most is {MOST_SIDE} on a side: make it smaller first."
+            refused = f"{name} is {image.width}x{image.height} pixels; the limit is {MOST_SIDE} on a side."
         elif image.mode.startswith(("I", "F")):
             refused = f"{name} has more than 8 bits per value. Save it as an ordinary 8-bit picture first."
         else:
@@ -42,14 +42,14 @@ def open_upload(source, name: str = "The picture") -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image).convert("RGBA")
     except Image.DecompressionBombError:
-        refused = f"{name} is too large: the most is {MOST_SIDE} pixels on a side."
+        refused = f"{name} is too large: the limit is {MOST_SIDE} pixels on a side."
     except Exception:  # decoders raise many kinds for a broken file
         refused = f"{name} cannot be read. PNG, JPEG, WebP, GIF and BMP pictures work."
     raise gr.Error(refused, print_exception=False)
 
 
 def fitted(image: Image.Image, pipe) -> Image.Image:
-    """An "RGBA" picture cut to the middle and resized for the network, grey or colour as that is. Transparency becomes the background."""
+    """An "RGBA" picture, center-cropped and resized for the network. Transparency becomes the background."""
     height, width = pipe._image_size()
     channels = pipe.unet.config.in_channels
     flat = Image.new("RGBA", image.size, background(channels))
@@ -59,7 +59,7 @@ def fitted(image: Image.Image, pipe) -> Image.Image:
 
 
 def background(channels: int) -> str:
-    """What lies behind transparency: grey sets are white on black, colour ones on white."""
+    """Color behind transparency: gray data sets are white on black, color ones on white."""
     return "black" if channels == 1 else "white"
 
 
@@ -97,7 +97,7 @@ class Picture(gr.Image):
 
 
 class Drawing(gr.ImageEditor):
-    """gr.ImageEditor whose pictures are opened by `open_upload`, layers at the size of the canvas, and of which few wait in memory."""
+    """gr.ImageEditor that opens pictures by `open_upload`, layers at canvas size, and keeps few in memory."""
 
     is_template = True
 
@@ -107,7 +107,7 @@ class Drawing(gr.ImageEditor):
         if payload is not None:
             if len(payload.layers) > MOST_LAYERS:
                 raise gr.Error(TOO_MANY_LAYERS, print_exception=False)
-            payload = payload.model_copy(update={"composite": None})  # is made of the others
+            payload = payload.model_copy(update={"composite": None})  # it is made of the others
         return super().preprocess(payload)
 
     def convert_and_format_image(self, file, flatten_on_white=False):
@@ -115,7 +115,7 @@ class Drawing(gr.ImageEditor):
             return None
         source = io.BytesIO(file) if isinstance(file, (bytes, bytearray, memoryview)) else file.path
         image = open_upload(source, "The drawing")
-        is_layer = not flatten_on_white  # so gradio calls it: of all layers none stays large in memory
+        is_layer = not flatten_on_white  # gradio calls it so; no layer stays large in memory
         return ImageOps.fit(image, (CANVAS, CANVAS), Image.Resampling.NEAREST) if is_layer else image
 
     @server

@@ -48,7 +48,8 @@ IDLE = """() => {
     const busy = [...document.querySelectorAll("[data-testid=status-tracker]:not(.hide)")].filter(seen).filter((one) => !one.querySelector(".error"));
     return busy.length === 0 && [...document.querySelectorAll(".pixels img")].filter(seen).every((one) => one.complete);
 }"""
-# Elements of the page that lie upon others of their kind: none should. Those inside another, and what is hidden, are left out.
+# Elements of the page that lie upon others of their kind: none should. Those inside another, and what is hidden, are
+# left out.
 OVERLAPS = """() => {
     const kinds = "button, input, textarea, [role=slider], .prose p, .prose h1, label > span";
     const all = [...document.querySelectorAll(kinds)].filter((e) => e.checkVisibility({ visibilityProperty: true, opacityProperty: true }));

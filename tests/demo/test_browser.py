@@ -45,21 +45,25 @@ TABS = {  # the example to press where one is needed
 }
 IDLE = """() => {
     const seen = (one) => one.checkVisibility();
-    const busy = [...document.querySelectorAll("[data-testid=status-tracker]:not(.hide)")].filter(seen).filter((one) => !one.querySelector(".error"));
+    const trackers = [...document.querySelectorAll("[data-testid=status-tracker]:not(.hide)")];
+    const busy = trackers.filter(seen).filter((one) => !one.querySelector(".error"));
     return busy.length === 0 && [...document.querySelectorAll(".pixels img")].filter(seen).every((one) => one.complete);
 }"""
 # Elements of the page that lie upon others of their kind: none should. Those inside another, and what is hidden, are
 # left out.
 OVERLAPS = """() => {
     const kinds = "button, input, textarea, [role=slider], .prose p, .prose h1, label > span";
-    const all = [...document.querySelectorAll(kinds)].filter((e) => e.checkVisibility({ visibilityProperty: true, opacityProperty: true }));
+    const visible = (e) => e.checkVisibility({ visibilityProperty: true, opacityProperty: true });
+    const all = [...document.querySelectorAll(kinds)].filter(visible);
     const boxes = all.map((e) => [e, e.getBoundingClientRect()]).filter(([e, b]) => b.width > 1 && b.height > 1);
     const found = [];
     for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++) {
         const [a, p] = boxes[i], [b, q] = boxes[j];
         if (a.contains(b) || b.contains(a)) continue;
-        const width = Math.min(p.right, q.right) - Math.max(p.left, q.left), height = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
-        if (width > 3 && height > 3) found.push([a, b].map((e) => e.tagName + ":" + (e.innerText || e.ariaLabel || e.className).slice(0, 40)).join(" / "));
+        const width = Math.min(p.right, q.right) - Math.max(p.left, q.left);
+        const height = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+        const words = (e) => e.tagName + ":" + (e.innerText || e.ariaLabel || e.className).slice(0, 40);
+        if (width > 3 && height > 3) found.push([a, b].map(words).join(" / "));
     }
     return found;
 }"""
@@ -199,7 +203,11 @@ def test_sliders_are_live(open_page):
 def test_a_movement_ends_the_run_with_other_values(open_page):
     page, sent = open_page("/?tab=sample&steps=20"), []
     page.on("request", lambda request: sent.append(request.post_data) if request.url.endswith("/stop") else None)
-    moves = "() => { const [, turn] = ctmStarts('tab', [2, null]); ctmMoved('tab', [2]); ctmMoved('tab', [3]); ctmMoved('tab', [4]); return turn; }"
+    moves = """() => {
+        const [, turn] = ctmStarts('tab', [2, null]);
+        for (const value of [2, 3, 4]) ctmMoved('tab', [value]);
+        return turn;
+    }"""
     with page.expect_response("**/run/stop") as answer:
         turn = page.evaluate(moves)
     assert answer.value.ok and len(sent) == 1 and f'"{turn}"' in sent[0]

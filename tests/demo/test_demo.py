@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The page's endpoints on a real server: what is shown is what the shown Python makes, and nothing that is sent stops it."""
+"""The page's endpoints on a real server: the shown Python makes what is shown, and no request stops the page."""
 
 import io
 import os
@@ -14,7 +14,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import yaml
 from gradio.components.image_editor import EditorData
 from gradio.data_classes import FileData
 from gradio_client import Client, handle_file
@@ -480,7 +479,12 @@ class Flagging:
 def tiny(channels=3, size=8, **options):
     torch.manual_seed(0)
     unet = CTMUNet2DModel(
-        sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
         down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
     )  # fmt: skip
     pipe = CTMPipeline(unet.eval(), CTMScheduler(), **options)

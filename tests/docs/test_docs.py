@@ -1,4 +1,5 @@
-"""README and docs as readers use them: Python runs, commands have the options that they name, links lead somewhere, figures are the reports'."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""README and docs as readers use them: Python runs, commands have their options, links and figures are right."""
 
 import importlib
 import importlib.util
@@ -206,7 +207,7 @@ def row_of(page: str, name: str) -> list[str]:
 
 
 def is_rounded(cell: str, mean: float, std: float | None = None) -> bool:
-    """Whether `cell`, "mean ± std" or "mean", is these numbers rounded; a spread below its last digit may be rounded up."""
+    """Whether `cell`, "mean ± std" or "mean", has these numbers rounded; a tiny spread may be rounded up."""
     shown, _, spread = cell.partition(" ± ")
 
     def near(text: str, value: float) -> bool:

@@ -65,7 +65,8 @@ def main(clients: int, seconds: float) -> int:
         alive = Client(address, verbose=False, analytics_enabled=False).predict("digits-ctm", api_name="/sample")[1]
     total = sum(map(len, found.values()))
     print(
-        f"{clients} visitors for {seconds:g} s: {total} requests, {total / seconds:.1f} a second, {sum(errors.values())} errors"
+        f"{clients} visitors for {seconds:g} s: {total} requests, {total / seconds:.1f} a second, "
+        f"{sum(errors.values())} errors"
     )
     print("| action | requests | 50 % | 90 % | 99 % | longest |\n|---|--:|--:|--:|--:|--:|")
     for tab, times in sorted(found.items(), key=lambda item: -len(item[1])):

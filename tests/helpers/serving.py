@@ -40,7 +40,7 @@ def answers(address: str) -> bool:
 
 @contextlib.contextmanager
 def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[tuple[str, int]]:
-    """(address, process id) of `python app.py` with these arguments, once it answers. Without `environment`, no Hub is there.
+    """(address, process id) of `python app.py` with these arguments, once it answers. By default there is no Hub.
 
     Raises:
         RuntimeError: it ended before its time, or does not answer; with its exit status and what it wrote.

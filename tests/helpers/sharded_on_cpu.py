@@ -1,4 +1,5 @@
-"""Runs a training program with FSDP on a CPU, where Accelerate has none: `torchrun ... tests/helpers/sharded_on_cpu.py train_ctm OPTIONS`."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Run a training program with FSDP on a CPU, where Accelerate has none: `torchrun ... sharded_on_cpu.py train_ctm`."""
 
 import importlib
 import os
@@ -27,7 +28,7 @@ if __name__ == "__main__":
     AcceleratorState.__init__ = start_sharded
     program = importlib.import_module(f"training.{sys.argv.pop(1)}")
     run_program(program.main, {"training.train_ctm": CTMConfig, "training.train_edm": EDMConfig}[program.__name__])
-    # Gloo's threads may still let go of tensors when the interpreter has begun to end, which aborts it (pytorch/pytorch#179291).
+    # Threads of Gloo may release tensors while the interpreter ends, which aborts it (pytorch/pytorch#179291).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

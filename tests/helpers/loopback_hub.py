@@ -6,8 +6,9 @@ The client reads `HF_ENDPOINT` when it is imported, so it is used from subproces
     with LoopbackHub() as hub:
         subprocess.run(program, env=hub.environment(hf_home))
 
-Models and datasets, regular commits to branches; no LFS, no pull requests. A commit is the whole tree of files, in memory,
-and commits are numbered, those of all branches together. `datasets.load_dataset` works, `Dataset.push_to_hub` does not (it needs LFS).
+Models and datasets, regular commits to branches; no LFS, no pull requests. A commit is the whole tree of files, in
+memory, and commits are numbered, those of all branches together. `datasets.load_dataset` works, `Dataset.push_to_hub`
+does not (it needs LFS).
 """
 
 import base64
@@ -35,7 +36,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class Repo:
-    """Commits of a repo, each the whole tree. The first is empty. `branches` holds the number of the last one of each."""
+    """Commits of a repo, each the whole tree. `branches` holds the number of the last one of each branch."""
 
     commits: list[Files] = field(default_factory=lambda: [{}])
     messages: list[str] = field(default_factory=lambda: ["initial commit"])
@@ -84,12 +85,10 @@ class LoopbackHub:
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         api, repo = "/api/{kind}/{owner}/{name}", "/{owner}/{name}"
         routes = [
-            Route("/api/whoami-v2", self._endpoint(self._whoami)),
-            Route("/api/validate-yaml", self._endpoint(self._validate), methods=["POST"]),
+            Route("/api/validate-yaml", self._endpoint(lambda *_: JSONResponse({"errors": []})), methods=["POST"]),
             Route("/api/repos/create", self._endpoint(self._create), methods=["POST"]),
-            Route("/api/repos/delete", self._endpoint(self._delete), methods=["DELETE"]),
             Route(api, self._endpoint(self._info)),
-            Route(api + "/auth-check/write", self._endpoint(self._may_write)),
+            Route(api + "/auth-check/write", self._endpoint(lambda *_: JSONResponse({}))),
             Route(api + "/revision/{rev:path}", self._endpoint(self._info)),
             Route(api + "/tree/{rev}", self._endpoint(self._tree)),
             Route(api + "/tree/{rev}/{path:path}", self._endpoint(self._tree)),
@@ -130,7 +129,7 @@ class LoopbackHub:
     # What the routes share --------------------------------------------------------------------------------------------
 
     def _endpoint(self, answer: Callable) -> Callable:
-        """Calls `answer(request, body)`, and where a path names a repo `answer(request, body, repo, index of commit)`."""
+        """Call `answer(request, body)`, with the repo and the number of the commit where the path names them."""
 
         async def endpoint(request: Request) -> Response:
             self.requests.append((request.method, request.url.path))
@@ -138,7 +137,7 @@ class LoopbackHub:
             try:
                 if status is not None:
                     raise Refused(status)
-                if request.method in ("POST", "DELETE") and "Authorization" not in request.headers:
+                if request.method == "POST" and "Authorization" not in request.headers:
                     raise Refused(401)
                 body = await request.body()
                 return answer(request, body, *(self._repo(request) if "owner" in request.path_params else ()))
@@ -162,33 +161,15 @@ class LoopbackHub:
 
     # The routes -------------------------------------------------------------------------------------------------------
 
-    def _whoami(self, request: Request, body: bytes) -> Response:
-        return JSONResponse({"type": "user", "name": "loopback", "orgs": [], "auth": {"type": "access_token"}})
-
-    def _validate(self, request: Request, body: bytes) -> Response:
-        return JSONResponse({"errors": [], "warnings": []})
-
     def _create(self, request: Request, body: bytes) -> Response:
-        key, name, wanted = self._named(body)
-        url = f"{self.url}/{'datasets/' if key.startswith('datasets') else ''}{name}"
-        if key in self.repos:
+        wanted = json.loads(body)
+        name, kind = f"{wanted.get('organization') or 'loopback'}/{wanted['name']}", f"{wanted.get('type') or 'model'}s"
+        url = f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        if f"{kind}/{name}" in self.repos:
             raise Refused(409, url=url)
         private = wanted.get("private") is True or wanted.get("visibility") == "private"
-        self.repos[key] = Repo(private=private)
+        self.repos[f"{kind}/{name}"] = Repo(private=private)
         return JSONResponse({"url": url, "name": name})
-
-    def _delete(self, request: Request, body: bytes) -> Response:
-        key, _, _ = self._named(body)
-        if self.repos.pop(key, None) is None:
-            raise Refused(404, "RepoNotFound")
-        return JSONResponse({})
-
-    @staticmethod
-    def _named(body: bytes) -> tuple[str, str, dict]:
-        """Key and name of the repo that a request's body names, and the body."""
-        wanted = json.loads(body)
-        name = f"{wanted.get('organization') or 'loopback'}/{wanted['name']}"
-        return f"{wanted.get('type') or 'model'}s/{name}", name, wanted
 
     def _info(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
         owner, name = request.path_params["owner"], request.path_params["name"]
@@ -196,9 +177,6 @@ class LoopbackHub:
         info = {"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "author": owner, "sha": repo.sha(index)}
         info |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         return JSONResponse(info | {"siblings": files, "lastModified": DATE, "createdAt": DATE})
-
-    def _may_write(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
-        return JSONResponse({})
 
     def _tree(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
         folder = request.path_params.get("path", "").strip("/")

@@ -25,12 +25,13 @@ def digits() -> Dataset:
 def load_source(options: DataOptions, streaming: bool = False) -> Dataset | IterableDataset:
     """The data set that the options name. Raises UserError if it is not there."""
     name, split = options.dataset_name, options.dataset_split
-    if name == "digits" and not os.path.exists(name):
-        if options.dataset_config_name is not None:
-            raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
-        part = _part(digits(), split)
-        return part.to_iterable_dataset() if streaming else part
+    is_digits = name == "digits" and not os.path.exists(name)
+    if is_digits and options.dataset_config_name is not None:
+        raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
     with loading(f"--dataset_name {name}"):
+        if is_digits:
+            part = _part(digits(), split)
+            return part.to_iterable_dataset() if streaming else part
         if name.endswith(".parquet"):  # the file counts as the split that is asked for
             files = {split.partition("[")[0]: name}
             return load_dataset("parquet", data_files=files, split=split, streaming=streaming)

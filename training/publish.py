@@ -51,8 +51,8 @@ class PublishConfig(Checked):
                 "FOLDER and NAME are needed: python -m training.publish runs/digits/pipeline user/name. See --help."
             )
         self.check(HUB_ID.fullmatch(self.name) is not None, "name", "a repository on the Hub as user/name")
-        revision = self.revision
-        self.check(revision is None or BRANCH.fullmatch(revision) is not None, "revision", "the name of a branch")
+        is_branch = self.revision is None or BRANCH.fullmatch(self.revision) is not None
+        self.check(is_branch, "revision", "the name of a branch")
         self.check_not_negative("num_samples")
         check_license_name(self.license, "license")
         if self.license == "other" and not (self.license_name and self.license_link):

@@ -5,6 +5,7 @@ The author and the user are processes of their own, for the client reads its set
 file as a program, and the tests compare what they saw with what lies on the Hub.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -83,6 +84,7 @@ def author(work: Path) -> dict:
     evaluation = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
     folders = {"model": teacher, "dataset_name": work / "digits", "output_dir": work / "evaluation"}
     evaluation["options"] |= {name: str(folder) for name, folder in folders.items()}
+    evaluation["features"]["name"] = str(work / "digits")
     evaluation["results"] = [row | {"sampler": "heun"} for row in evaluation["results"] if row["gamma"] is None]
     (teacher / "evaluation").mkdir()
     (teacher / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
@@ -114,8 +116,7 @@ def author(work: Path) -> dict:
     results["edited, other license"] = command(teacher, "team/mitcard", "--license", NC)
 
     # Training
-    def distil(name: str, more: dict | None = None, **options):
-        options |= more or {}
+    def distil(name: str, **options):
         options = {"teacher": "team/teacher", "max_solver_steps": 2, "max_train_steps": 5, **SMALL, **options}
         if "repo" in options:
             options |= {"push_to_hub": True, "hub_model_id": options.pop("repo")}
@@ -174,8 +175,8 @@ def author(work: Path) -> dict:
     results["came back"] = command(results["midway"], "team/dies", "--num_samples", "0")
     AcceleratorState._reset_state(reset_partial_state=True)
     Pusher.push = push_and_wait
-    processes = {"max_train_steps": 2, "train_batch_size": 2, "repo": "team/processes"}
-    results["processes"] = attempt(lambda: debug_launcher(distil, ("processes", processes), num_processes=2))
+    processes = functools.partial(distil, "processes", max_train_steps=2, train_batch_size=2, repo="team/processes")
+    results["processes"] = attempt(debug_launcher, processes, (), 2)
     return results
 
 
@@ -281,7 +282,7 @@ def test_measurements_are_uploaded_with_public_names(session):
     report = json.loads(session["repos"]["teacher"].files["evaluation/evaluation.json"])
     kept = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
     assert report["options"]["model"] == "edm" and report["options"]["dataset_name"] == "digits"
-    assert "output_dir" not in report["options"]
+    assert "output_dir" not in report["options"] and report["features"]["name"] == "digits"
     assert report["results"][0]["frechet"] == kept["results"][0]["frechet"]
 
 

@@ -2,6 +2,7 @@
 """The images of a training run, and its batches by seed and step."""
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -59,19 +60,16 @@ def step_indices(
     Each epoch is a permutation of the data set and batches run across its ends. The images of a step are the same for
     every split of `total = batch_size * num_parts` into batches; a part is one process in one accumulation step.
     """
-    orders: dict[int, torch.Tensor] = {}
+
+    @functools.lru_cache(2)  # a batch may run across an end
+    def order(epoch: int) -> torch.Tensor:
+        return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
     for step in range(first_step, last_step):
         for part in parts:
             begin = (step * num_parts + part) * batch_size
-            batch = []
-            for position in range(begin, begin + batch_size):
-                epoch, index = divmod(position, length)
-                if epoch not in orders:
-                    orders = {e: order for e, order in orders.items() if e >= epoch - 1}
-                    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                    orders[epoch] = torch.randperm(length, generator=generator)
-                batch.append(int(orders[epoch][index]))
-            yield batch
+            places = range(begin, begin + batch_size)
+            yield [int(order(place // length)[place % length]) for place in places]
 
 
 def load_batches(
@@ -84,7 +82,7 @@ def load_batches(
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=indices,
-        collate_fn=_identity,
+        collate_fn=tuple,
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # without it the loader would draw from the generator that dropout uses
@@ -98,27 +96,20 @@ def load_batches(
             stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         if num_workers:  # without this a traceback that refers to them would keep the processes running
             stack.callback(loaded._shutdown_workers)
-        while True:
-            try:
-                images, labels = next(loaded)
-            except StopIteration:
-                return
-            except UserError as error:  # with the other process's traceback before it
-                raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-            except (RuntimeError, OSError, EOFError) as error:
-                if not num_workers or "Caught " in str(error):  # by a process that lives
-                    raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(
-                    f"A process that reads images died ({reason}), mostly for want of memory, or of shared memory in a "
-                    f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
-                    "--resume_from_checkpoint latest."
-                ) from error
-            yield images, labels, None
-
-
-def _identity(batch):
-    return batch
+        try:
+            for images, labels in loaded:
+                yield images, labels, None
+        except UserError as error:  # with the other process's traceback before it
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        except (RuntimeError, OSError, EOFError) as error:
+            if not num_workers or "Caught " in str(error):  # by a process that lives
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"A process that reads images died ({reason}), mostly for want of memory, or of shared memory in a "
+                f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
+                "--resume_from_checkpoint latest."
+            ) from error
 
 
 def leave_signals_to_the_main_process(worker: int = 0) -> None:

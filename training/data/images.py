@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
-from .sources import find_image_column, find_label_column, load_source
+from .sources import find_columns, load_source
 
 
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -36,8 +36,7 @@ class Images:
             raise UserError(
                 f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
             )
-        self.image_column = find_image_column(options, features)
-        self.label_column = find_label_column(options, features)
+        self.image_column, self.label_column = find_columns(options, features)
         self.columns = [column for column in (self.image_column, self.label_column) if column is not None]
         self.num_classes, self.id2label = None, None
         if self.label_column is not None and isinstance(features[self.label_column], ClassLabel):

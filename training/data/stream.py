@@ -154,15 +154,11 @@ def stream_batches(
 def ahead(iterator: Iterator[T], depth: int) -> Iterator[T]:
     """The pieces of `iterator`, made by another thread up to `depth` ahead. Its errors are raised here."""
     end = object()
-    made: collections.deque[concurrent.futures.Future] = collections.deque()
     with contextlib.closing(iterator), concurrent.futures.ThreadPoolExecutor(1, "reading ahead") as reader:
+        made = collections.deque(reader.submit(next, iterator, end) for _ in range(depth + 1))
         try:
-            while True:
-                while len(made) <= depth:
-                    made.append(reader.submit(next, iterator, end))
-                piece = made.popleft().result()
-                if piece is end:
-                    return
+            while (piece := made.popleft().result()) is not end:
+                made.append(reader.submit(next, iterator, end))
                 yield piece
         finally:
             reader.shutdown(cancel_futures=True)

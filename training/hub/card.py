@@ -14,7 +14,7 @@ from safetensors import safe_open
 import diffusers_ctm
 
 from ..cli.files import read_json
-from ..cli.names import HUB_ID, public_name
+from ..cli.names import HUB_ID
 from ..report.tables import distance_table
 from .license import License, license_fields, license_of
 from .record import ORIGINS, origins_of
@@ -24,7 +24,13 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 
 MARK = re.compile(r"\n<!-- diffusers-ctm card ([0-9a-f]{16}): replaced when published again, kept if edited -->\n$")
 
-TWEMOJI = "twemoji.parquet"  # as the README has training.emoji write it
+DATASETS = {
+    "digits": "scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0)",
+    "twemoji.parquet": (  # as the README has training.emoji write it
+        "[Twemoji](https://github.com/jdecked/twemoji)'s graphics, copyright Twitter, Inc and other contributors, "
+        "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), made smaller and laid on white"
+    ),
+}
 
 CLASS_NAMES = 20  # the most that are listed
 
@@ -51,7 +57,7 @@ def make_card(
     """README.md of the pipeline in `folder`, published as `repo`.
 
     Args:
-        folder: with model_index.json, and maybe evaluation/.
+        folder: with model_index.json, and maybe evaluation/; staged, so that its reports name no local folder.
         record: content of training.json, {} if there is none.
         conversion: content of conversion.json, {} if there is none.
         samples: words on the samples in samples.png, if it is there.
@@ -162,8 +168,8 @@ def _results(evaluation: dict[str, Any], dataset: dict[str, Any]) -> list[EvalRe
             EvalResult(
                 task_type="unconditional-image-generation",
                 task_name="Unconditional Image Generation",
-                dataset_type=public_name(str(name)),
-                dataset_name=public_name(str(name)),
+                dataset_type=name,
+                dataset_name=name,
                 dataset_config=options.get("dataset_config_name"),
                 dataset_split=options.get("dataset_split"),
                 metric_type="frechet_distance",
@@ -175,7 +181,7 @@ def _results(evaluation: dict[str, Any], dataset: dict[str, Any]) -> list[EvalRe
 
 
 def _features(evaluation: dict[str, Any]) -> str:
-    return public_name(str((evaluation.get("features") or {}).get("name") or "unknown"))
+    return (evaluation.get("features") or {}).get("name") or "unknown"
 
 
 def _memorization_text(report: dict[str, Any]) -> str:
@@ -221,16 +227,10 @@ def _link_text(source: dict[str, Any], kind: str) -> str:
 
 
 def _dataset_text(dataset: dict[str, Any]) -> str:
-    name = dataset.get("name")
-    if not name:
+    if not dataset.get("name"):
         return ""
-    if name == "digits":
-        return "scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0)"
-    if name == TWEMOJI:
-        return (
-            "[Twemoji](https://github.com/jdecked/twemoji)'s graphics, copyright Twitter, Inc and other contributors, "
-            "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), made smaller and laid on white"
-        )
+    if dataset["name"] in DATASETS:
+        return DATASETS[dataset["name"]]
     return _link_text(dataset, "datasets/") + (f", split {_code(dataset['split'])}" if dataset.get("split") else "")
 
 

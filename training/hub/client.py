@@ -53,9 +53,8 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", 500)
         return 400 <= status < 500 and status not in (408, 409, 412, 425, 429)
-    if isinstance(error, json.JSONDecodeError):  # something on the way answered, not the Hub
-        return False
-    return isinstance(error, (LocalTokenNotFoundError, ValueError, UserError))
+    garbled = isinstance(error, json.JSONDecodeError)  # something on the way answered, not the Hub
+    return isinstance(error, (LocalTokenNotFoundError, ValueError, UserError)) and not garbled
 
 
 def retried(action: Callable[[], Result], wait: Callable[[float], object] = time.sleep) -> Result:

@@ -4,6 +4,7 @@
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -146,8 +147,8 @@ def add_card(
     commit = api().model_info(repo, revision=revision).sha  # the cache may hold an older card than the one of now
     present = read_card(repo, commit)
     if present is None or overwrite or is_generated(present):
-        with open(os.path.join(target, "README.md"), "w", encoding="utf-8", newline="\n") as file:
-            file.write(make_card(target, repo, license, record, conversion, samples, revision))
+        card = make_card(target, repo, license, record, conversion, samples, revision)
+        Path(target, "README.md").write_text(card, encoding="utf-8", newline="\n")
         return True
     kept = license_in(present)
     if kept is not None and not may_be_published(license, kept):

@@ -36,11 +36,10 @@ def recorded_license(folder: str) -> License | None:
     say it of the weights.
     """
     record = read_json(folder, RECORD)
-    licenses = [license_of(said) for said in (record, *map(record.get, ORIGINS), read_json(folder, CONVERSION))]
+    records = (record, *map(record.get, ORIGINS), read_json(folder, CONVERSION))
     card = Path(folder, "README.md")
-    if card.is_file():
-        licenses.append(license_in(card.read_text(encoding="utf-8", errors="replace")))
-    return strictest(licenses)
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return strictest([*map(license_of, records), license_in(text)])
 
 
 def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from diffusers_ctm import CTMPipeline, CTMScheduler
-from helpers.places import ROOT
 from training.hub.card import make_card
 from training.hub.license import License
 from training.hub.publication import draw_samples
@@ -32,13 +31,6 @@ def test_a_first_stage_and_its_license_are_named(teacher, tmp_path):
     card = card_of(tmp_path, record=record)
     assert re.search("started from the weights of `first`, whose licen[cs]e is openrail", card)
     assert ("Distilled from `t`." in card) == (teacher is not None) and "from scratch" not in card
-
-
-def test_no_folder_of_features_is_named(tmp_path):
-    report = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
-    report["features"]["name"] = "/home/someone/features"
-    card = card_of(tmp_path, evaluation__evaluation=report)
-    assert "features `features`" in card and "someone" not in card
 
 
 def test_memorization_attribution_and_the_classes_that_can_be_asked(tmp_path):

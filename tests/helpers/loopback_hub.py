@@ -92,7 +92,6 @@ class LoopbackHub:
             Route(api + "/revision/{rev:path}", self._endpoint(self._info)),
             Route(api + "/tree/{rev}", self._endpoint(self._tree)),
             Route(api + "/tree/{rev}/{path:path}", self._endpoint(self._tree)),
-            Route(api + "/paths-info/{rev}", self._endpoint(self._paths), methods=["POST"]),
             Route(api + "/preupload/{rev}", self._endpoint(self._preupload), methods=["POST"]),
             Route(api + "/commit/{rev}", self._endpoint(self._commit), methods=["POST"]),
             Route(api + "/branch/{branch}", self._endpoint(self._branch), methods=["POST"]),
@@ -187,10 +186,6 @@ class LoopbackHub:
             depth = folder.count("/") + 1 if folder else 0
             below = [entry for entry in below if entry["path"].count("/") == depth]
         return JSONResponse(below)
-
-    def _paths(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
-        wanted = json.loads(body)["paths"]
-        return JSONResponse([entry for entry in tree(repo.commits[index]) if entry["path"] in wanted])
 
     def _preupload(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
         answer, oids = [], {path: git_oid(content) for path, content in repo.commits[index].items()}

@@ -1,4 +1,5 @@
-"""The data set that the options name: digits, a file, a folder, the Hub; its columns."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The data set that the options name: the digits, a file, a folder or a repository on the Hub; and its columns."""
 
 import os
 
@@ -6,16 +7,16 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, ReadInstruction, load_dataset
 from PIL import Image as PILImage
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, with labels."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 gray, with labels."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
+    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 to 16
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     columns = {"image": [PILImage.fromarray(image) for image in pixels], "label": source.target.tolist()}
     return Dataset.from_dict(columns, features=features)
@@ -23,60 +24,51 @@ def digits() -> Dataset:
 
 def load_source(options: DataOptions, streaming: bool = False) -> Dataset | IterableDataset:
     """The data set that the options name. Raises UserError if it is not there."""
-    name = options.dataset_name
-    if name == "digits" and not os.path.exists(name):
-        if options.dataset_config_name is not None:
-            raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
-        part = _part(digits(), options.dataset_split)
-        return part.to_iterable_dataset() if streaming else part
-    try:
-        if name.endswith(".parquet"):  # the file is whatever split is asked for
-            files = {options.dataset_split.partition("[")[0]: name}
-            return load_dataset("parquet", data_files=files, split=options.dataset_split, streaming=streaming)
-        return load_dataset(name, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
-    except Exception as error:  # datasets raises many kinds for a name, split or configuration that is not there
-        raise UserError(f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    name, split = options.dataset_name, options.dataset_split
+    is_digits = name == "digits" and not os.path.exists(name)
+    if is_digits and options.dataset_config_name is not None:
+        raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
+    with loading(f"--dataset_name {name}"):
+        if is_digits:
+            part = _part(digits(), split)
+            return part.to_iterable_dataset() if streaming else part
+        if name.endswith(".parquet"):  # the file counts as the split that is asked for
+            files = {split.partition("[")[0]: name}
+            return load_dataset("parquet", data_files=files, split=split, streaming=streaming)
+        return load_dataset(name, options.dataset_config_name, split=split, streaming=streaming)
 
 
 def _part(dataset: Dataset, split: str) -> Dataset:
-    """The part of a data set in memory, whose one split is "train", that `load_dataset` would take by `split`."""
+    """The part of a data set in memory that `load_dataset` would return for `split`. Its only split is "train"."""
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"--dataset_split {split}: the digits have 'train' and its parts, such as 'train[:1500]' or 'train[-10%:]'. {error}"
+            f"--dataset_split {split}: the digits have 'train' and its parts, such as 'train[:1500]' or "
+            f"'train[-10%:]'. {error}"
         ) from error
     return dataset.select([index for part in parts for index in range(part.from_, part.to)])
 
 
-def _column(features: Features, option: str, name: str) -> str:
-    if name not in features:
-        raise UserError(f"--{option} {name} is not a column of the data set; it has {', '.join(features)}.")
-    return name
+def find_columns(options: DataOptions, features: Features) -> tuple[str, str | None]:
+    """The columns of the images and of the classes, if those are asked for.
 
-
-def find_image_column(options: DataOptions, features: Features) -> str:
-    """The column of the images. Raises UserError if it is not there, holds none, or is not named among several."""
+    Raises UserError if one is missing or holds something else, or if several could hold the images.
+    """
+    image, label = options.image_column, options.label_column
+    for name, column in (("image_column", image), ("label_column", label)):
+        if column is not None and column not in features:
+            raise UserError(f"--{name} {column} is not a column of the data set; it has {', '.join(features)}.")
     image_columns = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if options.image_column is not None:
-        name = _column(features, "image_column", options.image_column)
-        if name not in image_columns:
-            raise UserError(f"--image_column {name} holds no images; image columns: {image_columns}.")
-        return name
-    if len(image_columns) == 1:
-        return image_columns[0]
-    if image_columns:
+    if not image_columns:
+        raise UserError(
+            f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns "
+            f"are {', '.join(features)}."
+        )
+    if image is None and len(image_columns) > 1:
         raise UserError(f"--image_column is needed: the data set has the image columns {', '.join(image_columns)}.")
-    raise UserError(
-        f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns are {', '.join(features)}."
-    )
-
-
-def find_label_column(options: DataOptions, features: Features) -> str | None:
-    """The column of the classes, or None. Raises UserError if it is not there or holds something else."""
-    if options.label_column is None:
-        return None
-    name = _column(features, "label_column", options.label_column)
-    if not str(getattr(features[name], "dtype", "")).startswith(("int", "uint")):
-        raise UserError(f"--label_column {name} must hold classes or whole numbers, it holds {features[name]}.")
-    return name
+    if image is not None and image not in image_columns:
+        raise UserError(f"--image_column {image} holds no images; image columns: {image_columns}.")
+    if label is not None and not str(getattr(features[label], "dtype", "")).startswith(("int", "uint")):
+        raise UserError(f"--label_column {label} must hold classes or whole numbers, it holds {features[label]}.")
+    return image or image_columns[0], label

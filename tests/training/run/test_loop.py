@@ -22,7 +22,7 @@ from diffusers_ctm import CTMPipeline
 from training import evaluate, train_edm
 from training.cli.errors import UserError
 from training.cli.training_options import EDMConfig
-from training.data.batches import StepSampler, load_images
+from training.data.batches import load_images, step_indices
 from training.data.images import ImageDataset
 from training.evaluate import EvaluateConfig
 from training.networks.build import build_scheduler, build_unet
@@ -481,7 +481,7 @@ def break_data(monkeypatch, what):
     read = ImageDataset.__getitem__
 
     def broken(self, indices):
-        if indices == list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0]:
+        if indices == list(step_indices(1797, 4, 0, 2, 3, [0], 1))[0]:
             what(self)
         return read(self, indices)
 
@@ -534,7 +534,7 @@ def test_a_reading_process_that_died_with_images_to_fetch(tmp_path, monkeypatch,
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
     """In this process, or in another."""
-    bad = list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0][1]
+    bad = list(step_indices(1797, 4, 0, 2, 3, [0], 1))[0][1]
 
     class Source(list):
         def __getitem__(self, index):
@@ -548,7 +548,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
     run.dataset.source = source
     run.dataset.__class__ = type("Data", (ImageDataset,), {"__len__": lambda self: len(self.source.rows)})
     with pytest.raises(
-        UserError, match=f"^Image {bad} of the data set cannot be read: OSError: cannot.*checkpoint-2 is saved"
+        UserError, match=f"(?s)^Image {bad} of the data set cannot be loaded.*OSError: cannot.*checkpoint-2 is saved"
     ):
         learn(run)
 
@@ -579,8 +579,8 @@ def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers, monkeypatch):
     interrupt(tmp_path / "whole", tmp_path / "part", 3)
     options["dataloader_num_workers"] = workers
     begun = []
-    read = run_module.stream_batches
-    monkeypatch.setattr(run_module, "stream_batches", lambda *given: begun.append(given[7]) or read(*given))
+    read = run_module.run_batches
+    monkeypatch.setattr(run_module, "run_batches", lambda *given: begun.append(given[5]) or read(*given))
     part = train(tmp_path / "part", resume_from_checkpoint="latest", **options)
     assert_same(whole, part)
     assert begun[0]["first"] == 18  # of 24 images: the third window of 9

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """How often guidance and rejection lead to the class that was asked, and at what price: `python -m training.guide --model assets/digits-ctm`."""
 
 import math
@@ -9,7 +10,7 @@ import torch
 
 from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
-from .cli.errors import UserError
+from .cli.errors import UserError, loading
 from .cli.options import option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, to_sample
@@ -138,10 +139,8 @@ def main(config: GuideConfig) -> list[Row]:
         raise UserError(
             f"--model {config.model} knows {pipe.num_classes} classes, and the data set has {dataset.num_classes}."
         )
-    try:
+    with loading(f"--classifier {config.classifier}"):
         classifier = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
-    except Exception as error:  # json, torch and safetensors each raise their own
-        raise UserError(f"--classifier cannot be loaded: {type(error).__name__}: {error}") from error
 
     distances = Distances(classifier(pixels))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))

@@ -15,7 +15,7 @@ from diffusers_ctm import CTMPipeline
 from ..cli.errors import UserError
 from ..cli.files import atomic_file
 from ..cli.training_options import RunOptions
-from ..data.images import ImageDataset
+from ..data.images import ImageDataset, mirrored
 from ..frozen.vectors import load_feature_network
 from .distances import Distances, check_counts
 from .sampling import Setting, class_labels, draw
@@ -83,8 +83,7 @@ class DistanceToData:
         spaced = indices * len(self.dataset) // self.num_reference
         images, _ = self.dataset[spaced.tolist()]
         if self.options.random_flip:
-            mirror = torch.rand(len(images), generator=torch.Generator().manual_seed(batch)) < 0.5
-            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+            images = mirrored(images, torch.rand(len(images), generator=torch.Generator().manual_seed(batch)))
         return images.to(self.accelerator.device)
 
     def _features(self, count: int, make: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor | None:

@@ -24,9 +24,9 @@ from ..cli.errors import UserError
 from ..cli.files import WRITE_ERRORS, atomic_file, atomic_folder, read_json
 from ..cli.options import save_config
 from ..cli.training_options import RunOptions
-from ..data.batches import StepSampler, load_batches
-from ..data.images import ImageDataset, to_sample
-from ..data.stream import ImageStream, stream_batches
+from ..data.batches import run_batches
+from ..data.images import ImageDataset, mirrored, to_sample
+from ..data.stream import ImageStream
 from ..hub.push import Pusher
 from ..hub.record import RECORD, training_record, write_record
 from ..measure.during_training import DistanceToData, read_metrics, write_metrics
@@ -199,12 +199,8 @@ class TrainingRun:
         num_parts = accumulation * processes
         parts = [index * processes + accelerator.process_index for index in range(accumulation)]
         size = options.train_batch_size
-        split = (options.seed, self.step, options.max_train_steps, parts, num_parts)
-        if isinstance(self.dataset, ImageStream):
-            loaded = stream_batches(self.dataset, size, *split, self._position, options.dataloader_num_workers)
-        else:
-            sampler = StepSampler(len(self.dataset), size, *split)
-            loaded = load_batches(self.dataset, sampler, options.dataloader_num_workers, self.device.type == "cuda")
+        pin_memory = self.device.type == "cuda"
+        loaded = run_batches(self.dataset, options, self.step, parts, num_parts, self._position, pin_memory)
         progress = tqdm(
             total=options.max_train_steps,
             initial=self.step,
@@ -217,13 +213,12 @@ class TrainingRun:
             while self.step < options.max_train_steps:
                 for part in parts:
                     try:
-                        images, labels, *position = next(loaded)
+                        images, labels, self._position = next(loaded)
                     except UserError as error:
                         if part > 0 or processes > 1 or self.step == 0:
                             raise
                         self._save_if_new()  # between two steps, and nobody else need agree
                         raise UserError(f"{error} {newest_checkpoint(options.output_dir)} is saved.") from error
-                    self._position = position[0] if position else None
                     own = slice(part * size, (part + 1) * size)
                     random = StepRandom(options.seed, self.step, num_parts * size, own, self.device)
                     yield self._batch(images, labels, random)
@@ -233,8 +228,7 @@ class TrainingRun:
     def _batch(self, images: torch.Tensor, labels: torch.Tensor | None, random: StepRandom) -> Batch:
         images = to_sample(images.to(self.device, non_blocking=True))
         if self.options.random_flip:
-            flip = random.uniform()[:, None, None, None] < 0.5
-            images = torch.where(flip, images.flip(-1), images)
+            images = mirrored(images, random.uniform())
         images = images.contiguous(memory_format=self._memory_format)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return Batch(images, labels, random)

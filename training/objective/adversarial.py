@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..cli.errors import UserError
+from ..cli.files import tensors_digest
 from ..cli.shared_options import DiscriminatorOptions
 from ..frozen.backbone import Backbone
 from ..frozen.maps import load_backbone

@@ -1,5 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Measure a CTM over steps and gamma, beside its teacher: `python -m training.evaluate --model runs/digits/pipeline`."""
+"""Measure a CTM over steps and gamma, beside its teacher.
+
+python -m training.evaluate --model runs/digits/pipeline
+"""
 
 import itertools
 import os
@@ -136,8 +139,8 @@ def markdown(report: dict) -> str:
     if report["class_labels"].startswith("in the"):
         floor += "; both with classes as asked for"
     notes = [
-        f"Samples: {report['num_samples']:,} per setting and seed, pixels rounded to 8 bits. All settings start from the "
-        "same noise (on one kind of device) and are compared with the same reference.",
+        f"Samples: {report['num_samples']:,} per setting and seed, pixels rounded to 8 bits. All settings start from "
+        "the same noise (on one kind of device) and are compared with the same reference.",
         f"Classes asked for: {report['class_labels']}.",
         f"Reference: all {reference['num_images']:,} images of `{reference['dataset_name']}`, "
         f"split `{options['dataset_split']}`{', mirrored with probability 1/2' if options['random_flip'] else ''}, "
@@ -146,8 +149,8 @@ def markdown(report: dict) -> str:
         "features or for other numbers of images cannot be compared with these.",
         f"Real images: {floor}. The Frechet distance of a perfect sampler is not 0: it falls as one over the number of "
         "images.",
-        "One step has no gamma: it goes straight to the image. NFE: network evaluations per image. Levels are Karras's, "
-        "whatever schedules the checkpoint carries.",
+        "One step has no gamma: it goes straight to the image. NFE: network evaluations per image. Levels are "
+        "Karras's, whatever schedules the checkpoint carries.",
         f"Time: sampling alone, warmed up, batches of {max(report['batch_sizes'])}, on {report['hardware']['device']}, "
         f"{report['hardware']['cpu_threads']} threads; the mean over gamma.",
         *report["notes"],
@@ -186,11 +189,10 @@ def plot(report: dict):
     floor = report["real_against_real"]["resampled"]["frechet"]
     axes.axhline(floor["mean"], color="gray", linestyle=":", linewidth=1.5, label="real images, resampled")
     ticks = sorted({row["nfe"] for row in ctm or results})
+    axes.set(yscale="log", xlabel="network evaluations per image (NFE)", ylabel="Frechet distance, lower is better")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     plain_ticks(axes)
-    axes.set(xlabel="network evaluations per image (NFE)", ylabel="Frechet distance, lower is better")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, frameon=False)
     seeds = len(report["options"]["seeds"])

@@ -1,5 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""How near samples are to training images: `python -m training.memorization --model assets/emoji-ctm --dataset_name runs/twemoji.parquet`."""
+"""How near samples are to training images.
+
+python -m training.memorization --model assets/emoji-ctm --dataset_name runs/twemoji.parquet
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -128,8 +131,8 @@ def markdown(report: dict) -> str:
         f"Nearest of {report['num_training_images']:,} training images{mirrored}.",
         "Pixels: root mean square of the differences, in 0..255.",
         "Copies: nearer to the nearest than a third of the distance to the second nearest (Yoon et al. 2023).",
-        "A sampler that repeats its training images has distances near 0. One that draws new images of the same kind has "
-        "those of real images that it has not seen, or of training images to the others.",
+        "A sampler that repeats its training images has distances near 0. One that draws new images of the same kind "
+        "has those of real images that it has not seen, or of training images to the others.",
     ]
     if report["features"] is not None:
         notes.insert(2, f"Features: `{report['features']['name']}`, Euclidean distance.")
@@ -139,7 +142,7 @@ def markdown(report: dict) -> str:
 def pairs(
     name: str, images: torch.Tensor, neighbors: Neighbors, dataset: ImageDataset, count: int
 ) -> list[tuple[str, Image.Image]]:
-    """A row of memorization.png: `count` images nearest to a training image, and the first ones, each above its neighbor."""
+    """A row of memorization.png: the images nearest to training images, and the first ones, above their neighbors."""
     order = neighbors.distances[:, 0].argsort()[:count]
     row = []
     for caption, places in (("nearest", order), ("as they come", torch.arange(len(order)))):

@@ -1,5 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Find the levels and gamma that suit a checkpoint for some numbers of steps: `python -m training.tune --model runs/digits/pipeline`."""
+"""Find the levels and gammas that suit a checkpoint for some numbers of steps.
+
+python -m training.tune --model runs/digits/pipeline
+"""
 
 import hashlib
 import itertools
@@ -39,10 +42,10 @@ CACHE = "cache.json"
 
 @dataclass
 class TuneConfig(ModelOptions):
-    """Search levels and gamma for some numbers of steps, confirm them on other seeds, save them as the checkpoint's presets.
+    """Search levels and gammas for some numbers of steps, confirm them on other seeds, save them as presets.
 
-    Writes tune.json, tune.md, tune.png and `pipeline`, a copy of the model whose scheduler knows the presets. Measurements
-    stay in cache.json: the same command goes on where it was interrupted.
+    Writes tune.json, tune.md, tune.png and `pipeline`, a copy of the model whose scheduler knows the presets.
+    Measurements stay in cache.json: the same command goes on where it was interrupted.
     """
 
     model: str | None = option(None, "The CTM: a folder or a repository on the Hub. It is not changed.")
@@ -99,7 +102,7 @@ class Measure:
     """The distances of a setting on some seeds. Nothing is measured twice: they stay in FOLDER/cache.json.
 
     Args:
-        common: all that distances depend on beside setting and seed. Those of other runs stay in the file and are not used.
+        common: all that distances depend on beside setting and seed. Distances of other runs stay in the file unused.
         progress: counts network calls.
     """
 
@@ -123,8 +126,8 @@ class Measure:
 def improvement(now: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
     """By how much `best` is lower than `now`, seed by seed.
 
-    `better` if the mean of this is more than its standard deviation over the seeds, and more than a thousandth of `now`, which
-    the rounding of levels may make.
+    `better` says whether its mean is more than its standard deviation over the seeds, and more than a thousandth of
+    `now`, which the rounding of levels may make.
     """
     gain = summary([a - b for a, b in zip(now, best, strict=True)])
     return {**gain, "better": gain["mean"] > max(gain["std"], 1e-3 * sum(now) / len(now))}
@@ -158,17 +161,15 @@ def main(config: TuneConfig) -> dict:
         "torch": torch.__version__,
     }
     results = []
-    calls = (len(config.seeds) * config.evaluations + len(config.confirm_seeds) * 3) * len(sampling.sizes)
-    with tqdm(total=calls * sum(config.steps), unit="call") as progress:
+    most = (len(config.seeds) * config.evaluations + len(config.confirm_seeds) * 3) * len(sampling.sizes)
+    with tqdm(total=most * sum(config.steps), unit="call") as progress:  # less if a search ends early
         measure = Measure(sampling, Distances(reference), config.output_dir, common, progress)
         for steps, space in spaces.items():
-            end = progress.n + calls * steps
             progress.set_description(f"{num_samples:,} images, {setting_name('ctm', steps)}")
             trials = run_search(
                 space, config.gammas, config.evaluations, lambda setting: measure(setting, config.seeds)
             )
             results.append(confirmed(steps, trials, pipe.scheduler, config, measure))
-            progress.update(max(0, end - progress.n))  # the search ended early
 
     report = {
         **facts(config, device),
@@ -183,12 +184,6 @@ def main(config: TuneConfig) -> dict:
     if presets:
         save_with_presets(presets, config)
         print(f"{config.pipeline_dir} has presets for {', '.join(presets)} steps.")
-    refused = [str(row["steps"]) for row in results if not row["saved"]]
-    if refused:
-        print(
-            f"No preset is saved for {', '.join(refused)} steps: on other seeds it is not better than what the checkpoint "
-            "does now, by more than the spread of the difference. --force true saves it."
-        )
     return report
 
 
@@ -227,7 +222,7 @@ def confirmed(
 
 
 def save_with_presets(presets: dict[str, dict[str, list[float]]], config: TuneConfig) -> None:
-    """Write the model with `presets` beside those that it has, and the files of its folder on its origin and license."""
+    """Write the model with `presets` beside those that it has, and the records of its origin and license."""
     pipe = load_model(config.model, ())  # as it was: the other was moved to the device
     old = pipe.scheduler.config.presets or {}
     pipe.scheduler = CTMScheduler.from_config(pipe.scheduler.config, presets={**old, **presets})
@@ -251,19 +246,19 @@ def markdown(report: dict) -> str:
         gamma = "" if row["karras_gamma"] is None else f" (gamma {row['karras_gamma']:g})"
         distances.append(
             f"| {row['steps']} | {cell(row['now']['search'])} | {cell(row['best']['search'])} "
-            f"| {cell(row['now']['confirm'])} | {cell(row['karras']['confirm'])}{gamma} | {cell(row['best']['confirm'])} "
-            f"| {cell(row['improvement'])} | {'yes' if row['saved'] else 'no'} |"
+            f"| {cell(row['now']['confirm'])} | {cell(row['karras']['confirm'])}{gamma} "
+            f"| {cell(row['best']['confirm'])} | {cell(row['improvement'])} | {'yes' if row['saved'] else 'no'} |"
         )
         levels, gammas = (", ".join(map(number, row["preset"][key])) for key in ("sigmas", "gamma"))
         schedules.append(f"| {row['steps']} | {row['now_is']} | {levels} | {gammas} | {len(row['trials'])} |")
     seeds, others = (", ".join(map(str, options[name])) for name in ("seeds", "confirm_seeds"))
     notes = [
-        f"{report['num_samples']:,} samples per schedule and seed, against {report['num_reference']:,} real images, in the "
-        f"features `{report['features']['name']}`. All schedules start from the same noise.",
+        f"{report['num_samples']:,} samples per schedule and seed, against {report['num_reference']:,} real images, in "
+        f"the features `{report['features']['name']}`. All schedules start from the same noise.",
         f"Search on seeds {seeds}; the distance of the best one is too low there, because it was chosen there. "
         f"Other seeds: {others}.",
-        "Improvement: the difference of now and found, seed by seed. Saved where its mean is above its standard deviation"
-        + (", or because of --force." if options["force"] else "."),
+        "Improvement: the difference of now and found, seed by seed. A preset is saved if the mean is above the "
+        f"standard deviation, or with --force true (here: {str(options['force']).lower()}).",
         f"On {report['hardware']['device']}, {report['hardware']['cpu_threads']} threads.",
         *report["notes"],
     ]
@@ -281,7 +276,7 @@ def plot(report: dict):
         left.plot(tried, means, ".", color=color, alpha=0.4, markersize=4)
         lowest = list(itertools.accumulate(means, min))
         left.step(tried, lowest, where="post", color=color, label=setting_name("ctm", row["steps"]))
-    left.set(xlabel="schedules tried", ylabel="Frechet distance, seeds of the search", yscale="log")
+    left.set(yscale="log", xlabel="schedules tried", ylabel="Frechet distance, seeds of the search")
     plain_ticks(left)
 
     steps = [row["steps"] for row in results]

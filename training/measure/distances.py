@@ -108,11 +108,13 @@ def real_against_real(
     seeds: Sequence[int],
     real_labels: torch.Tensor | None = None,
 ) -> dict:
-    """Distances of real images: the floor that the number of images leaves, since the Frechet distance is biased upwards.
+    """Distances of real images: the floor that the number of images leaves. The Frechet distance is biased upwards.
 
-    "resampled": `num_samples` drawn from the reference, with replacement, against the reference: a model that knows it by heart.
+    "resampled": `num_samples` images drawn from the reference, with replacement, against the reference. They stand for
+    a model that knows it by heart.
     "halves": two halves of the reference against each other, N / 2 images each.
-    With `real_labels`, shape (N,), both keep to the classes: the first has those that samples are asked for, and halves share alike.
+    With `real_labels`, shape (N,), both keep to the classes: "resampled" has the classes that samples are asked for,
+    and both halves have the same.
     """
     count = len(reference)
     classes = torch.zeros(count, dtype=torch.int64) if real_labels is None else real_labels
@@ -144,8 +146,8 @@ def check_counts(num_samples: int, num_reference: int, num_features: int, prefix
     for name, (count, what) in counts.items():
         if count <= num_features:
             raise UserError(
-                f"--{name}: {count} {what} are too few for {num_features} features; the Frechet distance needs more than "
-                f"{num_features} of each. Give more, or --{prefix}features with fewer."
+                f"--{name}: {count} {what} are too few for {num_features} features; the Frechet distance needs more "
+                f"than {num_features} of each. Give more, or --{prefix}features with fewer."
             )
         if count < 5 * num_features:
             notes.append(f"{count:,} {what} are few for {num_features} features: compare only with the same number.")
@@ -154,7 +156,7 @@ def check_counts(num_samples: int, num_reference: int, num_features: int, prefix
 
 
 def features_for(dataset: ImageDataset, name: str, device: torch.device, prefix: str = "") -> nn.Module:
-    """The feature network `name`, which must take the images of `dataset`. UserError names the option --{prefix}features."""
+    """The feature network `name`, which must take the images of `dataset`. Errors name --{prefix}features."""
     network = load_feature_network(name, device, prefix)
     network.check_images(dataset.channels, dataset.resolution, dataset.resolution, prefix)
     return network

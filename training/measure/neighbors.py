@@ -15,7 +15,10 @@ COPY_RATIO = 1 / 3  # Yoon et al. 2023, "Diffusion Probabilistic Models Generali
 
 
 class Pixels(nn.Module):
-    """The images themselves: uint8 (B, C, H, W) to float32 (B, CHW), scaled so that distances are root mean squares of 0..255."""
+    """Features that are the pixels: uint8 (B, C, H, W) to float32 (B, CHW).
+
+    They are scaled so that distances are root mean squares of 0..255.
+    """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1).float() / math.sqrt(images[0].numel())
@@ -51,7 +54,12 @@ class Neighbors:
         }
 
     def update(self, indices: torch.Tensor, distances: torch.Tensor, mirrored: torch.Tensor) -> None:
-        """Take in the training images `indices`, (B,), at `distances`, (n, B); `mirrored` says where the mirror image is nearer."""
+        """Compare with further training images, whose `indices` are (B,).
+
+        Args:
+            distances: (n, B), to the image or to its mirror image, whichever is nearer.
+            mirrored: bool (n, B), whether the mirror image is nearer.
+        """
         nearest, place = distances.min(1)
         better = nearest < self.distances[:, 0]
         self.indices[better] = indices[place[better]]
@@ -70,7 +78,8 @@ def find_neighbors(
     """The nearest training images of each group. The data set is read once and never held as a whole.
 
     Args:
-        groups: by name uint8 images (n, C, H, W), and which images of the data set they are, or None. An image is not its own neighbor.
+        groups: by name uint8 images (n, C, H, W), and which images of the data set they are, or None. An image is not
+            its own neighbor.
         network: from uint8 images to features; distances are Euclidean.
         mirror: whether mirror images count as training images.
     """

@@ -18,9 +18,10 @@ LEAST_GAP = 0.01  # between levels, in the same units
 
 
 class Space:
-    """Schedules of N steps as points of a box: where each level lies on the Karras ramp, then gamma of all steps but the last.
+    """Schedules of N steps as points of a box: N places of levels on the Karras ramp, then N - 1 gammas.
 
-    A level's coordinate is 0 at sigma_max and 1 at sigma_min, even in sigma^(1/rho). The last step adds no noise and has no gamma.
+    A level's coordinate is 0 at sigma_max and 1 at sigma_min, even in sigma^(1/rho). The last step adds no noise and
+    has no gamma.
     """
 
     def __init__(self, steps: int, scheduler: CTMScheduler, first_level: bool):
@@ -83,8 +84,8 @@ def run_search(
 ) -> dict[Setting, list[float]]:
     """Pattern search (Hooke and Jeeves 1961): at most `most` schedules in the order in which they were tried.
 
-    It begins with the Karras schedule at each of `gammas` and goes on from the best. It tries each direction in turn and
-    keeps at once what is better. If no direction is better, it halves the stride, and ends below `LAST_STRIDE`.
+    It begins with the Karras schedule at each of `gammas` and goes on from the best. It tries each direction in turn
+    and keeps at once what is better. If no direction is better, it halves the stride, and ends below `LAST_STRIDE`.
 
     Returns what `measure` said of each schedule: its distances, one for each seed. The lowest mean is the best.
     """

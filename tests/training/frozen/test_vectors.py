@@ -67,7 +67,9 @@ def test_what_is_no_torchscript_is_refused_by_the_name_of_the_option(tmp_path):
 def test_transformers_features(tmp_path):
     mean, std = [0.5, 0.4, 0.3], [0.5, 0.25, 0.2]
     size = {"height": 32, "width": 32}
-    model = save(ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=8)), tmp_path, size=size, image_mean=mean, image_std=std)
+    model = save(
+        ViTModel(ViTConfig(**SIZES, image_size=32, patch_size=8)), tmp_path, size=size, image_mean=mean, image_std=std
+    )
     network = load_feature_network(str(tmp_path))
     images = random_images(3, 3, 32, 32)
     x = (images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

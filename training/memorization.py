@@ -39,7 +39,7 @@ class MemorizationConfig(PairOptions):
         "runs/memorization", "Folder for memorization.json, memorization.md and memorization.png; others stay."
     )
     held_out_split: str | None = option(
-        None, "Split of the data set that the model was not trained on, measured likewise. Default: none."
+        None, "Split of the data set that the model was not trained on, to be measured too. Default: none."
     )
     steps: list[int] = option([1, 18], "Numbers of steps of the CTM.")
     gamma: float = option(0.0, "gamma of the CTM in [0, 1], from two steps on.")

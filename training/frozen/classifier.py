@@ -50,12 +50,12 @@ class FeatureNetwork(nn.Module):
         )
         self.classifier = nn.Linear(num_features, num_classes)
 
-    def check_images(self, channels: int, height: int, width: int) -> None:
+    def check_images(self, channels: int, height: int, width: int, prefix: str = "") -> None:
         """Raise UserError for images of another size than it was trained on."""
         side = self.config["resolution"]
         if (height, width) != (side, side):
             raise UserError(
-                f"--features is a network for {side}x{side} images, these are {height}x{width}. Use a folder that "
+                f"--{prefix}features is a network for {side}x{side} images, these are {height}x{width}. Use a folder that "
                 "training.features made from such images, FID's Inception, or an image model of transformers."
             )
 

@@ -18,12 +18,12 @@ FEATURES_HELP = (
 INCEPTION_SIDE = 299  # pixels
 
 
-def load_feature_network(name: str, device: torch.device | str = "cpu") -> nn.Module:
+def load_feature_network(name: str, device: torch.device | str = "cpu", prefix: str = "") -> nn.Module:
     """The feature network `name` (see `FEATURES_HELP`), frozen, in evaluation mode, on `device`.
 
     It takes uint8 images of shape (B, 1 or 3, H, W) and returns float32 features of shape (B, num_features), as torchmetrics'
     `FrechetInceptionDistance(feature=...)` asks. `about` describes it in JSON's types; `check_images(channels, height, width)`
-    raises UserError for images that it does not take.
+    raises UserError for images that it does not take. Errors name the option --{prefix}features.
 
     Raises UserError if it is not there or is no network for images.
     """
@@ -38,10 +38,10 @@ def load_feature_network(name: str, device: torch.device | str = "cpu") -> nn.Mo
         network = network.to(device).requires_grad_(False).eval()
         network.about = {"name": name, "num_features": network.num_features, **network.about}
     except UserError as error:
-        raise UserError(f"--features {name}: {error}") from error
+        raise UserError(f"--{prefix}features {name}: {error}") from error
     except Exception as error:  # torch, safetensors, transformers and huggingface_hub each raise their own
         raise UserError(
-            f"--features {name} cannot be loaded. {FEATURES_HELP}\n{type(error).__name__}: {str(error).strip()}"
+            f"--{prefix}features {name} cannot be loaded. {FEATURES_HELP}\n{type(error).__name__}: {str(error).strip()}"
         ) from error
     return network
 
@@ -53,7 +53,7 @@ class ResizedFeatures(nn.Module):
         super().__init__()
         self.side, self.mode = side, mode
 
-    def check_images(self, channels: int, height: int, width: int) -> None:
+    def check_images(self, channels: int, height: int, width: int, prefix: str = "") -> None:
         """Takes images of every size."""
 
     def resized(self, images: torch.Tensor) -> torch.Tensor:

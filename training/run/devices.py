@@ -1,4 +1,5 @@
-"""Accelerate, the optimiser, compiling and sharding, as options say."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Accelerate and the optimizer, as the options say."""
 
 import os
 
@@ -8,7 +9,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
 from ..cli.errors import UserError
-from ..cli.training_options import RunOptions
+from ..cli.training_options import OptimizerOptions, RunOptions
 from .sharding import check_launch, check_sharding
 
 
@@ -27,7 +28,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     check_launch()
     accelerator = Accelerator(
         mixed_precision=precision,
-        # Not by its number alone, which the environment would overrule.
+        # The environment would overrule a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(options.gradient_accumulation_steps),
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=os.path.join(options.output_dir, "logs")),
@@ -37,8 +38,8 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(options: RunOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """RAdam, Adam or AdamW over the parameters that learn, all of them at once where torch can."""
+def make_optimizer(options: OptimizerOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """RAdam, Adam or AdamW over the parameters that learn; torch updates all of them at once."""
     classes = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     at_once = {"foreach": True} if options.optimizer == "radam" else {"fused": True}
     return classes[options.optimizer](

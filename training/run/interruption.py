@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """SIGTERM and SIGINT end a run after its step."""
 
 import os
@@ -10,14 +11,14 @@ import torch
 from accelerate import Accelerator
 
 
-IMPATIENCE = 2.0  # seconds after which a further Ctrl-C is meant: launchers pass the first one on
+IMPATIENCE = 2.0  # seconds; launchers repeat the first Ctrl-C within them, a later one is the user's
 
 
 class Interruption:
-    """While it is entered, the first SIGTERM or SIGINT is noted, and `agreed` says when to stop for it.
+    """Within this block the first SIGTERM or SIGINT is noted, and `agreed` says when to stop for it.
 
-    A second SIGINT, later than launchers repeat the first, interrupts at once. Signals reach the main thread only: in another one
-    nothing is changed.
+    A second SIGINT, later than launchers repeat the first, interrupts at once. Signals reach the main thread only: in
+    another thread the block changes nothing.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -25,7 +26,7 @@ class Interruption:
         self.received = 0
         self._since = 0.0
         self._former: dict[int, object] = {}
-        self._exchange: tuple[Callable[[], object], torch.Tensor] | None = None  # how to wait for it, and what it gives
+        self._exchange: tuple[Callable[[], object], torch.Tensor] | None = None  # how to wait for the last one, and its result
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -48,10 +49,10 @@ class Interruption:
             raise KeyboardInterrupt
 
     def agreed(self) -> int:
-        """The signal for which every process stops now, or 0. To be called by all of them after each step.
+        """The signal for which every process stops now, or 0. All processes call it after each step.
 
-        Signals reach processes in different steps. What each has received is exchanged in the background and read one step
-        later, so that a GPU need not run dry for it.
+        Signals reach processes in different steps. Processes exchange them in the background and read the result one step
+        later: no GPU waits for it.
         """
         if self.accelerator.num_processes == 1:
             return self.received
@@ -63,9 +64,8 @@ class Interruption:
         received = torch.full((), self.received, device=self.accelerator.device)
         work = torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, async_op=True)
         wait = work.wait
-        if (
-            received.is_cuda
-        ):  # read from the host a step later: reading it there from the GPU would wait for that step, too
+        if received.is_cuda:
+            # A copy on the host is read a step later: a look at the GPU would wait for that step too.
             work.wait()  # orders the streams, does not hold up this process
             received, done = received.to("cpu", non_blocking=True), torch.cuda.Event()
             done.record()

@@ -1,7 +1,26 @@
-"""What a run shows: means of its losses, samples, distances, steps left out."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What a run shows: means of its losses, samples, distances, skipped steps, log lines."""
+
+import math
+import os
+import sys
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from diffusers_ctm import CTMPipeline
+
+from ..cli.errors import UserError
+from ..cli.files import atomic_file
+from ..cli.training_options import RunOptions
+from ..data.images import ImageDataset
+from ..data.stream import ImageStream
+from ..measure.during_training import DistanceToData, keep_metrics
+from ..report.pictures import enlarged_grid
+from .checkpoints import newest_checkpoint
+from .tracking import Expendable, Stopwatch, Tracking
 
 
 # Between them the levels whose score-matching losses are told apart; about a factor of 3 each.
@@ -68,3 +87,129 @@ class Means:
         for names, row, passes in state:
             self.sums[tuple(names)] = row.to(device) if sums else torch.zeros_like(row, device=device)
             self.passes.update(zip(names, passes, strict=True))
+
+
+class Monitor:
+    """Shows how a run goes on: losses, samples, distances, steps that were skipped. It changes nothing in the training.
+
+    Args:
+        options: of the run.
+        dataset: images.
+        accelerator: of the run.
+        sample_settings: name and `CTMPipeline.__call__` options of each grid of samples.
+
+    Attributes:
+        means: of the losses since the last log.
+        stopwatch: for the speed.
+        tracking: the tracker.
+        progress: the progress bar, from `start` on.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        dataset: ImageDataset | ImageStream,
+        accelerator: Accelerator,
+        sample_settings: dict[str, dict[str, Any]],
+    ):
+        self.options, self.dataset, self.accelerator = options, dataset, accelerator
+        self.sample_settings = sample_settings
+        self.means, self.stopwatch, self.optional = Means(), Stopwatch(), Expendable()
+        self.tracking = Tracking(accelerator, options, self.optional)
+        self.distance = DistanceToData(options, dataset, accelerator) if options.eval_every else None
+
+    def start(self, step: int) -> None:
+        """Begin to show a run that has done `step` steps."""
+        self.tracking.start(step)
+        if self.distance is not None and self.accelerator.is_main_process:
+            with self.optional("metrics.jsonl"):  # the run measures the later steps again
+                keep_metrics(self.options.output_dir, step + 1)
+        self.stopwatch = Stopwatch()
+        self.progress = tqdm(
+            total=self.options.max_train_steps,
+            initial=step,
+            desc="Training",
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+
+    def count_step(self) -> None:
+        self.progress.update()
+        self.stopwatch.steps += 1
+
+    def check_skipped(self, step: int, in_a_row: int) -> None:
+        """Raise UserError if too many steps in a row were skipped: at the end of a short run, half of it."""
+        limit = most = self.options.max_skipped_steps
+        if step == self.options.max_train_steps:
+            most = min(limit, max(2, step // 2))
+        if in_a_row < most:
+            return
+        _, broken = self.means.read(self.accelerator)
+        names = ", ".join(name for name in broken if not name.endswith("grad_norm")) or "the gradient"
+        newest = newest_checkpoint(self.options.output_dir)
+        intact = f"{newest} is intact" if newest else "no checkpoint had been saved"
+        raise UserError(
+            f"The last {in_a_row} steps were left out, up to step {step}: {names} became infinite or NaN. "
+            "Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision no or bf16; "
+            f"{intact}. (--max_skipped_steps {limit})"
+        )
+
+    def log(self, step: int, skipped: int, learning_rate: float) -> None:
+        """Show and track the means since the last call. Waits for the device."""
+        options = self.options
+        means, _ = self.means.read(self.accelerator)
+        shown = {name: f"{value:.3g}" for name, value in means.items() if "/" not in name}
+        self.progress.set_postfix({**shown, "skipped": skipped} if skipped else shown)
+        images = options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+        values = {
+            **means,
+            "learning_rate": learning_rate,
+            "skipped_steps": skipped,
+            "images_per_second": images * self.stopwatch.read(),
+        }
+        self.tracking.log({name if "/" in name else f"train/{name}": value for name, value in values.items()}, step)
+
+    def save_samples(self, step: int, pipe: CTMPipeline) -> None:
+        """Draw samples from fixed noise to output_dir/samples, one picture per setting."""
+        if not self.accelerator.is_main_process:
+            return
+        grids, columns, rows = {}, 10, 4
+        pipe.set_progress_bar_config(disable=True)
+        labels = None
+        if self.dataset.num_classes is not None:
+            labels = [index % self.dataset.num_classes for index in range(columns)] * rows
+        for name, settings in self.sample_settings.items():
+            generator = torch.Generator(self.accelerator.device).manual_seed(0)
+            images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images
+            grid = enlarged_grid(images, rows, columns)
+            grids[f"samples/{name}"] = grid
+            path = os.path.join(self.options.output_dir, "samples", f"step-{step:06d}-{name}.png")
+            with self.optional("the samples"), atomic_file(path) as draft:
+                grid.save(draft)
+        self.tracking.show(grids, step)
+
+    def measure(self, step: int, pipe: CTMPipeline) -> None:
+        """Measure the Frechet distance of samples to the data, for the tracker and output_dir/metrics.jsonl."""
+        distances = self.distance(pipe, self.sample_settings)
+        if not self.accelerator.is_main_process:
+            return
+        shown = ", ".join(f"{value:.4g} ({name})" for name, value in distances.items())
+        tqdm.write(f"Step {step}: Frechet distance {shown}", file=sys.stderr)
+        self.tracking.log({f"frechet/{name}": value for name, value in distances.items()}, step)
+        line = {
+            "step": step,
+            "frechet": {name: value if math.isfinite(value) else None for name, value in distances.items()},
+            "num_samples": self.options.eval_samples,
+            "num_reference": self.distance.num_reference,
+            "features": self.options.eval_features,
+        }
+        with self.optional("metrics.jsonl"):
+            keep_metrics(self.options.output_dir, step, line)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means so far and the tracker's run, for a checkpoint. All processes call it."""
+        return {"means": self.means.state_dict(self.accelerator), "tracker_run": self.tracking.run_id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.means.load_state_dict(state["means"], self.accelerator.device, self.accelerator.is_main_process)
+        self.tracking.run_id = state["tracker_run"]

@@ -1,4 +1,5 @@
-"""Weights spread over processes by torch's FSDP2, through Accelerate: what can be launched so, and what the training must know of it."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Weights spread over processes by torch's FSDP2, through Accelerate: which launches work, and how weights are read and set."""
 
 import os
 
@@ -7,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ..cli.errors import UserError
-from ..cli.training_options import RunOptions
+from ..cli.training_options import HardwareOptions
 
 
 WHAT_WORKS = "training/configs/accelerate has what works: ddp.yaml and fsdp.yaml."
@@ -18,17 +19,17 @@ def _asked(name: str) -> bool:
 
 
 def check_launch() -> None:
-    """Raise UserError if the launcher asks for what this training cannot do."""
+    """Raise UserError if the launcher asks for a backend that this training cannot use."""
     if _asked("DEEPSPEED"):
         raise UserError(
-            f"DeepSpeed resumes from pickles, which can run code, and makes clipping and the step its own. {WHAT_WORKS}"
+            f"DeepSpeed resumes from pickles, which can run code, and does clipping and the step itself. {WHAT_WORKS}"
         )
     if _asked("MEGATRON_LM"):
-        raise UserError(f"Megatron-LM trains networks of its own. {WHAT_WORKS}")
+        raise UserError(f"Megatron-LM trains its own networks only. {WHAT_WORKS}")
 
 
-def check_sharding(accelerator: Accelerator, options: RunOptions) -> None:
-    """Raise UserError for what does not go with FSDP; leave precision to autocast."""
+def check_sharding(accelerator: Accelerator, options: HardwareOptions) -> None:
+    """Raise UserError for options that do not go with FSDP; leave precision to autocast."""
     if not _asked("FSDP"):
         return
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -42,17 +43,17 @@ def check_sharding(accelerator: Accelerator, options: RunOptions) -> None:
         raise UserError("--compile cannot be combined with FSDP; leave one of them out.")
     if accelerator.mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16 cannot be combined with FSDP; use bf16 or no.")
-    # Else it would round what the network is shown, noise levels included, to bfloat16.
+    # FSDP's own policy would round the network's inputs, noise levels included, to bfloat16.
     plugin.mixed_precision_policy = None
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` with all its entries if this process has a part of them, else as it is. All processes must call it."""
+    """`tensor` with all its entries, of which this process may hold a part. All processes must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def load_whole(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """`load_state_dict` of whole weights, which each process has, into a network that may be spread."""
+    """`load_state_dict` of whole weights, which each process has, into a network whose weights may be spread."""
     if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
         network.load_state_dict(weights)
         return

@@ -1,4 +1,5 @@
-"""The tracker, the speed, and what can fail without harm."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The tracker, the speed, and writes that can fail without harm."""
 
 import contextlib
 import os
@@ -6,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from ..cli.training_options import RunOptions
 
 
 class Expendable:
-    """Around writing what the training can do without: a failure is said once and ends nothing."""
+    """Guards writes that the training can do without: a failure is reported once and ends nothing."""
 
     def __init__(self):
         self.failing: set[str] = set()
@@ -40,10 +42,10 @@ class Tracking:
     Args:
         accelerator: of the run.
         options: of the run.
-        optional: around what is written.
+        optional: guards what is written.
 
     Attributes:
-        run_id: of the run at Weights & Biases; a resumed run keeps it.
+        run_id: the run's name at Weights & Biases; a resumed run keeps it.
     """
 
     def __init__(self, accelerator: Accelerator, options: RunOptions, optional: Expendable):
@@ -51,40 +53,45 @@ class Tracking:
         self.run_id = secrets.token_hex(4)
 
     def settings(self, step: int) -> dict[str, dict[str, Any]]:
-        """What the trackers are started with by a run that has done `step` steps."""
+        """Settings with which a run that has done `step` steps starts each tracker."""
         folder = self.options.output_dir
         name = os.path.basename(os.path.abspath(folder))
         return {
-            # TensorBoard then forgets the later steps that were logged before the run was resumed.
+            # TensorBoard forgets the later steps that were logged before the run was resumed.
             "tensorboard": {"purge_step": step + 1},
             "wandb": {"dir": folder, "name": name, "id": self.run_id, "resume": "allow"},
         }
 
-    def start(self, step: int, values: dict[str, Any]) -> None:
-        """Start the tracker; `values` are the options. Raises UserError if Weights & Biases refuses."""
+    def start(self, step: int) -> None:
+        """Start the tracker and log the options. Raises UserError if Weights & Biases refuses."""
         tracker = self.options.report_to
         if tracker == "none":
             return
+        values = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in asdict(self.options).items()
+        }
         settings = {tracker: self.settings(step)[tracker]}
         if tracker == "tensorboard":
             with self.optional("the logs"):
-                # A resumed run's options are known; TensorBoard would make another run of them.
+                # The options of a resumed run are logged already; TensorBoard would make another run of them.
                 self.accelerator.init_trackers("diffusers-ctm", None if step else values, settings)
             return
         try:
             self.accelerator.init_trackers("diffusers-ctm", values, settings)
         except Exception as error:  # wandb raises its own
             raise UserError(
-                f"--report_to {tracker} cannot start: {str(error).strip()}. Log in with `wandb login`, or set WANDB_MODE=offline."
+                f"--report_to {tracker} cannot start: {str(error).strip()}. Log in with `wandb login`, or set "
+                "WANDB_MODE=offline."
             ) from error
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name."""
+        """Log numbers by name."""
         with self.optional("the logs"):
             self.accelerator.log(values, step=step)
 
     def show(self, pictures: dict[str, Image.Image], step: int) -> None:
-        """Pictures by name, in RGB."""
+        """Log pictures by name, in RGB."""
         with self.optional("the logs"):
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
@@ -94,7 +101,7 @@ class Tracking:
                     tracker.log_images({name: [picture] for name, picture in pictures.items()}, step)
 
     def finish(self) -> None:
-        """Write what is left, and end Accelerate's part of the run."""
+        """Write the rest, and end Accelerate's part of the run."""
         with self.optional("the logs"):
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -103,14 +110,14 @@ class Tracking:
 
 
 class Stopwatch:
-    """Steps per second, without what happens between them."""
+    """Steps per second, without the time for samples and checkpoints between them."""
 
     def __init__(self):
         self.steps, self._since, self._out = 0, time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def out(self) -> Iterator[None]:
-        """Around what does not count."""
+        """Pause the stopwatch inside this block."""
         began = time.perf_counter()
         yield
         self._out += time.perf_counter() - began

@@ -2,8 +2,8 @@
 """Averages of any width after the training: `python -m training.ema runs/student --sigma_rel 0.08`.
 
 Karras et al. 2024, Section 3 and Appendix C. The sums are ema-pytorch's. Its `PostHocEMA` would also keep and write the
-averages, but as half-precision pickles, counters included, under their final names from the start, and it reads snapshots
-of later steps than asked for.
+averages. But it writes half-precision pickles, counters included, under their final names from the start, and it reads
+snapshots of later steps than asked for.
 """
 
 import glob
@@ -64,7 +64,9 @@ def find_snapshots(output_dir: str) -> list[Snapshot]:
     """All snapshots of a run, the earliest first. Raises UserError if there are none."""
     snapshots = []
     for folder in glob.glob(os.path.join(glob.escape(output_dir), SNAPSHOTS, "sigma_rel-*")):
-        with loading(f"The snapshot {folder}", f"Its {RECORD} does not say what it is. Remove it, or take it from a backup."):
+        with loading(
+            f"The snapshot {folder}", f"Its {RECORD} does not say what it is. Remove it, or take it from a backup."
+        ):
             record = read_json(folder, RECORD)
             average = record["average"]
             snapshots.append(Snapshot(folder, average["sigma_rel"], record["steps"], average["updates"]))
@@ -78,11 +80,12 @@ def reconstruction(
 ) -> tuple[torch.Tensor, float]:
     """Weights of averages that make the average of another width, and its error (Karras et al. 2024, Algorithm 3).
 
-    The average of width `sigma_rel` after `update` updates is a sum of the network's weights over time; the result is the
-    closest to it among the sums of the given averages, by least squares.
+    The average of width `sigma_rel` after `update` updates is a sum of the network's weights over time; the result is
+    the closest to it among the sums of the given averages, by least squares.
 
     Returns:
-        float64 of shape (number of averages,), and the distance between both weightings of time, relative to the wanted one.
+        float64 of shape (number of averages,), and the distance between both weightings of time, relative to the wanted
+        one.
     """
     t = torch.tensor(updates, dtype=torch.float64)
     gamma = torch.tensor([sigma_rel_to_gamma(value) for value in sigma_rels], dtype=torch.float64)
@@ -133,9 +136,7 @@ def main(config: PostHocConfig) -> str:
     )
     print(f"Its weighting of the training's steps is {error:.1%} off that of an average kept during the training.")
     if error > 0.05:
-        print(
-            "That is much: take a width nearer to those of the snapshots, or save them more often (--posthoc_ema_every)."
-        )
+        print("Take a width nearer to those of the snapshots, or save them more often (--posthoc_ema_every).")
     return path
 
 

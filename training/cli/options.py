@@ -41,6 +41,13 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+class _Parser(HfArgumentParser):
+    """A parser to which a field's metadata may say more than argparse knows."""
+
+    def add_argument(self, *names: Any, recorded: bool = True, free: bool = False, **settings: Any) -> argparse.Action:
+        return super().add_argument(*names, **settings)
+
+
 class Checked:
     """Base of the option classes: `check(condition, field, advice)` raises UserError naming the field."""
 
@@ -86,7 +93,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     argv = list(sys.argv[1:] if argv is None else argv)
     positional = getattr(config_class, "POSITIONAL", ())
     usage = " ".join(["%(prog)s", *(name.upper() for name in positional), "[--option VALUE ...]"])
-    parser = HfArgumentParser(config_class, description=config_class.__doc__, usage=usage, allow_abbrev=False)
+    parser = _Parser(config_class, description=config_class.__doc__, usage=usage, allow_abbrev=False)
     for name in positional:
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
     for action in parser._actions:

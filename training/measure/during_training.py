@@ -16,7 +16,7 @@ from diffusers_ctm import CTMPipeline
 from ..cli.errors import UserError, loading
 from ..cli.files import atomic_file
 from ..cli.training_options import RunOptions
-from ..data.images import ImageDataset
+from ..data.images import ImageDataset, mirrored
 from ..frozen.vectors import load_feature_network
 from .distances import Distances, check_counts
 from .sampling import Setting, class_labels, draw
@@ -32,7 +32,7 @@ MOST_REFERENCE = 50_000  # real images; a larger data set gives so many, evenly 
 class DistanceToData:
     """The Frechet distance of samples to the data set's images, measured by all processes together.
 
-    The numbers do not depend on how many processes there are, and measuring changes nothing in the training: its noise comes
+    The numbers do not depend on how many processes there are. Measuring changes nothing in the training: its noise comes
     from generators of its own.
 
     Args:
@@ -87,15 +87,14 @@ class DistanceToData:
         spaced = indices * len(self.dataset) // self.num_reference
         images, _ = self.dataset[spaced.tolist()]
         if self.options.random_flip:
-            mirror = torch.rand(len(images), generator=torch.Generator().manual_seed(batch)) < 0.5
-            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+            images = mirrored(images, torch.rand(len(images), generator=torch.Generator().manual_seed(batch)))
         return images.to(self.accelerator.device)
 
     def _features(self, count: int, make: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor | None:
         """Features of `count` images, (count, F) on the CPU of the main process, None elsewhere.
 
-        The n processes make every n-th batch each. `make(indices, batch)` gives uint8 images; if it raises UserError, their
-        features are NaN.
+        Each of n processes makes every n-th batch. `make(indices, batch)` gives uint8 images; if it raises UserError,
+        their features are NaN.
         """
         accelerator, own = self.accelerator, {}
         for batch, indices in enumerate(torch.arange(count).split(BATCH)):

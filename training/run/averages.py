@@ -9,7 +9,7 @@ import torch
 from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
 
 from ..cli.training_options import AverageOptions
-from .sharding import whole
+from .devices import whole
 
 
 Decay = Callable[[int], float]
@@ -33,7 +33,8 @@ def exponential_decay(decay: float, warmup: bool = False) -> Decay:
 def power_decay(sigma_rel: float) -> Decay:
     """(1 - 1/n)^(gamma + 1): the average then weighs update m by about m^gamma (Karras et al. 2024, Eqs. 125 to 127).
 
-    `sigma_rel` in (0, 1/sqrt(12)) is the standard deviation of these weights over the training so far, 0.1 a tenth of it.
+    `sigma_rel` in (0, 1/sqrt(12)) is the standard deviation of these weights over the training so far, 0.1 a tenth
+    of it.
     """
     exponent = sigma_rel_to_gamma(sigma_rel) + 1
     return lambda update: (1 - 1 / update) ** exponent
@@ -59,8 +60,8 @@ class EMA:
     def step(self, network: torch.nn.Module, applied: torch.Tensor | None = None) -> None:
         """Move towards the weights of `network`.
 
-        `applied`, 1 or 0 on the device, says whether the optimizer has moved them; at 0 the average stays too. The host need
-        not know it. (diffusers' `EMAModel` has no such switch.)
+        `applied`, 1 or 0 on the device, says whether the optimizer has moved them; at 0 the average stays too. The host
+        need not know it. (diffusers' `EMAModel` has no such switch.)
         """
         self.updates += 1
         weight = 1 - self.decay(self.updates)

@@ -9,8 +9,8 @@ import torch
 class StepRandom:
     """The random numbers of one step for one part of its global batch.
 
-    They depend on seed, step and the global position of a sample, not on how the global batch is split over processes and
-    accumulation steps: every part draws for all and keeps its own. A run resumes without saving anything of them.
+    They depend on seed, step and the global position of a sample, not on how the global batch is split over processes
+    and accumulation steps: every part draws for all and keeps its own. To resume a run they need not be saved.
     """
 
     def __init__(self, seed: int, step: int, total: int, own: slice, device: torch.device):

@@ -16,7 +16,6 @@ from ..cli.errors import UserError, loading
 from ..cli.names import is_hub_id
 from ..cli.training_options import OutputOptions, RunOptions
 from ..hub.client import download_checkpoint
-from .sharding import load_whole
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -55,20 +54,21 @@ def start_output_dir(options: OutputOptions) -> str | None:
         if os.path.isdir(folder) and any(not name.startswith(".") for name in os.listdir(folder)):
             way = "Continue that run" if newest else "No checkpoint is in it: start it afresh there"
             raise UserError(
-                f"--output_dir {folder} is not empty. {way} with --resume_from_checkpoint latest, or choose another folder."
+                f"--output_dir {folder} is not empty. {way} with --resume_from_checkpoint latest, or choose another "
+                "folder."
             )
         return None
     if is_hub_id(resume):
         resume = download_checkpoint(resume)
     if not os.path.isfile(os.path.join(resume, STATE)):
         raise UserError(
-            f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name on "
-            "the Hub."
+            f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name "
+            "on the Hub."
         )
     if newest is not None and not os.path.samefile(resume, newest):
         raise UserError(
-            f"--output_dir {folder} holds {newest}, which this run would overwrite or rotate away. Choose another folder, "
-            f"or remove the checkpoints that are not {resume}."
+            f"--output_dir {folder} holds {newest}, which this run would overwrite or rotate away. Choose another "
+            f"folder, or remove the checkpoints that are not {resume}."
         )
     return resume
 
@@ -86,13 +86,13 @@ def check_same_run(
     changed = [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         raise UserError(
-            f"The checkpoint {path} belongs to a run with other options: {'; '.join(changed)}. Give the same, or start a new "
-            "run in another --output_dir."
+            f"The checkpoint {path} belongs to a run with other options: {'; '.join(changed)}. Give the same, or start "
+            "a new run in another --output_dir."
         )
     if list(state["networks"]) != networks:
         raise UserError(
-            f"The checkpoint {path} holds the networks {', '.join(state['networks'])}, this run has {', '.join(networks)}. "
-            f"Start a new run from its weights: another --output_dir, and --init_from {path}."
+            f"The checkpoint {path} holds the networks {', '.join(state['networks'])}, this run has "
+            f"{', '.join(networks)}. Start a new run from its weights: another --output_dir, and --init_from {path}."
         )
     if state["step"] > options.max_train_steps:
         raise UserError(f"--max_train_steps {options.max_train_steps} is below step {state['step']} of {path}.")
@@ -117,7 +117,7 @@ class FirstStage:
 
 
 def find_first_stage(name: str) -> str:
-    """The checkpoint or pipeline folder, or the repository on the Hub, that --init_from means. Raises UserError if there is none."""
+    """The checkpoint, the pipeline's folder or the repository on the Hub that --init_from means; UserError if none."""
     if is_hub_id(name):
         return name
     for folder in (name, newest_checkpoint(name), os.path.join(name, "pipeline")):
@@ -149,22 +149,6 @@ def load_first_stage(folder: str) -> FirstStage:
         return FirstStage(weights, averages, Preconditioning(**state["preconditioning"]))
 
 
-def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copy all weights into `network`. Raises UserError if they are not those of such a network."""
-    present = network.state_dict()
-    problems = {
-        "missing": present.keys() - weights.keys(),
-        "unknown": weights.keys() - present.keys(),
-        "of another shape": {
-            name for name in present.keys() & weights.keys() if present[name].shape != weights[name].shape
-        },
-    }
-    listed = [f"{len(names)} {kind}, such as {min(names)}" for kind, names in problems.items() if names]
-    if listed:
-        raise UserError(f"--init_from {source} is not of the network that this run trains: {'; '.join(listed)}.")
-    load_whole(network, weights)
-
-
 def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, source: str) -> None:
     """Raise UserError if weights were trained with another preconditioning than the run's.
 
@@ -176,6 +160,6 @@ def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, s
     changed = [f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         raise UserError(
-            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of that run, "
-            "or without one its --sigma_data and --timestep_scale."
+            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of that "
+            "run, or without one its --sigma_data and --timestep_scale."
         )

@@ -7,13 +7,14 @@ import torch
 from accelerate import Accelerator
 
 from ..cli.errors import UserError
-from .sharding import whole
+from .devices import whole
 
 
 class TrainedNetwork:
     """A network, prepared by Accelerate, with its optimizer and, in fp16, a loss scale of its own.
 
-    A step whose gradient has an infinite or NaN entry is skipped: it changes neither the weights nor the optimizer's state.
+    A step whose gradient has an infinite or NaN entry is skipped: it changes neither the weights nor the optimizer's
+    state.
 
     Args:
         accelerator: of the run.
@@ -23,8 +24,8 @@ class TrainedNetwork:
 
     Attributes:
         network: `module` wrapped for several processes. `bare` is `module`.
-        skipped: number of skipped steps, and `skipped_in_a_row` of those since the last that was not skipped: 0-d tensors
-            on the device, the same in every process.
+        skipped: number of skipped steps, and `skipped_in_a_row` of those since the last that was not skipped: 0-d
+            tensors on the device, the same in every process.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class TrainedNetwork:
         self.skipped_in_a_row = self.skipped.clone()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss` to that of this network's parameters alone, divided by the number of accumulation steps."""
+        """Add the gradient of `loss`, divided by the accumulation steps, to that of this network's parameters alone."""
         loss = loss / self.accelerator.gradient_accumulation_steps
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
@@ -58,7 +59,8 @@ class TrainedNetwork:
             max_grad_norm: clip the gradient's norm to this; 0 is no clipping.
 
         Returns:
-            The norm before clipping, and whether the step was taken: a bool, or 1 or 0 on the device if the host does not know.
+            The norm before clipping, and whether the step was taken: a bool, or 1 or 0 on the device if the host does
+            not know.
         """
         optimizer = self.optimizer
         if self.scaler is not None:
@@ -100,7 +102,7 @@ class TrainedNetwork:
 
 
 def clip_gradient(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d. Nothing waits for the device."""
+    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d. Never waits for the device."""
     if max_norm > 0:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

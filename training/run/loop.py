@@ -16,9 +16,8 @@ from diffusers_ctm import CTMPipeline
 
 from ..cli.errors import UserError
 from ..cli.training_options import RunOptions
-from ..data.batches import StepSampler, load_batches
-from ..data.images import ImageDataset, to_sample
-from ..data.stream import ImageStream, stream_batches
+from ..data.batches import LoadedBatch, run_batches
+from ..data.images import Images, mirrored, to_sample
 from .averages import make_averages
 from .batch import Batch, StepRandom
 from .checkpoints import newest_checkpoint
@@ -56,7 +55,7 @@ class TrainingRun:
     def __init__(
         self,
         options: RunOptions,
-        dataset: ImageDataset | ImageStream,
+        dataset: Images,
         network: torch.nn.Module,
         make_pipeline: Callable[[torch.nn.Module], CTMPipeline],
         sample_settings: dict[str, dict],
@@ -136,13 +135,14 @@ class TrainingRun:
         size, processes = options.train_batch_size, accelerator.num_processes
         num_parts = options.gradient_accumulation_steps * processes
         parts = list(range(accelerator.process_index, num_parts, processes))
-        loaded = self._load_images(parts, num_parts)
+        pin_memory = self.device.type == "cuda"
+        loaded = run_batches(self.dataset, options, self.step, parts, num_parts, self._position, pin_memory)
         with Interruption(accelerator) as interruption, self.monitor.progress, contextlib.closing(loaded):
             while self.step < options.max_train_steps:
                 for part in parts:
                     own = slice(part * size, (part + 1) * size)
                     random = StepRandom(options.seed, self.step, num_parts * size, own, self.device)
-                    images, labels = self._next(loaded, part)
+                    images, labels, self._position = self._next(loaded, part)
                     yield self._batch(images, labels, random)
                 self.step += 1
                 self._after_step(interruption.agreed())
@@ -152,10 +152,10 @@ class TrainingRun:
         return self.accelerator.accumulate(*(trained.network for trained in self.networks.values()))
 
     def update(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], network: str = "main") -> None:
-        """Backward pass of `loss` for one network; after a step's last one also its optimizer and the averages of "main".
+        """Backward pass of `loss` for one network; after a step's last one also its optimizer and averages of "main".
 
-        If `loss`, one of the `terms` or the gradient is infinite or NaN in any pass of the step and any process, the step
-        changes nothing of that network and is counted.
+        If `loss`, one of the `terms` or the gradient is infinite or NaN in any pass of the step and any process, the
+        step is skipped: it changes nothing of that network and is counted.
 
         Args:
             loss: has the gradient.
@@ -177,37 +177,25 @@ class TrainingRun:
                 average.step(self.bare_network, None if applied is True else applied)
 
     def note_by_level(self, name: str, values: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Log the mean of `values` in each of a few bins of noise levels, as "name/bin"; both of shape (B,), on the device."""
+        """Log the mean of `values`, shape (B,), in each of a few bins of noise levels `sigma`, as "name/bin"."""
         self.monitor.means.add_by_level(name, values, sigma)
 
     # Images ---------------------------------------------------------------------------------------------------------
 
-    def _load_images(self, parts: list[int], num_parts: int) -> Iterator[tuple]:
-        """(images, labels) and, of a stream, the position in it, for this process's parts of each remaining step."""
-        options, size = self.options, self.options.train_batch_size
-        split = (options.seed, self.step, options.max_train_steps, parts, num_parts)
-        if isinstance(self.dataset, ImageStream):
-            return stream_batches(self.dataset, size, *split, self._position, options.dataloader_num_workers)
-        sampler = StepSampler(len(self.dataset), size, *split)
-        return load_batches(self.dataset, sampler, options.dataloader_num_workers, self.device.type == "cuda")
-
-    def _next(self, loaded: Iterator[tuple], part: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The images and labels of a part. If they cannot be read, save a checkpoint where no other process need agree."""
+    def _next(self, loaded: Iterator[LoadedBatch], part: int) -> LoadedBatch:
+        """The images of a part. If they cannot be read, save a checkpoint first where no other process need agree."""
         try:
-            images, labels, *position = next(loaded)
+            return next(loaded)
         except UserError as error:
             if part > 0 or self.accelerator.num_processes > 1 or self.step == 0:
                 raise
             self.save_checkpoint()
             raise UserError(f"{error} {newest_checkpoint(self.options.output_dir)} is saved.") from error
-        self._position = position[0] if position else None
-        return images, labels
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor | None, random: StepRandom) -> Batch:
         images = to_sample(images.to(self.device, non_blocking=True))
         if self.options.random_flip:
-            flip = random.uniform()[:, None, None, None] < 0.5
-            images = torch.where(flip, images.flip(-1), images)
+            images = mirrored(images, random.uniform())
         images = images.contiguous(memory_format=self._memory_format)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return Batch(images, labels, random)
@@ -231,7 +219,7 @@ class TrainingRun:
         def due(every: int) -> bool:
             return every > 0 and (last or step % every == 0)
 
-        monitor.count_step()
+        monitor.progress.update()
         with warnings.catch_warnings():  # torch warns if the first step was skipped
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
@@ -240,7 +228,7 @@ class TrainingRun:
         if due(options.logging_steps):
             skipped = sum(int(trained.skipped) for trained in self.networks.values())
             monitor.log(step, skipped, self.lr_scheduler.get_last_lr()[0])
-        with monitor.stopwatch.out():
+        with monitor.stopwatch.paused():
             if signum and not last:
                 self.save_checkpoint()  # first: the sender may not wait for the rest
             if due(options.sample_every):

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """What a run starts from and what it saves: checkpoints, snapshots of averages, pipelines."""
 
+import contextlib
 import glob
 import os
 import shutil
@@ -10,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from diffusers_ctm import CTMPipeline
 
-from ..cli.errors import UserError, loading
-from ..cli.files import WRITE_ERRORS, atomic_file, atomic_folder, read_json
+from ..cli.errors import loading
+from ..cli.files import atomic_file, atomic_folder, read_json
 from ..cli.options import save_config
 from ..cli.training_options import RunOptions
 from ..hub.push import Pusher
@@ -29,9 +31,9 @@ from .checkpoints import (
     find_first_stage,
     load_first_stage,
     load_run_state,
-    load_weights,
     start_output_dir,
 )
+from .devices import load_whole
 
 
 class RunFolder:
@@ -45,7 +47,7 @@ class RunFolder:
 
     Attributes:
         checkpoint: the folder that the run resumes from, or None.
-        first_stage: the weights that a run without a checkpoint starts from: a folder, a repository on the Hub, or None.
+        first_stage: the folder or repository on the Hub whose weights a run without a checkpoint starts from, or None.
         record: the contents of `training.json`; empty in all but the main process.
     """
 
@@ -69,7 +71,7 @@ class RunFolder:
     # The start ------------------------------------------------------------------------------------------------------
 
     def resume(self, networks: list[str], load_state_dict: Callable[[dict[str, Any]], None]) -> None:
-        """Load the checkpoint: Accelerate's part here, the rest by `load_state_dict`. `networks` are the names of the run's own."""
+        """Load the checkpoint of a run with these `networks`: Accelerate's part here, the rest by `load_state_dict`."""
         accelerator, path = self.accelerator, self.checkpoint
         with loading(f"The checkpoint {path}", "It belongs to another network or is damaged; resume from another one."):
             state = load_run_state(path)
@@ -89,10 +91,11 @@ class RunFolder:
         accelerator.print(f"Resumed from {path} at step {state['step']}.")
 
     def start_from_first_stage(self, network: torch.nn.Module, averages: dict[str, EMA]) -> None:
-        """Take the weights of the first stage. Averages go on at their full decay; power-function averages start anew."""
+        """Take weights of the first stage. Averages go on at their full decay; power-function averages start anew."""
         source = self.first_stage
         stage = load_first_stage(source)
-        load_weights(network, stage.network, source)
+        with loading(f"--init_from {source}", "It is not of the network that this run trains."):
+            load_whole(network, stage.network)
         check_preconditioning(self.make_pipeline(network).scheduler.preconditioning, stage.preconditioning, source)
         for name, average in averages.items():
             if not name.startswith("sigma_rel"):
@@ -108,14 +111,12 @@ class RunFolder:
     # Saving ---------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, state: dict[str, Any], ema: EMA) -> None:
-        """Save output_dir/checkpoint-N, whole or not at all, upload it if asked to, and remove the oldest beyond the limit."""
+        """Save output_dir/checkpoint-N, upload its pipeline if asked to, and remove the oldest beyond the limit."""
         accelerator, options, step = self.accelerator, self.options, state["step"]
         path = os.path.join(options.output_dir, f"checkpoint-{step}")
-        draft = os.path.join(options.output_dir, f".checkpoint-{step}.draft")
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        try:
+        with contextlib.ExitStack() as stack:
+            draft = stack.enter_context(atomic_folder(path)) if accelerator.is_main_process else None
+            [draft] = broadcast_object_list([draft])
             accelerator.save_state(draft)
             accelerator.wait_for_everyone()  # each process writes its own random state
             if accelerator.is_main_process:
@@ -124,13 +125,6 @@ class RunFolder:
                 state["options"] = decisive_options(options, accelerator.num_processes)
                 torch.save(state, os.path.join(draft, STATE))
                 write_record(self.record, step, draft)
-                os.replace(draft, path)
-        except WRITE_ERRORS as error:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(
-                f"{path} could not be written: {error}. Older checkpoints are intact; resume with "
-                "--resume_from_checkpoint latest."
-            ) from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and options.checkpoints_total_limit:
             for old in checkpoints(options.output_dir)[: -options.checkpoints_total_limit]:
@@ -146,7 +140,7 @@ class RunFolder:
             self._save_pipeline(folder, average, step, {"sigma_rel": width, "updates": average.updates})
 
     def finish(self, step: int, averages: dict[str, EMA]) -> str:
-        """Save the average of --ema_decay as output_dir/pipeline and further ones as `pipeline-ema-DECAY`; return the first's path."""
+        """Save the average of --ema_decay as output_dir/pipeline, further ones as `pipeline-ema-DECAY`; return the path."""
         options, path = self.options, os.path.join(self.options.output_dir, "pipeline")
         self.accelerator.wait_for_everyone()
         self._save_pipeline(path, averages[str(options.ema_decay)], step)

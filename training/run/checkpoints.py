@@ -62,8 +62,8 @@ def start_output_dir(options: OutputOptions) -> str | None:
         resume = download_checkpoint(resume)
     if not os.path.isfile(os.path.join(resume, STATE)):
         raise UserError(
-            f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name "
-            "on the Hub."
+            f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor "
+            "user/name on the Hub."
         )
     if newest is not None and not os.path.samefile(resume, newest):
         raise UserError(
@@ -160,6 +160,6 @@ def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, s
     changed = [f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         raise UserError(
-            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of that "
-            "run, or without one its --sigma_data and --timestep_scale."
+            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of "
+            "that run, or without one its --sigma_data and --timestep_scale."
         )

@@ -102,7 +102,7 @@ class TrainedNetwork:
 
 
 def clip_gradient(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d. Never waits for the device."""
+    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d; never wait for a GPU."""
     if max_norm > 0:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -140,7 +140,7 @@ class RunFolder:
             self._save_pipeline(folder, average, step, {"sigma_rel": width, "updates": average.updates})
 
     def finish(self, step: int, averages: dict[str, EMA]) -> str:
-        """Save the average of --ema_decay as output_dir/pipeline, further ones as `pipeline-ema-DECAY`; return the path."""
+        """Save the main average as output_dir/pipeline and further ones as `pipeline-ema-DECAY`; return the path."""
         options, path = self.options, os.path.join(self.options.output_dir, "pipeline")
         self.accelerator.wait_for_everyone()
         self._save_pipeline(path, averages[str(options.ema_decay)], step)

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """A compiled network is the same network, whatever the batch; its last layer can be differentiated alone."""
 
 import torch

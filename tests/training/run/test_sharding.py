@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Weights spread over processes by FSDP: the same training; what cannot be launched is refused; the shipped configs say what they should."""
 
 import os
@@ -21,7 +22,7 @@ from training import train_ctm, train_edm
 from training.cli.errors import UserError
 from training.cli.training_options import CTMConfig, EDMConfig
 from training.run.checkpoints import load_first_stage
-from training.run.sharding import check_sharding
+from training.run.devices import check_sharding
 
 
 CONFIGS = sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))
@@ -83,7 +84,7 @@ def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
     "name, message",
     [
         ("DEEPSPEED", "DeepSpeed resumes from pickles.*ddp.yaml and fsdp.yaml"),
-        ("MEGATRON_LM", "Megatron-LM trains networks of its own.*ddp.yaml"),
+        ("MEGATRON_LM", "Megatron-LM trains its own networks only.*ddp.yaml"),
         ("FSDP", "FSDP for several processes on GPUs only"),
     ],
 )
@@ -125,13 +126,11 @@ def test_shipped_configs_are_what_the_training_takes(config, monkeypatch):
 def test_what_does_not_go_with_spread_weights(monkeypatch):
     launched(ROOT / "training" / "configs" / "accelerate" / "fsdp.yaml", monkeypatch)
     plugin = FullyShardedDataParallelPlugin()
-    with pytest.raises(UserError, match="--compile cannot"):
-        check_sharding(fake(plugin), EDMConfig(compile=True))
-    with pytest.raises(UserError, match="--mixed_precision fp16 cannot"):
-        check_sharding(fake(plugin, "fp16"), EDMConfig())
-    plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
-    with pytest.raises(UserError, match="FULL_STATE_DICT"):
-        check_sharding(fake(plugin), EDMConfig())
-    plugin.fsdp_version = 1
-    with pytest.raises(UserError, match="fsdp_version: 2"):
-        check_sharding(fake(plugin), EDMConfig())
+    for precision, options in (("bf16", EDMConfig(compile=True)), ("fp16", EDMConfig())):
+        with pytest.raises(UserError, match="--compile and --mixed_precision fp16 cannot"):
+            check_sharding(fake(plugin, precision), options)
+    for name, value in (("state_dict_type", StateDictType.SHARDED_STATE_DICT), ("fsdp_version", 1)):
+        wrong = FullyShardedDataParallelPlugin()
+        setattr(wrong, name, value)
+        with pytest.raises(UserError, match="fsdp_version: 2.*FULL_STATE_DICT"):
+            check_sharding(fake(wrong), EDMConfig())

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What every run does around its loss: several averages, second networks, skipped steps, signals, trackers; interrupted at any step."""
+"""A run, whatever its loss: averages, second networks, skipped steps, signals, trackers, resuming after any step."""
 
 import functools
 import io
@@ -35,9 +35,9 @@ from training.run.monitor import SIGMA_BINS, Means
 
 
 TINY = {
-    "label_column": "label", "train_batch_size": 4, "report_to": "none", "sample_every": 0, "checkpointing_steps": 0, "logging_steps": 2,
-    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
-    "sigma_data": 0.75, "dropout": 0.1, "max_train_steps": 4,
+    "label_column": "label", "train_batch_size": 4, "report_to": "none", "sample_every": 0, "checkpointing_steps": 0,
+    "logging_steps": 2, "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1],
+    "attention_head_dim": 8, "norm_num_groups": 4, "sigma_data": 0.75, "dropout": 0.1, "max_train_steps": 4,
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def interrupt(whole, part, step):
 
 
 def test_each_process_drops_out_other_units(tmp_path, monkeypatch):
-    """What torch draws by itself depends on the seed and the process."""
+    """Torch's own random numbers depend on the seed and the process."""
     start_accelerator = Accelerator
 
     def first_number(process, seed):
@@ -89,7 +89,7 @@ def test_each_process_drops_out_other_units(tmp_path, monkeypatch):
     assert numbers[0] == numbers[3] and len(set(numbers)) == 3
 
 
-# Averages ---------------------------------------------------------------------------------------------------------------
+# Averages -------------------------------------------------------------------------------------------------------------
 
 
 def test_each_rate_is_a_pipeline_and_the_targets_rate_is_kept_once(tmp_path, monkeypatch):
@@ -108,18 +108,7 @@ def test_each_rate_is_a_pipeline_and_the_targets_rate_is_kept_once(tmp_path, mon
     assert any(not torch.equal(value, weights(folders[2])[name]) for name, value in weights(path).items())
 
 
-def test_all_averages_resume_bit_for_bit(tmp_path):
-    options = {"extra_ema_decays": [0.5], "posthoc_ema": [0.05, 0.1], "posthoc_ema_every": 2, "max_train_steps": 5}
-    train(tmp_path / "whole", checkpointing_steps=3, **options)
-    interrupt(tmp_path / "whole", tmp_path / "part", 3)
-    train(tmp_path / "part", resume_from_checkpoint="latest", **options)
-    snapshots = sorted(os.listdir(tmp_path / "whole" / "ema-snapshots"))
-    assert snapshots == [f"sigma_rel-{width}-step-{step:06d}" for width in (0.05, 0.1) for step in (2, 4, 5)]
-    for name in [*(f"ema-snapshots/{name}" for name in snapshots[1:3] + snapshots[4:]), "pipeline", "pipeline-ema-0.5"]:
-        assert_same(tmp_path / "whole" / name, tmp_path / "part" / name)
-
-
-# A second network -------------------------------------------------------------------------------------------------------
+# A second network -----------------------------------------------------------------------------------------------------
 
 
 class Judge(torch.nn.Module):
@@ -149,7 +138,7 @@ def start(folder, judges=torch.optim.SGD, **options):
 
 
 def learn(run, until=None, broken=lambda step: False):
-    """Train both networks; where `broken(step)`, the loss of the first is infinite. Stop before step `until` (0 is the first)."""
+    """Train both networks until step `until`; at steps with `broken(step)` the loss of the first is infinite."""
     for batch in run.batches():
         if run.step == until:
             break
@@ -171,8 +160,9 @@ def state(module):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_networks_resume_bit_for_bit(tmp_path, accumulation):
+def test_two_networks_and_all_averages_resume_bit_for_bit(tmp_path, accumulation):
     options = {"max_train_steps": 5, "lr_scheduler": "cosine", "gradient_accumulation_steps": accumulation}
+    options |= {"extra_ema_decays": [0.5], "posthoc_ema": [0.05, 0.1], "posthoc_ema_every": 2}
     adam = functools.partial(torch.optim.Adam, fused=True)
     whole = learn(start(tmp_path / "whole", adam, checkpointing_steps=3, **options))
     interrupt(tmp_path / "whole", tmp_path / "part", 3)
@@ -183,14 +173,19 @@ def test_two_networks_resume_bit_for_bit(tmp_path, accumulation):
         assert same(state(part.networks[name].bare), state(whole.networks[name].bare))
         ours, theirs = (run.networks[name].optimizer.state_dict()["state"] for run in (part, whole))
         assert all(same(values, theirs[index]) for index, values in ours.items()) and ours
-    assert same(state(part.ema.module), state(whole.ema.module))
+    assert all(same(state(part.averages[name].module), state(whole.averages[name].module)) for name in whole.averages)
+    snapshots = sorted(os.listdir(tmp_path / "whole" / "ema-snapshots"))
+    assert snapshots == [f"sigma_rel-{width}-step-{step:06d}" for width in (0.05, 0.1) for step in (2, 4, 5)]
+    for name in snapshots[1:3] + snapshots[4:]:
+        assert_same(tmp_path / "whole" / "ema-snapshots" / name, tmp_path / "part" / "ema-snapshots" / name)
     assert part.networks["judge"].bare.body[2].num_batches_tracked == 2 * 5 * accumulation  # buffers too
 
 
 def test_a_step_of_one_network_leaves_the_other(tmp_path):
     run = start(tmp_path / "run", max_train_steps=3, lr_scheduler="linear", learning_rate=1.0)
     main, judge = run.networks["main"], run.networks["judge"]
-    rates = []
+    rates, steps = [], []
+    run.on_step = steps.append
     for batch in run.batches():
         with run.accumulate():
             before = state(main.bare), state(run.ema.module)
@@ -200,6 +195,7 @@ def test_a_step_of_one_network_leaves_the_other(tmp_path):
             assert all(parameter.grad is None for parameter in main.bare.parameters())
             rates.append(main.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1.0, 2 / 3, 1 / 3])  # steps of the run count, whichever network learns
+    assert steps == [1, 2, 3]
     assert run.ema.updates == 0 and judge.optimizer.param_groups[0]["lr"] == 0.1
 
 
@@ -228,7 +224,7 @@ def test_networks_of_a_checkpoint_must_be_those_of_the_run(tmp_path):
         train(tmp_path / "run", dropout=0.0, resume_from_checkpoint="latest", max_train_steps=5)
 
 
-# A first stage ----------------------------------------------------------------------------------------------------------
+# A first stage --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +267,7 @@ def test_resuming_wins_over_a_first_stage(tmp_path, first_stage):
     part = learn(start(tmp_path / "part", resume_from_checkpoint="latest", **options))
     assert same(state(part.bare_network), state(whole.bare_network))
     assert same(state(part.ema.module), state(whole.ema.module))
-    assert part.record["first_stage"]["name"] == "run"  # what it came from in truth
+    assert part.record["first_stage"]["name"] == "run"  # the true one
 
 
 @pytest.mark.parametrize(
@@ -312,7 +308,7 @@ def test_a_damaged_first_stage(tmp_path, first_stage):
         started(tmp_path / "run", init_from=str(tmp_path / "checkpoint-4"))
 
 
-# Steps that are left out ------------------------------------------------------------------------------------------------
+# Skipped steps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "radam"])
@@ -366,7 +362,7 @@ def test_skipped_steps_are_shown_and_counted_on_when_resumed(tmp_path, monkeypat
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
-    """Neither is a checkpoint saved while they go on, nor an old one lost."""
+    """No checkpoint is saved while they go on, and no old one is lost."""
     options = {"checkpointing_steps": 2, "checkpoints_total_limit": 1, "max_train_steps": 9, "max_skipped_steps": 3}
     run = start(tmp_path / "run", **options)
     with pytest.raises(
@@ -413,12 +409,12 @@ def test_half_precision_scales_its_loss_and_each_network_has_its_own_scale(tmp_p
     assert again.scaler.get_scale() == 512 and again.skipped_in_a_row == 1
 
 
-# What happens to a run --------------------------------------------------------------------------------------------------
+# Signals, dead processes, full disks ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum, streaming", [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_signal_ends_the_run_after_its_step_and_loses_nothing(tmp_path, signum, streaming, capsys):
-    """In the middle of an accumulated step, with no checkpoint due."""
+    """The signal comes in the middle of an accumulated step, with no checkpoint due."""
     options = {"max_train_steps": 5, "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "optimizer": "adam"}
     options |= {"streaming": True, "shuffle_buffer": 11} if streaming else {}
     whole = learn(start(tmp_path / "whole", **options))
@@ -492,7 +488,7 @@ def test_a_reading_process_that_died_with_images_to_fetch(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
-    """In this process, or in another."""
+    """This process reads it, or another one."""
     bad = list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0][1]
 
     class Source(list):
@@ -550,7 +546,7 @@ def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers, monkeypatch):
         EDMConfig(streaming=True, eval_every=1)
 
 
-# What a run shows of itself ---------------------------------------------------------------------------------------------
+# Distances, logs, trackers --------------------------------------------------------------------------------------------
 
 
 def lines_of(folder):
@@ -659,7 +655,7 @@ def test_losses_by_noise_level():
 
 
 def test_the_trackers_run_is_kept_when_resumed(tmp_path, monkeypatch):
-    """Of Weights & Biases by its id."""
+    """Weights & Biases knows it by its id."""
     begun = []
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *given: begun.append(given[2]["wandb"]))
     monkeypatch.setattr(devices, "get_available_trackers", lambda: ["wandb"])
@@ -674,7 +670,5 @@ def test_the_trackers_run_is_kept_when_resumed(tmp_path, monkeypatch):
         raise ValueError("api_key not configured")
 
     monkeypatch.setattr(Accelerator, "init_trackers", refuse)
-    with pytest.raises(
-        UserError, match="--report_to wandb cannot be loaded.*WANDB_MODE=offline.\nValueError: api_key"
-    ):
+    with pytest.raises(UserError, match="tracker wandb cannot be loaded.*WANDB_MODE=offline.*\nValueError: api_key"):
         train(tmp_path / "third", **options)

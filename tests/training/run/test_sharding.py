@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Weights spread over processes by FSDP: the same training; what cannot be launched is refused; the shipped configs say what they should."""
+"""Weights spread over processes by FSDP learn the same; launches that cannot train are refused; shipped configs fit."""
 
 import os
 import shutil
@@ -27,8 +27,8 @@ from training.run.devices import check_sharding
 
 CONFIGS = sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))
 NETWORK = {
-    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
-    "sigma_data": 0.75,
+    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8,
+    "norm_num_groups": 4, "sigma_data": 0.75,
 }  # fmt: skip
 SMALL = {"label_column": "label", "report_to": "none", "sample_every": 0, "logging_steps": 1, "max_train_steps": 3}
 
@@ -45,7 +45,7 @@ def weights(pipeline):
 
 
 @pytest.mark.slow
-def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
+def test_spread_weights_learn_as_whole_ones_and_are_resumed(tmp_path):
     """Two processes on a CPU, where a launcher stands in for the line of Accelerate that wants GPUs."""
     small = {**SMALL, "train_batch_size": 8}
     teacher = train_edm.main(EDMConfig(output_dir=str(tmp_path / "teacher"), checkpointing_steps=0, **small, **NETWORK))
@@ -62,7 +62,7 @@ def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
         for name, value in {**small, **options, "train_batch_size": 4, "output_dir": folder}.items():
             command += [f"--{name}", str(value)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr  # the launcher's own comes last
+        assert done.returncode == 0, done.stderr  # the launcher's own message comes last
         return str(folder / "pipeline")
 
     first = spread(tmp_path / "spread")
@@ -74,10 +74,10 @@ def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
     checkpoint = shutil.copytree(tmp_path / "spread" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
     second = spread(tmp_path / "part", "--resume_from_checkpoint", "latest")
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
-    stage, other = load_first_stage(str(checkpoint)), load_first_stage(str(tmp_path / "whole" / "checkpoint-2"))
-    assert stage.network.keys() == other.network.keys()
-    for name, value in stage.network.items():
-        torch.testing.assert_close(value, other.network[name], rtol=1e-4, atol=2e-5)
+    stage, other = (load_first_stage(str(path))[0] for path in (checkpoint, tmp_path / "whole" / "checkpoint-2"))
+    assert stage.keys() == other.keys()
+    for name, value in stage.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_launches_that_cannot_train_are_refused(tmp_path, monkeypatch, name, mes
 
 
 def launched(config, monkeypatch):
-    """What `accelerate launch` makes of a config file, as environment."""
+    """The environment that `accelerate launch` makes from a config file."""
     arguments = launch_command_parser().parse_args(["--config_file", str(config), "-m", "training.train_ctm"])
     arguments, _, _ = _validate_launch_command(arguments)
     environment = prepare_multi_gpu_env(arguments)
@@ -112,7 +112,7 @@ def fake(plugin, precision="bf16"):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_are_what_the_training_takes(config, monkeypatch):
+def test_the_training_takes_the_shipped_configs(config, monkeypatch):
     environment = launched(config, monkeypatch)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (config.stem == "fsdp")
@@ -123,7 +123,7 @@ def test_shipped_configs_are_what_the_training_takes(config, monkeypatch):
         assert plugin.mixed_precision_policy is None  # of noise levels too
 
 
-def test_what_does_not_go_with_spread_weights(monkeypatch):
+def test_options_that_do_not_go_with_spread_weights(monkeypatch):
     launched(ROOT / "training" / "configs" / "accelerate" / "fsdp.yaml", monkeypatch)
     plugin = FullyShardedDataParallelPlugin()
     for precision, options in (("bf16", EDMConfig(compile=True)), ("fp16", EDMConfig())):

@@ -108,12 +108,12 @@ class TrainingRun:
         return network
 
     def add_network(self, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainedNetwork:
-        """Train a further network, such as a discriminator, by `update(..., network=name)`; call this before the first batch.
+        """Train a further network, such as a discriminator, by `update(..., network=name)`.
 
-        Checkpoints hold its weights, buffers, optimizer state and, in fp16, the scale of its loss. The learning rate
-        and the averages are those of the first network alone. Call its `network` (wrapped for several processes) where
-        it learns, and `bare` where it only judges: the gradient of another network's loss passes through it and is
-        not kept.
+        Call this before the first batch. Checkpoints hold its weights, buffers, optimizer state and, in fp16, the scale
+        of its loss. The learning rate and the averages are those of the first network alone. Call its `network`
+        (wrapped for several processes) where it learns, and `bare` where it only judges: the gradient of another
+        network's loss passes through it and is not kept.
 
         Args:
             module: on the device (`place`).

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The folder of a run: its start from a checkpoint or a first stage; checkpoints, snapshots and pipelines that it saves."""
+"""The folder of a run: its start from a checkpoint or a first stage, and all that it saves."""
 
 import contextlib
 import glob

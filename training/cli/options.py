@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Dataclasses as command lines: YAML below, command line above, checked."""
 
 import argparse
@@ -9,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import field
 from typing import Any, TypeVar, get_type_hints
 
@@ -23,7 +24,7 @@ Config = TypeVar("Config")
 
 
 def option(
-    default: Any, help: str, choices: Sequence[Any] | None = None, recorded: bool = True, free: bool = False
+    default: Any, help: str, choices: Collection[Any] | None = None, recorded: bool = True, free: bool = False
 ) -> Any:
     """A field of an option class.
 
@@ -92,14 +93,14 @@ class OptionHelp(argparse.HelpFormatter):
 class OptionParser(HfArgumentParser):
     """A command line with the fields of an option class, under a heading for each class that it is made of.
 
-    The heading is the first line of that class's docstring. What the option class adds itself comes first, without a heading.
+    The heading is the first line of that class's docstring. The options that `config_class` adds itself come first, without a heading.
     """
 
     def _add_dataclass_arguments(self, config_class: type) -> None:
         hints = get_type_hints(config_class)
-        classes = [each for each in config_class.__mro__ if dataclasses.is_dataclass(each)]
+        classes = [each for each in reversed(config_class.__mro__) if dataclasses.is_dataclass(each)]  # as the fields
         owners = {}
-        for each in reversed(classes):
+        for each in classes:
             owners.update(dict.fromkeys(each.__annotations__.keys() - owners, each))
         for each in classes:
             entries = [entry for entry in dataclasses.fields(config_class) if owners[entry.name] is each]

@@ -1,12 +1,11 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Options of the training programs, in groups; a function takes the group that it needs."""
 
-import dataclasses
 import re
 from dataclasses import dataclass
 
-from .errors import UserError
 from .options import Checked, option
-from .shared_options import DataOptions, DiscriminatorOptions, DistanceOptions, NetworkOptions, TeacherOptions
+from .shared_options import DataOptions, NetworkOptions
 
 
 @dataclass
@@ -89,7 +88,6 @@ class OptimizerOptions(Checked):
 
     optimizer: str = option("radam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
     learning_rate: float = option(4e-4, "Peak learning rate.")
-    adam_beta1: float = option(0.9, "Decay of the optimiser's first moment.")
     adam_beta2: float = option(0.999, "Decay of the optimiser's second moment.")
     adam_weight_decay: float = option(0.0, "Weight decay.")
     adam_epsilon: float = option(1e-8, "The optimiser's epsilon.")
@@ -110,8 +108,7 @@ class OptimizerOptions(Checked):
         super().__post_init__()
         self.check_positive("learning_rate", "adam_epsilon", "max_skipped_steps")
         self.check_not_negative("max_grad_norm", "lr_warmup_steps", "adam_weight_decay")
-        for name in ("adam_beta1", "adam_beta2"):
-            self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        self.check(0 <= self.adam_beta2 < 1, "adam_beta2", "in [0, 1)")
 
 
 @dataclass
@@ -163,9 +160,6 @@ class HardwareOptions(Checked):
         False,
         "Compile the networks with torch.compile: faster steps after some minutes at the start; needs a C++ compiler.",
         free=True,
-    )
-    channels_last: bool = option(
-        True, "Keep images and convolutions with channels last in memory, usually the faster order.", free=True
     )
 
 
@@ -245,6 +239,7 @@ class RunOptions(
     """Every training run has these options."""
 
     def __post_init__(self) -> None:
+        """Check, and fill in the features that measure the digits."""
         super().__post_init__()
         self.check(
             self.eval_every == 0 or not self.streaming,
@@ -261,173 +256,36 @@ class RunOptions(
 
 
 @dataclass
-class EDMConfig(NetworkOptions, RunOptions):
-    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`."""
+class GridOptions(Checked):
+    """The grid of noise levels of a CTM."""
 
-    PROGRAM = "training.train_edm"
-
-    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
-    optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
-    learning_rate: float = option(1e-3, "Peak learning rate.")
-    dropout: float = option(0.0, "Dropout probability.")
-    label_dropout: float = option(
-        0.0,
-        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 the "
-        "network gets one label more, 'no class'.",
-    )
-    sigma_min: float = option(0.002, "Lowest noise level when sampling.")
-    sigma_max: float = option(80.0, "Highest noise level when sampling.")
-    p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
-    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("sigma_min", "p_std")
-        self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
-        self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self.check(0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
-        self.check(
-            self.label_dropout == 0 or self.label_column is not None, "label_dropout", "0 without --label_column"
-        )
-
-
-@dataclass
-class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOptions, RunOptions):
-    """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
-
-    PROGRAM = "training.train_ctm"
-
-    output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
-    teacher: str | None = option(
-        None,
-        "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its scheduler: EDM, DDPM, flow "
-        "matching, variance-exploding scores; a consistency model with --matching global --dsm_adaptive false.",
-        recorded=False,
-    )
     num_train_timesteps: int = option(18, "Noise levels N of the Karras grid: 18 for CIFAR-10, 40 for ImageNet-64.")
     sigma_min: float | None = option(None, "Lowest noise level of the grid. Default: the teacher's.")
     sigma_max: float | None = option(
         None,
-        "Highest noise level of the grid, where sampling starts. Default: the teacher's; where that is in the thousands, as of cosine betas "
-        "and scores, 80 to 200 is enough for images in [-1, 1] and leaves more of the grid to the rest.",
-    )
-    matching: str = option(
-        "soft",
-        "Where the solver stops: 'soft' (u between s and t), 'local' (one grid step below t) or 'global' (u = s).",
-        ["soft", "local", "global"],
-    )
-    max_solver_steps: int | None = option(
-        None,
-        "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' learns no "
-        "longer jump. Default: N - 1.",
-    )
-    solver_steps_distribution: str | None = option(
-        None,
-        "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors' and the default) or 'uniform'.",
-        [None, "weighted", "uniform"],
-    )
-    solver_steps_per: str | None = option(
-        None,
-        "Draw one k for each 'batch' (the authors' and the default) or for each 'sample'.",
-        [None, "batch", "sample"],
-    )
-    continuous_times: bool = option(
-        False, "Draw t and s between the levels of the grid too; the solver's steps stay as long as those of the grid."
-    )
-    triples_per_path: int = option(
-        1,
-        "Triples (t, u, s) that are taken from each path which the solver goes; R divides the solver's evaluations by R. The first has "
-        "the whole path, from the noisy image on, the others have parts of it. 1 is the paper.",
-    )
-    solver_model: str = option(
-        "teacher",
-        "Whose score the solver follows: 'teacher', or 'ema', the student's own average (CTM without a teacher). With 'ema' a --teacher "
-        "is what the student starts from; without one it starts from nothing, with the network that --block_out_channels and the like describe.",
-        ["teacher", "ema"],
-    )
-    solver: str = option(
-        "heun",
-        "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3 after a first step of Heun's, k + 1 evaluations) or 'dpm' "
-        "(DPM-Solver++(2M), order 2 but for its first step, k evaluations).",
-        ["heun", "unipc", "dpm"],
-    )
-    solver_substeps: int = option(1, "Steps of the solver from one level of the grid to the next.")
-    inner_target: str | None = option(
-        None,
-        "Network of the target's jump from u to s: 'ema' (the paper, the default) or 'live' (the authors' code).",
-        [None, "ema", "live"],
-    )
-    dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.")
-    dsm_adaptive: bool = option(
-        True,
-        "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. 12).",
-    )
-    dsm_sigma: str = option(
-        "half_lognormal",
-        "Noise levels of denoising score matching: 'lognormal' (EDM), or 'half_lognormal': every other sample from the upper 70 % "
-        "of the Karras ramp (the authors').",
-        ["lognormal", "half_lognormal"],
-    )
-    dropout: float | None = option(None, "Dropout of the student. Default: the teacher's, or none.")
-    label_dropout: float | None = option(
-        None,
-        "Probability of leaving the class of an image out, without a teacher or for one that was trained so. Default: 0.1 for such a teacher, "
-        "else 0.",
+        "Highest noise level of the grid, where sampling starts. Default: the teacher's; where that is in the thousands, as of "
+        "cosine betas and scores, 80 to 200 is enough for images in [-1, 1] and leaves more of the grid to the rest.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_teacher()
-        self._check_times()
-        if self.discriminator_weight == 0:
-            self.refuse([f.name for f in dataclasses.fields(DiscriminatorOptions)], "needs a --discriminator_weight")
-        if self.dsm_weight == 0:
-            self.refuse(["dsm_adaptive", "dsm_sigma"], "needs a --dsm_weight above 0")
+        self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
         for name in ("sigma_min", "sigma_max"):
             self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
-        self.check_positive("solver_substeps")
-        self.check_not_negative("dsm_weight")
-        self.check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self.check(self.label_dropout is None or 0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
 
-    def _check_teacher(self) -> None:
-        if self.solver_model == "teacher" and self.teacher is None:
-            raise UserError(
-                "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train without one, give "
-                "--solver_model ema."
-            )
-        of_teacher = [f.name for f in dataclasses.fields(TeacherOptions) if f.name != "teacher"]
-        of_network = [f.name for f in dataclasses.fields(NetworkOptions)]
-        unused, reason = (
-            (of_teacher, "needs --teacher") if self.teacher is None else (of_network, "is for a run without --teacher")
-        )
-        self.refuse(unused, reason)
-        if self.teacher is None:
-            self.check(
-                not self.label_dropout or self.label_column is not None, "label_dropout", "0 without --label_column"
-            )
 
-    def _check_times(self) -> None:
-        """Refuse what another choice makes meaningless. Nothing is filled in: what is saved must be read again."""
-        self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
-        self.check_positive("triples_per_path")
-        most = self.num_train_timesteps - 1
-        if self.matching == "local":
-            for name in ("max_solver_steps", "solver_steps_distribution", "solver_steps_per"):
-                if getattr(self, name) is not None:
-                    raise UserError(
-                        f"--{name} does not go with --matching local, whose solver takes one step; leave it out."
-                    )
-            self.check(
-                self.triples_per_path == 1, "triples_per_path", "1 with --matching local, whose paths have one step"
-            )
-        if self.matching == "global" and self.inner_target is not None:
-            raise UserError("--inner_target does not go with --matching global, which has no inner jump; leave it out.")
-        self.check(
-            self.max_solver_steps is None or 1 <= self.max_solver_steps <= most,
-            "max_solver_steps",
-            f"in 1..{most} (num_train_timesteps - 1)",
-        )
-        self.check(
-            self.train_batch_size % self.triples_per_path == 0, "triples_per_path", "a divisor of --train_batch_size"
-        )
+@dataclass
+class StudentOptions(NetworkOptions, GridOptions):
+    """What the student does not see in training."""
+
+    dropout: float | None = option(None, "Dropout of the student. Default: the teacher's, or none.")
+    label_dropout: float | None = option(
+        None,
+        "Probability of leaving the class of an image out, without a teacher or for one that was trained so. Default: 0.1 for such "
+        "a teacher, else 0.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dropout", "label_dropout"):
+            self.check(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "in [0, 1)")

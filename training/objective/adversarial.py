@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Projected discriminators and their hinge losses."""
 
 from __future__ import annotations
@@ -5,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,51 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..cli.errors import UserError
-from ..cli.shared_options import DiscriminatorOptions
+from ..cli.options import Checked, option
 from ..frozen.backbone import Backbone
 from ..frozen.maps import load_backbone
 from .diffaugment import DiffAugmentParameters, diff_augment, draw_diff_augment
 from .losses import adaptive_weight
+
+
+@dataclass
+class DiscriminatorOptions(Checked):
+    """The adversarial stage: a discriminator on frozen features takes turns with the student."""
+
+    discriminator_weight: float = option(
+        0.0,
+        "Weight of the adversarial loss, which is besides scaled to pull at the last layer as the trajectory loss does; 0 is no adversarial "
+        "stage, 1 the authors'.",
+    )
+    discriminator_start: int = option(0, "Step at which the adversarial stage begins.")
+    discriminator_period: int = option(
+        2, "In the adversarial stage the last of every so many steps trains the discriminator, the others the student."
+    )
+    discriminator_backbones: list[str] = option(
+        ["efficientnet_lite0"],
+        "Frozen networks whose features the discriminator sees, each 'efficientnet_lite0', 'digits', a folder of training.features, or an image "
+        "model of transformers by its folder or Hub id. The authors' are efficientnet_lite0 and facebook/deit-base-distilled-patch16-224.",
+    )
+    discriminator_resolution: int | None = option(
+        None, "Height and width at which these networks are shown images. Default: each network's own."
+    )
+    discriminator_channels: int = option(
+        64, "Channels of the finest feature map that the discriminator sees; its widest layer has 8 times as many."
+    )
+    discriminator_augment: bool = option(
+        True, "Show the discriminator images after DiffAugment: other colours, shifted, with a box cut out."
+    )
+    discriminator_learning_rate: float = option(2e-3, "The discriminator's learning rate, with RAdam.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_not_negative("discriminator_weight", "discriminator_start")
+        self.check_positive("discriminator_channels", "discriminator_learning_rate")
+        self.check(self.discriminator_period >= 2, "discriminator_period", "2 or more")
+        names = self.discriminator_backbones
+        self.check(0 < len(set(names)) == len(names), "discriminator_backbones", "one or more different names")
+        size = self.discriminator_resolution
+        self.check(size is None or size > 0, "discriminator_resolution", "positive")
 
 
 # Networks ---------------------------------------------------------------------------------------------------------------
@@ -294,6 +336,9 @@ def check_single_images(discriminator: ProjectedDiscriminator, image_channels: i
         ) from error
 
 
+BETAS = (0.5, 0.9)  # of the discriminator's optimizer, the authors'
+
+
 def discriminator_optimizer(
     options: DiscriminatorOptions, discriminator: ProjectedDiscriminator
 ) -> torch.optim.Optimizer:
@@ -301,7 +346,7 @@ def discriminator_optimizer(
     optimizer = torch.optim.RAdam(
         discriminator.discriminators.parameters(),
         lr=options.discriminator_learning_rate,
-        betas=(options.discriminator_beta1, options.discriminator_beta2),
+        betas=BETAS,
     )
     optimizer.register_step_post_hook(lambda *_: discriminator.update_spectral_norm())
     return optimizer
@@ -367,8 +412,9 @@ def discriminator_loss(
     return discriminator_hinge_loss(real_logits, fake_logits)
 
 
-def generator_weight(
-    trajectory_gradient: torch.Tensor, generator_gradient: torch.Tensor, smallest: float = 0.01, largest: float = 10.0
-) -> torch.Tensor:
-    """Weight of the generator's loss: `adaptive_weight` of the gradients at the last layer, between `smallest` and `largest`."""
-    return adaptive_weight(trajectory_gradient, generator_gradient).clamp(smallest, largest)
+GENERATOR_WEIGHTS = (0.01, 10.0)  # the smallest and the largest, the authors'
+
+
+def generator_weight(trajectory_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
+    """Weight of the generator's loss: `adaptive_weight` of the gradients at the last layer, between the authors' limits."""
+    return adaptive_weight(trajectory_gradient, generator_gradient).clamp(*GENERATOR_WEIGHTS)

@@ -12,7 +12,7 @@ from ..cli.errors import UserError
 from ..data.images import to_sample
 
 
-EMBEDDED = {"digits": Path(__file__).parent.parent / "assets" / "digits-features"}
+EMBEDDED = {"digits": Path(__file__).parents[2] / "assets" / "digits-features"}
 
 
 class FeatureNetwork(nn.Module):

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.preconditioning import condition
 
-from .cli.options import option, run_program
+from .cli.options import BELOW_ONE, POSITIVE, option, run_program
 from .cli.shared_options import NetworkOptions
 from .cli.training_options import RunOptions
 from .data.batches import load_images
@@ -28,27 +28,24 @@ class EDMConfig(NetworkOptions, RunOptions):
 
     output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
     optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
-    learning_rate: float = option(1e-3, "Peak learning rate.")
-    dropout: float = option(0.0, "Dropout probability.")
+    learning_rate: float = option(1e-3, "Peak learning rate.", must_be=POSITIVE)
+    dropout: float = option(0.0, "Dropout probability.", must_be=BELOW_ONE)
     label_dropout: float = option(
         0.0,
-        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 the "
-        "network gets one label more, 'no class'.",
+        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 "
+        "the network gets one label more, 'no class'.",
+        must_be=BELOW_ONE,
     )
-    sigma_min: float = option(0.002, "Lowest noise level when sampling.")
+    sigma_min: float = option(0.002, "Lowest noise level when sampling.", must_be=POSITIVE)
     sigma_max: float = option(80.0, "Highest noise level when sampling.")
     p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
-    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
+    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.", must_be=POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("sigma_min", "p_std")
         self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
-        self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self.check(0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
-        self.check(
-            self.label_dropout == 0 or self.label_column is not None, "label_dropout", "0 without --label_column"
-        )
+        labels = self.label_dropout == 0 or self.label_column is not None
+        self.check(labels, "label_dropout", "0 without --label_column")
 
 
 def main(config: EDMConfig) -> str:

@@ -1,12 +1,11 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Option groups of several programs: data, teacher, distance, network, discriminator."""
+"""Option groups of several programs: data, teacher, network."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from diffusers_ctm.preconditioning import PREDICTION_TYPES
 
-from .options import Checked, option
+from .options import NOT_NEGATIVE, POSITIVE, Checked, option
 
 
 @dataclass
@@ -26,16 +25,14 @@ class DataOptions(Checked):
     )
     resolution: int | None = option(
         None,
-        "Height and width in pixels; images are scaled and centre-cropped to it. Default: that of the first image.",
+        "Height and width in pixels; images are scaled and center-cropped to it. Default: that of the first image.",
+        must_be=POSITIVE,
     )
-    image_mode: str | None = option(None, "'L' (grey) or 'RGB'. Default: that of the first image.", [None, "L", "RGB"])
+    image_mode: str | None = option(None, "'L' (gray) or 'RGB'. Default: that of the first image.", [None, "L", "RGB"])
     random_flip: bool = option(False, "Mirror images left to right with probability 1/2.")
-    dataloader_num_workers: int = option(0, "Processes that decode images; 0 is the main one.", recorded=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_not_negative("dataloader_num_workers")
-        self.check(self.resolution is None or self.resolution > 0, "resolution", "positive")
+    dataloader_num_workers: int = option(
+        0, "Processes that decode images; 0 is the main one.", recorded=False, must_be=NOT_NEGATIVE
+    )
 
 
 @dataclass
@@ -63,12 +60,8 @@ class TeacherOptions(Checked):
         None,
         "An EDM teacher or consistency model is shown this times ln(sigma) / 4: 1 for NVIDIA's EDM, 1000 for OpenAI's. Default: "
         "what its scheduler says.",
+        must_be=POSITIVE,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        scale = self.teacher_timestep_scale
-        self.check(scale is None or scale > 0, "teacher_timestep_scale", "positive")
 
 
 @dataclass
@@ -82,43 +75,34 @@ class NetworkOptions(Checked):
         ["unet_2d", "ddpmpp"],
     )
     block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")
-    layers_per_block: int = option(2, "Residual blocks per resolution.")
+    layers_per_block: int = option(2, "Residual blocks per resolution.", must_be=POSITIVE)
     attention_levels: list[int] = option([1], "Resolutions that have self-attention, by index into block_out_channels.")
     mid_attention: bool = option(True, "Self-attention in the middle block.")
-    attention_head_dim: int = option(32, "Channels per attention head.")
-    norm_num_groups: int = option(8, "Groups of the group normalisation.")
+    attention_head_dim: int = option(32, "Channels per attention head.", must_be=POSITIVE)
+    norm_num_groups: int = option(8, "Groups of the group normalization.", must_be=POSITIVE)
     resnet_time_scale_shift: str = option(
         "scale_shift",
         "How the noise level enters a block: added ('default') or as scale and shift.",
         ["default", "scale_shift"],
     )
-    sigma_data: float = option(0.5, "Standard deviation of the data in [-1, 1].")
+    sigma_data: float = option(0.5, "Standard deviation of the data in [-1, 1].", must_be=POSITIVE)
     timestep_scale: float = option(
-        1.0, "The network is shown timestep_scale * ln(sigma) / 4; 1 is NVIDIA's EDM, 1000 OpenAI's."
+        1.0, "The network is shown timestep_scale * ln(sigma) / 4; 1 is NVIDIA's EDM, 1000 OpenAI's.", must_be=POSITIVE
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("sigma_data", "timestep_scale", "layers_per_block", "norm_num_groups", "attention_head_dim")
-        for channels in self.block_out_channels:
-            self.check(
-                channels > 0 and channels % self.norm_num_groups == 0,
-                "block_out_channels",
-                "multiples of norm_num_groups",
-            )
+        groups, channels = self.norm_num_groups, self.block_out_channels
+        fits = all(width > 0 and width % groups == 0 for width in channels)
+        self.check(fits, "block_out_channels", "multiples of norm_num_groups")
         if self.architecture == "ddpmpp":
-            defaults = {f.name: f.default for f in dataclasses.fields(NetworkOptions)}
-            for name in ("mid_attention", "norm_num_groups", "resnet_time_scale_shift"):
-                self.check(
-                    getattr(self, name) == defaults[name], name, "left out for --architecture ddpmpp, which has its own"
-                )
-            self.check(
-                all(channels % 2 == 0 for channels in self.block_out_channels), "block_out_channels", "even numbers"
-            )
-        levels = range(len(self.block_out_channels))
+            others = ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"]
+            self.refuse(others, "is not for --architecture ddpmpp, which has its own")
+            self.check(all(width % 2 == 0 for width in channels), "block_out_channels", "even numbers")
+        levels = range(len(channels))
         self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")
         attended = {*self.attention_levels, *(levels[-1:] if self.mid_attention else [])}
-        narrowest = min((self.block_out_channels[level] for level in attended), default=self.attention_head_dim)
+        narrowest = min((channels[level] for level in attended), default=self.attention_head_dim)
         self.check(
             self.attention_head_dim <= narrowest,
             "attention_head_dim",

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..cli.errors import UserError, naming
 from ..cli.names import public_name
-from ..cli.options import Checked, option
+from ..cli.options import POSITIVE, Checked, option
 from ..frozen.backbone import Backbone
 from ..frozen.maps import load_backbone
 from ..frozen.vgg import HEAD, LPIPSBackbone, lpips_weights
@@ -99,15 +99,7 @@ class PerceptualDistance(nn.Module):
             return sum(feature_distance(x, y) for x, y in maps) / len(maps)
 
 
-def l2(options: "DistanceOptions") -> PixelDistance:
-    return PixelDistance("l2", l2_distance)
-
-
-def pseudo_huber(options: "DistanceOptions") -> PixelDistance:
-    return PixelDistance("pseudo_huber", pseudo_huber_distance)
-
-
-def lpips(options: "DistanceOptions") -> PerceptualDistance:
+def lpips_distance(options: "DistanceOptions") -> PerceptualDistance:
     """LPIPS by VGG16 or AlexNet (Zhang et al. 2018)."""
     network = options.distance_network
     with naming("distance_weights"):
@@ -118,7 +110,7 @@ def lpips(options: "DistanceOptions") -> PerceptualDistance:
     return PerceptualDistance(backbone, heads, {"name": "lpips", "weights": source})
 
 
-def features(options: "DistanceOptions") -> PerceptualDistance:
+def network_distance(options: "DistanceOptions") -> PerceptualDistance:
     """Unit-normalized features of any frozen network."""
     with naming("distance_network"):
         backbone = load_backbone(options.distance_network, options.distance_resolution)
@@ -126,8 +118,13 @@ def features(options: "DistanceOptions") -> PerceptualDistance:
     return PerceptualDistance(backbone, about=about)
 
 
-# What --distance may be, and the function that makes it.
-DISTANCES = {make.__name__: make for make in (l2, pseudo_huber, lpips, features)}
+# Each distance by its name, as a function of the options.
+DISTANCES = {
+    "l2": lambda options: PixelDistance("l2", l2_distance),
+    "pseudo_huber": lambda options: PixelDistance("pseudo_huber", pseudo_huber_distance),
+    "lpips": lpips_distance,
+    "features": network_distance,
+}
 
 
 @dataclass
@@ -154,6 +151,7 @@ class DistanceOptions(Checked):
         None,
         "Height and width in pixels that the network of the distance is shown. Default: what it was trained on; for 'lpips' 224, "
         "and images of 256 pixels or more as they are (the authors').",
+        must_be=POSITIVE,
     )
     distance_pooling: str | None = option(
         None,
@@ -164,16 +162,12 @@ class DistanceOptions(Checked):
     def __post_init__(self) -> None:
         """Check, and fill in the network and pooling of LPIPS."""
         super().__post_init__()
-        readers = {
-            "distance_network": ("lpips", "features"),
-            "distance_weights": ("lpips",),
-            "distance_resolution": ("lpips", "features"),
-            "distance_pooling": ("lpips",),
+        unread = {
+            "l2": ["distance_network", "distance_weights", "distance_resolution", "distance_pooling"],
+            "pseudo_huber": ["distance_network", "distance_weights", "distance_resolution", "distance_pooling"],
+            "features": ["distance_weights", "distance_pooling"],
         }
-        for name, distances in readers.items():
-            if self.distance not in distances:
-                advice = f"says nothing about --distance {self.distance}, only about {' and '.join(distances)}"
-                self.refuse([name], advice)
+        self.refuse(unread.get(self.distance, []), f"says nothing about --distance {self.distance}")
         if self.distance == "lpips":
             self.distance_network = self.distance_network or "vgg"
             self.distance_pooling = self.distance_pooling or "average"
@@ -182,8 +176,6 @@ class DistanceOptions(Checked):
             raise UserError(
                 "--distance_network is needed for --distance features, such as efficientnet_lite0 or facebook/dinov2-base."
             )
-        resolution = self.distance_resolution
-        self.check(resolution is None or resolution > 0, "distance_resolution", "positive")
 
 
 def make_distance(options: DistanceOptions, device: torch.device | str = "cpu") -> nn.Module:

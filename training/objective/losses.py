@@ -10,7 +10,7 @@ import torch
 from diffusers_ctm.preconditioning import Preconditioning, condition, edm_loss_weight
 from diffusers_ctm.trajectory import append_dims, jump
 
-from ..cli.options import Checked, option
+from ..cli.options import NOT_NEGATIVE, Checked, option
 from .distances import Distance, l2_distance
 from .times import Times
 
@@ -23,7 +23,7 @@ TeacherSolver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torc
 class ScoreMatchingOptions(Checked):
     """Denoising score matching."""
 
-    dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.")
+    dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.", must_be=NOT_NEGATIVE)
     dsm_adaptive: bool = option(
         True,
         "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. 12).",
@@ -37,7 +37,6 @@ class ScoreMatchingOptions(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_not_negative("dsm_weight")
         if self.dsm_weight == 0:
             self.refuse(["dsm_adaptive", "dsm_sigma"], "needs a --dsm_weight above 0")
 

@@ -31,11 +31,8 @@ class TimeOptions(GridOptions):
         if self.matching == "local":
             self.refuse(["max_solver_steps"], "does not go with --matching local, whose solver takes one step")
         most = self.num_train_timesteps - 1
-        self.check(
-            self.max_solver_steps is None or 1 <= self.max_solver_steps <= most,
-            "max_solver_steps",
-            f"in 1..{most} (num_train_timesteps - 1)",
-        )
+        fits = self.max_solver_steps is None or 1 <= self.max_solver_steps <= most
+        self.check(fits, "max_solver_steps", f"in 1..{most} (num_train_timesteps - 1)")
 
 
 @dataclass

@@ -103,7 +103,9 @@ def load_teacher(
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})
     scheduler = _make_scheduler(label, scheduler_config, prediction_type, timestep_scale)
-    network = network.to(torch.float32).requires_grad_(False).eval()
+    if network.dtype != torch.float32:
+        network = network.to(torch.float32)
+    network = network.requires_grad_(False).eval()
     return Teacher(network, scheduler, id2label, name, source.revision, null_class)
 
 

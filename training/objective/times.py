@@ -106,6 +106,11 @@ class TimeSampler:
     def last_place(self) -> int:
         return self.num_levels - 1
 
+    @property
+    def most(self) -> int:
+        """M, the largest k."""
+        return 1 if self.matching == "local" else self.max_steps or self.last_place
+
     def level(self, place: torch.Tensor) -> torch.Tensor:
         """The noise level at a place, float64; the ends are exact."""
         level = karras_sigma(place.double() / self.last_place, self.sigma_min, self.sigma_max, self.rho)
@@ -114,8 +119,7 @@ class TimeSampler:
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Times:
         """The times of `batch_size` samples."""
-        most = 1 if self.matching == "local" else self.max_steps or self.last_place
-        weights = torch.arange(1, most + 1).float()
+        weights = torch.arange(1, self.most + 1).float()
         k = torch.multinomial(weights, 1, generator=generator) + 1
         start = self._draw_places(torch.zeros(batch_size), self.last_place - k, generator)
         path = self.level(start + torch.arange(int(k) + 1)[:, None])

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ctm import CTMPipeline, CTMUNet2DModel, EDMHeunScheduler
 from diffusers_ctm.preconditioning import Preconditioning
+from helpers.comparing import seeded
 from helpers.exact import randn
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.places import ROOT
@@ -39,8 +40,9 @@ from helpers.tiny_networks import TINY
 from training import train_ctm
 from training.cli.errors import UserError
 from training.networks import pipelines
+from training.networks.student import choose_precision, student_scheduler
 from training.networks.teacher import Teacher, load_teacher
-from training.objective.losses import ctm_loss, l2_distance
+from training.objective.losses import Jumps, ScoreMatching, ctm_loss
 from training.objective.times import TimeSampler
 from training.train_ctm import CTMConfig
 
@@ -197,7 +199,7 @@ def test_every_layout_is_read(layouts, name):
 def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
     """Equal to the teacher's denoiser at s = t, and one step of the loss gives a finite gradient; saved, it samples in one step."""
     teacher = load_teacher(str(layouts.root / name))
-    scheduler = train_ctm.student_scheduler(teacher, CTMConfig(teacher="none"))
+    scheduler = student_scheduler(teacher, CTMConfig(teacher="none"))
     preconditioning = scheduler.preconditioning
     assert preconditioning == teacher.preconditioning
     assert scheduler.config.sigma_max == teacher.scheduler.config.sigma_max
@@ -217,29 +219,23 @@ def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
             anywhere = preconditioning.g(student, x, t, 0.5 * t, **condition)
             torch.testing.assert_close(anywhere, g, rtol=1e-5, atol=1e-5 * high)
 
-    config = CTMConfig(teacher="none", num_train_timesteps=18)
+    config = CTMConfig(teacher="none")
     sampler = TimeSampler(18, low, high, max_steps=2)
     draw = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
     average = CTMUNet2DModel.from_unet(teacher.network)
     with torch.no_grad():
         average.conv_out.weight.mul_(0.9)
+    x_0, noise, dsm_noise = (randn(4, 3, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2, 3))
+    jumps = Jumps(student, average, preconditioning, draw(4, seeded()), 0.5 * x_0, noise, labels)
+    sigma = torch.tensor([low, 0.5, 1.0, high])
     loss = ctm_loss(
-        student=student,
-        student_ema=average,
-        solver=train_ctm.make_solver(config, teacher, average),
-        preconditioning=preconditioning,
-        times=draw(4, torch.Generator().manual_seed(0)),
-        x_0=0.5 * randn(4, 3, 8, 8, seed=1, dtype=torch.float32),
-        noise=randn(4, 3, 8, 8, seed=2, dtype=torch.float32),
-        dsm_sigma=torch.tensor([low, 0.5, 1.0, high]),
-        dsm_noise=randn(4, 3, 8, 8, seed=3, dtype=torch.float32),
-        last_weight=student.last_layer.weight,
-        class_labels=labels,
-        distance=l2_distance,
-        dsm_adaptive=not teacher.is_consistency_model,
+        jumps,
+        train_ctm.make_solver(config, teacher, average),
+        lambda: student.last_layer.weight,
+        ScoreMatching(sigma, dsm_noise, adaptive=not teacher.is_consistency_model),
     )
-    loss.backward.backward()
-    assert loss.dsm > 0 and torch.isfinite(loss.trajectory) and config.matching == "soft"
+    loss.total.backward()
+    assert loss.dsm > 0 and torch.isfinite(loss.trajectory)
     gradient = student.time_embedding.linear_1.weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
@@ -267,8 +263,6 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
     with torch.no_grad():
         output = teacher.network(scaled, 250 * t.log(), class_labels=labels).sample
     torch.testing.assert_close(teacher.jump_to_end(x, t, labels), c_skip * x + c_out * output, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="consistency model is no denoiser"):
-        teacher.denoise(x, t, labels)
     for options, message in (
         ({}, "--matching global"),
         ({"matching": "global"}, "--dsm_adaptive false"),
@@ -280,7 +274,7 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
     train_ctm.check_consistency_teacher(teacher, config)
     with pytest.raises(UserError, match="--sigma_min cannot differ"):
         config.sigma_min = 0.01
-        train_ctm.student_scheduler(teacher, config)
+        student_scheduler(teacher, config)
 
 
 def test_a_consistency_model_is_evaluated_as_diffusers_samples_it(layouts):
@@ -363,7 +357,7 @@ def test_networks_of_latents_are_refused(copy):
 
 def test_empty_and_half_copied_folders(copy, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no network.*Found: no model at all"):
+    with pytest.raises(UserError, match="holds no network.*It holds: no model at all"):
         load_teacher(str(tmp_path / "empty"))
     folder = copy("user/edm")
     (folder / "unet" / WEIGHTS).unlink()
@@ -421,11 +415,11 @@ def test_teachers_may_have_any_number_of_timesteps(copy):
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("scheduler/scheduler_config.json", [1], "scheduler_config.json of .* is no JSON object"),
-        ("model_index.json", [1], "model_index.json of .* is no JSON object"),
+        ("scheduler/scheduler_config.json", [1], "scheduler_config.json of .* is not a JSON object"),
+        ("model_index.json", [1], "model_index.json of .* is not a JSON object"),
         ("model_index.json", {"id2label": ["cat"]}, "id2label"),
         ("model_index.json", {"id2label": {"cat": 0}}, "id2label"),
-        ("model_index.json", {"null_class": "none"}, "null_class 'none' in model_index.json must be the last"),
+        ("model_index.json", {"null_class": "none"}, "null_class 'none' in model_index.json: it must be the last"),
     ],
 )
 def test_files_that_hold_something_else_are_named(file, content, message, copy):
@@ -473,11 +467,11 @@ def test_pickled_weights_are_data_only(layouts, copy, tmp_path):
 def test_the_range_of_levels_can_be_narrowed(layouts):
     teacher = load_teacher(str(layouts.root / "google/ddpm-cifar10-32"))
     config = CTMConfig(teacher="google/ddpm-cifar10-32", sigma_min=0.02, sigma_max=80.0)
-    scheduler = train_ctm.student_scheduler(teacher, config)
+    scheduler = student_scheduler(teacher, config)
     assert (scheduler.config.sigma_min, scheduler.config.sigma_max) == (0.02, 80.0)
     config.sigma_max = 1000.0
     with pytest.raises(UserError, match="--sigma_max does not fit.*157.407"):
-        train_ctm.student_scheduler(teacher, config)
+        student_scheduler(teacher, config)
 
 
 def test_levels_of_score_matching_stay_where_the_network_learnt(layouts):
@@ -485,19 +479,17 @@ def test_levels_of_score_matching_stay_where_the_network_learnt(layouts):
     teacher = Teacher(None, scheduler)
     config = CTMConfig(teacher="none", dsm_sigma="lognormal")
     random = train_ctm.StepRandom(0, 0, 20000, slice(0, 20000), torch.device("cpu"))
-    sigma = train_ctm.draw_dsm_sigma(config, train_ctm.student_scheduler(teacher, config), random)
+    sigma = train_ctm.draw_dsm_sigma(config, student_scheduler(teacher, config), random)
     numbers = scheduler.config
     assert sigma.min().item() == pytest.approx(numbers.sigma_min, rel=1e-6) and sigma.max() < numbers.sigma_max
 
 
 def test_precision_is_left_alone_where_rounding_is_not_magnified(layouts):
     for name, expected in zip(NAMES, ["no", "auto", "no", "auto", "auto", "auto", "auto"], strict=True):
-        config = CTMConfig(teacher=name)
-        train_ctm.choose_precision(load_teacher(str(layouts.root / name)), config)
-        assert config.mixed_precision == expected
-        config.mixed_precision = "bf16"
-        train_ctm.choose_precision(load_teacher(str(layouts.root / name)), config)
-        assert config.mixed_precision == "bf16"  # asked for
+        teacher = load_teacher(str(layouts.root / name))
+        for asked, chosen in (("auto", expected), ("bf16", "bf16")):
+            config = CTMConfig(teacher=name, mixed_precision=asked)
+            assert choose_precision(config, teacher).mixed_precision == chosen and config.mixed_precision == asked
 
 
 # The program ------------------------------------------------------------------------------------------------------------
@@ -561,7 +553,7 @@ def test_the_program_distils_every_kind(layouts, name, options, tmp_path):
 
 
 def few_classes(path: Path) -> str:
-    """Three small grey images of three classes."""
+    """Three small gray images of three classes."""
     images = [PILImage.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 100, 200)] * 2
     columns = {"image": images, "label": [0, 1, 2] * 2}
     Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")})).to_parquet(path)
@@ -574,8 +566,10 @@ PROGRAM = """
 import json, sys
 from diffusers import DiffusionPipeline
 import diffusers_ctm
-from training import evaluate, teacher, train_ctm
-from training.config import CTMConfig, UserError, parse_config
+from training import train_ctm
+from training.cli.errors import UserError
+from training.cli.options import parse_config
+from training.networks import teacher
 
 work, names = sys.argv[1], sys.argv[2].split(",")
 results = {}
@@ -593,7 +587,7 @@ for arguments in (["nobody/nothing"], [names[0], None, "no-branch"], ["team/two"
 results["subfolder"] = teacher.load_teacher("team/two", "b/unet").preconditioning.prediction_type
 for index, arguments in enumerate(json.loads(sys.argv[3])):
     folder = f"{work}/run-{index}"
-    path = train_ctm.main(parse_config(CTMConfig, [*arguments, "--output_dir", folder]))
+    path = train_ctm.main(parse_config(train_ctm.CTMConfig, [*arguments, "--output_dir", folder]))
     pipe = DiffusionPipeline.from_pretrained(path)
     image = pipe(output_type="latent").images
     results[f"run-{index}"] = [pipe.scheduler.config.prediction_type, list(image.shape), bool(image.isfinite().all())]

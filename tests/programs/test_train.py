@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The programs themselves, at tiny size: what they save, that they resume, that processes share the work, that nothing is lost."""
+"""The programs at tiny size: what they save, that they resume, share work among processes and lose nothing."""
 
 import dataclasses
 import glob
@@ -48,9 +48,14 @@ SMALL = {
     "logging_steps": 2,
 }
 NETWORK = {
-    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
-    "sigma_data": 0.75, "dropout": 0.1,
-}  # fmt: skip
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "attention_levels": [1],
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "sigma_data": 0.75,
+    "dropout": 0.1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -473,8 +478,12 @@ def test_edms_own_network_is_trained_and_distilled(tmp_path):
 
 
 ADVERSARIAL = {
-    "discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_channels": 8, "discriminator_start": 2, "dropout": 0.0,
-}  # fmt: skip
+    "discriminator_weight": 1.0,
+    "discriminator_backbones": ["digits"],
+    "discriminator_channels": 8,
+    "discriminator_start": 2,
+    "dropout": 0.0,
+}
 
 
 def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path):
@@ -560,10 +569,18 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
 def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_path):
     """Batch statistics are those of a pass, so a process is compared with an accumulation step of as many images."""
     options = {
-        **SMALL, **ADVERSARIAL, "teacher": teacher, "max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, "ema_decay": 0.0,
-        "train_batch_size": 4, "checkpointing_steps": 4, "discriminator_start": 0,
+        **SMALL,
+        **ADVERSARIAL,
+        "teacher": teacher,
+        "max_train_steps": 4,
+        "max_solver_steps": 2,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.0,
+        "train_batch_size": 4,
+        "checkpointing_steps": 4,
+        "discriminator_start": 0,
         "dsm_adaptive": False,
-    }  # fmt: skip
+    }
     # Constant weights: those of gradients are of a pass with accumulation, of all processes without.
     (tmp_path / "program.py").write_text(
         "from training import train_ctm; from training.cli.options import run_program\n"
@@ -658,7 +675,7 @@ def test_bf16_runs(teacher, tmp_path):
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(student).values())
 
 
-# What a careless user does ----------------------------------------------------------------------------------------------
+# What a careless user does --------------------------------------------------------------------------------------------
 
 
 def test_missing_and_corrupted_teachers(teacher, tmp_path):

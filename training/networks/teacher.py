@@ -127,7 +127,8 @@ def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> 
     faults = [
         (
             config.in_channels != config.out_channels,
-            f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts variances. "
+            f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts "
+            "variances. "
             "It must predict one value per pixel",
         ),
         (
@@ -136,7 +137,8 @@ def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> 
         ),
         (
             embedding is not None,
-            f"has class_embed_type {embedding!r}: it is conditional on numbers that are no classes, which is not supported",
+            f"has class_embed_type {embedding!r}: it is conditional on numbers that are no classes, which is not "
+            "supported",
         ),
         (
             config.sample_size is None,
@@ -172,7 +174,8 @@ def _make_scheduler(
             )
         if prediction_type == "edm" and timestep_scale is None:
             raise UserError(
-                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for OpenAI's."
+                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 "
+                "for OpenAI's."
             )
         config = {"_class_name": DEFAULT_SCHEDULERS.get(prediction_type, "EDMEulerScheduler")}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")
@@ -182,7 +185,8 @@ def _make_scheduler(
         own = own_config(config)
         if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in options:
             raise UserError(
-                f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without betas, flow "
+                f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without "
+                "betas, flow "
                 "or scores. Say --teacher_prediction_type."
             )
         return EDMHeunScheduler.from_config({**own, **options})

@@ -22,7 +22,8 @@ class TimeOptions(GridOptions):
     )
     max_solver_steps: int | None = option(
         None,
-        "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' learns no "
+        "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' "
+        "learns no "
         "longer jump. Default: N - 1.",
     )
 
@@ -39,7 +40,8 @@ class TimeOptions(GridOptions):
 class Times:
     """The times of a batch: t and u are the ends of the paths that the solver goes, s is where the student jumps to.
 
-    They lie on the CPU, so that the host knows which jumps are identities without waiting for a device; levels in float64.
+    They lie on the CPU, so that the host knows which jumps are identities without waiting for a device; levels in
+    float64.
 
     Args:
         path: levels of each sample from t down to u in k steps, shape (k + 1, B).
@@ -82,8 +84,9 @@ class Times:
 class TimeSampler:
     """Draws the times of training steps (CTM, Section 3.1).
 
-    Places are counted in steps of the Karras grid: 0 is sigma_max, num_levels - 1 is sigma_min. The solver goes k steps from t down
-    to u, with P(k) ~ k as the authors draw it, one k for the whole batch. t is uniform over the places from which that stays on the grid.
+    Places are counted in steps of the Karras grid: 0 is sigma_max, num_levels - 1 is sigma_min. The solver goes k steps
+    from t down to u, with P(k) ~ k as the authors draw it, one k for the whole batch. t is uniform over the places from
+    which that stays on the grid.
 
     - "soft": s is uniform over the places from u down to sigma_min, both included;
     - "local": the same with k = 1;
@@ -152,10 +155,11 @@ def draw_lognormal_sigma(noise: torch.Tensor, p_mean: float = -1.2, p_std: float
 def draw_half_lognormal_sigma(
     noise: torch.Tensor, ramp: torch.Tensor, sigma_min: float, sigma_max: float, rho: float, first: int = 0
 ) -> torch.Tensor:
-    """Every other sample log-normal, the others on the Karras ramp at 0.7 * `ramp`, `ramp` uniform in [0, 1], shape (B,).
+    """Every other sample log-normal, the others on the Karras ramp at 0.7 * `ramp`, `ramp` uniform in [0, 1], shape
+    (B,).
 
-    The authors' mixture: with sigma_max = 80 the others lie in [0.32, 80]. `first` is the place of sample 0 in the global
-    batch, so that every split of it draws the same.
+    The authors' mixture: with sigma_max = 80 the others lie in [0.32, 80]. `first` is the place of sample 0 in the
+    global batch, so that every split of it draws the same.
     """
     high = karras_sigma(0.7 * ramp, sigma_min, sigma_max, rho)
     odd = torch.arange(first, first + len(noise), device=noise.device) % 2 == 1

@@ -164,8 +164,8 @@ def test_shipped_stages_fit_together():
         assert path.stem.startswith("digits") or second.init_from == first.output_dir
 
 
-# Of the authors' commands, and their code's defaults for what the commands leave out: images of an iteration and of a pass, N, M, learning
-# rate, rate of the target's average, other rates, dropout.
+# Of the authors' commands, and their code's defaults for what the commands leave out: images of an iteration and of a
+# pass, N, M, learning rate, rate of the target's average, other rates, dropout.
 CIFAR, IMAGENET = (18, 17, 4e-4), ([0.9999, 0.9999432189950708], None)
 AUTHORS = {
     "cifar10_cond": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
@@ -182,9 +182,15 @@ def test_the_authors_configs_have_their_numbers(stem):
     config = parse_config(CTMConfig, ["--config", f"training/configs/{stem}.yaml"])
     sampler = time_sampler(config, CTMScheduler())
     assert AUTHORS[stem] == (
-        config.train_batch_size * config.gradient_accumulation_steps, config.train_batch_size, config.num_train_timesteps, sampler.most,
-        config.learning_rate, config.ema_decay, config.extra_ema_decays, config.dropout,
-    )  # fmt: skip
+        config.train_batch_size * config.gradient_accumulation_steps,
+        config.train_batch_size,
+        config.num_train_timesteps,
+        sampler.most,
+        config.learning_rate,
+        config.ema_decay,
+        config.extra_ema_decays,
+        config.dropout,
+    )
     assert (sampler.matching, config.optimizer) == ("soft", "radam")
     assert (config.adam_beta2, config.adam_weight_decay) == (0.999, 0)
     assert (config.lr_scheduler, config.lr_warmup_steps, config.max_grad_norm) == ("constant_with_warmup", 0, 0)
@@ -192,8 +198,12 @@ def test_the_authors_configs_have_their_numbers(stem):
     assert (config.dsm_weight, config.dsm_adaptive, config.dsm_sigma) == (1, True, "half_lognormal")
     assert (config.distance, config.distance_network, config.distance_pooling) == ("lpips", "vgg", "average")
     judge = {
-        "period": 2, "start": 0, "channels": 64, "augment": True, "learning_rate": 2e-3,
-    }  # fmt: skip
+        "period": 2,
+        "start": 0,
+        "channels": 64,
+        "augment": True,
+        "learning_rate": 2e-3,
+    }
     assert {name: getattr(config, f"discriminator_{name}") for name in judge} == judge
     if config.discriminator_weight:
         backbones = {"facebook/deit-base-distilled-patch16-224", "efficientnet_lite0"}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Teachers of every family: the layouts that the Hub holds, what is refused, and students that start as their teacher."""
+"""Teachers of every family: the Hub's layouts, what is refused, and students that start as their teacher."""
 
 import json
 import os
@@ -60,9 +60,12 @@ SKIPS = {
     "attention_head_dim": None,
 }
 OPENAI = {
-    "downsample_type": "resnet", "upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift", "num_class_embeds": 10,
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "num_class_embeds": 10,
     "attn_norm_num_groups": 8,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +100,7 @@ def old_attention_names(path: Path) -> None:
 
 
 class Layouts:
-    """Folders as the Hub's repositories are laid out, tiny; `network[name]` and `expected[name]` say what must be read."""
+    """Tiny folders as the Hub's repositories are laid out; `network` and `expected` say what must be read."""
 
     def __init__(self, root: Path, make_unet):
         self.root, self.network, self.expected = root, {}, {}
@@ -182,7 +185,7 @@ def labels_for(network, batch):
     return None if count is None else torch.arange(batch) % count
 
 
-# Layouts ----------------------------------------------------------------------------------------------------------------
+# Layouts --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +200,7 @@ def test_every_layout_is_read(layouts, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
-    """Equal to the teacher's denoiser at s = t, and one step of the loss gives a finite gradient; saved, it samples in one step."""
+    """The student equals the teacher's denoiser at s = t, learns, and when saved samples in one step."""
     teacher = load_teacher(str(layouts.root / name))
     scheduler = student_scheduler(teacher, CTMConfig(teacher="none"))
     preconditioning = scheduler.preconditioning
@@ -304,7 +307,7 @@ def test_images_in_0_1_are_brought_to_minus_1_1(layouts):
     assert teacher.scheduler.config.sigma_min == 0.02 and teacher.scheduler.config.sigma_max == 2696.0
 
 
-# Options and what is refused --------------------------------------------------------------------------------------------
+# Options and what is refused ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -492,7 +495,7 @@ def test_precision_is_left_alone_where_rounding_is_not_magnified(layouts):
             assert choose_precision(config, teacher).mixed_precision == chosen and config.mixed_precision == asked
 
 
-# The program ------------------------------------------------------------------------------------------------------------
+# The program ----------------------------------------------------------------------------------------------------------
 
 TO_END = {"matching": "global", "dsm_adaptive": False}
 
@@ -500,13 +503,20 @@ TO_END = {"matching": "global", "dsm_adaptive": False}
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("google/ddpm-cifar10-32", {}), ("user/ddpm-v", {}), ("user/ddpm-v", {"teacher_prediction_type": "sample"}), ("google/ncsnpp", {}),
-        ("user/flow", {}), ("user/edm", {}), ("dg845/diffusers-cm_edm_imagenet64_ema", {}), ("openai/diffusers-cd_imagenet64_l2", TO_END),
+        ("google/ddpm-cifar10-32", {}),
+        ("user/ddpm-v", {}),
+        ("user/ddpm-v", {"teacher_prediction_type": "sample"}),
+        ("google/ncsnpp", {}),
+        ("user/flow", {}),
+        ("user/edm", {}),
+        ("dg845/diffusers-cm_edm_imagenet64_ema", {}),
+        ("openai/diffusers-cd_imagenet64_l2", TO_END),
     ],
     ids=["epsilon", "v", "sample", "score", "flow", "edm 1", "edm 1000", "consistency"],
-)  # fmt: skip
+)
 def test_the_program_distils_every_kind(layouts, name, options, tmp_path):
-    """Two small steps: what is saved is near the teacher's denoiser, has begun to look at the target time, and samples in one step.
+    """Two small steps: what is saved is near the teacher's denoiser, has begun to look at the target time, and samples
+    in one step.
 
     Near: the error of the teacher's denoiser where it leaves the image as it is (F = 0) is its measure.
     """
@@ -560,7 +570,7 @@ def few_classes(path: Path) -> str:
     return str(path)
 
 
-# The Hub and the real command -------------------------------------------------------------------------------------------
+# The Hub and the real command -----------------------------------------------------------------------------------------
 
 PROGRAM = """
 import json, sys
@@ -646,11 +656,11 @@ def test_real_commands_against_the_layouts_on_a_hub(layouts, tmp_path):
     assert "teacher_subfolder: b" in options and "hf_loopback" not in options
 
 
-# A real distillation ----------------------------------------------------------------------------------------------------
+# A real distillation --------------------------------------------------------------------------------------------------
 
 
 def energy_distance(a, b):
-    """Squared energy distance of two sets of images; 0 if and only if their distributions are equal (Szekely & Rizzo 2013)."""
+    """Squared energy distance of two sets of images, 0 for equal distributions (Szekely & Rizzo 2013)."""
     a, b = a.flatten(1), b.flatten(1)
     within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
     return (2 * torch.cdist(a, b).mean() - sum(within)).item()
@@ -673,7 +683,7 @@ def train_ddpm(network, images, steps):
 
 
 def four_modes(path):
-    """1,000 images of 4x4: the left and the right half are each -0.6 or 0.6, with a little noise. Written, and as a tensor."""
+    """1,000 images of 4x4, written and as a tensor: each half is -0.6 or 0.6, with a little noise."""
     rng = np.random.default_rng(0)
     halves = rng.choice([-0.6, 0.6], (1000, 1, 2)).repeat(2, 2)
     pixels = np.round((halves + rng.normal(0, 0.1, (1000, 4, 4)) + 1) * 127.5).clip(0, 255).astype(np.uint8)
@@ -686,8 +696,8 @@ def four_modes(path):
 def test_a_ddpm_becomes_a_ctm(make_unet, tmp_path):
     """A teacher trained here with DDPM's own loss on epsilon, distilled by the real program.
 
-    One-step samples of the student are closer to the data than those of the untrained student, the teacher's denoiser; measured
-    0.477 against 0.316 in energy distance, a factor of 1.5; asserted 1.25.
+    One-step samples of the student are closer to the data than those of the untrained student, the teacher's denoiser;
+    measured 0.477 against 0.316 in energy distance, a factor of 1.5; asserted 1.25.
     """
     images = four_modes(str(tmp_path / "images.parquet"))
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""DiffAugment, projected discriminators and their losses: closed forms, the authors' numbers, and what each step may change."""
+"""DiffAugment, discriminators and their losses: closed forms, the authors' numbers, what a step may change."""
 
 import copy
 import dataclasses

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Distances: LPIPS against a plain formula and published numbers, features of frozen networks, options, and a training run."""
+"""Distances: LPIPS against a plain formula and published numbers, features, options, and a training run."""
 
 import functools
 import importlib.util
@@ -131,7 +131,7 @@ def needs_weights():
 
 
 def test_lpips_gives_the_published_numbers():
-    """Of the package lpips (VGG16, max pooling) for numpy's uniform noise of seed 123, as printed by it to four digits."""
+    """The package lpips (VGG16, max pooling) prints these four digits for numpy's uniform noise of seed 123."""
     needs_weights()
     generator = np.random.RandomState(123)
     a, b = (torch.from_numpy(generator.rand(10, 3, 100, 100)).float() * 2 - 1 for _ in range(2))
@@ -155,7 +155,7 @@ def blurred(x):
 
 
 def orders_as_people_do(distance, x):
-    """Whether, at the same squared error, blur is farther than a change of brightness; and noise grows, and other images are farthest."""
+    """Blur is farther than a change of brightness of the same squared error; noise grows; other images are far."""
     blur = blurred(x)
     size = (blur - x).square().mean((1, 2, 3), keepdim=True).sqrt()
     lighter = x + size
@@ -186,7 +186,7 @@ def test_lpips_orders_small_photographs_as_people_do():
     orders_as_people_do(distance, to_sample(pixels))
 
 
-# What every perceptual distance is ---------------------------------------------------------------------------------------
+# What every perceptual distance is ------------------------------------------------------------------------------------
 
 
 def perceptual(kind):

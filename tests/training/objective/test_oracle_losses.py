@@ -41,7 +41,7 @@ def resized_l2(a, b):
 
 
 def tiny_perceptual(a, b):
-    """A perceptual distance in small: unit-normalised features of two convolutions, squared differences."""
+    """A perceptual distance in small: unit-normalized features of two convolutions, squared differences."""
     weights = {name: torch.from_numpy(value) for name, value in np.load(ORACLE / "stub_tinyperceptual.npz").items()}
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -162,7 +162,8 @@ def step(request):
     teacher.requires_grad_(False)
 
     preconditioning = Preconditioning(0.5, case.timestep_scale)
-    # In float32, and with the authors' very numbers: the network is shown 250 ln(level), where the last digit of a level tells.
+    # In float32, and with the authors' very numbers: the network is shown 250 ln(level), where the last digit of a
+    # level tells.
     grid = karras_sigma(torch.linspace(0, 1, case.num_levels))
     grid[-1] = 0.002
     k = int(arrays["num_heun_step"])

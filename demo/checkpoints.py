@@ -20,7 +20,7 @@ from training.cli.errors import UserError, loading
 from training.cli.files import read_json
 from training.cli.names import public_name
 from training.data.sources import digits
-from training.hub.license import licence_in
+from training.hub.license import license_in
 
 from .turns import STOPPED, TURN, Superseded
 
@@ -227,7 +227,7 @@ def _json_beside(source: str, folder: Path, name: str) -> dict:
 
 def _notice(pipe: CTMPipeline, record: dict, card: Path | None, notice: Path | None) -> str:
     lines = ["The images are synthetic: say so where you show them."]
-    license = licence_in(card.read_text(encoding="utf-8")) if card is not None else None
+    license = license_in(card.read_text(encoding="utf-8")) if card is not None else None
     license = license or record.get("license")
     if license:
         lines.append(f"License of the weights: {license}.")

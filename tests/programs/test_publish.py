@@ -32,13 +32,14 @@ from helpers.places import ROOT
 from training import publish, train_ctm, train_edm
 from training.cli.errors import UserError, without_token
 from training.cli.options import parse_config, run_program
-from training.cli.training_options import CTMConfig, EDMConfig
 from training.hub import client
 from training.hub.client import LAST_CHECKPOINT, download_checkpoint
 from training.hub.push import Pusher
 from training.hub.record import training_record
 from training.networks.teacher import load_teacher
 from training.publish import PublishConfig
+from training.train_ctm import CTMConfig
+from training.train_edm import EDMConfig
 
 
 TOKEN = "hf_loopbackABCDEFGHIJKLMNOPQRSTUV"

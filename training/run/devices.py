@@ -81,7 +81,7 @@ def make_optimizer(options: OptimizerOptions, network: torch.nn.Module) -> torch
     return classes[options.optimizer](
         [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
+        betas=(0.9, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
         **at_once,

@@ -94,8 +94,8 @@ class TrainingRun:
 
     @property
     def _memory_format(self) -> torch.memory_format:
-        channels_last = self.options.channels_last and not self.accelerator.is_fsdp2  # FSDP spreads rows of memory
-        return torch.channels_last if channels_last else torch.contiguous_format
+        # FSDP spreads rows of memory, which channels last would cut.
+        return torch.contiguous_format if self.accelerator.is_fsdp2 else torch.channels_last
 
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """Move a network to the run's device."""

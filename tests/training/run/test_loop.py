@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from diffusers_ctm import CTMPipeline
 from training import evaluate, train_edm
 from training.cli.errors import UserError
-from training.cli.training_options import EDMConfig
 from training.data.batches import load_images, step_indices
 from training.data.images import ImageDataset
 from training.evaluate import EvaluateConfig
@@ -32,6 +31,7 @@ from training.run.averages import EMA
 from training.run.learner import TrainedNetwork
 from training.run.loop import TrainingRun
 from training.run.monitor import SIGMA_BINS, Means
+from training.train_edm import EDMConfig
 
 
 TINY = {

@@ -1,6 +1,7 @@
 """Dataclasses as command lines: YAML below, command line above, checked."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import functools
@@ -10,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -75,6 +76,42 @@ class Checked:
         self.check(folder != "" and not os.path.isfile(folder), name, "a folder")
 
 
+class OptionHelp(argparse.HelpFormatter):
+    """Each option under one name, with its default unless that is None."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = action.option_strings[:1]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        given = action.option_strings and action.default not in (None, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if given else action.help
+
+
+class OptionParser(HfArgumentParser):
+    """A command line with the fields of an option class, under a heading for each class that it is made of.
+
+    The heading is the first line of that class's docstring. What the option class adds itself comes first, without a heading.
+    """
+
+    def _add_dataclass_arguments(self, config_class: type) -> None:
+        hints = get_type_hints(config_class)
+        classes = [each for each in config_class.__mro__ if dataclasses.is_dataclass(each)]
+        owners = {}
+        for each in reversed(classes):
+            owners.update(dict.fromkeys(each.__annotations__.keys() - owners, each))
+        for each in classes:
+            entries = [entry for entry in dataclasses.fields(config_class) if owners[entry.name] is each]
+            group = self
+            if entries and each is not config_class:
+                group = self.add_argument_group(each.__doc__.splitlines()[0].rstrip("."))
+            for entry in map(copy.copy, entries):
+                entry.type = hints[entry.name]
+                entry.metadata = {key: entry.metadata[key] for key in ("help", "choices") if key in entry.metadata}
+                self._parse_dataclass_field(group, entry)
+
+
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
 
@@ -86,12 +123,16 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
     argv = list(sys.argv[1:] if argv is None else argv)
     positional = getattr(config_class, "POSITIONAL", ())
     usage = " ".join(["%(prog)s", *(name.upper() for name in positional), "[--option VALUE ...]"])
-    parser = HfArgumentParser(config_class, description=config_class.__doc__, usage=usage, allow_abbrev=False)
+    parser = OptionParser(
+        config_class, description=config_class.__doc__, usage=usage, allow_abbrev=False, formatter_class=OptionHelp
+    )
     for name in positional:
         parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=f"The same as --{name}.")
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"  # an empty list is a value too
+        elif isinstance(action, argparse._StoreFalseAction):
+            action.help = argparse.SUPPRESS  # --no_option beside --option
         elif action.nargs is None and action.default is None and action.type is not None:
             action.type = _or_none(action.type)
     try:

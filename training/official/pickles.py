@@ -25,7 +25,9 @@ from typing import Any, BinaryIO
 import torch
 
 
-MAX_READS = 2_000_000  # two for most instructions; a training checkpoint with 1,000 tensors and Adam's moments has 400,000
+MAX_READS = (
+    2_000_000  # two for most instructions; a training checkpoint with 1,000 tensors and Adam's moments has 400,000
+)
 SLACK = 2**20  # bytes that a small file may ask for beyond its size
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before 1.6
 

@@ -46,6 +46,8 @@ DEFAULTS = {
 }
 DROPOUT = {"openai": 0.0, "ctm": 0.0, "nvidia": 0.1}
 HEAD_DIM = 64
+BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D"}
+BLOCKS |= {"UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
 QKV_ORDER = {"openai": "three_head_dim", "ctm": "three_head_dim", "nvidia": "head_dim_three"}
 
 
@@ -138,14 +140,18 @@ def to_official(network: UNet2DModel | CTMUNet2DModel, flavour: str | None = Non
         raise UserError(f"--flavour must be one of {', '.join(DEFAULTS)}, got {flavour!r}.")
     if (flavour == "ctm") != isinstance(network, CTMUNet2DModel):
         raise UserError(f"A {type(network).__name__} has no official form of flavour {flavour!r}.")
+    config = network.config
+    others = {*config.down_block_types, *config.up_block_types, config.mid_block_type} - BLOCKS
+    if others:
+        raise UserError(f"The network has blocks {others}; an ADM network has none such.")
     official = official_tensors(network, _layers(network, flavour))
     free = ("sample_size", "dropout", "attention_head_dim")
-    converted = network_of(shapes_of(official), **{name: network.config[name] for name in free}).config
-    unused = {"num_train_timesteps"} | ({"downsample_padding"} if network.config.downsample_type == "resnet" else set())
+    converted = network_of(shapes_of(official), **{name: config[name] for name in free}).config
+    unused = {"num_train_timesteps"} | ({"downsample_padding"} if config.downsample_type == "resnet" else set())
     for name, value in converted.items():
-        if not name.startswith("_") and name not in unused and _plain(network.config[name]) != _plain(value):
+        if not name.startswith("_") and name not in unused and _plain(config[name]) != _plain(value):
             raise UserError(
-                f"The network has {name}={network.config[name]!r}; an ADM network of flavour {flavour!r} has {value!r}."
+                f"The network has {name}={config[name]!r}; an ADM network of flavour {flavour!r} has {value!r}."
             )
     return copied(official, PREFIX if flavour == "nvidia" else "")
 

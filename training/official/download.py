@@ -59,16 +59,16 @@ class _OnlySecure(urllib.request.HTTPRedirectHandler):
 
 
 def download(address: str, folder: str) -> str:
-    """Fetch `address` into `folder`; return the file's path. The reader of the file notices if it is cut off.
+    """Fetch `address` into `folder`; return the file's path.
 
-    torch.hub.download_url_to_file would wait without end for a server that says nothing, and follow any redirection.
+    torch.hub.download_url_to_file does not serve: it has no timeout, follows any redirection, and keeps a file that broke off.
     """
     check_address(address)
     path, name = os.path.join(folder, "download"), public_name(address)
     try:
         answer = urllib.request.build_opener(_OnlySecure).open(address, timeout=60)
-        progress = tqdm.wrapattr(answer, "read", total=answer.length, desc=os.path.basename(name))
-        with progress as stream, open(path, "wb") as file:
+        expected = answer.length
+        with tqdm.wrapattr(answer, "read", total=expected, desc=os.path.basename(name)) as stream, open(path, "wb") as file:
             shutil.copyfileobj(stream, file)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = (
@@ -77,4 +77,6 @@ def download(address: str, folder: str) -> str:
         raise UserError(
             f"SOURCE {name} cannot be downloaded: {reason}. Is the address right? Spaces are written as %20."
         ) from error
+    if expected not in (None, os.path.getsize(path)):
+        raise UserError(f"SOURCE {name} broke off after {os.path.getsize(path):,} of {expected:,} bytes. Try again.")
     return path

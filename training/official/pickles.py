@@ -53,10 +53,13 @@ class Record:
 
 
 class Budget:
-    """What one file of `size` bytes may still cost: reads, and bytes that are copied out of it."""
+    """What one file of `size` bytes may still cost: reads, and bytes that are copied out of it.
+
+    A storage that is pickled on its own is copied twice.
+    """
 
     def __init__(self, size: int):
-        self.size, self.reads, self.bytes = size, MAX_READS, size + SLACK
+        self.size, self.reads, self.bytes = size, MAX_READS, 2 * size + SLACK
 
     def read(self) -> None:
         self.reads -= 1

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Convert checkpoints of EDM and CTM: `python -m training.convert edm-cifar10-32x32-uncond-vp.pkl teachers/cifar10`."""
 
 import json
@@ -12,22 +13,20 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
-from diffusers_ctm.preconditioning import c_noise
+from diffusers_ctm.preconditioning import c_noise, condition
+from diffusers_ctm.two_times import image_size
 
-from .cli.errors import UserError, error_text
+from .cli.errors import UserError, loading
 from .cli.files import atomic_file, atomic_folder, sha256
 from .cli.options import Checked, option, run_program
 from .official.download import fetch, shown
-from .official.families import FAMILIES, family_defaults, family_module, find_family, said_by, shapes_of
+from .official.families import Family, family_of, find_family, said_by
 from .official.files import read_checkpoint
-from .official.layers import QKV_ORDERS
+from .official.layers import QKV_ORDERS, shapes_of
 from .official.weights import find_weights, weights_of
 
 
 FORMATS = (".pt", ".pth", ".safetensors")
-
-MAX_SIDE = 1024  # pixels; names that say more would make the check of the result cost any amount of memory
-
 TOLERANCE = 1e-3  # of the output: equal weights at other addresses in memory may be summed in another order
 
 
@@ -39,8 +38,8 @@ class ConvertConfig(Checked):
 
     source: str | None = option(
         None,
-        "The checkpoint: a file, a file on the Hub as user/repo/path/to/file.pt, or an https address. With --to official: a "
-        "pipeline's folder or its repository on the Hub.",
+        "The checkpoint: a file, a file on the Hub as user/repo/path/to/file.pt, or an https address. With --to official: "
+        "a pipeline's folder or its repository on the Hub.",
     )
     out: str | None = option(None, "The folder to write. With --to official: the file, .pt or .safetensors.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
@@ -56,11 +55,13 @@ class ConvertConfig(Checked):
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     consistency_model: bool = option(
         False,
-        "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only (gamma = 1).",
+        "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only "
+        "(gamma = 1).",
     )
     prediction_type: str = option(
         "edm",
-        "What the network predicts: 'edm', or 'epsilon' (guided-diffusion), with the --beta_schedule of its 1,000 timesteps.",
+        "What the network predicts: 'edm', or 'epsilon' (guided-diffusion), with the --beta_schedule of its 1,000 "
+        "timesteps.",
         ["edm", "epsilon"],
     )
     beta_schedule: str | None = option(
@@ -70,8 +71,9 @@ class ConvertConfig(Checked):
     )
     qkv_order: str | None = option(
         None,
-        "Order of the channels of attention's qkv in an ADM network, slowest first, where the file does not tell: 'head_three_dim' is "
-        "guided-diffusion's default, 'three_head_dim' its use_new_attention_order. Default: the family's.",
+        "Order of the channels of attention's qkv in an ADM network, slowest first, where the file does not tell: "
+        "'head_three_dim' is guided-diffusion's default, 'three_head_dim' its use_new_attention_order. Default: the "
+        "family's.",
         [None, *QKV_ORDERS],
     )
     num_head_channels: int | None = option(None, "Channels per attention head. Default: the family's.")
@@ -96,7 +98,7 @@ class ConvertConfig(Checked):
         None, 'JSON file with the names of the classes: {"0": "airplane", ...} or ["airplane", ...].'
     )
     license: str | None = option(
-        None, "Licence of the weights, e.g. cc-by-nc-sa-4.0 (NVIDIA's EDM). Recorded for publishing."
+        None, "License of the weights, e.g. cc-by-nc-sa-4.0 (NVIDIA's EDM). Recorded for publishing."
     )
 
     def __post_init__(self) -> None:
@@ -129,29 +131,22 @@ class ConvertConfig(Checked):
                 self.qkv_order is None, "qkv_order", "left out with --to official, which writes the family's order"
             )
 
-    def network_overrides(self, family: str) -> dict[str, Any]:
-        """What the user said about the network, in the family's words."""
-        values = {FAMILIES[family].head: self.num_head_channels, "dropout": self.dropout, "qkv_order": self.qkv_order}
-        if self.qkv_order is not None and not FAMILIES[family].orders:
-            raise UserError(f"--qkv_order is for ADM networks; this one is of the family {family}.")
+    def network_overrides(self) -> dict[str, Any]:
+        """The arguments of the network that were given."""
+        values = {"attention_head_dim": self.num_head_channels, "dropout": self.dropout, "qkv_order": self.qkv_order}
         return {name: value for name, value in values.items() if value is not None}
 
 
-def network_of(family: str, state_dict: dict[str, torch.Tensor], config: ConvertConfig, said: dict) -> UNet2DModel:
+def network_of(family: Family, state_dict: dict[str, torch.Tensor], config: ConvertConfig, said: dict) -> UNet2DModel:
     """The network of the weights, by the options, what the file says and the family's defaults, in this order."""
-    module = family_module(family)
     if config.prediction_type == "epsilon":
-        if not hasattr(module, "without_variances"):
-            raise UserError(f"--prediction_type epsilon is for OpenAI's networks; this one is of the family {family}.")
-        state_dict = module.without_variances(state_dict)
-    overrides = {name: said[name] for name in ("dropout",) if name in said} | config.network_overrides(family)
-    network = module.to_diffusers(state_dict, **overrides).eval()
-    if max(_size(network)) > MAX_SIDE:
-        raise UserError(f"The names say images of {max(_size(network))} pixels a side; up to {MAX_SIDE} are converted.")
+        state_dict = family.without_variances(state_dict)
+    overrides = {name: said[name] for name in ("dropout",) if name in said} | config.network_overrides()
+    network = family.to_diffusers(state_dict, **overrides)
     if network.config.out_channels == 2 * network.config.in_channels:
         raise UserError(
-            f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts variances too, as "
-            "guided-diffusion's do, which predict epsilon. Give --prediction_type epsilon and --beta_schedule."
+            f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts variances "
+            "too, as guided-diffusion's do, which predict epsilon. Give --prediction_type epsilon and --beta_schedule."
         )
     return network
 
@@ -177,7 +172,7 @@ def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: Mapping
         network = CTMUNet2DModel.from_unet(network)
         numbers |= {"prediction_type": "consistency", "gamma": 1.0}
     if is_ctm(network):
-        levels = config.num_train_timesteps or (40 if _size(network)[0] >= 64 else 18)
+        levels = config.num_train_timesteps or (40 if image_size(network)[0] >= 64 else 18)
         scheduler = CTMScheduler(num_train_timesteps=levels, **numbers)
     elif config.prediction_type == "epsilon":
         process = DDPMScheduler(beta_schedule=config.beta_schedule, prediction_type="epsilon")
@@ -209,34 +204,32 @@ def read_labels(path: str | None, count: int | None) -> dict[int, str] | None:
     return labels
 
 
-def _size(network: UNet2DModel) -> tuple[int, int]:
-    size = network.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 @torch.no_grad()
 def probe(network: UNet2DModel, timestep_scale: float) -> torch.Tensor:
     """The network's output for one fixed input: noise at level 1, target level 0.1, the last class."""
-    noise = torch.randn((1, network.config.in_channels, *_size(network)), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        (1, network.config.in_channels, *image_size(network)), generator=torch.Generator().manual_seed(0)
+    )
     times = [c_noise(torch.tensor([1.0]), timestep_scale)]
     if is_ctm(network):
         times.append(c_noise(torch.tensor([0.1]), timestep_scale))
     classes = network.config.num_class_embeds
-    condition = {} if classes is None else {"class_labels": torch.tensor([classes - 1])}
-    return network.eval()(noise.to(network.dtype), *times, **condition).sample
+    last_class = None if classes is None else torch.tensor([classes - 1])
+    return network.eval()(noise.to(network.dtype), *times, **condition(last_class)).sample
 
 
 def check_same(network: UNet2DModel, other: UNet2DModel, timestep_scale: float, what: str) -> None:
     """Raise UserError unless both have the same weights to the bit and give the same output, a finite one."""
-    expected, found = probe(network, timestep_scale), probe(other, timestep_scale)
+    expected, actual = probe(network, timestep_scale), probe(other, timestep_scale)
     if not expected.isfinite().all():
         raise UserError(
             "The network's output is not finite: its weights are nan, infinite or huge. Nothing was written."
         )
-    difference = (expected - found).abs().max().item()
+    difference = (expected - actual).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # also if it is nan
         raise UserError(
-            f"{what} gives another output than the network that was converted: they differ by {difference}. Nothing was written."
+            f"{what} gives another output than the network that was converted: they differ by {difference}. Nothing was "
+            "written."
         )
     weights = other.state_dict()
     changed = [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, weights[name])]
@@ -246,7 +239,7 @@ def check_same(network: UNet2DModel, other: UNet2DModel, timestep_scale: float, 
         )
 
 
-def describe(pipe: CTMPipeline, family: str) -> str:
+def describe(pipe: CTMPipeline, family: Family) -> str:
     """One line on what a pipeline is."""
     network, numbers = pipe.unet, pipe.scheduler.config
     classes = network.config.num_class_embeds
@@ -254,10 +247,10 @@ def describe(pipe: CTMPipeline, family: str) -> str:
     kind = f"CTM with N = {numbers.num_train_timesteps}" if is_ctm(network) else "EDM teacher" if edm else "teacher"
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
     count = sum(parameter.numel() for parameter in network.parameters())
-    height, width = _size(network)
+    height, width = image_size(network)
     return (
         f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {count:,} parameters, "
-        f"family {family}, class {type(network).__name__}, "
+        f"family {family.NAME}, class {type(network).__name__}, "
         + (f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}" if edm else "epsilon")
     )
 
@@ -278,14 +271,15 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     values, size = sum(tensor.numel() for tensor in weights.values()), os.path.getsize(path)
     if values > size:  # of any dtype
         raise UserError(
-            f"The file has {size:,} bytes and says {values:,} weights: its tensors repeat each other. Weights of their own are converted."
+            f"The file has {size:,} bytes and says {values:,} weights: its tensors repeat each other. Only tensors that do not "
+            "are converted."
         )
     family, state_dict = find_family(weights)
     other = next((name for name, tensor in state_dict.items() if not tensor.is_floating_point()), None)
     if other is not None:
-        raise UserError(f"{other} is of type {state_dict[other].dtype}; quantised weights are not converted.")
+        raise UserError(f"{other} is of type {state_dict[other].dtype}; quantized weights are not converted.")
     network = network_of(family, state_dict, config, said)
-    pipe = make_pipeline(network, config, family_defaults(family, shapes_of(state_dict)) | said)
+    pipe = make_pipeline(network, config, family.defaults(shapes_of(state_dict)) | said)
     print(
         f"Read {shown(config.source)}: {size / 1e6:.1f} MB, "
         f"{f'entry {entry}' if entry else 'a state dict'} with {len(state_dict)} tensors",
@@ -304,7 +298,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
         "revision": config.revision,
         "sha256": sha256(path),
         "entry": entry,
-        "family": family,
+        "family": family.NAME,
         "license": config.license,
     }
     with atomic_folder(config.out) as draft:
@@ -317,8 +311,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     print("Checked: loaded again, it gives the same output. The source has no outputs of its own to compare with.")
     if config.license is None:
         print(
-            "Licence: not recorded; publishing will ask for it. Record it with --license: NVIDIA's EDM weights are cc-by-nc-sa-4.0, OpenAI's and "
-            "the CTM authors' mit."
+            "License: not recorded; publishing will ask for it. Record it with --license: NVIDIA's EDM weights are "
+            "cc-by-nc-sa-4.0, OpenAI's and the CTM authors' mit."
         )
     print(f"Wrote {config.out}")
     return config.out
@@ -328,13 +322,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
 
 
 def load_pipeline(config: ConvertConfig) -> DiffusionPipeline:
-    try:
+    with loading(f"SOURCE {config.source}", "--to official takes a pipeline's folder or its repository on the Hub."):
         pipe = DiffusionPipeline.from_pretrained(config.source, revision=config.revision)
-    except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
-        raise UserError(
-            f"SOURCE {config.source} cannot be loaded; --to official takes a pipeline's folder or its repository on the Hub.\n"
-            f"{error_text(error)}"
-        ) from error
     if not hasattr(pipe, "unet"):
         raise UserError(f"SOURCE {config.source} is a {type(pipe).__name__}, which has no network named `unet`.")
     return pipe
@@ -344,23 +333,19 @@ def to_official(config: ConvertConfig) -> str:
     """Write the network of the pipeline SOURCE with the authors' key names to the file OUT, and check it."""
     pipe = load_pipeline(config)
     network = pipe.unet.eval()
-    kind = type(network).__name__
-    family = next((name for name, family in FAMILIES.items() if kind in family.classes), None)
-    if family is None:
-        raise UserError(f"SOURCE {config.source} has a {kind}, which has no official form.")
-    module = family_module(family)
-    flavour = {} if config.flavour is None else {"flavour": config.flavour}
-    state_dict = {name: tensor.contiguous() for name, tensor in module.to_official(network, **flavour).items()}
+    family = family_of(network)
+    state_dict = family.to_official(network, config.flavour)
     scale = pipe.scheduler.config.get("timestep_scale", 1.0)
     with atomic_file(config.out) as draft:
         if config.out.endswith(".safetensors"):
-            safetensors.torch.save_file({name: tensor.clone() for name, tensor in state_dict.items()}, draft)
+            safetensors.torch.save_file(state_dict, draft)
         else:
             torch.save(state_dict, draft)
-        again = module.to_diffusers(read_checkpoint(draft), **config.network_overrides(family))
+        again = family.to_diffusers(read_checkpoint(draft), **config.network_overrides())
         check_same(network, again, scale, "Converted back (with these options), the file")
     print(
-        f"Checked: converted back, it gives the same output.\nWrote {config.out}: {len(state_dict)} tensors with official names"
+        f"Checked: converted back, it gives the same output.\n"
+        f"Wrote {config.out}: {len(state_dict)} tensors with official names"
     )
     return config.out
 

@@ -11,12 +11,10 @@ import json
 import math
 import os
 import pickle
-import runpy
 import sys
 import threading
 import urllib.request
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -26,6 +24,7 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
+from diffusers_ctm.preconditioning import condition
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.nvidia import Persistent, nvidia_pickle
 from helpers.places import ORACLE
@@ -48,45 +47,39 @@ def official_name(name: str) -> str:
     return "toy/" + "/".join(reversed(name.split(".")))
 
 
-def config_of(shapes, head_dim=8, dropout=0.25):
-    labels = shapes.get(official_name("class_embedding.weight"))
-    return {
-        **SIZE,
-        "attention_head_dim": head_dim,
-        "dropout": dropout,
-        "num_class_embeds": labels and labels[0],
-    }
+class Toy:
+    NAME, CLASSES = "toy", (UNet2DModel, CTMUNet2DModel)
+
+    def matches(self, shapes):
+        return official_name("conv_in.weight") in shapes
+
+    def defaults(self, shapes):
+        return {"sigma_data": 0.5, "timestep_scale": 1000.0 if any("target" in name for name in shapes) else 1.0}
+
+    def to_diffusers(self, state_dict, attention_head_dim=8, dropout=0.25):
+        labels = state_dict.get(official_name("class_embedding.weight"))
+        target = official_name("target_time_embedding.linear_1.weight") in state_dict
+        network = (CTMUNet2DModel if target else UNet2DModel)(
+            **{**SIZE, "attention_head_dim": attention_head_dim, "dropout": dropout},
+            num_class_embeds=None if labels is None else len(labels),
+        )
+        weights = {".".join(reversed(name.split("/")[1:])): tensor for name, tensor in state_dict.items()}
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"These weights do not fit: {error}") from error
+        return network.eval()
+
+    def to_official(self, network, flavour=None):
+        return {official_name(name): tensor for name, tensor in network.state_dict().items()}
 
 
-def to_diffusers(state_dict, **overrides):
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    target = official_name("target_time_embedding.linear_1.weight") in shapes
-    network = (CTMUNet2DModel if target else UNet2DModel)(**config_of(shapes, **overrides))
-    weights = {".".join(reversed(name.split("/")[1:])): tensor for name, tensor in state_dict.items()}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"These weights do not fit: {error}") from error
-    return network
-
-
-TOY = SimpleNamespace(
-    matches=lambda shapes: official_name("conv_in.weight") in shapes,
-    config_of=config_of,
-    to_diffusers=to_diffusers,
-    to_official=lambda network: {official_name(name): tensor for name, tensor in network.state_dict().items()},
-    defaults=lambda shapes: {
-        "sigma_data": 0.5,
-        "timestep_scale": 1000.0 if any("target" in n for n in shapes) else 1.0,
-    },
-)
+TOY = Toy()
 
 
 @pytest.fixture(autouse=True)
 def family(monkeypatch):
-    toy = families.Family("convert_toy", ("UNet2DModel", "CTMUNet2DModel"), head="head_dim")
-    monkeypatch.setattr(families, "FAMILIES", {"toy": toy})
-    monkeypatch.setattr(families, "family_module", {"toy": TOY}.__getitem__)
+    monkeypatch.setattr(families, "FAMILIES", (TOY,))
 
 
 def network_of(cls=CTMUNet2DModel, std=0.1, **changes):
@@ -227,13 +220,6 @@ def test_nvidias_other_preconditionings_are_not_taken_for_edm(name, tmp_path, ca
     assert f"holds a {name}, not an EDMPrecond" in fails(capsys, tmp_path / "net.pkl", tmp_path / "out")
 
 
-def test_names_that_say_huge_images_are_refused(student, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "MAX_SIDE", 7)
-    assert "images of 8 pixels a side" in fails(capsys, student[1], tmp_path / "out")
-    monkeypatch.setattr(convert, "MAX_SIDE", 8)
-    run(student[1], tmp_path / "out")
-
-
 def test_overrides_reach_network_and_scheduler(student, tmp_path):
     _, source = student
     options = ["--num_head_channels", 4, "--dropout", 0, "--sigma_data", 0.6, "--timestep_scale", 1]
@@ -284,12 +270,8 @@ def test_a_folder_that_is_not_the_same_network_is_not_written(damage, message, s
 
 # The official networks ------------------------------------------------------------------------------------------------
 
-OFFICIAL = {
-    "edm_ddpmpp_uncond": ("convert_edm", {}),
-    "edm_ncsnpp_cond": ("convert_edm", {}),
-    "ctm_cifar_uncond": ("convert_edm", {}),
-    "ctm_adm64_cond": ("convert_adm", {"--num_head_channels": 16}),
-}
+OFFICIAL = {"edm_ddpmpp_uncond": [], "edm_ncsnpp_cond": [], "ctm_cifar_uncond": []}
+OFFICIAL |= {"ctm_adm64_cond": ["--num_head_channels", "16"]}
 
 
 def module_of(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -306,29 +288,26 @@ def module_of(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 
 @pytest.mark.skipif(not ORACLE.exists(), reason="the authors' numbers are not in this checkout")
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_official_networks_give_the_authors_numbers(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, options", OFFICIAL.items(), ids=OFFICIAL.keys())
+def test_official_networks_give_the_authors_numbers(name, options, tmp_path, monkeypatch):
     """From a pickle of a module with averaged weights, as NVIDIA's, to a pipeline, and back to official names."""
-    module, options = OFFICIAL[name]
-    pytest.importorskip(f"training.{module}")
     monkeypatch.undo()  # the real families
     weights = safetensors.torch.load_file(ORACLE / f"{name}.safetensors")
     with open(tmp_path / "net.pkl", "wb") as file:
         pickle.dump({"ema": module_of(weights)}, file)
-    options = [part for option in options.items() for part in option]
     run(tmp_path / "net.pkl", tmp_path / "out", *options)
     pipe = CTMPipeline.from_pretrained(tmp_path / "out")
     numbers = {key: torch.from_numpy(value) for key, value in np.load(ORACLE / f"{name}_io.npz").items()}
     levels = numbers["sigma"] if "sigma" in numbers else numbers["t"]
     labels = numbers.get("labels", numbers.get("y"))
-    label = {} if pipe.unet.config.num_class_embeds is None else {"class_labels": labels.long()}
+    label = condition(None if pipe.unet.config.num_class_embeds is None else labels.long())
     preconditioning = pipe.scheduler.preconditioning
     with torch.no_grad():
         if name.startswith("ctm"):
-            found, key = preconditioning.jump(pipe.unet, numbers["x"], levels, numbers["s"], **label), "G"
+            output, key = preconditioning.jump(pipe.unet, numbers["x"], levels, numbers["s"], **label), "G"
         else:
-            found, key = preconditioning.denoise(pipe.unet, numbers["x"], levels, **label), "D"
-    assert (found - numbers[key]).abs().max() < 2e-5 * max(1, numbers[key].abs().max())
+            output, key = preconditioning.denoise(pipe.unet, numbers["x"], levels, **label), "D"
+    assert (output - numbers[key]).abs().max() < 2e-5 * max(1, numbers[key].abs().max())
     run(tmp_path / "out", tmp_path / "net.pt", "--to", "official", *options)
     assert set(read_checkpoint(tmp_path / "net.pt")) == set(weights)
 
@@ -383,7 +362,7 @@ def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
     torch.save({name: tensor.to(torch.int8) for name, tensor in weights.items()}, tmp_path / "int8.pt")
     one = torch.zeros(max(tensor.numel() for tensor in weights.values()))  # that all tensors are parts of
     torch.save({name: one[: tensor.numel()].view_as(tensor) for name, tensor in weights.items()}, tmp_path / "one.pt")
-    torch.save({f"{'x' * 5000}.{name}": tensor for name, tensor in weights.items()}, tmp_path / "long.pt")
+    torch.save({f"{'x.' * 5000}{name}": tensor for name, tensor in weights.items()}, tmp_path / "long.pt")
     (tmp_path / "labels.json").write_text('["a"]')
     (tmp_path / "broken.json").write_text('{"a": ')
     before = sorted(os.listdir(tmp_path))
@@ -392,7 +371,7 @@ def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
         ([tmp_path / "unknown.pt"], "no network that is known"),
         ([tmp_path / "short.pt"], "do not fit"),
         ([tmp_path / "nan.pt"], "output is not finite"),
-        ([tmp_path / "int8.pt"], "quantised"),
+        ([tmp_path / "int8.pt"], "quantized"),
         ([tmp_path / "one.pt"], "repeat each other"),
         ([tmp_path / "long.pt"], "no network that is known"),
         ([tmp_path / "absent.pt"], "not there"),
@@ -438,23 +417,9 @@ def test_source_and_out_may_be_anywhere_and_in_yaml(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("source: from-yaml\nout: there\ndropout: 0.5\n")
     assert parse_config(ConvertConfig, ["--config", str(path)]).source == "from-yaml"
-    for arguments in (["a", "b", "--dropout", "0.1"], ["--dropout", "0.1", "a", "b"], ["a", "--dropout", "0.1", "b"]):
-        config = parse_config(ConvertConfig, arguments)
+    for arguments in ("a b --dropout 0.1", "--dropout 0.1 a b", "a --dropout 0.1 b"):
+        config = parse_config(ConvertConfig, ["--config", str(path), *arguments.split()])
         assert (config.source, config.out, config.dropout) == ("a", "b", 0.1)
-    config = parse_config(ConvertConfig, ["--config", str(path), "a", "b"])
-    assert (config.source, config.out, config.dropout) == ("a", "b", 0.5)
-
-
-def test_the_command_refuses_a_pickle_that_would_run_something(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    monkeypatch.setattr(sys, "argv", ["training.convert", "evil.pkl", "out"])
-    monkeypatch.delitem(sys.modules, "training.convert")
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("training.convert", run_name="__main__")
-    said = capsys.readouterr().err
-    assert stopped.value.code == 1 and "os.system" in said and "Traceback" not in said
-    assert os.listdir(tmp_path) == ["evil.pkl"]
 
 
 # Addresses ------------------------------------------------------------------------------------------------------------
@@ -473,12 +438,11 @@ def website(student, monkeypatch):
                 self.send_header("Location", "http://example.com/x.pt" if path == "/away" else "/ctm.pt")
                 self.end_headers()
                 return
-            if path not in ("/ctm.pt", "/short.pt", "/endless.pt"):
+            if path not in ("/ctm.pt", "/short.pt"):
                 self.send_error(404)
                 return
             self.send_response(200)
-            if path != "/endless.pt":
-                self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[:-1] if path == "/short.pt" else content)
 
@@ -507,8 +471,6 @@ def test_downloads_are_whole_or_refused(website, student, tmp_path, capsys, monk
     ]:
         message = fails(capsys, f"{website}{path}", tmp_path / "other")
         assert word in message and "secret" not in message
-    monkeypatch.setattr(download, "MAX_DOWNLOAD", 1000)
-    assert "larger" in fails(capsys, f"{website}/endless.pt", tmp_path / "other")
     assert os.listdir(scratch) == [] and not (tmp_path / "other").exists()
 
 
@@ -520,8 +482,8 @@ def test_downloads_are_whole_or_refused(website, student, tmp_path, capsys, monk
         ("file:///etc/passwd", "is not there"),
         ("http://example.com:none/x", "no https"),
         ("https://someone:secret@example.com/x", "a user or a password"),
-        ("https://example.com:none/x", "no proper address"),
-        ("https://example.com/a b.pt?token=secret a", "no proper address"),
+        ("https://example.com:none/x", "Is the address right?"),
+        ("https://example.com/a b.pt?token=secret a", "Is the address right?"),
     ],
 )
 def test_other_addresses_are_never_opened(address, word, tmp_path, capsys):
@@ -553,12 +515,11 @@ def test_a_file_on_the_hub(student, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         file = "user/repo/deep/ctm.pt"
-        run(file, tmp_path / "old", "--revision", revision, "--token", "hf_secret")
+        run(file, tmp_path / "old", "--revision", revision)
         run(file, tmp_path / "new")
-        assert "neither a file here nor one" in fails(capsys, "user/repo/absent.pt", tmp_path / "absent")
-        assert "neither a file here nor one" in fails(capsys, file, tmp_path / "absent", "--revision", "none")
+        assert "the Hub does not give it" in fails(capsys, "user/repo/absent.pt", tmp_path / "absent")
+        assert "the Hub does not give it" in fails(capsys, file, tmp_path / "absent", "--revision", "none")
     assert same_weights(network, CTMPipeline.from_pretrained(tmp_path / "old").unet)
     assert same_weights(second, CTMPipeline.from_pretrained(tmp_path / "new").unet)
-    record = (tmp_path / "old" / "conversion.json").read_text()
-    assert json.loads(record)["source"] == file and json.loads(record)["revision"] == revision
-    assert "hf_secret" not in record
+    record = json.loads((tmp_path / "old" / "conversion.json").read_text())
+    assert record["source"] == file and record["revision"] == revision

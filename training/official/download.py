@@ -1,21 +1,17 @@
-"""A checkpoint from a path, the Hub or an https address (torch.hub.download_url_to_file)."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""A checkpoint from a path, the Hub or an https address."""
 
 import http.client
 import os
-import urllib.error
+import shutil
 import urllib.parse
 import urllib.request
 
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from ..cli.errors import UserError, error_text
+from ..cli.errors import UserError, loading
 from ..cli.names import is_address, public_name
-
-
-MAX_DOWNLOAD = 2**35  # bytes
-
-CHUNK = 2**20
 
 
 def shown(source: str) -> str:
@@ -26,7 +22,7 @@ def shown(source: str) -> str:
 def fetch(source: str, revision: str | None, folder: str) -> str:
     """The path of the checkpoint `source`, downloaded into `folder` if it is an address.
 
-    Raises UserError if it is not there, or its name could be none of the three.
+    Raises UserError if it is not there, or if its name cannot be a path, a file on the Hub or an address.
     """
     if is_address(source):
         return download(source, folder)
@@ -39,12 +35,8 @@ def fetch(source: str, revision: str | None, folder: str) -> str:
         raise UserError(
             f"SOURCE {source} is not there. Pass a file, a file on the Hub as user/repo/file.pt, or an https address."
         )
-    try:
+    with loading(f"SOURCE {source}", "It is no file on this disk, and the Hub does not give it."):
         return hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), revision=revision)
-    except Exception as error:  # huggingface_hub raises many kinds
-        raise UserError(
-            f"SOURCE {source} is neither a file here nor one that can be had from the Hub: {error_text(error)}"
-        ) from error
 
 
 def check_address(address: str, local: bool = True) -> None:
@@ -59,7 +51,7 @@ def check_address(address: str, local: bool = True) -> None:
 
 
 class _OnlySecure(urllib.request.HTTPRedirectHandler):
-    """Follows a redirection to https only, or on this machine if it comes from there: no website reaches what is served here."""
+    """Follows a redirection to https only: no website reaches what is served on this machine."""
 
     def redirect_request(self, request, file, code, message, headers, address):
         check_address(address, local=request.type == "http")
@@ -67,27 +59,24 @@ class _OnlySecure(urllib.request.HTTPRedirectHandler):
 
 
 def download(address: str, folder: str) -> str:
-    """Fetch `address` into `folder`; return the file's path. UserError if it does not come whole."""
+    """Fetch `address` into `folder`; return the file's path.
+
+    torch.hub.download_url_to_file does not serve: it has no timeout, follows any redirection, and keeps a file that broke off.
+    """
     check_address(address)
-    path = os.path.join(folder, "download")
-    name = public_name(address)
+    path, name = os.path.join(folder, "download"), public_name(address)
     try:
-        with urllib.request.build_opener(_OnlySecure).open(address, timeout=60) as answer, open(path, "wb") as file:
-            announced = answer.headers.get("Content-Length")
-            expected = int(announced) if announced is not None else None
-            received = 0
-            with tqdm(total=expected, unit="B", unit_scale=True, desc=os.path.basename(name)) as progress:
-                while chunk := answer.read(CHUNK):
-                    received += len(chunk)
-                    if received > MAX_DOWNLOAD:
-                        raise UserError(f"SOURCE {name} is larger than {MAX_DOWNLOAD / 2**30:.0f} GiB.")
-                    file.write(chunk)
-                    progress.update(len(chunk))
-    except http.client.InvalidURL as error:  # whose text repeats the address, query and all
-        raise UserError(f"SOURCE {name} is no proper address; spaces, for instance, are written as %20.") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
-        reason = f"{error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else error
-        raise UserError(f"SOURCE {name} cannot be downloaded: {reason}.") from error
-    if expected is not None and received != expected:
-        raise UserError(f"SOURCE {name} broke off after {received:,} of {expected:,} bytes. Try again.")
+        answer = urllib.request.build_opener(_OnlySecure).open(address, timeout=60)
+        expected = answer.length
+        with tqdm.wrapattr(answer, "read", total=expected, desc=os.path.basename(name)) as stream, open(path, "wb") as file:
+            shutil.copyfileobj(stream, file)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = (
+            error if isinstance(error, OSError) else type(error).__name__
+        )  # others repeat the address, query and all
+        raise UserError(
+            f"SOURCE {name} cannot be downloaded: {reason}. Is the address right? Spaces are written as %20."
+        ) from error
+    if expected not in (None, os.path.getsize(path)):
+        raise UserError(f"SOURCE {name} broke off after {os.path.getsize(path):,} of {expected:,} bytes. Try again.")
     return path

@@ -1,87 +1,89 @@
-"""`FAMILIES = (song, adm)`, imported, not by string: which one weights are of. A Protocol with matches, defaults, to_diffusers, to_official, without_variances."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The families of official networks, and which one weights are of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..cli.errors import UserError
-from . import adm as convert_adm
-from . import song as convert_edm
+from . import adm, song
+from .layers import Shapes, Tensors, shapes_of
 from .pickles import Record
 from .weights import module_numbers
 
 
+WRAPPERS = 4  # that may lie around each other
 COUNTERS = {"n_averaged"}  # what torch's AveragedModel holds beside the network
 
-MAX_NAME = 200  # characters; those of official networks have fewer than 80
 
-
-@dataclass(frozen=True)
-class Family:
+class Family(Protocol):
     """A family of official networks.
 
-    Args:
-        module: a module of this package with `matches(shapes) -> bool` (is a state dict with these names and shapes of the family?),
-            `to_diffusers(state_dict, **overrides) -> network` (UserError names what does not fit), `to_official(network) -> dict`
-            (the authors' key names), and `defaults(shapes) -> dict` or `DEFAULTS`: what shapes do not tell.
-        classes: names of the network classes that it makes.
-        head: its override for the channels per attention head.
-        orders: whether its networks differ in the order of attention's channels (`qkv_order`).
+    To add one, write a file in this room that has what is listed here, and put it into FAMILIES. layers.py has what most of it is made
+    of: list the network's layers as `Layer(official, own, kind)`, infer its arguments from names and shapes, and let `empty_network`,
+    `check_shapes`, `filled` and `official_tensors` do the rest. song.py is the shorter example.
+
+    Attributes:
+        NAME: what `conversion.json` records.
+        CLASSES: the networks that it makes.
     """
 
-    module: ModuleType
-    classes: tuple[str, ...]
-    head: str = "num_head_channels"
-    orders: bool = False
+    NAME: str
+    CLASSES: tuple[type[torch.nn.Module], ...]
+
+    def matches(self, shapes: Shapes) -> bool:
+        """Whether a state dict with these names and shapes is of the family."""
+
+    def defaults(self, shapes: Shapes) -> dict[str, float]:
+        """`sigma_data` and `timestep_scale`, which shapes do not tell."""
+
+    def to_diffusers(
+        self, state_dict: Mapping[str, torch.Tensor], qkv_order: str | None = None, **overrides
+    ) -> torch.nn.Module:
+        """The network. `overrides` are arguments of its class. UserError names what does not fit."""
+
+    def without_variances(self, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
+        """The weights of a network that predicts epsilon, without the outputs of a learned variance. UserError if none does."""
+
+    def to_official(self, network: torch.nn.Module, flavour: str | None = None) -> Tensors:
+        """The state dict with the authors' names, in one of the family's `flavour`s."""
 
 
-FAMILIES = {
-    "edm": Family(convert_edm, ("EDMUNet2DModel",), head="attention_head_dim"),
-    "adm": Family(convert_adm, ("UNet2DModel", "CTMUNet2DModel"), orders=True),
-}
+FAMILIES: tuple[Family, ...] = (song, adm)
 
 
-def family_module(family: str) -> ModuleType:
-    return FAMILIES[family].module
+def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[str, torch.Tensor]]:
+    """(family, state dict without wrappers' prefixes), recognized by names and shapes.
 
-
-def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
-    """(family, state dict without wrappers' prefixes), recognised by key names and shapes.
-
-    What DistributedDataParallel, torch.compile or a trainer's module put before every name ("module.", "_orig_mod.", "net.", several
-    of them) is left out where the names with it are known to no family. Raises UserError if it is of no family.
+    DistributedDataParallel, torch.compile or a trainer's module put a prefix before every name ("module.", "_orig_mod.", "net.",
+    several of them). It is left out where the names with it are of no family. Raises UserError if the weights are of no family.
     """
     bare = {name: tensor for name, tensor in state_dict.items() if name not in COUNTERS}
-    while bare and all(len(name) <= MAX_NAME for name in bare):
+    for _ in range(WRAPPERS + 1):
         for family in FAMILIES:
-            if family_module(family).matches(shapes_of(bare)):
+            if family.matches(shapes_of(bare)):
                 return family, bare
-        prefix = next(iter(bare)).partition(".")[0] + "."
+        prefix = next(iter(bare), "").partition(".")[0] + "."
         if not all(name.startswith(prefix) for name in bare):
             break
         bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
     some = ", ".join(f"{name[:60]} {list(tensor.shape)}" for name, tensor in list(state_dict.items())[:4])
     raise UserError(
-        f"These weights are of no network that is known here ({len(state_dict)} tensors: {some}, ...). Known are EDM's DDPM++, NCSN++ "
-        "and ADM, OpenAI's ADM, and the CTMs of both."
+        f"These weights are of no network that is known here ({len(state_dict)} tensors: {some}, ...). Known are EDM's DDPM++, "
+        "NCSN++ and ADM, OpenAI's ADM, and the CTMs of both."
     )
 
 
-def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-
-def family_defaults(family: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the family knows that shapes do not tell."""
-    module = family_module(family)
-    return module.defaults(shapes) if hasattr(module, "defaults") else dict(module.DEFAULTS)
+def family_of(network: torch.nn.Module) -> Family:
+    for family in FAMILIES:
+        if isinstance(network, family.CLASSES):
+            return family
+    raise UserError(f"A {type(network).__name__} has no official form.")
 
 
 def said_by(part: Any) -> dict[str, float]:
-    """What a pickled network says of itself beside its weights: `sigma_data` and `dropout`. Nothing of a state dict.
+    """What a pickled network says of itself beside its weights: `sigma_data` and `dropout`. Nothing for a state dict.
 
     Raises UserError if it is one of NVIDIA's other preconditionings, whose tensors are named alike.
     """
@@ -90,9 +92,9 @@ def said_by(part: Any) -> dict[str, float]:
     name = part.class_name.rpartition(".")[2]
     if name.endswith("Precond") and name != "EDMPrecond":
         raise UserError(
-            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something else and are shown other "
-            "times. Only those with EDM's preconditioning are converted."
+            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something else and are "
+            "shown other times. Only those with EDM's preconditioning are converted."
         )
-    found = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
-    said = {key: values.pop() for key, values in found.items() if len(values) == 1}
+    values = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
+    said = {key: numbers.pop() for key, numbers in values.items() if len(numbers) == 1}
     return {key: value for key, value in said.items() if value > 0 and (key != "dropout" or value < 1)}

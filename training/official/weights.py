@@ -1,4 +1,5 @@
-"""Find the state dict in what a file holds."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Find the state dict in what a checkpoint file holds."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,12 +7,15 @@ from typing import Any
 import torch
 
 from ..cli.errors import UserError
-from .pickles import ENTRIES, Record, _short
+from .pickles import Record, short
 
 
 MAX_MODULES = 20_000  # modules of a network
-
 MAX_DEPTH = 100  # modules within modules
+
+# Where checkpoints keep their weights, the best first: averaged weights are what samples well.
+ENTRIES = ("ema", "model_ema", "ema_model", "ema_state_dict", "params_ema", "g_ema")
+ENTRIES += ("state_dict", "model_state_dict", "model", "network", "net", "unet", "params", "module")
 
 
 def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
@@ -43,10 +47,10 @@ def _modules(module: Record) -> Iterator[tuple[str, dict]]:
         prefix, part = waiting.pop()
         seen += 1
         if seen > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
-            raise UserError(f"The module {_short(module.class_name)} has more parts than any network.")
+            raise UserError(f"The module {short(module.class_name)} has more parts than any network.")
         state = part.state if isinstance(part, Record) else None
         if type(state) is not dict or type(state.get("_parameters")) is not dict:
-            raise UserError(f"{_short(prefix) or 'The object'} is no torch.nn.Module.")
+            raise UserError(f"{short(prefix) or 'The object'} is no torch.nn.Module.")
         yield prefix, state
         children = [(f"{prefix}{name}.", child) for name, child in _children(state, "_modules") if child is not None]
         waiting += reversed(children)
@@ -55,7 +59,7 @@ def _modules(module: Record) -> Iterator[tuple[str, dict]]:
 def _children(state: Mapping, kind: str) -> list[tuple[str, Any]]:
     children = state.get(kind) or {}
     if type(children) is not dict or not all(type(name) is str and len(name) <= 200 for name in children):
-        raise UserError(f"A module's {kind} are no names.")
+        raise UserError(f"A module's {kind} have no proper names.")
     return list(children.items())
 
 
@@ -74,39 +78,44 @@ def find_weights(checkpoint: Any, entry: str | None = None) -> tuple[str, dict |
 
     Args:
         checkpoint: a state dict, a module, or a dict that holds one of them, maybe one dict further down.
-        entry: its name, dotted if it lies deeper. None takes the first of ENTRIES that is there, averaged weights before others, and
-            the checkpoint itself, named "", if it is a state dict.
+        entry: its name, dotted if it lies deeper. None takes the first of ENTRIES that is there, averaged weights before others,
+            and the checkpoint itself, named "", if it is a state dict.
 
     Raises:
-        UserError: there are none; the message lists what there is.
+        UserError: no entry has weights; the message lists what the file has.
     """
-    found = {"": checkpoint}
-    levels, seen = [("", checkpoint)], {id(checkpoint)}
+    parts = {"": checkpoint} | _parts(checkpoint)
+    counts = {name: len(weights_of(part)) for name, part in parts.items()}
+    parts = {name: part for name, part in parts.items() if counts[name]}
+    listed = ", ".join(f"{short(name) or 'the file itself'} ({counts[name]})" for name in list(parts)[:8]) or "none"
+    if entry is not None:
+        if entry not in parts:
+            raise UserError(f"--entry {entry} has no tensors. Entries with tensors: {listed}.")
+        return entry, parts[entry]
+    nested = [name for name in parts if name]
+    for usual in ENTRIES:
+        for name in nested:  # the outer ones first
+            if name.rpartition(".")[2] == usual:
+                return name, parts[name]
+    if "" in parts:
+        return "", parts[""]
+    if len(nested) == 1:
+        return nested[0], parts[nested[0]]
+    raise UserError(
+        f"The file has no weights under a usual name; name one with --entry. Entries with tensors: {listed}."
+    )
+
+
+def _parts(checkpoint: Any) -> dict[str, dict | Record]:
+    """The dicts and objects within the dict `checkpoint`, and within those, by dotted names. A shared one is listed once."""
+    parts, level, seen = {}, {"": checkpoint}, {id(checkpoint)}
     for _ in range(2):
-        inner = []
-        for prefix, value in levels:
+        inner = {}
+        for prefix, value in level.items():
             for name, part in value.items() if type(value) is dict else ():
                 if type(name) is str and isinstance(part, dict | Record) and id(part) not in seen:
-                    seen.add(id(part))  # what is shared is looked at once
-                    inner.append((f"{prefix}{name}.", part))
-        levels = inner
-        found |= {name.removesuffix("."): part for name, part in levels}
-    counts = {name: len(weights_of(part)) for name, part in found.items()}
-    found = {name: part for name, part in found.items() if counts[name]}
-    listed = ", ".join(f"{_short(name) or 'the file itself'} ({counts[name]})" for name in list(found)[:8])
-    if entry is not None:
-        if entry not in found:
-            raise UserError(f"--entry {entry} has no tensors. Entries with tensors: {listed or 'none'}.")
-        return entry, found[entry]
-    nested = [name for name in found if name]
-    for wanted in ENTRIES:
-        for name in sorted(nested, key=lambda name: name.count(".")):
-            if name.rpartition(".")[2] == wanted:
-                return name, found[name]
-    if "" in found:
-        return "", found[""]
-    if len(nested) == 1:
-        return nested[0], found[nested[0]]
-    raise UserError(
-        f"The file has no weights under a usual name; name one with --entry. Entries with tensors: {listed or 'none'}."
-    )
+                    seen.add(id(part))
+                    inner[f"{prefix}{name}."] = part
+        level = inner
+        parts |= {name.removesuffix("."): part for name, part in level.items()}
+    return parts

@@ -21,7 +21,7 @@ from torch import nn
 from helpers.nvidia import EasyDict, Persistent, nvidia_pickle
 from training.cli.errors import UserError
 from training.official.files import read_checkpoint
-from training.official.pickles import LEGACY_MAGIC, LEGACY_PROTOCOL, MAX_OPCODES, Record
+from training.official.pickles import LEGACY_MAGIC, LEGACY_PROTOCOL, MAX_READS, Record
 from training.official.weights import (
     MAX_DEPTH,
     MAX_MODULES,
@@ -414,7 +414,7 @@ LENGTHS = {
     "LONG, decimal": b"L" + b"9" * 100_000 + b"L\n.",
     "LONG, binary": b"\x80\x02\x8b" + struct.pack("<I", 10**6) + b"\x11" * 10**6 + b".",
     "a line without end": b"S'" + b"x" * 3_000_000,
-    "more instructions than any checkpoint": b"\x80\x04" + b"}\x94" * MAX_OPCODES + b".",
+    "more instructions than any checkpoint": b"\x80\x04" + b"}\x94" * MAX_READS + b".",
 }
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Official SongUNet checkpoints as EDMUNet2DModel and back: the authors' numbers, names and shapes."""
 
+import functools
 import json
 import math
 
@@ -10,29 +11,24 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import silu
 
-from diffusers_ctm import EDMUNet2DModel
+from diffusers_ctm import CTMPipeline, EDMHeunScheduler, EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import append_dims
+from helpers.comparing import close as close_to
 from helpers.exact import randn
 from helpers.places import ORACLE
 from helpers.tiny_networks import EDM_KINDS, inputs, make_edm, times
 from training.cli.errors import UserError
-from training.official import song as convert_edm
+from training.official import song
+from training.official.layers import shapes_of
 
 
 EDM = ["edm_ddpmpp_uncond", "edm_ddpmpp_cond", "edm_ncsnpp_cond"]
-PRECONDITIONING = Preconditioning(convert_edm.DEFAULTS["sigma_data"], convert_edm.DEFAULTS["timestep_scale"])
+PRECONDITIONING = Preconditioning(song.DEFAULTS["sigma_data"], song.DEFAULTS["timestep_scale"])
 square = {name: changes for name, changes in EDM_KINDS.items() if name != "not square"}
 every_kind = pytest.mark.parametrize("changes", square.values(), ids=square.keys())
 both_times = pytest.mark.parametrize("target_time", [False, True], ids=["teacher", "ctm"])
-
-
-def close(actual, expected, atol=2e-5):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
-
-
-def shapes_of(state_dict):
-    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+close = functools.partial(close_to, rtol=0, atol=2e-5)
 
 
 @pytest.fixture
@@ -47,17 +43,10 @@ def official(oracle):
 
 
 def captured(network, **modules):
-    """First outputs of the named submodules, in a dict that fills as the network is called."""
+    """Latest outputs of the named submodules, in a dict that fills as the network is called."""
     outputs = {}
-
-    def keep(key):
-        def hook(module, args, output):
-            outputs.setdefault(key, output)
-
-        return hook
-
     for key, name in modules.items():
-        network.get_submodule(name).register_forward_hook(keep(key))
+        network.get_submodule(name).register_forward_hook(lambda *call, key=key: outputs.update({key: call[2]}))
     return outputs
 
 
@@ -67,7 +56,7 @@ def captured(network, **modules):
 @torch.no_grad()
 def test_ctm_gives_the_authors_numbers(official):
     state_dict, io = official("ctm_cifar_uncond")
-    network = convert_edm.to_diffusers(state_dict)
+    network = song.to_diffusers(state_dict)
     assert network.has_target_time and not network.training
     inside = captured(
         network,
@@ -92,7 +81,7 @@ def test_ctm_gives_the_authors_numbers(official):
 
 @torch.no_grad()
 def test_ctms_teacher_gives_the_authors_numbers(official):
-    teacher = convert_edm.to_diffusers(official("edm_ddpmpp_uncond")[0])
+    teacher = song.to_diffusers(official("edm_ddpmpp_uncond")[0])
     _, io = official("ctm_cifar_uncond")
     # they recover F from D, which loses digits where t is small
     close(teacher(io["net_in"], io["t"].log() / 4).sample, io["teacher_F"], atol=1e-4)
@@ -104,7 +93,7 @@ def test_ctms_teacher_gives_the_authors_numbers(official):
 @torch.no_grad()
 def test_edm_gives_the_authors_numbers(official, name):
     state_dict, io = official(name)
-    network = convert_edm.to_diffusers(state_dict)
+    network = song.to_diffusers(state_dict)
     inside = captured(network, map_layer1="time_embedding.linear_2")
     x, sigma, augment = io["x"], io["sigma"], io["augment_labels"]
     labels = {"class_labels": io["labels"]} if "labels" in io else {}
@@ -122,10 +111,8 @@ def test_edm_gives_the_authors_numbers(official, name):
 
 @torch.no_grad()
 def test_heun_sampler_gives_the_authors_images(official, oracle):
-    from diffusers_ctm import CTMPipeline, EDMHeunScheduler
-
     run = oracle("edm_ddpmpp_uncond_edmsampler18.npz")
-    network = convert_edm.to_diffusers(official("edm_ddpmpp_uncond")[0])
+    network = song.to_diffusers(official("edm_ddpmpp_uncond")[0])
     pipe = CTMPipeline(network, EDMHeunScheduler(timestep_scale=1.0))
     pipe.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(run["latents"][:1]).float()
@@ -137,7 +124,7 @@ def test_heun_sampler_gives_the_authors_images(official, oracle):
 def test_official_tensors_return(official, name):
     """Bit for bit, but for the two biases of a CTM's block: their sum returns in the first."""
     state_dict, _ = official(name)
-    again = convert_edm.to_official(convert_edm.to_diffusers(state_dict))
+    again = song.to_official(song.to_diffusers(state_dict))
     assert again.keys() == state_dict.keys()
     for key, tensor in state_dict.items():
         if key.endswith("affine.bias") and name.startswith("ctm"):
@@ -175,12 +162,13 @@ def test_full_size_names_map_one_to_one(name, count, prefix):
     expected = {key: tuple(shape) for key, shape, _ in entry["state_dict"]}
     assert entry["n_params"] == count
     shapes = {prefix + key.removeprefix("model."): shape for key, shape in expected.items()}
-    assert convert_edm.matches(shapes)
+    assert song.matches(shapes)
     with torch.device("meta"):
-        network = convert_edm.to_diffusers({key: torch.empty(shape) for key, shape in shapes.items()})
+        state_dict = {key: torch.empty(shape) for key, shape in shapes.items()}
+    network = song.to_diffusers(state_dict)
     assert {tensor.device.type for tensor in network.state_dict().values()} == {"meta"}
 
-    again = convert_edm.to_official(network)
+    again = song.to_official(network)
     assert shapes_of(again) == expected
     merged = sum(math.prod(shape) for key, shape in expected.items() if key.endswith("affine_s.bias"))
     assert sum(parameter.numel() for parameter in network.parameters()) == count - merged
@@ -199,8 +187,8 @@ def test_full_size_names_map_one_to_one(name, count, prefix):
 
 def test_another_family_does_not_match():
     other = {key: tuple(shape) for key, shape, _ in full_size("edm_imagenet64_adm_cond")["state_dict"]}
-    assert not convert_edm.matches(other)
-    assert not convert_edm.matches({"conv_in.weight": (8, 3, 3, 3)}) and not convert_edm.matches({})
+    assert not song.matches(other)
+    assert not song.matches({"conv_in.weight": (8, 3, 3, 3)}) and not song.matches({})
 
 
 # The official network, written out ------------------------------------------------------------------------------------
@@ -326,7 +314,7 @@ class Song:
 def test_equals_the_official_arithmetic(changes, target_time):
     network = make_edm(target_time=target_time, **changes)
     sample, t, s, condition = inputs(network)
-    official = Song(convert_edm.to_official(network), network)(sample, *times(network, t, s), **condition)
+    official = Song(song.to_official(network), network)(sample, *times(network, t, s), **condition)
     assert official.std() > 0.1
     close(network(sample, *times(network, t, s), **condition).sample.double(), official)
 
@@ -338,10 +326,10 @@ def test_equals_the_official_arithmetic(changes, target_time):
 @both_times
 def test_there_and_back_is_the_same_function(changes, target_time):
     network = make_edm(target_time=target_time, **changes)
-    state_dict = convert_edm.to_official(network)
+    state_dict = song.to_official(network)
     overrides = {name: changes[name] for name in ("attention_head_dim", "decoder_type") if name in changes}
-    assert convert_edm.matches(shapes_of(state_dict))
-    again = convert_edm.to_diffusers(state_dict, dropout=0.0, **overrides)
+    assert song.matches(shapes_of(state_dict))
+    again = song.to_diffusers(state_dict, dropout=0.0, **overrides)
     sample, t, s, condition = inputs(network)
     pair = times(network, t, s)
     assert torch.equal(again(sample, *pair, **condition).sample, network(sample, *pair, **condition).sample)
@@ -352,29 +340,13 @@ def test_there_and_back_is_the_same_function(changes, target_time):
     assert {tuple(p.shape) for p in again.parameters() if not p.requires_grad} == set()
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-@torch.no_grad()
-def test_attention_is_that_of_the_official_rows(heads):
-    """qkv as the authors read it: reshaped to (batch * heads, channels of a head, three, positions)."""
-    network = make_edm(attention_head_dim=16 // heads)
-    state = {name.removeprefix("model."): tensor for name, tensor in convert_edm.to_official(network).items()}
-    x = randn(2, 16, 4, 4, dtype=torch.float32)
-    normed = nn.functional.group_norm(x, 4, state["dec.4x4_in0.norm2.weight"], state["dec.4x4_in0.norm2.bias"], 1e-6)
-    qkv = nn.functional.conv2d(normed, state["dec.4x4_in0.qkv.weight"], state["dec.4x4_in0.qkv.bias"])
-    q, k, v = qkv.reshape(2 * heads, 16 // heads, 3, 16).unbind(2)
-    weights = (q.transpose(1, 2) @ k / math.sqrt(16 / heads)).softmax(dim=2)
-    mixed = (v @ weights.transpose(1, 2)).reshape(2, 16, 4, 4)
-    mixed = nn.functional.conv2d(mixed, state["dec.4x4_in0.proj.weight"], state["dec.4x4_in0.proj.bias"])
-    close(network.mid_block.attentions["0"](x), (mixed + x) * math.sqrt(0.5))
-
-
 @torch.no_grad()
 def test_a_ctm_that_is_merged_by_hand():
     """Two linear layers and two biases per block become one layer: emb @ A + a + emb_s @ B + b."""
-    state = convert_edm.to_official(make_edm(target_time=True))
+    state = song.to_official(make_edm(target_time=True))
     for seed, name in enumerate(name for name in state if name.endswith("affine_s.bias")):
         state[name] = randn(*state[name].shape, seed=seed, dtype=torch.float32)
-    block = convert_edm.to_diffusers(state).down_blocks[0].resnets[0]
+    block = song.to_diffusers(state).down_blocks[0].resnets[0]
     emb, emb_s = randn(2, 4, 32, dtype=torch.float32)
     name = "model.enc.8x8_block0.affine"
     expected = emb @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -383,30 +355,27 @@ def test_a_ctm_that_is_merged_by_hand():
 
 
 def test_half_precision_files_become_float32():
-    state = {name: tensor.half() for name, tensor in convert_edm.to_official(make_edm(**EDM_KINDS["NCSN++"])).items()}
-    network = convert_edm.to_diffusers(state)
+    state = {name: tensor.half() for name, tensor in song.to_official(make_edm(**EDM_KINDS["NCSN++"])).items()}
+    network = song.to_diffusers(state)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     frequencies = network.time_proj.frequency_bits.view(torch.float32)
     assert torch.equal(frequencies, state["model.map_noise.freqs"].float())
 
 
 def test_overrides_win():
-    state = convert_edm.to_official(make_edm(num_class_embeds=7))
-    config = convert_edm.config_of(shapes_of(state))
-    assert config["dropout"] == 0.13 and config["label_dropout"] == 0.0 and config["num_class_embeds"] == 7
-    config = convert_edm.config_of(shapes_of(state), dropout=0.3, attention_head_dim=8)
-    assert config["dropout"] == 0.3 and config["attention_head_dim"] == 8
-    assert convert_edm.to_diffusers(state, dropout=0.3).mid_block.resnets[0].dropout.p == 0.3
+    state = song.to_official(make_edm(num_class_embeds=7))
+    config = song.network_of(shapes_of(state)).config
+    assert config.dropout == 0.13 and config.label_dropout == 0.0 and config.num_class_embeds == 7
+    config = song.network_of(shapes_of(state), dropout=0.3, attention_head_dim=8).config
+    assert config.dropout == 0.3 and config.attention_head_dim == 8
+    assert song.to_diffusers(state, dropout=0.3).mid_block.resnets[0].dropout.p == 0.3
 
 
-@pytest.mark.parametrize("convert", ["config_of", "to_diffusers"])
 @pytest.mark.parametrize(
     "key",
     [
         "map_layer0.weight",
-        "map_layer1.bias",
         "map_label.bias",
-        "enc.8x8_conv.weight",
         "enc.4x4_down.skip.resample_filter",
         "enc.4x4_block0.norm2.weight",
         "dec.8x8_block1.affine.weight",
@@ -414,63 +383,79 @@ def test_overrides_win():
     ],
 )
 @pytest.mark.parametrize("change", ["missing", "misshapen"])
-def test_a_key_that_is_missing_or_misshapen_is_named(convert, key, change):
-    state = convert_edm.to_official(make_edm(num_class_embeds=7))
+def test_a_key_that_is_missing_or_misshapen_is_named(key, change):
+    state = song.to_official(make_edm(num_class_embeds=7))
     tensor = state.pop("model." + key)
     if change == "misshapen":
         state["model." + key] = torch.zeros(5, *tensor.shape)
-    call = getattr(convert_edm, convert)
-    named = "enc.<size>x<size>_conv" if key.startswith("enc.8x8_conv") and change == "missing" else key
-    with pytest.raises(UserError) as error:
-        call(shapes_of(state) if convert == "config_of" else state)
-    assert named in str(error.value)
+    with pytest.raises(UserError, match=key):
+        song.to_diffusers(state)
 
 
 @pytest.mark.parametrize(
     "key", ["model.enc.8x8_block0.affine_train.weight", "model.sigma_min", "logvar", "enc.4x4_block7.norm0.weight"]
 )
 def test_a_surplus_key_is_named(key):
-    state = {**convert_edm.to_official(make_edm()), key: torch.zeros(3)}
+    state = {**song.to_official(make_edm()), key: torch.zeros(3)}
     with pytest.raises(UserError, match=f"has {key.removeprefix('model.')}, which has no place"):
-        convert_edm.to_diffusers(state)
+        song.to_diffusers(state)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"no_such": 1}, "no_such is not an argument of EDMUNet2DModel"),
+        ({"encoder_type": "dense"}, "encoder_type='dense' is not known"),
+        ({"target_time": True}, "has no .*_s.*is it complete"),
+    ],
+)
+def test_overrides_that_do_not_fit(overrides, words):
+    with pytest.raises(UserError, match=words):
+        song.network_of(shapes_of(song.to_official(make_edm())), **overrides)
 
 
 def test_what_cannot_be_placed():
-    state = convert_edm.to_official(make_edm())
+    state = song.to_official(make_edm())
     shapes = shapes_of(state)
+    filters = {name: tensor for name, tensor in state.items() if name.endswith("resample_filter")}
     with pytest.raises(UserError, match="has map_layer0.bias twice, with and without the prefix 'model.'"):
-        convert_edm.config_of({**shapes, "map_layer0.bias": shapes["model.map_layer0.bias"]})
-    with pytest.raises(UserError, match="no_such is not an argument of EDMUNet2DModel"):
-        convert_edm.config_of(shapes, no_such=1)
-    with pytest.raises(UserError, match="encoder_type='dense' is not known"):
-        convert_edm.config_of(shapes, encoder_type="dense")
-    with pytest.raises(UserError, match="has no .*_s.*is it complete"):
-        convert_edm.config_of(shapes, target_time=True)
+        song.network_of({**shapes, "map_layer0.bias": shapes["model.map_layer0.bias"]})
+    with pytest.raises(UserError, match="first convolution enc.<size>x<size>_conv"):
+        song.network_of({name: shape for name, shape in shapes.items() if not name.endswith("enc.8x8_conv.weight")})
     with pytest.raises(UserError, match=r"has 6 taps; EDMUNet2DModel knows the filters"):
-        convert_edm.config_of({n: (1, 1, 6, 6) if n.endswith("resample_filter") else v for n, v in shapes.items()})
-    with pytest.raises(UserError, match="has dec.4x4_block|has no dec.8x8|has enc.4x4"):
-        convert_edm.config_of({n: v for n, v in shapes.items() if ".4x4_block0." not in n})
-    triangle = {n: torch.ones_like(v) / 3 if n.endswith("resample_filter") else v for n, v in state.items()}
+        song.network_of({**shapes, **dict.fromkeys(filters, (1, 1, 6, 6))})
+    with pytest.raises(UserError, match=r"has dec.4x4_block|has no dec.8x8|has enc.4x4"):
+        song.network_of({name: shape for name, shape in shapes.items() if ".4x4_block0." not in name})
+    triangle = {name: torch.ones_like(tensor) / 3 for name, tensor in filters.items()}
     with pytest.raises(UserError, match=r"resample_filter is not the filter \(1, 1\)"):
-        convert_edm.to_diffusers(triangle)
+        song.to_diffusers({**state, **triangle})
+
+
+def test_what_only_adm_has():
+    state = song.to_official(make_edm())
+    for call in (
+        lambda: song.to_diffusers(state, qkv_order="three_head_dim"),
+        lambda: song.to_official(make_edm(), "nvidia"),
+        lambda: song.without_variances(state),
+    ):
+        with pytest.raises(UserError, match="this is a SongUNet"):
+            call()
 
 
 def test_networks_that_have_no_official_names():
     with pytest.raises(UserError, match=r"sample_size=\(8, 16\)"):
-        convert_edm.to_official(make_edm(sample_size=(8, 16)))
+        song.to_official(make_edm(sample_size=(8, 16)))
     peft = pytest.importorskip("peft")
     network = make_edm()
     network.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(UserError, match="to_q.* has no official name; unload adapters"):
-        convert_edm.to_official(network)
+    with pytest.raises(UserError, match="to_q.* has no official name.*; unload adapters"):
+        song.to_official(network)
 
 
 def test_names_that_say_more_blocks_than_there_are_tensors():
-    """500 levels of 500 blocks, in 1,000 names, would take minutes and gigabytes to be made."""
-    top = 2**501
-    shapes = {f"enc.{top}x{top}_conv.weight": (8, 3, 3, 3), f"dec.{top}x{top}_aux_conv.weight": (3, 8, 3, 3)}
-    shapes |= {f"enc.{top >> i}x{top >> i}_block0.conv0.weight": (8, 8, 3, 3) for i in range(500)}
-    shapes |= {f"enc.{top}x{top}_block{i}.conv0.weight": (8, 8, 3, 3) for i in range(500)}
-    shapes |= {"map_layer0.weight": (32, 8)}
-    with pytest.raises(UserError, match="tensors for 500 levels of 500 blocks"):
-        convert_edm.config_of(shapes)
+    """13 levels of 500 blocks, in 600 names, would take minutes and gigabytes to be made."""
+    sizes = [2**level for level in range(12, -1, -1)]
+    names = ["enc.4096x4096_conv.weight", *(f"enc.4096x4096_block{i}.conv0.weight" for i in range(500))]
+    names += [f"enc.{size}x{size}_block0.conv0.weight" for size in sizes]
+    with pytest.raises(UserError, match="tensors for 13 levels of 500 blocks"):
+        song.network_of(dict.fromkeys(names, (8, 8, 3, 3)))

@@ -1,10 +1,13 @@
-"""Moving averages of a network's weights, as networks that can be called, and averages of any width after the training:
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Averages of any width after the training: `python -m training.ema runs/student --sigma_rel 0.08`.
 
-python -m training.ema runs/student --sigma_rel 0.08
+Karras et al. 2024, Section 3 and Appendix C. The sums are ema-pytorch's. Its `PostHocEMA` would also keep and write the
+averages. But it writes half-precision pickles, counters included, under their final names from the start, and it reads
+snapshots of later steps than asked for.
 """
 
+import glob
 import os
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,24 +15,16 @@ import torch
 from diffusers import DiffusionPipeline
 from ema_pytorch.post_hoc_ema import p_dot_p, sigma_rel_to_gamma, solve_weights
 
-from .cli.errors import UserError
+from .cli.errors import UserError, loading
 from .cli.files import atomic_folder, read_json, write_json
 from .cli.options import Checked, option, run_program
 from .hub.record import RECORD
 from .run.averages import SNAPSHOTS
 
 
-SNAPSHOT = re.compile(r"sigma_rel-[0-9.e-]+-step-(\d+)")
-
 WIDEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
 
 
-# Averages of any width (Karras et al. 2024, Section 3 and Appendix C) -------------------------------------------------
-
-
-#
-# The sums are ema-pytorch's. Its `PostHocEMA` would also keep and write the averages, but as half-precision pickles, counters
-# included, under their final names from the start, and it reads snapshots that are later than what is asked for.
 @dataclass
 class PostHocConfig(Checked):
     """Make a pipeline of the power-function average of any width, from the snapshots of a run with --posthoc_ema."""
@@ -50,11 +45,9 @@ class PostHocConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.run is None:
-            raise UserError("--run is needed: the output_dir of a run with --posthoc_ema.")
-        if self.sigma_rel is None:
-            raise UserError("--sigma_rel is needed: the width of the average, for instance 0.1.")
-        self.check(0 < self.sigma_rel < WIDEST, "sigma_rel", f"in (0, {WIDEST:.3f})")
+        self.check(self.run is not None, "run", "the output_dir of a run with --posthoc_ema")
+        width = self.sigma_rel
+        self.check(width is not None and 0 < width < WIDEST, "sigma_rel", f"in (0, {WIDEST:.3f}), for instance 0.1")
 
 
 @dataclass
@@ -69,31 +62,30 @@ class Snapshot:
 
 def find_snapshots(output_dir: str) -> list[Snapshot]:
     """All snapshots of a run, the earliest first. Raises UserError if there are none."""
-    parent = os.path.join(output_dir, SNAPSHOTS)
-    found = []
-    for name in sorted(os.listdir(parent)) if os.path.isdir(parent) else []:
-        if SNAPSHOT.fullmatch(name):
-            folder = os.path.join(parent, name)
+    snapshots = []
+    for folder in glob.glob(os.path.join(glob.escape(output_dir), SNAPSHOTS, "sigma_rel-*")):
+        with loading(
+            f"The snapshot {folder}", f"Its {RECORD} does not say what it is. Remove it, or take it from a backup."
+        ):
             record = read_json(folder, RECORD)
-            average = record.get("average", {})
-            if not {"sigma_rel", "updates"} <= average.keys() or "steps" not in record:
-                raise UserError(f"{folder} has no {RECORD} that says what it is. Remove it, or take it from a backup.")
-            found.append(Snapshot(folder, average["sigma_rel"], record["steps"], average["updates"]))
-    if not found:
+            average = record["average"]
+            snapshots.append(Snapshot(folder, average["sigma_rel"], record["steps"], average["updates"]))
+    if not snapshots:
         raise UserError(f"--run {output_dir} has no {SNAPSHOTS}: a run with --posthoc_ema 0.05 0.1 keeps them.")
-    return sorted(found, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
+    return sorted(snapshots, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
 
 
 def reconstruction(
     sigma_rels: list[float], updates: list[int], sigma_rel: float, update: int
 ) -> tuple[torch.Tensor, float]:
-    """Weights of averages that make the average of another width, and the error of that (Karras et al. 2024, Algorithm 3).
+    """Weights of averages that make the average of another width, and its error (Karras et al. 2024, Algorithm 3).
 
-    The average of width `sigma_rel` after `update` updates is a sum of the network's weights over time; the result is the
-    closest to it among the sums of the given averages, by least squares.
+    The average of width `sigma_rel` after `update` updates is a sum of the network's weights over time; the result is
+    the closest to it among the sums of the given averages, by least squares.
 
     Returns:
-        float64 of shape (number of averages,), and the distance between both weightings of time, relative to the one wanted.
+        float64 of shape (number of averages,), and the distance between both weightings of time, relative to the wanted
+        one.
     """
     t = torch.tensor(updates, dtype=torch.float64)
     gamma = torch.tensor([sigma_rel_to_gamma(value) for value in sigma_rels], dtype=torch.float64)
@@ -105,11 +97,10 @@ def reconstruction(
     return weights, (1 - captured / square).clamp(min=0).sqrt().item()
 
 
-def _load(folder: str) -> DiffusionPipeline:
-    try:
+def load_pipeline(folder: str) -> DiffusionPipeline:
+    """The pipeline of a snapshot. Raises UserError if it is damaged."""
+    with loading(f"The snapshot {folder}"):
         return DiffusionPipeline.from_pretrained(folder)
-    except Exception as error:  # safetensors and diffusers each raise their own
-        raise UserError(f"The snapshot {folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 @torch.no_grad()
@@ -125,14 +116,11 @@ def main(config: PostHocConfig) -> str:
     sigma_rels, updates = [entry.sigma_rel for entry in snapshots], [entry.updates for entry in snapshots]
     weights, error = reconstruction(sigma_rels, updates, config.sigma_rel, last.updates)
 
-    pipe = _load(last.folder)
+    pipe = load_pipeline(last.folder)
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in pipe.unet.named_parameters()}
     for snapshot, weight in zip(snapshots, weights.tolist(), strict=True):
-        parameters = dict(_load(snapshot.folder).unet.named_parameters())
-        if parameters.keys() != sums.keys():
-            raise UserError(f"The snapshot {snapshot.folder} is of another network than {last.folder}.")
-        for name, total in sums.items():
-            total.add_(parameters[name], alpha=weight)
+        for name, parameter in load_pipeline(snapshot.folder).unet.named_parameters():
+            sums[name].add_(parameter, alpha=weight)
     for name, parameter in pipe.unet.named_parameters():
         parameter.copy_(sums[name])
 
@@ -148,9 +136,7 @@ def main(config: PostHocConfig) -> str:
     )
     print(f"Its weighting of the training's steps is {error:.1%} off that of an average kept during the training.")
     if error > 0.05:
-        print(
-            "That is much: take a width nearer to those of the snapshots, or save them more often (--posthoc_ema_every)."
-        )
+        print("Take a width nearer to those of the snapshots, or save them more often (--posthoc_ema_every).")
     return path
 
 

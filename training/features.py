@@ -15,7 +15,7 @@ from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, write_json
 from .cli.options import option, run_program
 from .cli.shared_options import DataOptions
-from .data.images import ImageDataset
+from .data.images import ImageDataset, mirrored
 from .frozen.classifier import CONFIG, FeatureNetwork, is_saved
 
 
@@ -86,8 +86,7 @@ def train_network(
         for index in torch.randperm(len(images), generator=generator).tensor_split(steps_per_epoch):
             batch = shifted(images[index], config.max_shift, generator)
             if config.random_flip:
-                flip = torch.rand(len(index), 1, 1, 1, generator=generator) < 0.5
-                batch = torch.where(flip, batch.flip(-1), batch)
+                batch = mirrored(batch, torch.rand(len(index), generator=generator))
             logits = network.classifier(network(batch))
             loss = F.cross_entropy(logits, labels[index], label_smoothing=config.label_smoothing)
             optimizer.zero_grad()

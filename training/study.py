@@ -22,7 +22,6 @@ from .cli.device import choose_device, hardware
 from .cli.errors import UserError
 from .cli.files import atomic_file, write_files
 from .cli.options import Checked, option, run_program
-from .cli.training_options import CTMConfig
 from .data.images import ImageDataset
 from .evaluate import EvaluateConfig
 from .frozen.vectors import load_feature_network
@@ -30,11 +29,12 @@ from .measure.distances import Distances, reference_features
 from .measure.sampling import Sampling, Setting
 from .networks.pipelines import load_pipelines
 from .objective.adversarial import is_discriminator_step
-from .objective.solvers import evaluations
+from .objective.solvers import SOLVERS
 from .report.numbers import cell
 from .run.batch import StepRandom
 from .studies.curves import seconds_per_iteration, seconds_until, tabulate
 from .studies.meters import step_times
+from .train_ctm import CTMConfig
 
 
 @dataclass
@@ -107,7 +107,7 @@ def teacher_evaluations(config: CTMConfig, scheduler: CTMScheduler, first: int, 
         if is_discriminator_step(config, step):
             continue
         random = StepRandom(config.seed, step, batch, slice(0, batch), torch.device("cpu"))
-        total += int(evaluations(config.solver, sampler.draw(batch, random.host).steps).sum())
+        total += batch * SOLVERS[config.solver].evaluations(sampler.draw(batch, random.host).solver_steps)
     return total
 
 

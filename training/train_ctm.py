@@ -1,20 +1,24 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Distil a diffusion model into a CTM: `python -m training.train_ctm --config training/configs/digits.yaml`."""
 
 import copy
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
+from diffusers_ctm.preconditioning import condition
 
 from .cli.errors import UserError
-from .cli.options import run_program
-from .cli.training_options import CTMConfig
+from .cli.options import option, run_program
+from .cli.shared_options import NetworkOptions, TeacherOptions
+from .cli.training_options import RunOptions, StudentOptions
 from .data.batches import load_images
-from .networks.student import check_fit, label_dropout, make_student, set_dropout, student_scheduler, untrained
+from .networks.student import check_fit, choose_precision, label_dropout, make_student, student_scheduler, untrained
 from .networks.teacher import Teacher, teacher_of
 from .objective.adversarial import (
+    DiscriminatorOptions,
     ProjectedDiscriminator,
     check_single_images,
     discriminator_loss,
@@ -24,55 +28,84 @@ from .objective.adversarial import (
     is_discriminator_step,
     make_discriminator,
 )
-from .objective.distances import make_distance
-from .objective.losses import Solver, ctm_estimate, ctm_loss, make_jumps
-from .objective.solvers import SOLVERS
-from .objective.times import TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
+from .objective.distances import DistanceOptions, make_distance
+from .objective.losses import (
+    Adversary,
+    Jumps,
+    ScoreMatching,
+    ScoreMatchingOptions,
+    TeacherSolver,
+    ctm_estimate,
+    ctm_loss,
+)
+from .objective.solvers import SOLVERS, TargetOptions
+from .objective.times import TimeOptions, TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
 from .run.batch import StepRandom
 from .run.loop import TrainingRun
+
+
+@dataclass
+class CTMConfig(
+    DiscriminatorOptions,
+    ScoreMatchingOptions,
+    DistanceOptions,
+    TargetOptions,
+    TimeOptions,
+    StudentOptions,
+    RunOptions,
+    TeacherOptions,
+):
+    """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
+
+    PROGRAM = "training.train_ctm"
+
+    output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
+    teacher: str | None = option(
+        None,
+        "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its scheduler: EDM, DDPM, "
+        "flow matching, variance-exploding scores; a consistency model with --matching global --dsm_adaptive false.",
+        recorded=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what another choice makes meaningless."""
+        super().__post_init__()
+        if self.teacher is None and self.solver_model == "teacher":
+            raise UserError(
+                "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train without one, give "
+                "--solver_model ema."
+            )
+        if self.teacher is None:
+            self.refuse([entry.name for entry in fields(TeacherOptions)], "needs --teacher")
+            labels = not self.label_dropout or self.label_column is not None
+            self.check(labels, "label_dropout", "0 without --label_column")
+        else:
+            self.refuse([entry.name for entry in fields(NetworkOptions)], "is for a run without --teacher")
+        if self.matching == "global":
+            self.refuse(["inner_target"], "does not go with --matching global, which has no inner jump")
+        if self.discriminator_weight == 0:
+            self.refuse([entry.name for entry in fields(DiscriminatorOptions)], "needs a --discriminator_weight")
 
 
 def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
     """Raise UserError if the options ask a consistency model for what it does not know."""
     if not teacher.is_consistency_model:
         return
+    name = f"--teacher {config.teacher} is a consistency model"
     if config.matching != "global":
         raise UserError(
-            f"--teacher {config.teacher} is a consistency model: it knows jumps to sigma_min and no solver's steps. Give --matching global, which "
-            "then learns those jumps, or distil the diffusion model that it came from."
+            f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global, which then learns those jumps, or "
+            "distil the diffusion model that it came from."
         )
-    solver_options = {
-        "solver": "heun",
-        "solver_substeps": 1,
-        "solver_model": "teacher",
-        "triples_per_path": 1,
-        "max_solver_steps": None,
-        "solver_steps_distribution": None,
-        "solver_steps_per": None,
-    }
-    given = [f"--{name}" for name, default in solver_options.items() if getattr(config, name) != default]
-    if given:
+    config.refuse(["solver", "solver_model", "max_solver_steps"], f"has no use: {name}, and no solver runs")
+    if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
-            f"--teacher {config.teacher} is a consistency model: no solver runs. Leave out {', '.join(given)}."
-        )
-    if config.dsm_adaptive:  # as it must be without score matching
-        raise UserError(
-            f"--teacher {config.teacher} is a consistency model, and the student starts as its copy: at first the trajectory loss has no gradient "
-            "to weigh score matching by, and without score matching nothing would be learnt. Give --dsm_adaptive false and a "
-            "--dsm_weight above 0."
+            f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score matching by, and "
+            "without score matching nothing would be learnt. Give --dsm_adaptive false and a --dsm_weight above 0."
         )
 
 
-def choose_precision(teacher: Teacher, config: CTMConfig) -> None:
-    """Train in float32 if left to us and the network's rounding would reach the image magnified by the noise level.
-
-    g = x - sigma epsilon: one part in 256 of bfloat16 at sigma = 157 is 0.6, more than an image.
-    """
-    if config.mixed_precision == "auto" and teacher.preconditioning.prediction_type in ("epsilon", "score"):
-        config.mixed_precision = "no"
-
-
-def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRandom) -> torch.Tensor:
+def draw_dsm_sigma(config: ScoreMatchingOptions, scheduler: CTMScheduler, random: StepRandom) -> torch.Tensor:
     """Levels of denoising score matching, shape (B,)."""
     noise, ramp = random.normal(), random.uniform()
     numbers = scheduler.config
@@ -86,79 +119,71 @@ def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRando
     return sigma
 
 
-def time_sampler(config: CTMConfig, scheduler: CTMScheduler) -> TimeSampler:
-    """What draws (t, u, s) as the options say."""
+def time_sampler(config: TimeOptions, scheduler: CTMScheduler) -> TimeSampler:
+    """The sampler of (t, u, s) that the options describe."""
     return TimeSampler(
         num_levels=config.num_train_timesteps,
         sigma_min=scheduler.config.sigma_min,
         sigma_max=scheduler.config.sigma_max,
         rho=scheduler.config.rho,
         matching=config.matching,
-        max_steps=config.max_solver_steps or (1 if config.matching == "local" else config.num_train_timesteps - 1),
-        distribution=config.solver_steps_distribution or "weighted",
-        per_sample=config.solver_steps_per == "sample",
-        continuous=config.continuous_times,
-        per_path=config.triples_per_path,
-        substeps=config.solver_substeps,
+        max_steps=config.max_solver_steps,
     )
 
 
-def make_solver(config: CTMConfig, teacher: Teacher, student_ema: torch.nn.Module) -> Solver:
-    """The solver of `ctm_loss`: by the score of teacher or average, or the jump to the end of a consistency model."""
+def make_solver(config: TargetOptions, teacher: Teacher, student_ema: torch.nn.Module) -> TeacherSolver:
+    """The solver of `ctm_loss`: along the score of teacher or average, or the jump to the end of a consistency model."""
     if teacher.is_consistency_model:
-        return lambda x, path, steps, labels: [x, teacher.jump_to_end(x, path[0], labels)]
+        return lambda x, levels, labels: teacher.jump_to_end(x, levels[0], labels)
 
-    def score_of_student(x, sigma, *labels):
-        condition = {"class_labels": labels[0]} if labels else {}
-        return teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition)
+    def by_teacher(x: torch.Tensor, levels: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        return solve(lambda x, sigma: teacher.denoise(x, sigma, labels), x, levels)
 
-    denoiser = score_of_student if config.solver_model == "ema" else teacher.denoise
-    return functools.partial(SOLVERS[config.solver], denoiser)
+    def by_average(x: torch.Tensor, levels: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        g = teacher.preconditioning.g
+        return solve(lambda x, sigma: g(student_ema, x, sigma, sigma, **condition(labels)), x, levels)
+
+    solve = SOLVERS[config.solver].solve
+    return by_average if config.solver_model == "ema" else by_teacher
 
 
-def adversarial_terms(
-    config: CTMConfig, judge: ProjectedDiscriminator, random: StepRandom, size: tuple[int, int]
-) -> dict[str, Callable]:
-    """Arguments of `ctm_loss` for a step of the adversarial stage that trains the student."""
+def make_adversary(
+    weight: float, judge: ProjectedDiscriminator, random: StepRandom, size: tuple[int, int]
+) -> Adversary:
+    """The adversarial term of a step that trains the student, with `weight` beside its adaptive weight."""
     augment = judge.draw_augment(random.uniform, *size)
-
-    def weight(trajectory_gradient: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        scale = generator_weight(
-            trajectory_gradient, gradient, config.discriminator_weight_min, config.discriminator_weight_max
-        )
-        return config.discriminator_weight * scale
-
-    return {"generator_loss": lambda estimate: generator_loss(judge, estimate, augment), "generator_weight": weight}
+    return Adversary(
+        lambda estimate: generator_loss(judge, estimate, augment),
+        lambda *gradients: weight * generator_weight(*gradients),
+    )
 
 
-def main(config: CTMConfig) -> str:
-    """Distil, and save the averaged student as a pipeline; return its folder."""
+def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str:
+    """Distil, and save the averaged student as a pipeline; return its folder. `on_step(step)` is called after each step."""
     dataset = load_images(config)
+    torch.manual_seed(config.seed)
     teacher = untrained(config, dataset) if config.teacher is None else teacher_of(config)
     check_fit(teacher, dataset)
     check_consistency_teacher(teacher, config)
-    choose_precision(teacher, config)
+    config = choose_precision(config, teacher)
     scheduler = student_scheduler(teacher, config)
-    leave_out = label_dropout(teacher, config)
-    # Feature networks that cannot be had are told of before the run exists, and what loading draws at random is drawn before the seed is set.
+    drop_labels = label_dropout(teacher, config)
+    # A feature network that cannot be loaded is an error before the run's folder exists. Loading may draw random numbers: seed after it.
     distance = make_distance(config)
     judge = make_discriminator(config, dataset.channels, config.seed) if config.discriminator_weight > 0 else None
     if judge is not None and config.train_batch_size == 1:
         check_single_images(judge, dataset.channels, dataset.resolution)
     torch.manual_seed(config.seed)
-    try:
-        student = make_student(teacher.network)
-    except ValueError as error:
-        raise UserError(f"--teacher {config.teacher} cannot become a CTM: {error}") from error
-    if config.dropout is not None:
-        set_dropout(student, config.dropout)
+    student = make_student(teacher, config.dropout)
 
     def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
         id2label = teacher.id2label or dataset.id2label
         return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=id2label, null_class=teacher.null_class)
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
-    run = TrainingRun(config, dataset, student, make_pipeline, samples)
+    run = TrainingRun(
+        config, dataset, student, make_pipeline, samples, teacher_revision=teacher.revision, on_step=on_step
+    )
     run.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
         run.speed_up(run.place(teacher.network))
@@ -173,46 +198,39 @@ def main(config: CTMConfig) -> str:
 
     for batch in run.batches():
         with run.accumulate(), run.accelerator.autocast():
-            random, labels = batch.random, batch.dropped_labels(leave_out, teacher.null_class)
-            times, noise = draw_times(random.total, random.host)[random.own], random.normal(*batch.images.shape[1:])
-            if is_discriminator_step(config, run.step):
-                jumps = make_jumps(
-                    run.bare_network, run.ema.module, scheduler.preconditioning, times, batch.images, labels
-                )
-                fake = ctm_estimate(jumps, batch.images, noise)
+            random, images = batch.random, batch.images
+            labels = batch.dropped_labels(drop_labels, teacher.null_class)
+            times, noise = draw_times(random.total, random.host)[random.own], random.normal(*images.shape[1:])
+            discriminates = is_discriminator_step(config, run.step)
+            network = run.bare_network if discriminates else run.network
+            jumps = Jumps(network, run.ema.module, scheduler.preconditioning, times, images, noise, labels)
+            if discriminates:
                 augment = discriminator.bare.draw_augment(random.uniform, *size, parts=2)
-                loss = discriminator_loss(discriminator.network, batch.images, fake, augment)
+                loss = discriminator_loss(discriminator.network, images, ctm_estimate(jumps), augment)
                 run.update(loss, {"discriminator_loss": loss}, network="discriminator")
                 continue
-            dsm_sigma, dsm_noise = draw_dsm_sigma(config, scheduler, random), random.normal(*batch.images.shape[1:])
-            adversarial = {}
+            score_matching = adversary = None
+            dsm_sigma, dsm_noise = draw_dsm_sigma(config, scheduler, random), random.normal(*images.shape[1:])
+            if config.dsm_weight > 0:
+                score_matching = ScoreMatching(dsm_sigma, dsm_noise, config.dsm_weight, config.dsm_adaptive)
             if discriminator is not None and run.step >= config.discriminator_start:
-                adversarial = adversarial_terms(config, discriminator.bare, random, size)
+                adversary = make_adversary(config.discriminator_weight, discriminator.bare, random, size)
             loss = ctm_loss(
-                student=run.network,
-                student_ema=run.ema.module,
-                solver=solver,
-                preconditioning=scheduler.preconditioning,
-                times=times,
-                x_0=batch.images,
-                noise=noise,
-                dsm_sigma=dsm_sigma,
-                dsm_noise=dsm_noise,
+                jumps,
+                solver,
                 last_weight=lambda: run.bare_network.last_layer.weight,
-                class_labels=labels,
+                score_matching=score_matching,
+                adversary=adversary,
                 distance=distance,
                 inner_target=config.inner_target or "ema",
-                dsm_weight=config.dsm_weight,
-                dsm_adaptive=config.dsm_adaptive,
                 reduce_gradient=lambda gradient: run.accelerator.reduce(gradient, "mean"),
-                **adversarial,
             )
             terms = {"trajectory_loss": loss.trajectory, "dsm_loss": loss.dsm, "dsm_weight": loss.dsm_weight}
-            if adversarial:
+            if adversary is not None:
                 terms |= {"generator_loss": loss.generator, "generator_weight": loss.generator_weight}
             if loss.dsm_samples is not None:
                 run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, dsm_sigma)
-            run.update(loss.backward, terms)
+            run.update(loss.total, terms)
     path = run.finish()
     run.accelerator.print(f"Saved {path}")
     return path

@@ -1,19 +1,51 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Train an EDM denoiser: `python -m training.train_edm --config training/configs/digits_edm.yaml`."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DModel
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.preconditioning import condition
 
-from .cli.options import run_program
-from .cli.training_options import EDMConfig
+from .cli.options import BELOW_ONE, POSITIVE, option, run_program
+from .cli.shared_options import NetworkOptions
+from .cli.training_options import RunOptions
 from .data.batches import load_images
 from .networks.build import build_scheduler, build_unet
 from .objective.losses import dsm_loss
 from .objective.times import draw_lognormal_sigma
 from .run.loop import TrainingRun
+
+
+@dataclass
+class EDMConfig(NetworkOptions, RunOptions):
+    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`."""
+
+    PROGRAM = "training.train_edm"
+
+    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
+    optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
+    learning_rate: float = option(1e-3, "Peak learning rate.", must_be=POSITIVE)
+    dropout: float = option(0.0, "Dropout probability.", must_be=BELOW_ONE)
+    label_dropout: float = option(
+        0.0,
+        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 "
+        "the network gets one label more, 'no class'.",
+        must_be=BELOW_ONE,
+    )
+    sigma_min: float = option(0.002, "Lowest noise level when sampling.", must_be=POSITIVE)
+    sigma_max: float = option(80.0, "Highest noise level when sampling.")
+    p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
+    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.", must_be=POSITIVE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
+        labels = self.label_dropout == 0 or self.label_column is not None
+        self.check(labels, "label_dropout", "0 without --label_column")
 
 
 def main(config: EDMConfig) -> str:
@@ -36,8 +68,7 @@ def main(config: EDMConfig) -> str:
             noise = batch.random.normal(*batch.images.shape[1:])
             x_sigma = batch.images + sigma[:, None, None, None] * noise
             labels = batch.dropped_labels(config.label_dropout, null_class)
-            condition = {} if labels is None else {"class_labels": labels}
-            denoised = preconditioning.denoise(run.network, x_sigma, sigma, **condition)
+            denoised = preconditioning.denoise(run.network, x_sigma, sigma, **condition(labels))
             losses = dsm_loss(denoised, batch.images, sigma, config.sigma_data)
             run.note_by_level("dsm_loss_by_sigma", losses.detach(), sigma)
             loss = losses.mean()

@@ -271,8 +271,7 @@ def sampling_loop(scheduler, network, x, generator=None, callback=None):
 
 
 def grid_times(grid: torch.Tensor, t: list[int], u: list[int], s: list[int]) -> Times:
-    """The times of samples whose t, u, s are these entries of the descending `grid`, each with a path of its own."""
+    """The times of samples whose t, u, s are these entries of the descending `grid`; u - t is the same for all."""
     t, u, s = (torch.as_tensor(index) for index in (t, u, s))
-    steps = u - t
-    rows = t + torch.minimum(torch.arange(int(steps.max()) + 1)[:, None], steps)
-    return Times(grid[t], grid[u], grid[s], grid[rows], steps, torch.zeros_like(t), steps, grid[-1].item())
+    (steps,) = set((u - t).tolist())
+    return Times(grid[t + torch.arange(steps + 1)[:, None]], grid[s], grid[-1].item())

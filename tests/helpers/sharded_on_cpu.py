@@ -8,7 +8,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from training.cli.options import run_program
-from training.cli.training_options import CTMConfig, EDMConfig
+from training.train_ctm import CTMConfig
+from training.train_edm import EDMConfig
 
 
 os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")

@@ -16,10 +16,9 @@ from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunSche
 from diffusers_ctm.preconditioning import Preconditioning
 from helpers.exact import GaussianData, randn
 from helpers.tiny_networks import EDM_KINDS, NCSNPP, close, inputs, make_edm, times
-from training.cli.training_options import CTMConfig
 from training.networks.student import make_student, set_dropout
 from training.networks.teacher import load_teacher
-from training.train_ctm import main
+from training.train_ctm import CTMConfig, main
 
 
 both_times = pytest.mark.parametrize("target_time", [False, True], ids=["one time", "two times"])

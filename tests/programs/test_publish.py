@@ -28,7 +28,6 @@ from helpers.places import ROOT
 from training.cli.errors import UserError, without_token
 from training.cli.names import public_name
 from training.cli.options import parse_config, run_program
-from training.cli.training_options import CTMConfig
 from training.hub import client as hub
 from training.hub.card import make_card
 from training.hub.client import LAST_CHECKPOINT
@@ -38,6 +37,7 @@ from training.hub.publication import draw_samples
 from training.hub.record import changed_options, origin_record, training_record, write_record
 from training.hub.staging import stage
 from training.publish import PublishConfig
+from training.train_ctm import CTMConfig
 
 
 TOKEN = "hf_loopbackABCDEFGHIJKLMNOPQRSTUV"
@@ -74,7 +74,8 @@ def author(work: Path) -> dict:
     import training.hub.client
     import training.hub.push
     from training import publish, train_ctm, train_edm
-    from training.cli.training_options import CTMConfig, EDMConfig
+    from training.train_ctm import CTMConfig
+    from training.train_edm import EDMConfig
 
     training.hub.client.RETRY_WAITS, sleep = (0.05, 0.05), time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.02))  # the client waits half a minute for a Hub that is away
@@ -546,8 +547,8 @@ def test_what_starts_from_a_first_stage_inherits_its_licence_and_says_so(teacher
 
 
 def test_other_licences_are_published_afterwards(tmp_path):
-    from training.cli.training_options import EDMConfig
     from training.hub.push import Pusher
+    from training.train_edm import EDMConfig
 
     options = EDMConfig(output_dir=str(tmp_path / "run"), hub_model_id="a/b", hub_license="other")
     with pytest.raises(UserError, match="--license_name"):

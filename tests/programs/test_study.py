@@ -10,9 +10,9 @@ import yaml
 from diffusers_ctm import CTMScheduler
 from training import study
 from training.cli.errors import UserError
-from training.cli.training_options import CTMConfig
 from training.studies.curves import at
 from training.study import StudyConfig, read_variants
+from training.train_ctm import CTMConfig
 
 
 @pytest.fixture

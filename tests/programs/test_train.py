@@ -23,7 +23,6 @@ from helpers.places import ROOT
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
 from training.cli.options import parse_config, save_config
-from training.cli.training_options import CTMConfig, EDMConfig
 from training.networks.teacher import Teacher, load_teacher
 from training.objective.adversarial import ProjectedDiscriminator
 from training.objective.losses import ctm_loss
@@ -33,6 +32,8 @@ from training.run import loop as run_module
 from training.run.batch import StepRandom
 from training.run.compiling import compile_network
 from training.run.monitor import SIGMA_BINS, SIGMA_EDGES
+from training.train_ctm import CTMConfig
+from training.train_edm import EDMConfig
 
 
 SMALL = {

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Errors that users can solve, and other libraries' errors in one line, without a token."""
 
 import contextlib
@@ -24,6 +25,15 @@ def loading(what: str, advice: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{what} cannot be loaded. {advice}".rstrip() + f"\n{error_text(error)}") from error
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Let every UserError of the block begin with the option that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--{option}: {error}") from error
 
 
 def without_token(text: str) -> str:

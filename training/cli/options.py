@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Dataclasses as command lines: YAML below, command line above, checked."""
 
 import argparse
@@ -9,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import field
 from typing import Any, TypeVar, get_type_hints
 
@@ -21,9 +22,22 @@ from .errors import UserError, without_token
 
 Config = TypeVar("Config")
 
+Limit = tuple[str, Callable[[Any], bool]]
+
+# What `must_be` of an option may be: words, and whether a value is so.
+POSITIVE: Limit = ("positive", lambda value: value > 0)
+NOT_NEGATIVE: Limit = ("0 or more", lambda value: value >= 0)
+TWO_OR_MORE: Limit = ("2 or more", lambda value: value >= 2)
+BELOW_ONE: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
+
 
 def option(
-    default: Any, help: str, choices: Sequence[Any] | None = None, recorded: bool = True, free: bool = False
+    default: Any,
+    help: str,
+    choices: Collection[Any] | None = None,
+    recorded: bool = True,
+    free: bool = False,
+    must_be: Limit | None = None,
 ) -> Any:
     """A field of an option class.
 
@@ -32,13 +46,15 @@ def option(
         choices: the values that it may take. Default: any.
         recorded: whether it is part of a result, and therefore of `training.json`; otherwise it says where, how often and what is shown.
         free: whether a resumed run may have another value. An option that is not recorded may always differ.
+        must_be: a limit of its value, or of each value of a list. None is always allowed.
     """
-    help = help.replace("%", "%%")  # argparse formats it
-    metadata = {"help": help, "recorded": recorded, "free": free or not recorded}
+    metadata = {"help": help.replace("%", "%%"), "recorded": recorded, "free": free or not recorded}  # argparse formats
     if choices is not None:
         metadata["choices"] = list(choices)
+        must_be = (f"one of {', '.join(map(str, choices))}", metadata["choices"].__contains__)
+    metadata["must_be"] = must_be
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -47,11 +63,13 @@ class Checked:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
-            choices, value = entry.metadata.get("choices"), getattr(self, entry.name)
-            if choices is not None:
-                self.check(value in choices, entry.name, f"one of {', '.join(map(str, choices))}")
+            value = getattr(self, entry.name)
+            words, holds = entry.metadata.get("must_be") or ("", lambda value: True)
+            values = value if isinstance(value, list) else [value]
+            self.check(all(each is None or holds(each) for each in values), entry.name, words)
 
     def check(self, condition: bool, name: str, advice: str) -> None:
+        """Raise UserError that the option `name` must be `advice`, unless `condition` holds."""
         if not condition:
             raise UserError(f"--{name} must be {advice}, got {getattr(self, name)!r}.")
 
@@ -64,14 +82,14 @@ class Checked:
             self.check(getattr(self, name) >= 0, name, "0 or more")
 
     def refuse(self, names: list[str], reason: str) -> None:
-        """Raise UserError if one of these options is not as by default."""
+        """Raise UserError, with the reason, if one of these options differs from its default."""
         for entry in dataclasses.fields(self):
             default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
             if entry.name in names and getattr(self, entry.name) != default:
                 raise UserError(f"--{entry.name} {reason}; leave it out.")
 
     def check_folder(self, name: str) -> None:
-        """Of a folder that is to be written."""
+        """Raise UserError unless the option `name` can be a folder that is written."""
         folder = getattr(self, name)
         self.check(folder != "" and not os.path.isfile(folder), name, "a folder")
 
@@ -92,14 +110,14 @@ class OptionHelp(argparse.HelpFormatter):
 class OptionParser(HfArgumentParser):
     """A command line with the fields of an option class, under a heading for each class that it is made of.
 
-    The heading is the first line of that class's docstring. What the option class adds itself comes first, without a heading.
+    The heading is the first line of that class's docstring. The options that `config_class` adds itself come first, without a heading.
     """
 
     def _add_dataclass_arguments(self, config_class: type) -> None:
         hints = get_type_hints(config_class)
-        classes = [each for each in config_class.__mro__ if dataclasses.is_dataclass(each)]
+        classes = [each for each in reversed(config_class.__mro__) if dataclasses.is_dataclass(each)]  # as the fields
         owners = {}
-        for each in reversed(classes):
+        for each in classes:
             owners.update(dict.fromkeys(each.__annotations__.keys() - owners, each))
         for each in classes:
             entries = [entry for entry in dataclasses.fields(config_class) if owners[entry.name] is each]
@@ -115,8 +133,8 @@ class OptionParser(HfArgumentParser):
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
 
-    The options that its class attribute POSITIONAL lists may also be given without their names, in that order. An option that may be None
-    is that if nothing is given: `--teacher ""`.
+    The options that its class attribute POSITIONAL lists may also be given without their names, in that order. An option that may be
+    None becomes None by an empty value: `--teacher ""`.
 
     Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
     """
@@ -136,21 +154,18 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
         elif action.nargs is None and action.default is None and action.type is not None:
             action.type = _or_none(action.type)
     try:
-        options = [name for action in parser._actions for name in action.option_strings]
-        for word in argv:
-            name = word.split("=")[0]
-            if re.match("--[a-zA-Z]", name) and name not in options:
-                raise UserError(f"{name} is no option{_did_you_mean(name, options)}. See --help for all.")
         known, _ = parser.parse_known_intermixed_args(argv)
-        arguments = _yaml_arguments(known.config, {f.name for f in dataclasses.fields(config_class)}) + argv
-        namespace = parser.parse_intermixed_args(arguments)
+        arguments = _yaml_arguments(known.config)
+        _check_names(arguments, parser, f"--config {known.config}: ")
+        _check_names(argv, parser)
+        namespace = parser.parse_intermixed_args(arguments + argv)
         return config_class(**vars(namespace))
     except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`kind`, to which nothing is None: what a file says of an option can be taken back on the command line."""
+    """`kind`, but None for an empty text: the command line can so take back an option of the YAML file."""
 
     @functools.wraps(kind, updated=())
     def read(text: str) -> Any:
@@ -159,14 +174,19 @@ def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Words that name the one of `names` that `name` nearly is, or none."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return f" (did you mean {near[0]}?)" if near else ""
+def _check_names(words: Sequence[str], parser: argparse.ArgumentParser, where: str = "") -> None:
+    """Raise UserError for a word that looks like an option and is none. A part of a name is none either."""
+    options = [name for action in parser._actions for name in action.option_strings]
+    for word in words:
+        name = word.split("=")[0]
+        if re.match("--[a-zA-Z]", name) and name not in options:
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+            advice = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"{where}{name} is no option{advice}. See --help for all.")
 
 
-def _yaml_arguments(path: str | None, known: set[str]) -> list[str]:
-    """The contents of a YAML file as command-line arguments, so that both are checked alike."""
+def _yaml_arguments(path: str | None) -> list[str]:
+    """The contents of a YAML file as command-line arguments: both are then checked alike."""
     if path is None:
         return []
     try:
@@ -176,10 +196,6 @@ def _yaml_arguments(path: str | None, known: set[str]) -> list[str]:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold `option: value` lines.")
-    known = known - {"config"}
-    if unknown := sorted(set(map(str, values)) - known):
-        names = ", ".join(name + _did_you_mean(name, known) for name in unknown)
-        raise UserError(f"--config {path} has unknown options: {names}. See --help for all.")
     arguments = []
     for name, value in values.items():
         if value is not None:
@@ -188,14 +204,17 @@ def _yaml_arguments(path: str | None, known: set[str]) -> list[str]:
 
 
 def save_config(config: Any, path: str) -> None:
-    """Write the options as YAML, readable by `--config`."""
+    """Write the options as YAML, readable by `--config`. Defaults that were filled in stand there as if they were given."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
     with open(path, "w") as file:
         yaml.safe_dump(values, file, sort_keys=False)
 
 
 def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:
-    """Parse the command line and call `main`. A UserError becomes one line on standard error, without a token, and exit status 1."""
+    """Parse the command line and call `main`.
+
+    A UserError becomes one line on standard error, without a token, and exit status 1. With CTM_TRACEBACK its traceback is shown too.
+    """
     config = parse_config(config_class)
     try:
         main(config)

@@ -1,35 +1,35 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Options of the training programs, in groups; a function takes the group that it needs."""
 
-import dataclasses
-import re
 from dataclasses import dataclass
 
-from .errors import UserError
-from .options import Checked, option
-from .shared_options import DataOptions, DiscriminatorOptions, DistanceOptions, NetworkOptions, TeacherOptions
+from .names import HUB_ID
+from .options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, Checked, option
+from .shared_options import DataOptions, NetworkOptions
 
 
 @dataclass
 class StreamOptions(DataOptions):
-    """Images that are read as they come."""
+    """Images as a stream."""
 
     streaming: bool = option(
         False,
         "Read the data set as it comes, without downloading or holding it. Each process reads all of it; --dataloader_num_workers are threads. "
         "The order is shuffled within --shuffle_buffer images only: what is stored class by class needs to be stored in another order.",
     )
-    shuffle_buffer: int = option(10_000, "Images that are shuffled together, and held in memory, with --streaming.")
+    shuffle_buffer: int = option(
+        10_000, "Images that are shuffled together, and held in memory, with --streaming.", must_be=POSITIVE
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("shuffle_buffer")
         if not self.streaming:
             self.refuse(["shuffle_buffer"], "needs --streaming true")
 
 
 @dataclass
 class OutputOptions(Checked):
-    """Where a run writes, and what it starts from."""
+    """The run's folder, and what it starts from."""
 
     config: str | None = option(
         None, "YAML file with any of these options; the command line overrides it.", recorded=False
@@ -46,72 +46,66 @@ class OutputOptions(Checked):
     init_from: str | None = option(
         None,
         "Start from the weights of a first stage, averages included: a checkpoint folder, a pipeline's folder or Hub repository, or a run with "
-        "either. Optimiser and steps start anew. Ignored if there is something to resume.",
+        "either. Optimizer and steps start anew. Ignored if there is something to resume.",
         recorded=False,
     )
     checkpointing_steps: int = option(
         500,
         "Save a checkpoint every so many steps, and at the end; 0 is never, but when a signal stops the run.",
         recorded=False,
+        must_be=NOT_NEGATIVE,
     )
     checkpoints_total_limit: int = option(
-        2, "Keep at most this many checkpoints, the newest; 0 keeps all.", recorded=False
+        2, "Keep at most this many checkpoints, the newest; 0 keeps all.", recorded=False, must_be=NOT_NEGATIVE
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_not_negative("checkpointing_steps", "checkpoints_total_limit")
         self.check_folder("output_dir")
 
 
 @dataclass
 class StepOptions(Checked):
-    """How many steps of how many images."""
+    """Steps and images."""
 
-    seed: int = option(0, "Seed of weights, data order and noise.")
-    max_train_steps: int = option(1000, "Optimiser steps in all.", free=True)
+    seed: int = option(0, "Seed of weights, data order and noise.", must_be=NOT_NEGATIVE)
+    max_train_steps: int = option(1000, "Optimizer steps in all.", free=True, must_be=POSITIVE)
     train_batch_size: int = option(
         128,
         "Images per process and forward pass. A step uses this times processes times gradient_accumulation_steps.",
         free=True,
+        must_be=POSITIVE,
     )
-    gradient_accumulation_steps: int = option(1, "Forward and backward passes per optimiser step.", free=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-        self.check_not_negative("seed")
+    gradient_accumulation_steps: int = option(
+        1, "Forward and backward passes per optimizer step.", free=True, must_be=POSITIVE
+    )
 
 
 @dataclass
 class OptimizerOptions(Checked):
-    """How gradients change the weights."""
+    """The optimizer."""
 
     optimizer: str = option("radam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
-    learning_rate: float = option(4e-4, "Peak learning rate.")
-    adam_beta1: float = option(0.9, "Decay of the optimiser's first moment.")
-    adam_beta2: float = option(0.999, "Decay of the optimiser's second moment.")
-    adam_weight_decay: float = option(0.0, "Weight decay.")
-    adam_epsilon: float = option(1e-8, "The optimiser's epsilon.")
+    learning_rate: float = option(4e-4, "Peak learning rate.", must_be=POSITIVE)
+    adam_beta2: float = option(0.999, "Decay of the optimizer's second moment.", must_be=BELOW_ONE)
+    adam_weight_decay: float = option(0.0, "Weight decay.", must_be=NOT_NEGATIVE)
+    adam_epsilon: float = option(1e-8, "The optimizer's epsilon.", must_be=POSITIVE)
     lr_scheduler: str = option(
         "constant_with_warmup",
         "Learning rate after the warm-up: constant, or falling to 0 at max_train_steps along a line or half a cosine.",
         ["constant_with_warmup", "linear", "cosine"],
     )
-    lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.")
-    max_grad_norm: float = option(0.0, "Clip the norm of each network's gradient to this; 0 is no clipping.")
+    lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", must_be=NOT_NEGATIVE)
+    max_grad_norm: float = option(
+        0.0, "Clip the norm of each network's gradient to this; 0 is no clipping.", must_be=NOT_NEGATIVE
+    )
     max_skipped_steps: int = option(
         20,
-        "A step whose loss or gradient is infinite or NaN changes nothing. Stop after so many in a row; in fp16 a few at the start are usual.",
+        "A step whose loss or gradient is infinite or NaN changes nothing. Stop after so many in a row; in fp16 a few at the "
+        "start are usual.",
         free=True,
+        must_be=POSITIVE,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("learning_rate", "adam_epsilon", "max_skipped_steps")
-        self.check_not_negative("max_grad_norm", "lr_warmup_steps", "adam_weight_decay")
-        for name in ("adam_beta1", "adam_beta2"):
-            self.check(0 <= getattr(self, name) < 1, name, "in [0, 1)")
 
 
 @dataclass
@@ -119,30 +113,34 @@ class AverageOptions(Checked):
     """Moving averages of the weights."""
 
     ema_decay: float = option(
-        0.999, "Decay per step of the exponential moving average of the weights, which is what is saved."
+        0.999,
+        "Decay per step of the exponential moving average of the weights, which is what is saved.",
+        must_be=BELOW_ONE,
     )
     ema_warmup: bool = option(False, "Let the decay rise as (1 + step) / (10 + step) up to ema_decay. For short runs.")
     extra_ema_decays: list[float] = option(
-        [], "Decays of further averages, each saved as output_dir/pipeline-ema-DECAY beside `pipeline`, for comparison."
+        [],
+        "Decays of further averages, each saved as output_dir/pipeline-ema-DECAY beside `pipeline`, for comparison.",
+        must_be=BELOW_ONE,
     )
     posthoc_ema: list[float] = option(
         [],
-        "Relative widths (sigma_rel) of power-function averages whose snapshots are kept, from which `python -m training.ema` makes the average "
-        "of any width after the training (Karras et al. 2024); '0.05 0.1' is enough. Each costs as much memory as the network.",
+        "Relative widths (sigma_rel) of power-function averages whose snapshots are kept, from which `python -m training.ema` "
+        "makes the average of any width after the training (Karras et al. 2024); '0.05 0.1' is enough. Each costs as much memory "
+        "as the network.",
+        must_be=("in (0, 0.288]", lambda width: 0 < width < 12**-0.5),
     )
     posthoc_ema_every: int = option(
-        500, "Keep a snapshot of each every so many steps, and at the end; for --posthoc_ema.", recorded=False
+        500,
+        "Keep a snapshot of each every so many steps, and at the end; for --posthoc_ema.",
+        recorded=False,
+        must_be=POSITIVE,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
-        self.check(all(0 <= decay < 1 for decay in self.extra_ema_decays), "extra_ema_decays", "in [0, 1)")
-        widths = self.posthoc_ema
-        self.check(all(0 < width < 12**-0.5 for width in widths), "posthoc_ema", "in (0, 0.288]")
-        self.check(not widths or len(set(widths)) > 1, "posthoc_ema", "two different widths or more")
-        self.check_positive("posthoc_ema_every")
-        if not widths:
+        self.check(len(set(self.posthoc_ema)) != 1, "posthoc_ema", "two different widths or more")
+        if not self.posthoc_ema:
             self.refuse(["posthoc_ema_every"], "needs --posthoc_ema")
 
 
@@ -164,40 +162,36 @@ class HardwareOptions(Checked):
         "Compile the networks with torch.compile: faster steps after some minutes at the start; needs a C++ compiler.",
         free=True,
     )
-    channels_last: bool = option(
-        True, "Keep images and convolutions with channels last in memory, usually the faster order.", free=True
-    )
 
 
 @dataclass
 class MonitorOptions(Checked):
-    """What a run shows while it goes on."""
+    """Samples, losses and distances during the run."""
 
-    sample_every: int = option(500, "Draw a grid of samples every so many steps; 0 is never.", recorded=False)
+    sample_every: int = option(
+        500, "Draw a grid of samples every so many steps; 0 is never.", recorded=False, must_be=NOT_NEGATIVE
+    )
     eval_every: int = option(
         0,
-        "Measure the Frechet distance of samples to the data every so many steps, and at the end, into the tracker and output_dir/metrics.jsonl; "
-        "0 is never.",
+        "Measure the Frechet distance of samples to the data every so many steps, and at the end, into the tracker and "
+        "output_dir/metrics.jsonl; 0 is never.",
         recorded=False,
+        must_be=NOT_NEGATIVE,
     )
-    eval_samples: int = option(2000, "Images of each such measurement; compare only equal numbers.", recorded=False)
+    eval_samples: int = option(
+        2000, "Images of each such measurement; compare only equal numbers.", recorded=False, must_be=TWO_OR_MORE
+    )
     eval_features: str | None = option(
         None,
         "Network whose features are compared, as --features of training.evaluate. Default: 'digits' for digits.",
         recorded=False,
     )
     logging_steps: int = option(
-        20, "Show and track the losses every so many steps; each is a mean over them.", recorded=False
+        20, "Show and track the losses every so many steps; each is a mean over them.", recorded=False, must_be=POSITIVE
     )
     report_to: str = option(
         "tensorboard", "Tracker: 'tensorboard', 'wandb' or 'none'.", ["tensorboard", "wandb", "none"], recorded=False
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("logging_steps")
-        self.check_not_negative("sample_every", "eval_every")
-        self.check(self.eval_samples > 1, "eval_samples", "2 or more")
 
 
 @dataclass
@@ -221,13 +215,13 @@ class HubOptions(Checked):
         recorded=False,
     )
     hub_license: str | None = option(
-        None, "Licence of the weights, as the Hub names it, e.g. 'mit'. Default: the teacher's.", recorded=False
+        None, "License of the weights, as the Hub names it, e.g. 'mit'. Default: the teacher's.", recorded=False
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.push_to_hub or self.hub_model_id is not None:
-            well_formed = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.hub_model_id or "") is not None
+            well_formed = HUB_ID.fullmatch(self.hub_model_id or "") is not None
             self.check(well_formed, "hub_model_id", "a repository on the Hub as user/name")
 
 
@@ -245,189 +239,46 @@ class RunOptions(
     """Every training run has these options."""
 
     def __post_init__(self) -> None:
+        """Check, and fill in the features that measure the digits."""
         super().__post_init__()
+        measures = self.eval_every > 0
         self.check(
-            self.eval_every == 0 or not self.streaming,
-            "eval_every",
-            "0 with --streaming: the real images are not at hand",
+            not (measures and self.streaming), "eval_every", "0 with --streaming: the real images are not at hand"
         )
         if self.eval_features is None and self.dataset_name == "digits":
             self.eval_features = "digits"
         self.check(
-            self.eval_every == 0 or self.eval_features is not None,
+            self.eval_features is not None or not measures,
             "eval_features",
-            "given with --eval_every: a folder that training.features saved, FID's Inception, or an image model of transformers",
+            "given with --eval_every: a folder that training.features saved, FID's Inception, or an image model of "
+            "transformers",
         )
 
 
 @dataclass
-class EDMConfig(NetworkOptions, RunOptions):
-    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`."""
+class GridOptions(Checked):
+    """The grid of noise levels of a CTM."""
 
-    PROGRAM = "training.train_edm"
-
-    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
-    optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
-    learning_rate: float = option(1e-3, "Peak learning rate.")
-    dropout: float = option(0.0, "Dropout probability.")
-    label_dropout: float = option(
-        0.0,
-        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 the "
-        "network gets one label more, 'no class'.",
+    num_train_timesteps: int = option(
+        18, "Noise levels N of the Karras grid: 18 for CIFAR-10, 40 for ImageNet-64.", must_be=TWO_OR_MORE
     )
-    sigma_min: float = option(0.002, "Lowest noise level when sampling.")
-    sigma_max: float = option(80.0, "Highest noise level when sampling.")
-    p_mean: float = option(-1.2, "Mean of ln(sigma) in training.")
-    p_std: float = option(1.2, "Standard deviation of ln(sigma) in training.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("sigma_min", "p_std")
-        self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
-        self.check(0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self.check(0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
-        self.check(
-            self.label_dropout == 0 or self.label_column is not None, "label_dropout", "0 without --label_column"
-        )
-
-
-@dataclass
-class CTMConfig(DistanceOptions, TeacherOptions, DiscriminatorOptions, NetworkOptions, RunOptions):
-    """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
-
-    PROGRAM = "training.train_ctm"
-
-    output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
-    teacher: str | None = option(
-        None,
-        "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its scheduler: EDM, DDPM, flow "
-        "matching, variance-exploding scores; a consistency model with --matching global --dsm_adaptive false.",
-        recorded=False,
-    )
-    num_train_timesteps: int = option(18, "Noise levels N of the Karras grid: 18 for CIFAR-10, 40 for ImageNet-64.")
-    sigma_min: float | None = option(None, "Lowest noise level of the grid. Default: the teacher's.")
+    sigma_min: float | None = option(None, "Lowest noise level of the grid. Default: the teacher's.", must_be=POSITIVE)
     sigma_max: float | None = option(
         None,
-        "Highest noise level of the grid, where sampling starts. Default: the teacher's; where that is in the thousands, as of cosine betas "
-        "and scores, 80 to 200 is enough for images in [-1, 1] and leaves more of the grid to the rest.",
+        "Highest noise level of the grid, where sampling starts. Default: the teacher's. If that is in the thousands, as of cosine "
+        "betas and scores, 80 to 200 is enough for images in [-1, 1] and leaves more of the grid to the rest.",
+        must_be=POSITIVE,
     )
-    matching: str = option(
-        "soft",
-        "Where the solver stops: 'soft' (u between s and t), 'local' (one grid step below t) or 'global' (u = s).",
-        ["soft", "local", "global"],
-    )
-    max_solver_steps: int | None = option(
-        None,
-        "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' learns no "
-        "longer jump. Default: N - 1.",
-    )
-    solver_steps_distribution: str | None = option(
-        None,
-        "How their number k is drawn from 1..M: P(k) ~ k ('weighted', the authors' and the default) or 'uniform'.",
-        [None, "weighted", "uniform"],
-    )
-    solver_steps_per: str | None = option(
-        None,
-        "Draw one k for each 'batch' (the authors' and the default) or for each 'sample'.",
-        [None, "batch", "sample"],
-    )
-    continuous_times: bool = option(
-        False, "Draw t and s between the levels of the grid too; the solver's steps stay as long as those of the grid."
-    )
-    triples_per_path: int = option(
-        1,
-        "Triples (t, u, s) that are taken from each path which the solver goes; R divides the solver's evaluations by R. The first has "
-        "the whole path, from the noisy image on, the others have parts of it. 1 is the paper.",
-    )
-    solver_model: str = option(
-        "teacher",
-        "Whose score the solver follows: 'teacher', or 'ema', the student's own average (CTM without a teacher). With 'ema' a --teacher "
-        "is what the student starts from; without one it starts from nothing, with the network that --block_out_channels and the like describe.",
-        ["teacher", "ema"],
-    )
-    solver: str = option(
-        "heun",
-        "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3 after a first step of Heun's, k + 1 evaluations) or 'dpm' "
-        "(DPM-Solver++(2M), order 2 but for its first step, k evaluations).",
-        ["heun", "unipc", "dpm"],
-    )
-    solver_substeps: int = option(1, "Steps of the solver from one level of the grid to the next.")
-    inner_target: str | None = option(
-        None,
-        "Network of the target's jump from u to s: 'ema' (the paper, the default) or 'live' (the authors' code).",
-        [None, "ema", "live"],
-    )
-    dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.")
-    dsm_adaptive: bool = option(
-        True,
-        "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. 12).",
-    )
-    dsm_sigma: str = option(
-        "half_lognormal",
-        "Noise levels of denoising score matching: 'lognormal' (EDM), or 'half_lognormal': every other sample from the upper 70 % "
-        "of the Karras ramp (the authors').",
-        ["lognormal", "half_lognormal"],
-    )
-    dropout: float | None = option(None, "Dropout of the student. Default: the teacher's, or none.")
+
+
+@dataclass
+class StudentOptions(NetworkOptions, GridOptions):
+    """Dropout of the student."""
+
+    dropout: float | None = option(None, "Dropout of the student. Default: the teacher's, or none.", must_be=BELOW_ONE)
     label_dropout: float | None = option(
         None,
-        "Probability of leaving the class of an image out, without a teacher or for one that was trained so. Default: 0.1 for such a teacher, "
-        "else 0.",
+        "Probability of leaving the class of an image out, without a teacher or for one that was trained so. Default: 0.1 for such "
+        "a teacher, else 0.",
+        must_be=BELOW_ONE,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_teacher()
-        self._check_times()
-        if self.discriminator_weight == 0:
-            self.refuse([f.name for f in dataclasses.fields(DiscriminatorOptions)], "needs a --discriminator_weight")
-        if self.dsm_weight == 0:
-            self.refuse(["dsm_adaptive", "dsm_sigma"], "needs a --dsm_weight above 0")
-        for name in ("sigma_min", "sigma_max"):
-            self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
-        self.check_positive("solver_substeps")
-        self.check_not_negative("dsm_weight")
-        self.check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
-        self.check(self.label_dropout is None or 0 <= self.label_dropout < 1, "label_dropout", "in [0, 1)")
-
-    def _check_teacher(self) -> None:
-        if self.solver_model == "teacher" and self.teacher is None:
-            raise UserError(
-                "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train without one, give "
-                "--solver_model ema."
-            )
-        of_teacher = [f.name for f in dataclasses.fields(TeacherOptions) if f.name != "teacher"]
-        of_network = [f.name for f in dataclasses.fields(NetworkOptions)]
-        unused, reason = (
-            (of_teacher, "needs --teacher") if self.teacher is None else (of_network, "is for a run without --teacher")
-        )
-        self.refuse(unused, reason)
-        if self.teacher is None:
-            self.check(
-                not self.label_dropout or self.label_column is not None, "label_dropout", "0 without --label_column"
-            )
-
-    def _check_times(self) -> None:
-        """Refuse what another choice makes meaningless. Nothing is filled in: what is saved must be read again."""
-        self.check(self.num_train_timesteps >= 2, "num_train_timesteps", "2 or more")
-        self.check_positive("triples_per_path")
-        most = self.num_train_timesteps - 1
-        if self.matching == "local":
-            for name in ("max_solver_steps", "solver_steps_distribution", "solver_steps_per"):
-                if getattr(self, name) is not None:
-                    raise UserError(
-                        f"--{name} does not go with --matching local, whose solver takes one step; leave it out."
-                    )
-            self.check(
-                self.triples_per_path == 1, "triples_per_path", "1 with --matching local, whose paths have one step"
-            )
-        if self.matching == "global" and self.inner_target is not None:
-            raise UserError("--inner_target does not go with --matching global, which has no inner jump; leave it out.")
-        self.check(
-            self.max_solver_steps is None or 1 <= self.max_solver_steps <= most,
-            "max_solver_steps",
-            f"in 1..{most} (num_train_timesteps - 1)",
-        )
-        self.check(
-            self.train_batch_size % self.triples_per_path == 0, "triples_per_path", "a divisor of --train_batch_size"
-        )

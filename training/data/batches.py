@@ -1,26 +1,61 @@
-"""The batches of a run by seed and step: one call for images at hand and streamed, always (images, labels, position)."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The images of a training run, and its batches by seed and step."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from ..cli.errors import UserError
-from ..cli.training_options import RunOptions
+from ..cli.training_options import RunOptions, StreamOptions
 from .images import ImageDataset
-from .stream import ImageStream
+from .stream import ImageStream, stream_batches
 
 
 GRACE = 60  # seconds
+
+LoadedBatch = tuple[torch.Tensor, torch.Tensor | None, dict[str, Any] | None]
+
+
+def load_images(options: StreamOptions) -> ImageDataset | ImageStream:
+    """The images of a training run, all at hand or streamed. Raises UserError as these do."""
+    return ImageStream(options, options.shuffle_buffer) if options.streaming else ImageDataset(options)
+
+
+def run_batches(
+    dataset: ImageDataset | ImageStream,
+    options: RunOptions,
+    first_step: int,
+    parts: list[int],
+    num_parts: int,
+    position: dict[str, Any] | None = None,
+    pin_memory: bool = False,
+) -> Iterator[LoadedBatch]:
+    """(images, labels, position) for one process: uint8 (n, C, H, W), int64 (n,) or None, and the place in a stream.
+
+    The images of a step are the same however it is split into parts (`StepSampler`). Raises UserError if an image
+    cannot be read.
+
+    Args:
+        first_step: the step to begin with.
+        parts: this process's, of `num_parts`.
+        position: where a stream goes on; None is the beginning.
+        pin_memory: for a GPU.
+    """
+    split = (options.train_batch_size, options.seed, first_step, options.max_train_steps, parts, num_parts)
+    if isinstance(dataset, ImageStream):
+        return stream_batches(dataset, *split, position, options.dataloader_num_workers)
+    return load_batches(dataset, StepSampler(len(dataset), *split), options.dataloader_num_workers, pin_memory)
 
 
 class StepSampler:
     """Batches of indices for one process, a function of seed and step: a run resumes by saying where it stands.
 
-    Each epoch is a permutation of the data set and batches run across its ends. The images of a step are the same for every split of
-    `total = batch_size * num_parts` into batches; a part is one process in one accumulation step.
+    Each epoch is a permutation of the data set and batches run across its ends. The images of a step are the same for
+    every split of `total = batch_size * num_parts` into batches; a part is one process in one accumulation step.
     """
 
     def __init__(
@@ -50,9 +85,9 @@ class StepSampler:
 
 
 def load_batches(
-    dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int, pin_memory: bool = False
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The batches that `sampler` names, decoded by `num_workers` processes ahead of time, or by this one if that is 0.
+    dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int, pin_memory: bool
+) -> Iterator[LoadedBatch]:
+    """The batches that `sampler` names, decoded by `num_workers` processes ahead of time, or by this one if it is 0.
 
     Raises UserError if one of the processes dies or an image cannot be read.
     """
@@ -62,37 +97,40 @@ def load_batches(
         collate_fn=_identity,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else starting it would draw from the generator that dropout uses
+        generator=torch.Generator(),  # without it the loader would draw from the generator that dropout uses
         worker_init_fn=leave_signals_to_the_main_process,
     )
     with contextlib.ExitStack() as stack:
         loaded = iter(loader)
         if num_workers and threading.current_thread() is threading.main_thread():
-            # Torch would raise the death of a process in whatever line runs at the moment. Without that it is found below. Torch's
-            # handler comes back last, since a connection breaks before the signal that its process died.
+            # Torch's handler would raise the death of a process in whatever line runs at the moment; without it the
+            # death shows below. It comes back last, since a connection breaks before the signal that its process died.
             stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         if num_workers:  # without this a traceback that refers to them would keep the processes running
             stack.callback(loaded._shutdown_workers)
         while True:
             try:
-                batch = next(loaded)
+                images, labels = next(loaded)
             except StopIteration:
                 return
             except UserError as error:  # with the other process's traceback before it
                 raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
             except (RuntimeError, OSError, EOFError) as error:
-                # Torch notices the death, or this process had begun to fetch what the dead one offered.
-                fetching = isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and "Caught " not in str(
-                    error
-                )
-                if not num_workers or not (fetching or "DataLoader worker (" in str(error)):
+                if not num_workers or not _tells_of_a_dead_process(error):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(
                     f"A process that reads images died ({reason}), mostly for want of memory, or of shared memory in a "
-                    f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with --resume_from_checkpoint latest."
+                    f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
+                    "--resume_from_checkpoint latest."
                 ) from error
-            yield batch
+            yield images, labels, None
+
+
+def _tells_of_a_dead_process(error: Exception) -> bool:
+    """Whether torch noticed the death, or this process was fetching a batch of the dead one."""
+    fetching = isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and "Caught " not in str(error)
+    return fetching or "DataLoader worker (" in str(error)
 
 
 def _identity(batch):
@@ -100,14 +138,9 @@ def _identity(batch):
 
 
 def leave_signals_to_the_main_process(worker: int = 0) -> None:
-    """In a data-loading process: it ends when the main one says so. A terminal and a batch system signal both.
+    """Let a data-loading process end when the main one says so: a terminal and a batch system signal both.
 
-    If the main one says nothing it ends all the same, after `GRACE`: the main one may be waiting for it.
+    After a signal it ends within `GRACE` all the same: the main process may be waiting for it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-
-
-def load_images(options: RunOptions) -> "ImageDataset | ImageStream":
-    """The images of a training run, all at hand or streamed. Raises UserError as these do."""
-    return ImageStream(options, options.shuffle_buffer) if options.streaming else ImageDataset(options)

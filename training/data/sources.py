@@ -1,4 +1,5 @@
-"""The data set that the options name: digits, a file, a folder, the Hub; its columns."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The data set that the options name: the digits, a file, a folder or a repository on the Hub; and its columns."""
 
 import os
 
@@ -6,16 +7,16 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, ReadInstruction, load_dataset
 from PIL import Image as PILImage
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, with labels."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 gray, with labels."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
+    pixels = np.round(source.images * (255 / 16)).astype(np.uint8)  # 17 levels of gray, 0 to 16
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     columns = {"image": [PILImage.fromarray(image) for image in pixels], "label": source.target.tolist()}
     return Dataset.from_dict(columns, features=features)
@@ -23,28 +24,27 @@ def digits() -> Dataset:
 
 def load_source(options: DataOptions, streaming: bool = False) -> Dataset | IterableDataset:
     """The data set that the options name. Raises UserError if it is not there."""
-    name = options.dataset_name
+    name, split = options.dataset_name, options.dataset_split
     if name == "digits" and not os.path.exists(name):
         if options.dataset_config_name is not None:
             raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
-        part = _part(digits(), options.dataset_split)
+        part = _part(digits(), split)
         return part.to_iterable_dataset() if streaming else part
-    try:
-        if name.endswith(".parquet"):  # the file is whatever split is asked for
-            files = {options.dataset_split.partition("[")[0]: name}
-            return load_dataset("parquet", data_files=files, split=options.dataset_split, streaming=streaming)
-        return load_dataset(name, options.dataset_config_name, split=options.dataset_split, streaming=streaming)
-    except Exception as error:  # datasets raises many kinds for a name, split or configuration that is not there
-        raise UserError(f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    with loading(f"--dataset_name {name}"):
+        if name.endswith(".parquet"):  # the file counts as the split that is asked for
+            files = {split.partition("[")[0]: name}
+            return load_dataset("parquet", data_files=files, split=split, streaming=streaming)
+        return load_dataset(name, options.dataset_config_name, split=split, streaming=streaming)
 
 
 def _part(dataset: Dataset, split: str) -> Dataset:
-    """The part of a data set in memory, whose one split is "train", that `load_dataset` would take by `split`."""
+    """The part of a data set in memory that `load_dataset` would return for `split`. Its only split is "train"."""
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"--dataset_split {split}: the digits have 'train' and its parts, such as 'train[:1500]' or 'train[-10%:]'. {error}"
+            f"--dataset_split {split}: the digits have 'train' and its parts, such as 'train[:1500]' or "
+            f"'train[-10%:]'. {error}"
         ) from error
     return dataset.select([index for part in parts for index in range(part.from_, part.to)])
 
@@ -56,7 +56,7 @@ def _column(features: Features, option: str, name: str) -> str:
 
 
 def find_image_column(options: DataOptions, features: Features) -> str:
-    """The column of the images. Raises UserError if it is not there, holds none, or is not named among several."""
+    """The column of the images. Raises UserError if it is missing, holds no images, or several could be meant."""
     image_columns = [name for name, feature in features.items() if isinstance(feature, Image)]
     if options.image_column is not None:
         name = _column(features, "image_column", options.image_column)
@@ -68,12 +68,13 @@ def find_image_column(options: DataOptions, features: Features) -> str:
     if image_columns:
         raise UserError(f"--image_column is needed: the data set has the image columns {', '.join(image_columns)}.")
     raise UserError(
-        f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns are {', '.join(features)}."
+        f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns "
+        f"are {', '.join(features)}."
     )
 
 
 def find_label_column(options: DataOptions, features: Features) -> str | None:
-    """The column of the classes, or None. Raises UserError if it is not there or holds something else."""
+    """The column of the classes, or None. Raises UserError if it is missing or holds no whole numbers."""
     if options.label_column is None:
         return None
     name = _column(features, "label_column", options.label_column)

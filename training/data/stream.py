@@ -1,11 +1,10 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Images read as they come, in an order that a run can resume."""
 
 import collections
 import concurrent.futures
 import contextlib
 import itertools
-import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -13,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from datasets import Image
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
 from .images import Images
-from .sources import find_image_column, find_label_column, load_source
+from .sources import load_source
 
 
 T = TypeVar("T")
@@ -31,7 +30,7 @@ class Position:
     Args:
         epoch, window: their numbers, from 0.
         first: number of images before the window, in all epochs.
-        stream: what `datasets` needs to go on there; None is the beginning of the epoch.
+        stream: the state from which `datasets` goes on there; None is the beginning of the epoch.
     """
 
     epoch: int = 0
@@ -43,66 +42,53 @@ class Position:
 class ImageStream(Images):
     """Images of one size and mode, and their classes, of a data set that is not held.
 
-    Windows of `window` images are shuffled, each by a permutation that seed, epoch and window fix. So the order is a function of
-    the seed, and to resume means to read one window again.
+    Windows of `window` images are shuffled, each by a permutation that seed, epoch and window fix. So the order is a
+    function of the seed, and a run that resumes reads one window again.
 
-    Raises UserError if the data set or a column is not there, is no image column, is empty, or has classes whose number is not known.
+    Raises UserError also if the number of classes is not known.
     """
 
     def __init__(self, options: DataOptions, window: int):
         source = load_source(options, streaming=True)
-        try:
+        with loading(f"--dataset_name {options.dataset_name}"):
             first = next(iter(source), None)
             features = source.features or source._resolve_features().features
-        except Exception as error:  # of the network, a file or a decoder
+        super().__init__(options, features, first)
+        if self.label_column is not None and self.num_classes is None:
             raise UserError(
-                f"--dataset_name {options.dataset_name} cannot be read: {type(error).__name__}: {error}"
-            ) from error
-        if first is None:
-            raise UserError(
-                f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
+                f"--label_column {self.label_column} holds plain numbers, whose number of classes a stream does not "
+                "tell; give the data set a feature ClassLabel there, or leave out --streaming."
             )
-        image_column, label_column = find_image_column(options, features), find_label_column(options, features)
-        super().__init__(options, features, first[image_column], image_column, label_column)
-        if label_column is not None and self.num_classes is None:
-            raise UserError(
-                f"--label_column {label_column} holds plain numbers, whose number of classes a stream does not tell; give the data set a "
-                "feature ClassLabel there, or leave out --streaming."
-            )
-        # Decoded later, by whom it concerns.
-        self.source = source.select_columns(self.columns).cast_column(image_column, Image(decode=False))
+        # Each image is decoded later, and only where it is used.
+        self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
         self.window = window
 
     def rows(self, seed: int, position: Position, begin: int) -> Iterator[tuple[int, Row, Position]]:
-        """All rows from number `begin` on, in shuffled order and without end, with their numbers and the windows they are in.
+        """All rows from number `begin` on, shuffled and without end, with their numbers and the windows they are in.
 
         `position` is a window that begins at `begin` or before.
         """
         while True:
-            for at, window in self._windows(position):
-                if at.first + len(window) > begin:
-                    numbers = (seed * 1_000_003 + at.epoch) * 1_000_003 + at.window
+            for place, window in self._windows(position):
+                if place.first + len(window) > begin:
+                    numbers = (seed * 1_000_003 + place.epoch) * 1_000_003 + place.window
                     order = torch.randperm(len(window), generator=torch.Generator().manual_seed(numbers)).tolist()
-                    for number, index in enumerate(order, at.first):
+                    for number, index in enumerate(order, place.first):
                         if number >= begin:
-                            yield number, window[index], at
-                position = Position(epoch=at.epoch + 1, first=at.first + len(window))
+                            yield number, window[index], place
+                position = Position(epoch=place.epoch + 1, first=place.first + len(window))
             if position.window:  # it was the end of an epoch
                 position = Position(epoch=position.epoch + 1, first=position.first)
 
     def _windows(self, position: Position) -> Iterator[tuple[Position, list[Row]]]:
         """The windows of an epoch, from `position` on."""
         source = self.source
-        source.set_epoch(position.epoch)  # which also tells a state to be loaded from one that was
+        source.set_epoch(position.epoch)  # datasets then also sees that a state to load is not one that it has loaded
         source.load_state_dict(position.stream)
         iterator, first, stream = iter(source), position.first, position.stream
         for number in itertools.count(position.window):
-            try:
+            with loading("The rest of the data set", "Resume with --resume_from_checkpoint latest."):
                 window = list(itertools.islice(iterator, self.window))
-            except Exception as error:  # of the network or a file, after datasets has tried again
-                raise UserError(
-                    f"The data set cannot be read any further: {type(error).__name__}: {error}. Resume with --resume_from_checkpoint latest."
-                ) from error
             if not window:
                 if number == 0:
                     raise UserError("The streamed data set holds no images any more.")
@@ -111,24 +97,16 @@ class ImageStream(Images):
             first, stream = first + len(window), source.state_dict()
 
     def decode(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """uint8 images of shape (n, C, H, W) and int64 classes of shape (n,), or None. Raises UserError for what cannot be read."""
+        """uint8 images of shape (n, C, H, W) and int64 classes of shape (n,), or None. Raises UserError."""
         images = []
         for row in rows:
-            try:
+            name = (row[self.image_column] or {}).get("path") or "without a name"
+            with loading(f"An image of the data set ({name})"):
                 images.append(Image().decode_example(row[self.image_column]))
-            except Exception as error:  # PIL raises many kinds for a broken file
-                name = (row[self.image_column] or {}).get("path") or "without a name"
-                raise UserError(
-                    f"An image of the data set ({name}) cannot be read: {type(error).__name__}: {error}"
-                ) from error
         if self.label_column is None:
             return self.stack(images), None
         labels = [row[self.label_column] for row in rows]
-        if any(label is None or label < 0 for label in labels):
-            raise UserError(
-                f"--label_column {self.label_column} has no class (null or negative) for an image; remove such images, or leave "
-                "--label_column out."
-            )
+        self.check_labels(labels)
         return self.stack(images), torch.tensor(labels)
 
 
@@ -143,78 +121,49 @@ def stream_batches(
     position: dict[str, Any] | None,
     num_workers: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]]:
-    """(images, labels, position) for one process, as `StepSampler` names them: a step has the same images however it is split.
+    """(images, labels, position) for one process, split as in `StepSampler`.
 
-    Every process reads the whole stream, and decodes its own part of it. `position`, also of another process, is where to go on;
-    None is the beginning. With `num_workers`, so many threads decode, ahead of time.
+    Every process reads the whole stream and decodes its own part of it. `position`, also another process's, is where
+    to go on; None is the beginning. With `num_workers`, so many threads decode ahead of time.
     """
     total = batch_size * num_parts
 
-    def own() -> Iterator[tuple[list[Row], Position]]:
+    def batches_of_rows() -> Iterator[tuple[list[Row], dict[str, Any]]]:
         batch = []
         start = Position() if position is None else Position(**position)
-        for number, row, at in stream.rows(seed, start, first_step * total):
-            step, place = divmod(number, total)
+        for number, row, place in stream.rows(seed, start, first_step * total):
+            step, index = divmod(number, total)
             if step == last_step:
                 return
-            if place // batch_size in parts:
+            if index // batch_size in parts:
                 batch.append(row)
                 if len(batch) == batch_size:
-                    yield batch, at
+                    yield batch, asdict(place)
                     batch = []
 
     if num_workers == 0:
-        for rows, at in own():
-            yield *stream.decode(rows), asdict(at)
+        for rows, place in batches_of_rows():
+            yield *stream.decode(rows), place
         return
-
-    def decoded() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]]:
-        with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
-            begun: collections.deque = collections.deque()
-            for rows, at in own():
-                begun.append((pool.submit(stream.decode, rows), at))
-                if len(begun) > num_workers:
-                    done, at = begun.popleft()
-                    yield *done.result(), asdict(at)
-            for done, at in begun:
-                yield *done.result(), asdict(at)
-
-    with contextlib.closing(ahead(decoded(), num_workers)) as batches:
-        yield from batches
+    with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
+        begun = ((pool.submit(stream.decode, rows), place) for rows, place in batches_of_rows())
+        with contextlib.closing(ahead(begun, num_workers)) as batches:
+            for batch, place in batches:
+                yield *batch.result(), place
 
 
 def ahead(iterator: Iterator[T], depth: int) -> Iterator[T]:
-    """What `iterator` gives, made by another thread up to `depth` pieces ahead. What it raises is raised here."""
-    made: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(piece: tuple[str, Any]) -> None:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                return made.put(piece, timeout=0.1)
-
-    def work() -> None:
+    """The pieces of `iterator`, made by another thread up to `depth` ahead. Its errors are raised here."""
+    end = object()
+    made: collections.deque[concurrent.futures.Future] = collections.deque()
+    with contextlib.closing(iterator), concurrent.futures.ThreadPoolExecutor(1, "reading ahead") as reader:
         try:
-            with contextlib.closing(iterator):
-                for piece in iterator:
-                    put(("piece", piece))
-                    if closed.is_set():
-                        return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=work, name="reading ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, piece = made.get()
-            if kind == "piece":
+            while True:
+                while len(made) <= depth:
+                    made.append(reader.submit(next, iterator, end))
+                piece = made.popleft().result()
+                if piece is end:
+                    return
                 yield piece
-            elif kind == "error":
-                raise piece
-            else:
-                return
-    finally:
-        closed.set()
-        thread.join(timeout=5)
+        finally:
+            reader.shutdown(cancel_futures=True)

@@ -68,17 +68,21 @@ def changed_options(options: RunOptions) -> dict[str, Any]:
     return changed
 
 
-def training_record(options: RunOptions, num_processes: int, first_stage: str | None = None) -> dict[str, Any]:
+def training_record(
+    options: RunOptions, num_processes: int, first_stage: str | None = None, teacher_revision: str | None = None
+) -> dict[str, Any]:
     """What `training.json` says of a run, but for the number of steps done. Names no folder of this machine and no secret.
 
     Args:
         first_stage: what `find_first_stage` found.
+        teacher_revision: the commit of the teacher that was loaded.
     """
     teacher = getattr(options, "teacher", None)
+    revision = teacher_revision or getattr(options, "teacher_revision", None)
     dataset = options.dataset_name
     record: dict[str, Any] = {
         "program": options.PROGRAM,
-        "teacher": None if teacher is None else origin_record(teacher, getattr(options, "teacher_revision", None)),
+        "teacher": None if teacher is None else origin_record(teacher, revision),
         "first_stage": None if first_stage is None else origin_record(first_stage),
         "dataset": {
             "name": public_name(dataset),

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..cli.errors import UserError
 from ..cli.shared_options import DataOptions
-from ..data.images import ImageDataset
+from ..data.images import ImageDataset, mirrored
 from ..frozen.vectors import load_feature_network
 from ..report.numbers import summaries
 from .sampling import class_labels
@@ -90,10 +90,11 @@ def reference_features(
         collate_fn=lambda batch: batch,
         num_workers=options.dataloader_num_workers,
     )
-    mirror = torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)) < 0.5 * options.random_flip
+    draws = torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)).split(batch_size)
     features, labels = [], []
-    for (images, batch_labels), flip in zip(tqdm(loader, "Real images", unit="batch"), mirror.split(batch_size)):
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    for (images, batch_labels), drawn in zip(tqdm(loader, "Real images", unit="batch"), draws):
+        if options.random_flip:
+            images = mirrored(images, drawn)
         features.append(network(images.to(device)).float().cpu())
         labels.append(batch_labels)
     return torch.cat(features), None if labels[0] is None else torch.cat(labels)

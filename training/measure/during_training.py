@@ -1,4 +1,5 @@
-"""The same distances while a run goes on, in metrics.jsonl."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The Frechet distance of a run's samples while it trains, and its file metrics.jsonl."""
 
 import json
 import math
@@ -12,10 +13,10 @@ from accelerate.utils import gather_object
 
 from diffusers_ctm import CTMPipeline
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
 from ..cli.files import atomic_file
 from ..cli.training_options import RunOptions
-from ..data.images import ImageDataset
+from ..data.images import ImageDataset, mirrored
 from ..frozen.vectors import load_feature_network
 from .distances import Distances, check_counts
 from .sampling import Setting, class_labels, draw
@@ -23,23 +24,23 @@ from .sampling import Setting, class_labels, draw
 
 METRICS = "metrics.jsonl"
 
-BATCH = 250  # most images per network evaluation
+BATCH = 250  # most images per evaluation of the network
 
-MOST_REFERENCE = 50_000  # images; of more, so many evenly spaced ones
+MOST_REFERENCE = 50_000  # real images; a larger data set gives so many, evenly spaced
 
 
 class DistanceToData:
     """The Frechet distance of samples to the data set's images, measured by all processes together.
 
-    Numbers do not depend on how many processes there are, nor does the training on whether they are measured: noise is drawn from
-    generators of its own.
+    The numbers do not depend on how many processes there are. Measuring changes nothing in the training: its noise comes
+    from generators of its own.
 
     Args:
         options: of the run.
         dataset: images.
         accelerator: of the run.
 
-    Raises UserError if the features do not fit the images or there are too few of these.
+    Raises UserError if the features do not fit the images or there are too few images.
     """
 
     def __init__(self, options: RunOptions, dataset: ImageDataset, accelerator: Accelerator):
@@ -57,13 +58,16 @@ class DistanceToData:
 
     @torch.inference_mode()
     def __call__(self, pipe: CTMPipeline, sample_settings: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """Distance of each setting's samples, by its name; NaN if the network makes no finite pixels. Empty in all but the main process."""
+        """Distance of each setting's samples, by its name; NaN if the network makes infinite or NaN pixels.
+
+        Empty in all but the main process.
+        """
         count = self.options.eval_samples
         labels = class_labels(pipe.num_classes, self.dataset.labels(), count)
         pipe.set_progress_bar_config(disable=True)
         if self._distances is None:
             reference = self._features(self.num_reference, self._reference)
-            # Further processes only draw: they keep no reference.
+            # Other processes only draw: they keep no reference.
             self._distances = Distances(reference) if self.accelerator.is_main_process else lambda features: {}
         measured = {}
         for name, settings in sample_settings.items():
@@ -83,14 +87,14 @@ class DistanceToData:
         spaced = indices * len(self.dataset) // self.num_reference
         images, _ = self.dataset[spaced.tolist()]
         if self.options.random_flip:
-            mirror = torch.rand(len(images), generator=torch.Generator().manual_seed(batch)) < 0.5
-            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+            images = mirrored(images, torch.rand(len(images), generator=torch.Generator().manual_seed(batch)))
         return images.to(self.accelerator.device)
 
     def _features(self, count: int, make: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor | None:
-        """Features of `count` images, (count, F) on the CPU of the main process, None elsewhere. Each process makes every n-th batch.
+        """Features of `count` images, (count, F) on the CPU of the main process, None elsewhere.
 
-        `make(indices, batch)` gives uint8 images; where it raises UserError, features are NaN.
+        Each of n processes makes every n-th batch. `make(indices, batch)` gives uint8 images; if it raises UserError,
+        their features are NaN.
         """
         accelerator, own = self.accelerator, {}
         for batch, indices in enumerate(torch.arange(count).split(BATCH)):
@@ -104,23 +108,12 @@ class DistanceToData:
         return torch.cat([batches[batch] for batch in sorted(batches)]) if accelerator.is_main_process else None
 
 
-# The file -------------------------------------------------------------------------------------------------------------
-
-
-def read_metrics(output_dir: str, before: int) -> list[dict[str, Any]]:
-    """The lines of output_dir/metrics.jsonl of the steps before `before`."""
-    path = os.path.join(output_dir, METRICS)
-    if not os.path.isfile(path):
-        return []
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file if line.strip()]
-        return [line for line in lines if line["step"] < before]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it to have it written anew.") from error
-
-
-def write_metrics(output_dir: str, lines: list[dict[str, Any]]) -> None:
-    """Replace output_dir/metrics.jsonl as a whole."""
-    with atomic_file(os.path.join(output_dir, METRICS)) as draft, open(draft, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+def keep_metrics(output_dir: str, step: int, *new: dict[str, Any]) -> None:
+    """Rewrite output_dir/metrics.jsonl as a whole: its lines of the steps before `step`, then `new`."""
+    path, lines = os.path.join(output_dir, METRICS), []
+    if os.path.isfile(path):
+        with loading(path, "Remove it to have it written anew."), open(path, encoding="utf-8") as file:
+            lines = [line for line in map(json.loads, file) if line["step"] < step]
+    if lines or new:
+        with atomic_file(path) as draft, open(draft, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in [*lines, *new])

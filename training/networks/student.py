@@ -1,25 +1,74 @@
-"""The student of a teacher: network, levels, labels; refused where teacher and data do not fit."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The student of a teacher: its network, levels, labels and precision, and whether teacher and data fit."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
-import torch
-from diffusers import UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from diffusers_ctm import CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
+from diffusers_ctm.two_times import image_size
 
 from ..cli.errors import UserError
-from ..cli.training_options import CTMConfig
+from ..cli.training_options import GridOptions, HardwareOptions, StudentOptions
 from ..data.images import ImageDataset
 from .build import build_scheduler, build_unet
 from .teacher import Teacher
 
 
-def make_student(network: UNet2DModel | EDMUNet2DModel) -> CTMUNet2DModel | EDMUNet2DModel:
-    """The network with target time that equals the teacher `network` at every target. Raises ValueError if it cannot become one."""
-    student_class = EDMUNet2DModel if isinstance(network, EDMUNet2DModel) else CTMUNet2DModel
-    return student_class.from_unet(network)
+def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
+    """Raise UserError if images or classes of the data are not those of the teacher."""
+    config = teacher.network.config
+    expected = (config.in_channels, *image_size(teacher.network))
+    given = (dataset.channels, dataset.resolution, dataset.resolution)
+    if given != expected:
+        raise UserError(
+            f"--dataset_name gives images of shape {given}, the teacher takes {expected}; set --resolution and --image_mode."
+        )
+    if config.num_class_embeds is not None and dataset.num_classes is None:
+        raise UserError(f"--label_column is needed: the teacher is conditional on {config.num_class_embeds} classes.")
+    if config.num_class_embeds is None and dataset.num_classes is not None:
+        raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
+    classes = (config.num_class_embeds or 0) - (teacher.null_class is not None)
+    if dataset.num_classes is not None and dataset.num_classes > classes:
+        raise UserError(f"--label_column has {dataset.num_classes} classes, the teacher knows {classes}.")
+
+
+def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOptions:
+    """`options` with float32 in place of "auto" if the network's rounding would reach the image magnified by the noise level.
+
+    g = x - sigma epsilon: one part in 256 of bfloat16 at sigma = 157 is 0.6, more than an image.
+    """
+    if options.mixed_precision == "auto" and teacher.preconditioning.prediction_type in ("epsilon", "score"):
+        return replace(options, mixed_precision="no")
+    return options
+
+
+def student_scheduler(teacher: Teacher, options: GridOptions) -> CTMScheduler:
+    """A CTMScheduler with the teacher's whole preconditioning, and its levels unless options say others."""
+    names = {field.name for field in fields(Preconditioning)} | {"sigma_min", "sigma_max", "rho"}
+    numbers = {name: teacher.scheduler.config[name] for name in names}
+    for name in ("sigma_min", "sigma_max"):
+        if getattr(options, name) is not None:
+            numbers[name] = getattr(options, name)
+    if teacher.is_consistency_model and numbers["sigma_min"] != teacher.scheduler.config.sigma_min:
+        raise UserError("--sigma_min cannot differ from that of a consistency model, whose jumps end there.")
+    try:
+        return CTMScheduler(num_train_timesteps=options.num_train_timesteps, **numbers)
+    except ValueError as error:
+        raise UserError(f"--sigma_min or --sigma_max does not fit --teacher {teacher.name}: {error}") from error
+
+
+def make_student(teacher: Teacher, dropout: float | None = None) -> CTMUNet2DModel | EDMUNet2DModel:
+    """The network with target time that equals the teacher's at every target. `dropout` is another than the teacher's."""
+    student_class = EDMUNet2DModel if isinstance(teacher.network, EDMUNet2DModel) else CTMUNet2DModel
+    try:
+        student = student_class.from_unet(teacher.network)
+    except ValueError as error:
+        raise UserError(f"--teacher {teacher.name} cannot become a CTM: {error}") from error
+    if dropout is not None:
+        set_dropout(student, dropout)
+    return student
 
 
 def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) -> None:
@@ -30,64 +79,25 @@ def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) ->
             module.dropout.p = probability
 
 
-def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
-    """Raise UserError if images or classes of the data are not those of the teacher."""
-    config = teacher.network.config
-    size = config.sample_size
-    expected = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-    found = (dataset.channels, dataset.resolution, dataset.resolution)
-    if found != expected:
-        raise UserError(
-            f"--dataset_name gives images of shape {found}, the teacher takes {expected}; set --resolution and --image_mode."
-        )
-    if config.num_class_embeds is not None and dataset.num_classes is None:
-        raise UserError(f"--label_column is needed: the teacher is conditional on {config.num_class_embeds} classes.")
-    if config.num_class_embeds is None and dataset.num_classes is not None:
-        raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
-    known = (config.num_class_embeds or 0) - (teacher.null_class is not None)
-    if dataset.num_classes is not None and dataset.num_classes > known:
-        raise UserError(f"--label_column has {dataset.num_classes} classes, the teacher knows {known}.")
-
-
-def student_scheduler(teacher: Teacher, config: CTMConfig) -> CTMScheduler:
-    """A CTMScheduler with the teacher's whole preconditioning, and its levels unless options say others."""
-    names = {field.name for field in fields(Preconditioning)} | {"sigma_min", "sigma_max", "rho"}
-    numbers = {name: teacher.scheduler.config[name] for name in names}
-    for name in ("sigma_min", "sigma_max"):
-        if getattr(config, name) is not None:
-            numbers[name] = getattr(config, name)
-    if teacher.is_consistency_model and numbers["sigma_min"] != teacher.scheduler.config.sigma_min:
-        raise UserError("--sigma_min cannot differ from that of a consistency model, whose jumps end there.")
+def untrained(options: StudentOptions, dataset: ImageDataset) -> Teacher:
+    """The start of a student without a teacher: the network that the options describe, with random weights."""
+    label_dropout = options.label_dropout or 0.0
+    network = build_unet(options, dataset, options.dropout or 0.0, label_dropout)
     try:
-        return CTMScheduler(num_train_timesteps=config.num_train_timesteps, **numbers)
-    except ValueError as error:
-        raise UserError(f"--sigma_min or --sigma_max does not fit --teacher {config.teacher}: {error}") from error
-
-
-def untrained(config: CTMConfig, dataset: ImageDataset) -> Teacher:
-    """What the student starts from without a teacher: the network that the options describe."""
-    leave_out = config.label_dropout or 0.0
-    torch.manual_seed(config.seed)
-    network = build_unet(config, dataset, config.dropout or 0.0, leave_out)
-    try:
-        scheduler = build_scheduler(config, config.sigma_min or 0.002, config.sigma_max or 80.0)
+        scheduler = build_scheduler(options, options.sigma_min or 0.002, options.sigma_max or 80.0)
     except ValueError as error:
         raise UserError(f"--sigma_min or --sigma_max: {error}") from error
-    return Teacher(
-        network.requires_grad_(False).eval(),
-        scheduler,
-        dataset.id2label,
-        null_class=dataset.num_classes if leave_out else None,
-    )
+    null_class = dataset.num_classes if label_dropout else None
+    return Teacher(network.requires_grad_(False).eval(), scheduler, dataset.id2label, null_class=null_class)
 
 
-def label_dropout(teacher: Teacher, config: CTMConfig) -> float:
+def label_dropout(teacher: Teacher, options: StudentOptions) -> float:
     """The probability of leaving a class out, checked against the teacher."""
+    if teacher.null_class is None and options.label_dropout:
+        raise UserError(
+            "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); this one has no label "
+            "for 'no class'."
+        )
     if teacher.null_class is None:
-        if config.label_dropout:
-            raise UserError(
-                "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); this one has no label "
-                "for 'no class'."
-            )
         return 0.0
-    return 0.1 if config.label_dropout is None else config.label_dropout
+    return 0.1 if options.label_dropout is None else options.label_dropout

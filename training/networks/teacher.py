@@ -1,4 +1,5 @@
-"""A teacher: a frozen denoiser, where it is from (name, commit, licence), its preconditioning."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""A teacher: a frozen denoiser, its preconditioning, and the repository and commit that it was loaded from."""
 
 import os
 from dataclasses import dataclass
@@ -8,18 +9,18 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
-from diffusers_ctm.preconditioning import DISCRETE_TYPES, Preconditioning
+from diffusers_ctm.preconditioning import DISCRETE_TYPES, Preconditioning, condition
 from diffusers_ctm.scheduler_configs import own_config
 from diffusers_ctm.trajectory import jump
 
-from ..cli.errors import UserError, error_text
+from ..cli.errors import UserError, loading
 from ..cli.shared_options import TeacherOptions
-from .source import _choose_network, _join, _load_network, _Source
+from .source import Source, join
 
 
 logger = logging.get_logger(__name__)
 
-# What a network without a scheduler's file was trained with, if only its prediction type is said.
+# The scheduler of a network that comes without a scheduler's file, by what it predicts.
 DEFAULT_SCHEDULERS = {
     **dict.fromkeys(DISCRETE_TYPES, "DDPMScheduler"),
     "flow_prediction": "FlowMatchEulerDiscreteScheduler",
@@ -56,33 +57,25 @@ class Teacher:
     def is_consistency_model(self) -> bool:
         return self.preconditioning.prediction_type == "consistency"
 
+    @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """D(x, sigma), x of shape (B, C, H, W), sigma of shape (B,). No gradient. Raises ValueError for a consistency model."""
-        if self.is_consistency_model:
-            raise ValueError("A consistency model is no denoiser: it knows the jump to sigma_min and nothing else.")
-        condition = {} if class_labels is None else {"class_labels": class_labels}
-        with torch.no_grad():
-            return self.preconditioning.denoise(self.network, x, sigma, **condition)
+        """D(x, sigma) of a denoiser, x of shape (B, C, H, W), sigma of shape (B,). No gradient."""
+        return self.preconditioning.denoise(self.network, x, sigma, **condition(class_labels))
 
+    @torch.no_grad()
     def jump_to_end(self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """f(x_t, t), the state at sigma_min, of a consistency model (Song et al. 2023, Eq. 5). No gradient."""
-        if not self.is_consistency_model:
-            raise ValueError("Only a consistency model knows the jump to sigma_min.")
-        condition = {} if class_labels is None else {"class_labels": class_labels}
         end = torch.full_like(t, self.scheduler.config.sigma_min)
-        with torch.no_grad():
-            g = self.preconditioning.g(self.network, x_t, t, **condition)  # of the only jump it knows, to sigma_min
-            return jump(x_t, g, t, end)
+        g = self.preconditioning.g(self.network, x_t, t, **condition(class_labels))  # of its only jump, to sigma_min
+        return jump(x_t, g, t, end)
 
 
 def load_teacher(
     name: str,
     subfolder: str | None = None,
     revision: str | None = None,
-    token: str | None = None,
     prediction_type: str | None = None,
     timestep_scale: float | None = None,
-    device: torch.device | str = "cpu",
 ) -> Teacher:
     """Load the teacher in the folder or Hub repository `name`: the one network in it, and its scheduler's config.
 
@@ -90,64 +83,28 @@ def load_teacher(
         name: a folder, or a repository on the Hub. The network's files lie in a subfolder (`unet`) or at the top.
         subfolder: folder in it that holds the network, or one pipeline, where there are several.
         revision: branch, tag or commit of the repository.
-        token: for a private repository; None is that of `hf auth login` or HF_TOKEN.
         prediction_type, timestep_scale: instead of what the scheduler's config says.
 
     Raises:
-        UserError: it is not there, cannot be read, holds no or several networks, or has a scheduler that is not known.
+        UserError: it is not there, cannot be read, holds no or several networks, or has an unknown scheduler.
     """
-    try:
-        source = _Source(name, revision, token)
-        folder = _choose_network(name, source.networks(), subfolder)
-        network = _load_network(name, source, folder)
-        raw, label = source.scheduler(folder), f"--teacher {name}"
-        index = source.json(_join(os.path.dirname(folder), "model_index.json"))
-        id2label = _read_labels(name, index.get("id2label") or {})
-    except UserError:
-        raise
-    except Exception as error:  # huggingface_hub, safetensors and diffusers each raise their own
-        here = "" if os.path.isdir(name) else " No such folder is here."
-        raise UserError(
-            f"--teacher {name} cannot be loaded.{here} It must be a folder or a Hub repository with `unet` and `scheduler`; a private "
-            f"repository needs `hf auth login` or HF_TOKEN.\n{error_text(error)}"
-        ) from error
-
-    config = network.config
-    if config.in_channels != config.out_channels:
-        raise UserError(
-            f"{label} gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts variances. It "
-            "must predict one value per pixel."
-        )
-    if config.get("time_embedding_type") == "learned":
-        raise UserError(
-            f"{label} has time_embedding_type 'learned', which knows whole timesteps only; it cannot be used."
-        )
-    if config.get("class_embed_type") is not None:
-        raise UserError(
-            f"{label} has class_embed_type {config.class_embed_type!r}: it is conditional on numbers that are no classes, which is not supported."
-        )
-    if config.sample_size is None:
-        raise UserError(
-            f"{label} does not say the size of its images: write sample_size to the config.json of the network."
-        )
+    label, here = f"--teacher {name}", "" if os.path.isdir(name) else "No such folder is here. "
+    advice = (
+        f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs "
+        "`hf auth login` or HF_TOKEN."
+    )
+    with loading(label, advice):
+        source = Source(name, revision)
+        folder = source.choose_network(subfolder)
+        network = source.load_network(folder)
+        scheduler_config = source.scheduler(folder)
+        index = source.json(join(os.path.dirname(folder), "model_index.json"))
     null_class = index.get("null_class")
-    if null_class is not None and null_class != (config.num_class_embeds or 0) - 1:
-        raise UserError(
-            f"{label}: null_class {null_class!r} in model_index.json must be the last of the network's {config.num_class_embeds} labels."
-        )
-    scheduler = _make_scheduler(label, raw, prediction_type, timestep_scale)
-    if network.dtype != torch.float32:
-        network = network.to(torch.float32)
-    network = network.to(device).requires_grad_(False).eval()
+    _check_network(label, network, null_class)
+    id2label = _read_labels(label, index.get("id2label") or {})
+    scheduler = _make_scheduler(label, scheduler_config, prediction_type, timestep_scale)
+    network = network.to(torch.float32).requires_grad_(False).eval()
     return Teacher(network, scheduler, id2label, name, source.revision, null_class)
-
-
-def _read_labels(name: str, labels: object) -> dict[int, str] | None:
-    """The names of the classes by number; None if there are none."""
-    try:
-        return {int(number): str(label) for number, label in labels.items()} or None
-    except (AttributeError, ValueError) as error:
-        raise UserError(f'--teacher {name}: id2label in model_index.json must be like {{"0": "airplane"}}.') from error
 
 
 def teacher_of(options: TeacherOptions) -> Teacher:
@@ -156,35 +113,75 @@ def teacher_of(options: TeacherOptions) -> Teacher:
         options.teacher,
         options.teacher_subfolder,
         options.teacher_revision,
-        prediction_type=options.teacher_prediction_type,
-        timestep_scale=options.teacher_timestep_scale,
+        options.teacher_prediction_type,
+        options.teacher_timestep_scale,
     )
 
 
+def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> None:
+    """Raise UserError if the network is of a kind that cannot be a teacher."""
+    config = network.config
+    embedding, classes = config.get("class_embed_type"), config.num_class_embeds
+    faults = [
+        (
+            config.in_channels != config.out_channels,
+            f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts variances. "
+            "It must predict one value per pixel",
+        ),
+        (
+            config.get("time_embedding_type") == "learned",
+            "has time_embedding_type 'learned', which knows whole timesteps only; it cannot be used",
+        ),
+        (
+            embedding is not None,
+            f"has class_embed_type {embedding!r}: it is conditional on numbers that are no classes, which is not supported",
+        ),
+        (
+            config.sample_size is None,
+            "does not say the size of its images: write sample_size to the config.json of the network",
+        ),
+        (
+            null_class is not None and null_class != (classes or 0) - 1,
+            f"has null_class {null_class!r} in model_index.json: it must be the last of the network's {classes} labels",
+        ),
+    ]
+    for is_so, fault in faults:
+        if is_so:
+            raise UserError(f"{label} {fault}.")
+
+
+def _read_labels(label: str, labels: object) -> dict[int, str] | None:
+    """The names of the classes by number; None if there are none."""
+    try:
+        return {int(number): str(name) for number, name in labels.items()} or None
+    except (AttributeError, ValueError) as error:
+        raise UserError(f'{label}: id2label in model_index.json must be like {{"0": "airplane"}}.') from error
+
+
 def _make_scheduler(
-    label: str, raw: dict, prediction_type: str | None, timestep_scale: float | None
+    label: str, config: dict, prediction_type: str | None, timestep_scale: float | None
 ) -> EDMHeunScheduler:
     """The teacher's levels and preconditioning from the config of any scheduler, and what options say instead."""
-    if not raw and prediction_type is None:
-        raise UserError(
-            f"{label} has no scheduler_config.json, which says what the network predicts. Say it with --teacher_prediction_type; the rest "
-            "is then as in diffusers' scheduler of that kind."
-        )
-    if not raw:
+    if not config:
+        if prediction_type is None:
+            raise UserError(
+                f"{label} has no scheduler_config.json, which says what the network predicts. Say it with "
+                "--teacher_prediction_type; the rest is then as in diffusers' scheduler of that kind."
+            )
         if prediction_type == "edm" and timestep_scale is None:
             raise UserError(
                 f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for OpenAI's."
             )
-        raw = {"_class_name": DEFAULT_SCHEDULERS.get(prediction_type, "EDMEulerScheduler")}
-        logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {raw['_class_name']}.")
+        config = {"_class_name": DEFAULT_SCHEDULERS.get(prediction_type, "EDMEulerScheduler")}
+        logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")
     options = {"prediction_type": prediction_type, "timestep_scale": timestep_scale}
     options = {name: value for name, value in options.items() if value is not None}
     try:
-        own = own_config(raw)
+        own = own_config(config)
         if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in options:
             raise UserError(
-                f"{label} has a {raw.get('_class_name')}, which is not known: not of the EDM family, and without betas, flow or scores. "
-                "Say --teacher_prediction_type."
+                f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without betas, flow "
+                "or scores. Say --teacher_prediction_type."
             )
         return EDMHeunScheduler.from_config({**own, **options})
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""Projected discriminators and their hinge losses."""
-
-from __future__ import annotations
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The adversarial stage: projected discriminators and their hinge losses."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,24 +12,75 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..cli.errors import UserError
-from ..cli.shared_options import DiscriminatorOptions
+from ..cli.options import NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, Checked, option
 from ..frozen.backbone import Backbone
 from ..frozen.maps import load_backbone
 from .diffaugment import DiffAugmentParameters, diff_augment, draw_diff_augment
 from .losses import adaptive_weight
 
 
-# Networks ---------------------------------------------------------------------------------------------------------------
+# The authors' numbers.
+POWER_ITERATIONS = 3  # of spectral norm between two updates: one for fakes, one for data, one for the generator
+BETAS = (0.5, 0.9)  # of the discriminator's optimizer
+GENERATOR_WEIGHTS = (0.01, 10.0)  # the smallest and the largest
+
+
+@dataclass
+class DiscriminatorOptions(Checked):
+    """The adversarial stage: a discriminator on frozen features takes turns with the student."""
+
+    discriminator_weight: float = option(
+        0.0,
+        "Weight of the adversarial loss, which is also scaled to pull at the last layer as the trajectory loss does; 0 is no "
+        "adversarial stage, 1 the authors'.",
+        must_be=NOT_NEGATIVE,
+    )
+    discriminator_start: int = option(0, "Step at which the adversarial stage begins.", must_be=NOT_NEGATIVE)
+    discriminator_period: int = option(
+        2,
+        "In the adversarial stage the last of every so many steps trains the discriminator, the others the student.",
+        must_be=TWO_OR_MORE,
+    )
+    discriminator_backbones: list[str] = option(
+        ["efficientnet_lite0"],
+        "Frozen networks whose features the discriminator sees, each 'efficientnet_lite0', 'digits', a folder of "
+        "training.features, or an image model of transformers by its folder or Hub id. The authors' are efficientnet_lite0 and "
+        "facebook/deit-base-distilled-patch16-224.",
+    )
+    discriminator_resolution: int | None = option(
+        None,
+        "Height and width at which these networks are shown images. Default: each network's own.",
+        must_be=POSITIVE,
+    )
+    discriminator_channels: int = option(
+        64,
+        "Channels of the finest feature map that the discriminator sees; its widest layer has 8 times as many.",
+        must_be=POSITIVE,
+    )
+    discriminator_augment: bool = option(
+        True, "Show the discriminator images after DiffAugment: other colors, shifted, with a box cut out."
+    )
+    discriminator_learning_rate: float = option(
+        2e-3, "The discriminator's learning rate, with RAdam.", must_be=POSITIVE
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.discriminator_backbones
+        self.check(0 < len(set(names)) == len(names), "discriminator_backbones", "one or more different names")
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
 
 
 class RandomProjection(nn.Module):
     """Fixed random mixing of feature maps (Sauer et al. 2021, Section 3.2), so that no channel and no scale stands alone.
 
-    Across channels a 1x1 convolution takes map i to 2^i * `channels`. Across scales, from the coarsest map to the finest, the sum of
-    a map and what comes from below passes a 3x3 convolution that halves the channels (but for the finest) and is enlarged
+    Across channels a 1x1 convolution takes map i to 2^i * `channels`. Across scales, from the coarsest map to the finest, the sum
+    of a map and what comes from below passes a 3x3 convolution that halves the channels (but for the finest) and is enlarged
     bilinearly to the size of the next map; the finest is doubled. Nothing here learns.
 
-    Where all maps have one size, as those of a plain vision transformer, the first step also makes a pyramid of them, as the authors'
+    If all maps have one size, as those of a plain vision transformer, the first step also makes a pyramid of them, as the authors'
     does: of four maps, each pixel of the first becomes 4x4 and of the second 2x2 by a transposed convolution, and the last is halved.
 
     The 3x3 is the paper's; the code published with it has 1x1 there. It is applied before enlarging, at a quarter of the cost.
@@ -56,7 +107,7 @@ class RandomProjection(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Maps (B, C_i, H_i, W_i), the finest first, to as many maps (B, channels[i], ...), each as large as the one before it was."""
+        """Maps (B, C_i, H_i, W_i), the finest first, to maps (B, channels[i], ...), each as large as the map before it was."""
         pyramid = [mix(x) for mix, x in zip(self.across_channels, features)]
         mixed: list[torch.Tensor] = []
         for index in reversed(range(len(pyramid))):
@@ -75,10 +126,6 @@ def _mix_channels(in_channels: int, channels: int, scale: float) -> nn.Module:
     if scale < 1:
         return nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
     return nn.Conv2d(in_channels, channels, 1)
-
-
-# As many as the authors' code runs from one discriminator update to the next: one for fakes, one for data, one for the generator.
-POWER_ITERATIONS = 3
 
 
 def discriminator_head(in_channels: int, size: int, channels: int = 64) -> nn.Sequential:
@@ -105,10 +152,10 @@ def discriminator_head(in_channels: int, size: int, channels: int = 64) -> nn.Se
 class MultiScaleDiscriminator(nn.Module):
     """One head per feature map (Sauer et al. 2021), with spectral norm, batch norm and LeakyReLU.
 
-    Batch statistics are those of one forward pass on one process, as the authors' are: a global batch split otherwise trains slightly
-    otherwise. The running averages are kept but not used in training.
+    Batch statistics are those of one forward pass on one process, as the authors' are: a global batch that is split otherwise trains
+    slightly otherwise. The running averages are kept but not used in training.
 
-    The estimate of the largest singular values moves by `update_spectral_norm` only, not by forward passes, so that between two updates
+    The estimate of the largest singular values moves by `update_spectral_norm` only, not by forward passes. So between two updates
     of its weights this is one function, however many passes accumulation, two batches or the generator's step take.
 
     Args:
@@ -121,10 +168,10 @@ class MultiScaleDiscriminator(nn.Module):
         self.heads = nn.ModuleList(discriminator_head(n, size, channels) for n, size in zip(in_channels, sizes))
         self.train()
 
-    def train(self, mode: bool = True) -> MultiScaleDiscriminator:
+    def train(self, mode: bool = True) -> "MultiScaleDiscriminator":
         super().train(mode)
         for parametrization in self._parametrizations():
-            parametrization.eval()  # where it does not iterate
+            parametrization.eval()  # in this mode it does not iterate
         return self
 
     def _parametrizations(self) -> Iterator[nn.Module]:
@@ -132,7 +179,7 @@ class MultiScaleDiscriminator(nn.Module):
 
     @torch.no_grad()
     def update_spectral_norm(self) -> None:
-        """Follow the weights after they changed: three power iterations for each."""
+        """Follow the weights after they changed, by three power iterations each."""
         for parametrization in self._parametrizations():
             parametrization.train()
             parametrization["weight"]()
@@ -155,9 +202,9 @@ def fingerprint(backbone: Backbone) -> torch.Tensor:
 class ProjectedDiscriminator(nn.Module):
     """Projected GAN's discriminators (Sauer et al. 2021), one on the features of each frozen network.
 
-    The feature networks are used, not owned: they follow `to(...)`, but are always in eval mode and are neither among the parameters
-    nor in the state dict. What is in the state dict is their fingerprint, which must be the same when it is loaded again. The random projections
-    are in it and never change; the heads learn.
+    The feature networks follow `to(...)`, but stay in evaluation mode and are neither among the parameters nor in the state dict. The
+    state dict has their fingerprints instead, which must be the same when it is loaded again. It also has the random projections,
+    which never change, and the heads, which learn.
 
     Args:
         backbones: feature networks by name, in the order of the logits.
@@ -176,29 +223,21 @@ class ProjectedDiscriminator(nn.Module):
         augment: bool = True,
     ):
         super().__init__()
-        if not backbones:
-            raise ValueError("`backbones` is empty; the discriminator needs at least one feature network.")
         self.augment = augment
         self.backbones = {name: backbone.eval().requires_grad_(False) for name, backbone in backbones.items()}
         self.projections, self.discriminators = nn.ModuleList(), nn.ModuleList()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(seed)
             for backbone in self.backbones.values():
-                parameter = next(backbone.parameters(), torch.empty(0))
-                probe = torch.zeros(
-                    1, image_channels, backbone.resolution, backbone.resolution, device=parameter.device
-                )
-                with torch.no_grad():
-                    features = backbone(probe)
-                    projection = RandomProjection(
-                        [x.shape[1] for x in features], [x.shape[2:] for x in features], channels
-                    )
-                    sizes = [min(x.shape[2:]) for x in projection.to(parameter.device)(features)]
+                device = next(backbone.parameters(), torch.empty(0)).device
+                features = backbone(torch.zeros(1, image_channels, *[backbone.resolution] * 2, device=device))
+                projection = RandomProjection([x.shape[1] for x in features], [x.shape[2:] for x in features], channels)
+                sizes = [min(x.shape[2:]) for x in projection.to(device)(features)]
                 self.projections.append(projection)
                 self.discriminators.append(MultiScaleDiscriminator(projection.channels, sizes, channels))
         self.register_buffer("fingerprints", torch.stack([fingerprint(x) for x in self.backbones.values()]))
 
-    def _apply(self, function: Callable, recurse: bool = True) -> ProjectedDiscriminator:
+    def _apply(self, function: Callable, recurse: bool = True) -> "ProjectedDiscriminator":
         for backbone in self.backbones.values():
             backbone._apply(function, recurse)
         return super()._apply(function, recurse)
@@ -209,9 +248,9 @@ class ProjectedDiscriminator(nn.Module):
             for name, before, now in zip(self.backbones, saved.tolist(), self.fingerprints.tolist()):
                 if before != now:
                     raise UserError(
-                        f"The feature network {name} is not the one that the saved discriminator was trained on: its weights or the size that "
-                        "it is shown differ. Give the same --discriminator_backbones and --discriminator_resolution, and the same versions of "
-                        "the packages or files that they come from."
+                        f"The feature network {name} is not the one that the saved discriminator was trained on: its weights or "
+                        "the size that it is shown differ. Give the same --discriminator_backbones and "
+                        "--discriminator_resolution, and the same versions of the packages or files that they come from."
                     )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -233,8 +272,6 @@ class ProjectedDiscriminator(nn.Module):
             augment: for each backbone, as `draw_augment` gives it.
             parts: the batch is so many batches of equal size one after the other, each with its own batch statistics.
         """
-        if len(images) % parts:
-            raise ValueError(f"`parts` must divide the batch of {len(images)} images, got {parts}.")
         logits = []
         for index, backbone in enumerate(self.backbones.values()):
             shown = images if augment is None else diff_augment(images, augment[index])
@@ -246,22 +283,25 @@ class ProjectedDiscriminator(nn.Module):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The generator's step: within, calls of this module (not of a wrapper of it) change nothing here and need no memory for
-        gradients of its parameters. Batch norm still uses the batch.
+        """Freeze this module for the generator's step; batch norm still uses the batch.
+
+        Within, calls of this module (not of a wrapper of it) change nothing here and need no memory for gradients of its parameters.
         """
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        try:
-            self.discriminators.requires_grad_(False)
+
+        def learn(mode: bool) -> None:
+            self.discriminators.requires_grad_(mode)
             for norm in norms:
-                norm.track_running_stats = False
+                norm.track_running_stats = mode
+
+        learn(False)
+        try:
             yield
         finally:
-            self.discriminators.requires_grad_(True)
-            for norm in norms:
-                norm.track_running_stats = True
+            learn(True)
 
     def update_spectral_norm(self) -> None:
-        """To be called after each update of the heads, as `discriminator_optimizer`'s step does."""
+        """Call it after each update of the heads, as the step of `discriminator_optimizer` does."""
         for discriminator in self.discriminators:
             discriminator.update_spectral_norm()
 
@@ -269,7 +309,7 @@ class ProjectedDiscriminator(nn.Module):
 def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed: int) -> ProjectedDiscriminator:
     """The discriminator that the options describe, on the CPU, for images with 1 or 3 channels.
 
-    Raises UserError for a backbone that cannot be had.
+    Raises UserError for a backbone that cannot be loaded.
     """
     if image_channels not in (1, 3):
         raise UserError(
@@ -283,7 +323,7 @@ def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed:
 
 
 def check_single_images(discriminator: ProjectedDiscriminator, image_channels: int, size: int) -> None:
-    """Raise UserError if passes of one image cannot train it: batch norm needs several numbers, and the coarsest maps may have one pixel."""
+    """Raise UserError if one image a pass cannot train it: batch norm needs several numbers, and the coarsest maps may have one pixel."""
     try:
         with torch.no_grad(), discriminator.frozen():
             discriminator(torch.zeros(1, image_channels, size, size))
@@ -298,26 +338,19 @@ def discriminator_optimizer(
     options: DiscriminatorOptions, discriminator: ProjectedDiscriminator
 ) -> torch.optim.Optimizer:
     """RAdam over the heads, as the authors'. Each of its steps also updates the spectral norm."""
-    optimizer = torch.optim.RAdam(
-        discriminator.discriminators.parameters(),
-        lr=options.discriminator_learning_rate,
-        betas=(options.discriminator_beta1, options.discriminator_beta2),
-    )
+    heads = discriminator.discriminators.parameters()
+    optimizer = torch.optim.RAdam(heads, lr=options.discriminator_learning_rate, betas=BETAS)
     optimizer.register_step_post_hook(lambda *_: discriminator.update_spectral_norm())
     return optimizer
 
 
 def is_discriminator_step(options: DiscriminatorOptions, step: int) -> bool:
     """Whether step `step` (from 0) trains the discriminator: from `discriminator_start` on the last of every `discriminator_period`."""
-    since = step - options.discriminator_start
-    return (
-        options.discriminator_weight > 0
-        and since >= 0
-        and since % options.discriminator_period == options.discriminator_period - 1
-    )
+    since, period = step - options.discriminator_start, options.discriminator_period
+    return options.discriminator_weight > 0 and since >= 0 and since % period == period - 1
 
 
-# Losses -----------------------------------------------------------------------------------------------------------------
+# Losses ---------------------------------------------------------------------------------------------------------------
 
 
 def generator_hinge_loss(logits: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -328,7 +361,7 @@ def generator_hinge_loss(logits: Sequence[torch.Tensor]) -> torch.Tensor:
 def discriminator_hinge_loss(real_logits: Sequence[torch.Tensor], fake_logits: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean of max(0, 1 - D(real)) + max(0, 1 + D(fake)), of each backbone's logits (B, L) and then over backbones.
 
-    2 where D is 0 everywhere, 0 where it tells both apart by a margin of 1 on either side.
+    It is 2 if D is 0 everywhere, and 0 if D tells both apart by a margin of 1 on either side.
     """
     return torch.stack(
         [F.relu(1 - real).mean() + F.relu(1 + fake).mean() for real, fake in zip(real_logits, fake_logits)]
@@ -341,7 +374,7 @@ def generator_loss(
     """The generator's hinge loss, differentiable in `fake` and in nothing else. The discriminator stays as it is.
 
     Args:
-        discriminator: itself, not wrapped for several processes: there is nothing to synchronise.
+        discriminator: itself, not wrapped for several processes: there is nothing to synchronize.
         fake: in [-1, 1], shape (B, C, H, W).
         augment: `draw_augment(...)`.
     """
@@ -367,8 +400,6 @@ def discriminator_loss(
     return discriminator_hinge_loss(real_logits, fake_logits)
 
 
-def generator_weight(
-    trajectory_gradient: torch.Tensor, generator_gradient: torch.Tensor, smallest: float = 0.01, largest: float = 10.0
-) -> torch.Tensor:
-    """Weight of the generator's loss: `adaptive_weight` of the gradients at the last layer, between `smallest` and `largest`."""
-    return adaptive_weight(trajectory_gradient, generator_gradient).clamp(smallest, largest)
+def generator_weight(trajectory_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
+    """Weight of the generator's loss: `adaptive_weight` of the gradients at the last layer, between the authors' limits."""
+    return adaptive_weight(trajectory_gradient, generator_gradient).clamp(*GENERATOR_WEIGHTS)

@@ -1,1 +1,2 @@
-"""Around the loss of every run: devices, batches, averages, checkpoints, logs."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What every run does around its loss: devices, batches, averages, checkpoints, logs."""

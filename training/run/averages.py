@@ -1,4 +1,5 @@
-"""Moving averages that can be called."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Moving averages of a network's weights, as networks that can be called."""
 
 import copy
 import os
@@ -7,7 +8,8 @@ from collections.abc import Callable
 import torch
 from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
 
-from .sharding import whole
+from ..cli.training_options import AverageOptions
+from .devices import whole
 
 
 Decay = Callable[[int], float]
@@ -31,7 +33,8 @@ def exponential_decay(decay: float, warmup: bool = False) -> Decay:
 def power_decay(sigma_rel: float) -> Decay:
     """(1 - 1/n)^(gamma + 1): the average then weighs update m by about m^gamma (Karras et al. 2024, Eqs. 125 to 127).
 
-    `sigma_rel` in (0, 1/sqrt(12)) is the standard deviation of these weights over the training so far, 0.1 a tenth of it.
+    `sigma_rel` in (0, 1/sqrt(12)) is the standard deviation of these weights over the training so far, 0.1 a tenth
+    of it.
     """
     exponent = sigma_rel_to_gamma(sigma_rel) + 1
     return lambda update: (1 - 1 / update) ** exponent
@@ -40,12 +43,12 @@ def power_decay(sigma_rel: float) -> Decay:
 class EMA:
     """The average as the parameters of `module`, a frozen copy of `network` in evaluation mode.
 
-    What the losses call and what is saved are thus the same storage.
+    The losses call the same storage that is saved.
 
     Args:
         network: what is averaged.
         decay: per update, in [0, 1), or a function of the number of the update, from 1.
-        warmup: of a number: let it rise as n / (9 + n) up to `decay`.
+        warmup: let a constant decay rise to its value as n / (9 + n).
     """
 
     def __init__(self, network: torch.nn.Module, decay: float | Decay, warmup: bool = False):
@@ -57,8 +60,8 @@ class EMA:
     def step(self, network: torch.nn.Module, applied: torch.Tensor | None = None) -> None:
         """Move towards the weights of `network`.
 
-        `applied`, 1 or 0 on the device, says whether the optimiser has moved them; at 0 the average stays too. The host need not know
-        it. (diffusers' `EMAModel` has no such switch.)
+        `applied`, 1 or 0 on the device, says whether the optimizer has moved them; at 0 the average stays too. The host
+        need not know it. (diffusers' `EMAModel` has no such switch.)
         """
         self.updates += 1
         weight = 1 - self.decay(self.updates)
@@ -84,6 +87,15 @@ class EMA:
         self.module.load_state_dict(state["weights"])  # copies in place
 
 
+def make_averages(options: AverageOptions, network: torch.nn.Module) -> dict[str, EMA]:
+    """The averages that the options ask for, by name: a decay in digits, or sigma_rel-WIDTH."""
+    decays = dict.fromkeys([options.ema_decay, *options.extra_ema_decays])
+    averages = {str(decay): EMA(network, decay, options.ema_warmup) for decay in decays}
+    for width in options.posthoc_ema:
+        averages[f"sigma_rel-{width:g}"] = EMA(network, power_decay(width))
+    return averages
+
+
 def snapshot_folder(output_dir: str, sigma_rel: float, step: int) -> str:
-    """Where the power-function average of width `sigma_rel` is kept as it was after `step`: a pipeline's folder."""
+    """The folder that keeps the power-function average of width `sigma_rel` as it was after `step`, as a pipeline."""
     return os.path.join(output_dir, SNAPSHOTS, f"sigma_rel-{sigma_rel:g}-step-{step:06d}")

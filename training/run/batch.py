@@ -1,4 +1,5 @@
-"""One pass's images and the random numbers of its step."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The images of one forward pass and the random numbers of its step."""
 
 from dataclasses import dataclass
 
@@ -8,8 +9,8 @@ import torch
 class StepRandom:
     """The random numbers of one step for one part of its global batch.
 
-    They depend on seed, step and the global position of a sample, not on how the global batch is split over processes and
-    accumulation steps: every part draws for all and keeps its own. Nothing needs to be saved to resume.
+    They depend on seed, step and the global position of a sample, not on how the global batch is split over processes
+    and accumulation steps: every part draws for all and keeps its own. To resume a run they need not be saved.
     """
 
     def __init__(self, seed: int, step: int, total: int, own: slice, device: torch.device):
@@ -35,7 +36,7 @@ class Batch:
     Args:
         images: float32 in [-1, 1], shape (B, C, H, W), on the device.
         labels: int64 of shape (B,), or None.
-        random: where its random numbers come from.
+        random: the source of its random numbers.
     """
 
     images: torch.Tensor

@@ -1,8 +1,9 @@
-"""What a run finds on the disk: a checkpoint to continue, or a first stage."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Reading what a run starts from: a checkpoint to resume, or the weights of a first stage."""
 
 import os
 import re
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -11,11 +12,10 @@ from safetensors.torch import load_file
 
 from diffusers_ctm.preconditioning import Preconditioning
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
 from ..cli.names import is_hub_id
-from ..cli.training_options import RunOptions
+from ..cli.training_options import OutputOptions, RunOptions
 from ..hub.client import download_checkpoint
-from .sharding import load_whole
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -36,51 +36,66 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 
 def decisive_options(options: RunOptions, num_processes: int) -> dict[str, str]:
-    """The options that a checkpoint's run must share with the run that resumes it, as text; of the batch, its global size."""
-    decisive = {f.name: str(getattr(options, f.name)) for f in fields(options) if not f.metadata["free"]}
+    """The options that a run must share with the one that resumes it, as text, and the size of the global batch."""
+    decisive = {
+        entry.name: str(getattr(options, entry.name)) for entry in fields(options) if not entry.metadata["free"]
+    }
     total = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     return {**decisive, "train_batch_size x accumulation x processes": str(total)}
 
 
-def default_options(options: RunOptions) -> dict[str, str]:
-    """The defaults of the options, as text: what a checkpoint of older code means by leaving one out."""
-    defaults = {}
-    for entry in fields(options):
-        defaults[entry.name] = str(entry.default if entry.default_factory is MISSING else entry.default_factory())
-    return defaults
-
-
-def start_output_dir(options: RunOptions) -> str | None:
+def start_output_dir(options: OutputOptions) -> str | None:
     """Check the output folder before work starts; return the checkpoint to resume from, or None."""
     folder, resume = options.output_dir, options.resume_from_checkpoint
-    if resume is not None and resume != "latest":
-        if is_hub_id(resume):
-            resume = download_checkpoint(resume)
-        if not os.path.isfile(os.path.join(resume, STATE)):
-            raise UserError(
-                f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name on the Hub."
-            )
-        newest = newest_checkpoint(folder)
-        if newest is not None and not os.path.samefile(resume, newest):
-            raise UserError(
-                f"--output_dir {folder} holds {newest}, which this run would overwrite or rotate away. Choose another folder, or remove "
-                f"the checkpoints that are not {resume}."
-            )
-        return resume
+    newest = newest_checkpoint(folder)
     if resume == "latest":
-        return newest_checkpoint(folder)
-    if os.path.isdir(folder) and any(not name.startswith(".") for name in os.listdir(folder)):
-        newest = newest_checkpoint(folder)
-        way = "Continue that run" if newest else "No checkpoint is in it: start it afresh there"
+        return newest
+    if resume is None:
+        if os.path.isdir(folder) and any(not name.startswith(".") for name in os.listdir(folder)):
+            way = "Continue that run" if newest else "No checkpoint is in it: start it afresh there"
+            raise UserError(
+                f"--output_dir {folder} is not empty. {way} with --resume_from_checkpoint latest, or choose another "
+                "folder."
+            )
+        return None
+    if is_hub_id(resume):
+        resume = download_checkpoint(resume)
+    if not os.path.isfile(os.path.join(resume, STATE)):
         raise UserError(
-            f"--output_dir {folder} is not empty. {way} with --resume_from_checkpoint latest, or choose another folder."
+            f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name "
+            "on the Hub."
         )
-    return None
+    if newest is not None and not os.path.samefile(resume, newest):
+        raise UserError(
+            f"--output_dir {folder} holds {newest}, which this run would overwrite or rotate away. Choose another "
+            f"folder, or remove the checkpoints that are not {resume}."
+        )
+    return resume
 
 
 def load_run_state(checkpoint: str) -> dict[str, Any]:
     """What a checkpoint holds beside Accelerate's files. No code in it runs."""
     return torch.load(os.path.join(checkpoint, STATE), map_location="cpu", weights_only=True)
+
+
+def check_same_run(
+    state: dict[str, Any], options: RunOptions, num_processes: int, networks: list[str], path: str
+) -> None:
+    """Raise UserError if the checkpoint `path` with this state is of another run than that of options and networks."""
+    before, now = state["options"], decisive_options(options, num_processes)
+    changed = [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"The checkpoint {path} belongs to a run with other options: {'; '.join(changed)}. Give the same, or start "
+            "a new run in another --output_dir."
+        )
+    if list(state["networks"]) != networks:
+        raise UserError(
+            f"The checkpoint {path} holds the networks {', '.join(state['networks'])}, this run has "
+            f"{', '.join(networks)}. Start a new run from its weights: another --output_dir, and --init_from {path}."
+        )
+    if state["step"] > options.max_train_steps:
+        raise UserError(f"--max_train_steps {options.max_train_steps} is below step {state['step']} of {path}.")
 
 
 # A first stage --------------------------------------------------------------------------------------------------------
@@ -91,9 +106,9 @@ class FirstStage:
     """Weights that a run starts from.
 
     Args:
-        network: of the network that learns.
-        averages: of its moving averages, by the decay; None is the one of any other decay.
-        preconditioning: with which the network learnt; None if what holds it does not say.
+        network: weights of the network that learns.
+        averages: weights of its moving averages, by the decay; None is the one for any other decay.
+        preconditioning: how the network was trained; None if its pipeline has a scheduler that does not say it.
     """
 
     network: dict[str, torch.Tensor]
@@ -102,7 +117,7 @@ class FirstStage:
 
 
 def find_first_stage(name: str) -> str:
-    """The checkpoint or pipeline folder, or the Hub repository, that --init_from means. Raises UserError if there is none."""
+    """The checkpoint, the pipeline's folder or the repository on the Hub that --init_from means; UserError if none."""
     if is_hub_id(name):
         return name
     for folder in (name, newest_checkpoint(name), os.path.join(name, "pipeline")):
@@ -111,13 +126,14 @@ def find_first_stage(name: str) -> str:
         ):
             return folder
     raise UserError(
-        f"--init_from {name} is no checkpoint folder, no pipeline, no run with either, and no repository on the Hub (user/name)."
+        f"--init_from {name} is no checkpoint folder, no pipeline, no run with either, and no repository on the Hub "
+        "(user/name)."
     )
 
 
 def load_first_stage(folder: str) -> FirstStage:
-    """The weights in what `find_first_stage` found. Raises UserError if they cannot be read."""
-    try:
+    """The weights in what `find_first_stage` returned. Raises UserError if they cannot be read."""
+    with loading(f"--init_from {folder}"):
         if not os.path.isfile(os.path.join(folder, STATE)):
             pipe = DiffusionPipeline.from_pretrained(folder)
             weights = pipe.unet.state_dict()
@@ -125,36 +141,25 @@ def load_first_stage(folder: str) -> FirstStage:
         state = load_run_state(folder)
         averages = {decay: average["weights"] for decay, average in state["averages"].items()}
         averages[None] = averages[state["options"]["ema_decay"]]
-        numbers = state.get("preconditioning")  # older code did not keep it
-        preconditioning = None if numbers is None else Preconditioning(**numbers)
-        whole = os.path.join(folder, "pytorch_model_fsdp.bin")  # of a run with FSDP
-        if os.path.isfile(whole):
-            return FirstStage(torch.load(whole, map_location="cpu", weights_only=True), averages, preconditioning)
-        return FirstStage(load_file(os.path.join(folder, "model.safetensors")), averages, preconditioning)
-    except Exception as error:  # torch, safetensors, diffusers and huggingface_hub each raise their own
-        raise UserError(f"--init_from {folder} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Copy all weights into `network`. Raises UserError if they are not those of such a network."""
-    own = network.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    other = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-    if missing or unknown or other:
-        parts = {"missing": missing, "unknown": unknown, "of another shape": sorted(other)}
-        listed = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in parts.items() if names)
-        raise UserError(f"--init_from {source} is not of the network that this run trains: {listed}.")
-    load_whole(network, weights)
+        sharded = os.path.join(folder, "pytorch_model_fsdp.bin")  # what a run with FSDP saves
+        if os.path.isfile(sharded):
+            weights = torch.load(sharded, map_location="cpu", weights_only=True)
+        else:
+            weights = load_file(os.path.join(folder, "model.safetensors"))
+        return FirstStage(weights, averages, Preconditioning(**state["preconditioning"]))
 
 
 def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, source: str) -> None:
-    """Raise UserError if weights learnt with another preconditioning than the run's own: shapes do not tell, and outputs would be wrong."""
+    """Raise UserError if weights were trained with another preconditioning than the run's.
+
+    Their shapes do not tell, and outputs would be wrong.
+    """
     if saved is None:
         return
     before, now = asdict(saved), asdict(own)
     changed = [f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         raise UserError(
-            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of that run, or without "
-            "one its --sigma_data and --timestep_scale."
+            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of that "
+            "run, or without one its --sigma_data and --timestep_scale."
         )

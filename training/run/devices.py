@@ -1,15 +1,51 @@
-"""Accelerate, the optimiser, compiling and sharding, as options say."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Accelerate and the optimizer, as the options say; weights that FSDP spreads over processes."""
 
 import os
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
 from ..cli.errors import UserError
-from ..cli.training_options import RunOptions
-from .sharding import check_launch, check_sharding
+from ..cli.training_options import HardwareOptions, OptimizerOptions, RunOptions
+
+
+WHAT_WORKS = "training/configs/accelerate has what works: ddp.yaml and fsdp.yaml."
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def check_launch() -> None:
+    """Raise UserError if the launcher asks for a backend that this training cannot use."""
+    if _asked("DEEPSPEED"):
+        raise UserError(
+            f"DeepSpeed resumes from pickles, which can run code, and does clipping and the step itself. {WHAT_WORKS}"
+        )
+    if _asked("MEGATRON_LM"):
+        raise UserError(f"Megatron-LM trains its own networks only. {WHAT_WORKS}")
+
+
+def check_sharding(accelerator: Accelerator, options: HardwareOptions) -> None:
+    """Raise UserError for options that do not go with FSDP; leave precision to autocast."""
+    if not _asked("FSDP"):
+        return
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("Accelerate has FSDP for several processes on GPUs only. Leave it out (ACCELERATE_USE_FSDP).")
+    plugin = accelerator.state.fsdp_plugin
+    # Other state dicts are read by pickle, which runs code.
+    if plugin.fsdp_version != 2 or plugin.state_dict_type.name != "FULL_STATE_DICT":
+        raise UserError(
+            "FSDP must be version 2 (fsdp_version: 2) and save whole weights (fsdp_state_dict_type: FULL_STATE_DICT). "
+            f"{WHAT_WORKS}"
+        )
+    if options.compile or accelerator.mixed_precision == "fp16":
+        raise UserError("--compile and --mixed_precision fp16 cannot be combined with FSDP; leave them out.")
+    # FSDP's own policy would round the network's inputs, noise levels included, to bfloat16.
+    plugin.mixed_precision_policy = None
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:
@@ -27,7 +63,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     check_launch()
     accelerator = Accelerator(
         mixed_precision=precision,
-        # Not by its number alone, which the environment would overrule.
+        # The environment would overrule a plain number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(options.gradient_accumulation_steps),
         log_with=None if tracker == "none" else tracker,
         project_config=ProjectConfiguration(options.output_dir, logging_dir=os.path.join(options.output_dir, "logs")),
@@ -37,15 +73,33 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(options: RunOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """RAdam, Adam or AdamW over the parameters that learn, all of them at once where torch can."""
+def make_optimizer(options: OptimizerOptions, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """RAdam, Adam or AdamW over the parameters that learn; torch updates all of them at once."""
     classes = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     at_once = {"foreach": True} if options.optimizer == "radam" else {"fused": True}
     return classes[options.optimizer](
         [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
+        betas=(0.9, options.adam_beta2),
         weight_decay=options.adam_weight_decay,
         eps=options.adam_epsilon,
         **at_once,
     )
+
+
+# Weights that FSDP spreads over processes ----------------------------------------------------------------------------
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with all its entries, of which this process may hold a part. All processes must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def load_whole(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """`load_state_dict` of whole weights, which each process has, into a network whose weights may be spread."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        network.load_state_dict(weights)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True))

@@ -1,23 +1,23 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """SIGTERM and SIGINT end a run after its step."""
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 
 
-IMPATIENCE = 2.0  # seconds after which a further Ctrl-C is meant: launchers pass the first one on
+IMPATIENCE = 2.0  # seconds; launchers repeat the first Ctrl-C within them, a later one is the user's
 
 
 class Interruption:
-    """While it is entered, the first SIGTERM or SIGINT is noted, and `agreed` says when to stop for it.
+    """Within this block the first SIGTERM or SIGINT is noted, and `agreed` says when to stop for it.
 
-    A second SIGINT, later than launchers repeat the first, interrupts at once. Signals reach the main thread only: in another one
-    nothing is changed.
+    A second SIGINT, later than launchers repeat the first, interrupts at once. Signals reach the main thread only: in
+    another thread the block changes nothing.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -25,7 +25,8 @@ class Interruption:
         self.received = 0
         self._since = 0.0
         self._former: dict[int, object] = {}
-        self._exchange: tuple[Callable[[], object], torch.Tensor] | None = None  # how to wait for it, and what it gives
+        self._exchanged = torch.zeros(())  # the signals of all processes in the last step
+        self._copied: torch.cuda.Event | None = None  # happens when they have come from the GPU
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -33,11 +34,9 @@ class Interruption:
                 self._former[signum] = signal.signal(signum, self._note)
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, *_) -> None:
         for signum, former in self._former.items():
             signal.signal(signum, signal.SIG_DFL if former is None else former)
-        if self._exchange is not None and kind is None:  # else another process may be gone
-            self._exchange[0]()
 
     def _note(self, signum: int, frame: object) -> None:
         if not self.received:
@@ -48,27 +47,20 @@ class Interruption:
             raise KeyboardInterrupt
 
     def agreed(self) -> int:
-        """The signal for which every process stops now, or 0. To be called by all of them after each step.
+        """The signal for which every process stops now, or 0. All processes call it after each step.
 
-        Signals reach processes in different steps. What each has received is exchanged in the background and read one step
-        later, so that a GPU need not run dry for it.
+        Signals reach processes in different steps. The processes exchange them after one step and read the result after
+        the next, so that nobody waits for a GPU to finish the step.
         """
         if self.accelerator.num_processes == 1:
             return self.received
-        result = 0
-        if self._exchange is not None:
-            wait, received = self._exchange
-            wait()
-            result = int(received)
+        if self._copied is not None:
+            self._copied.synchronize()
+        signum = int(self._exchanged)
         received = torch.full((), self.received, device=self.accelerator.device)
-        work = torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, async_op=True)
-        wait = work.wait
-        if (
-            received.is_cuda
-        ):  # read from the host a step later: reading it there from the GPU would wait for that step, too
-            work.wait()  # orders the streams, does not hold up this process
-            received, done = received.to("cpu", non_blocking=True), torch.cuda.Event()
-            done.record()
-            wait = done.synchronize
-        self._exchange = (wait, received)
-        return result
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        self._exchanged = received.to("cpu", non_blocking=True)
+        if received.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return signum

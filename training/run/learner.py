@@ -1,15 +1,20 @@
-"""A network with its optimiser and loss scale; steps that are left out."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""A network with its optimizer and loss scale; steps that are skipped; weights that are broken."""
+
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 
-from .sharding import whole
+from ..cli.errors import UserError
+from .devices import whole
 
 
 class TrainedNetwork:
-    """A network, prepared by Accelerate, with its optimiser and, in fp16, a loss scale of its own.
+    """A network, prepared by Accelerate, with its optimizer and, in fp16, a loss scale of its own.
 
-    A step whose gradient has an infinite or NaN entry changes nothing: neither the weights nor the optimiser's state.
+    A step whose gradient has an infinite or NaN entry is skipped: it changes neither the weights nor the optimizer's
+    state.
 
     Args:
         accelerator: of the run.
@@ -19,8 +24,8 @@ class TrainedNetwork:
 
     Attributes:
         network: `module` wrapped for several processes. `bare` is `module`.
-        skipped: number of steps left out, and `skipped_in_a_row` of those since the last that was not: 0-d tensors on the device, the same
-            in every process.
+        skipped: number of skipped steps, and `skipped_in_a_row` of those since the last that was not skipped: 0-d
+            tensors on the device, the same in every process.
     """
 
     def __init__(
@@ -38,23 +43,24 @@ class TrainedNetwork:
         self.skipped_in_a_row = self.skipped.clone()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss`, divided by the number of accumulation steps, to that of this network's parameters alone."""
+        """Add the gradient of `loss`, divided by the accumulation steps, to that of this network's parameters alone."""
         loss = loss / self.accelerator.gradient_accumulation_steps
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        if self.accelerator.is_fsdp2:  # whose graph has other tensors; there is one network
+        if self.accelerator.is_fsdp2:  # its graph has other tensors; there is one network
             loss.backward()
         else:
             loss.backward(inputs=self.parameters)
 
     def step(self, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor | bool]:
-        """Take the optimiser's step if the gradient is finite, and forget the gradient.
+        """Take the optimizer's step if the gradient is finite, and forget the gradient.
 
         Args:
             max_grad_norm: clip the gradient's norm to this; 0 is no clipping.
 
         Returns:
-            The norm before clipping, and whether the step was taken: 1 or 0 on the device, where that alone knows it, or a bool.
+            The norm before clipping, and whether the step was taken: a bool, or 1 or 0 on the device if the host does
+            not know.
         """
         optimizer = self.optimizer
         if self.scaler is not None:
@@ -72,7 +78,7 @@ class TrainedNetwork:
             del optimizer.found_inf
             applied = broken.logical_not()
         else:
-            # RAdam has no such way: on a GPU the host waits here for the backward pass, once per step.
+            # RAdam does not read such a flag: on a GPU the host waits here for the backward pass, once per step.
             applied = not broken.item()
             if applied:
                 optimizer.step()
@@ -89,15 +95,25 @@ class TrainedNetwork:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        self.skipped.fill_(state.get("skipped", 0))
-        self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
-        if self.scaler is not None and "scaler" in state:
+        self.skipped.fill_(state["skipped"])
+        self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
+        if self.scaler is not None and "scaler" in state:  # else the checkpoint is of a run in another precision
             self.scaler.load_state_dict(state["scaler"])
 
 
 def clip_gradient(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d. Nothing waits for the device."""
+    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d. Never waits for the device."""
     if max_norm > 0:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.stack(torch._foreach_norm(gradients)).norm()
+
+
+def check_weights(networks: Iterable[torch.nn.Module], step: int) -> None:
+    """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
+    norms = [whole(parameter.detach().norm()) for network in networks for parameter in network.parameters()]
+    if not torch.stack(norms).isfinite().all():
+        raise UserError(
+            f"The weights became infinite or NaN by step {step}. Lower --learning_rate, set --max_grad_norm 1, or use "
+            "--mixed_precision no; the checkpoints of earlier steps are intact."
+        )

@@ -1,7 +1,25 @@
-"""What a run shows: means of its losses, samples, distances, steps left out."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What a run shows: means of its losses, samples, distances, skipped steps, log lines."""
+
+import math
+import os
+import sys
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from diffusers_ctm import CTMPipeline
+
+from ..cli.errors import UserError
+from ..cli.files import atomic_file
+from ..cli.training_options import RunOptions
+from ..data.images import Images
+from ..measure.during_training import DistanceToData, keep_metrics
+from ..report.pictures import enlarged_grid
+from .checkpoints import newest_checkpoint
+from .tracking import Expendable, Stopwatch, Tracking
 
 
 # Between them the levels whose score-matching losses are told apart; about a factor of 3 each.
@@ -13,58 +31,178 @@ SIGMA_BINS = ("below_0.1", *(f"{low:g}_to_{high:g}" for low, high in zip(SIGMA_E
 class Means:
     """Means of named numbers over the passes of some steps and over all processes, summed on the device.
 
-    What is infinite or NaN is left out of the means and counted.
+    Infinite and NaN numbers are left out of the means and counted.
     """
 
     def __init__(self):
-        self.sums: dict[tuple[str, ...], torch.Tensor] = {}  # sum and number of finite values of each, shape (2, names)
-        self.passes: dict[str, int] = {}
+        # By the names of a group: their sums, their numbers of finite values, and their numbers of values; (3, names).
+        self.sums: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def _add(self, names: tuple[str, ...], *rows: torch.Tensor) -> None:
+        added = torch.stack(rows)
+        self.sums[names] = self.sums[names] + added if names in self.sums else added
 
     @torch.no_grad()
     def add(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
         """Add one number of each name; return whether all are finite, 0-d on their device."""
-        names = tuple(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
         finite = stacked.isfinite()
-        row = torch.stack([torch.where(finite, stacked, 0), finite.float()])
-        self.sums[names] = self.sums[names] + row if names in self.sums else row
-        for name in names:
-            self.passes[name] = self.passes.get(name, 0) + 1
+        self._add(tuple(values), torch.where(finite, stacked, 0), finite.float(), torch.ones_like(stacked))
         return finite.all()
 
     @torch.no_grad()
     def add_by_level(self, name: str, values: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Add each of `values`, shape (B,), to the mean of its noise level's bin, "name/bin" of `SIGMA_BINS`. Nothing waits for the device."""
+        """Add each of `values`, shape (B,), to the mean of its noise level's bin, "name/bin" of `SIGMA_BINS`.
+
+        Nothing waits for the device.
+        """
         above = torch.stack([sigma >= edge for edge in SIGMA_EDGES]).sum(0)
         inside = (above == torch.arange(len(SIGMA_BINS), device=sigma.device)[:, None]) & values.isfinite()
-        row = torch.stack([torch.where(inside, values.float(), 0).sum(1), inside.sum(1).float()])
+        count = inside.sum(1).float()
         names = tuple(f"{name}/{bin}" for bin in SIGMA_BINS)
-        self.sums[names] = self.sums[names] + row if names in self.sums else row
+        self._add(names, torch.where(inside, values.float(), 0).sum(1), count, count)
 
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         """The means, and the names that were not always finite. Waits for the device, and starts anew."""
-        names = [name for group in self.sums for name in group]
-        passes, means, broken = self.passes, {}, []
-        if names:
-            sums = torch.cat(list(self.sums.values()), dim=1)
-            for name, total, count in zip(names, *accelerator.reduce(sums, "sum").tolist(), strict=True):
-                if count > 0:
-                    means[name] = total / count
-                if count < passes.get(name, 0) * accelerator.num_processes:
+        means, broken = {}, []
+        for names, rows in self.sums.items():
+            for name, total, finite, count in zip(names, *accelerator.reduce(rows, "sum").tolist(), strict=True):
+                if finite > 0:
+                    means[name] = total / finite
+                if finite < count:
                     broken.append(name)
-        self.sums, self.passes = {}, {}
+        self.sums = {}
         return means, broken
 
     def state_dict(self, accelerator: Accelerator) -> list:
-        """What is summed so far, over all processes: for one of them to load."""
-        return [
-            (list(names), accelerator.reduce(row, "sum").cpu(), [self.passes.get(name, 0) for name in names])
-            for names, row in self.sums.items()
-        ]
+        """The sums so far, over all processes: for one of them to load."""
+        reduced = {names: accelerator.reduce(rows, "sum").cpu() for names, rows in self.sums.items()}
+        return [(list(names), rows[:2], rows[2].tolist()) for names, rows in reduced.items()]
 
     def load_state_dict(self, state: list, device: torch.device, sums: bool) -> None:
         """Go on from `state`; the one process that loads it with `sums` has those of all."""
-        self.sums, self.passes = {}, {}
-        for names, row, passes in state:
-            self.sums[tuple(names)] = row.to(device) if sums else torch.zeros_like(row, device=device)
-            self.passes.update(zip(names, passes, strict=True))
+        self.sums = {}
+        for names, rows, counts in state:
+            rows = torch.cat([rows, torch.tensor([counts])]).to(device)
+            self.sums[tuple(names)] = rows if sums else torch.zeros_like(rows)
+
+
+class Monitor:
+    """Shows how a run goes on: losses, samples, distances, steps that were skipped. It changes nothing in the training.
+
+    Args:
+        options: of the run.
+        dataset: images.
+        accelerator: of the run.
+        sample_settings: name and `CTMPipeline.__call__` options of each grid of samples.
+
+    Attributes:
+        means: of the losses since the last log.
+        tracking: the tracker.
+        progress, stopwatch: the progress bar and the speed, from `start` on.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        dataset: Images,
+        accelerator: Accelerator,
+        sample_settings: dict[str, dict[str, Any]],
+    ):
+        self.options, self.dataset, self.accelerator = options, dataset, accelerator
+        self.sample_settings = sample_settings
+        self.means, self.optional = Means(), Expendable()
+        self.tracking = Tracking(accelerator, options, self.optional)
+        self.distance = DistanceToData(options, dataset, accelerator) if options.eval_every else None
+
+    def start(self, step: int) -> None:
+        """Begin to show a run that has done `step` steps."""
+        self.tracking.start(step)
+        if self.distance is not None and self.accelerator.is_main_process:
+            with self.optional("metrics.jsonl"):  # the run measures the later steps again
+                keep_metrics(self.options.output_dir, step + 1)
+        self.stopwatch = Stopwatch(step)
+        self.progress = tqdm(
+            total=self.options.max_train_steps,
+            initial=step,
+            desc="Training",
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+
+    def check_skipped(self, step: int, in_a_row: int) -> None:
+        """Raise UserError if too many steps in a row were skipped: at the end of a short run, half of it."""
+        limit = most = self.options.max_skipped_steps
+        if step == self.options.max_train_steps:
+            most = min(limit, max(2, step // 2))
+        if in_a_row < most:
+            return
+        _, broken = self.means.read(self.accelerator)
+        names = ", ".join(name for name in broken if not name.endswith("grad_norm")) or "the gradient"
+        newest = newest_checkpoint(self.options.output_dir)
+        intact = f"{newest} is intact" if newest else "no checkpoint had been saved"
+        raise UserError(
+            f"The last {in_a_row} steps were left out, up to step {step}: {names} became infinite or NaN. "
+            "Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision no or bf16; "
+            f"{intact}. (--max_skipped_steps {limit})"
+        )
+
+    def log(self, step: int, skipped: int, learning_rate: float) -> None:
+        """Show and track the means since the last call. Waits for the device."""
+        options = self.options
+        means, _ = self.means.read(self.accelerator)
+        shown = {name: f"{value:.3g}" for name, value in means.items() if "/" not in name}
+        self.progress.set_postfix({**shown, "skipped": skipped} if skipped else shown)
+        images = options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+        values = {
+            **means,
+            "learning_rate": learning_rate,
+            "skipped_steps": skipped,
+            "images_per_second": images * self.stopwatch.read(step),
+        }
+        self.tracking.log({name if "/" in name else f"train/{name}": value for name, value in values.items()}, step)
+
+    def save_samples(self, step: int, pipe: CTMPipeline) -> None:
+        """Draw samples from fixed noise to output_dir/samples, one picture per setting."""
+        if not self.accelerator.is_main_process:
+            return
+        grids, columns, rows = {}, 10, 4
+        pipe.set_progress_bar_config(disable=True)
+        labels = None
+        if self.dataset.num_classes is not None:
+            labels = [index % self.dataset.num_classes for index in range(columns)] * rows
+        for name, settings in self.sample_settings.items():
+            generator = torch.Generator(self.accelerator.device).manual_seed(0)
+            images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images
+            grid = enlarged_grid(images, rows, columns)
+            grids[f"samples/{name}"] = grid
+            path = os.path.join(self.options.output_dir, "samples", f"step-{step:06d}-{name}.png")
+            with self.optional("the samples"), atomic_file(path) as draft:
+                grid.save(draft)
+        self.tracking.show(grids, step)
+
+    def measure(self, step: int, pipe: CTMPipeline) -> None:
+        """Measure the Frechet distance of samples to the data, for the tracker and output_dir/metrics.jsonl."""
+        distances = self.distance(pipe, self.sample_settings)
+        if not self.accelerator.is_main_process:
+            return
+        shown = ", ".join(f"{value:.4g} ({name})" for name, value in distances.items())
+        tqdm.write(f"Step {step}: Frechet distance {shown}", file=sys.stderr)
+        self.tracking.log({f"frechet/{name}": value for name, value in distances.items()}, step)
+        line = {
+            "step": step,
+            "frechet": {name: value if math.isfinite(value) else None for name, value in distances.items()},
+            "num_samples": self.options.eval_samples,
+            "num_reference": self.distance.num_reference,
+            "features": self.options.eval_features,
+        }
+        with self.optional("metrics.jsonl"):
+            keep_metrics(self.options.output_dir, step, line)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means so far and the tracker's run, for a checkpoint. All processes call it."""
+        return {"means": self.means.state_dict(self.accelerator), "tracker_run": self.tracking.run_id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.means.load_state_dict(state["means"], self.accelerator.device, self.accelerator.is_main_process)
+        self.tracking.run_id = state["tracker_run"]

@@ -1,4 +1,5 @@
-"""The tracker, the speed, and what can fail without harm."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The tracker, the speed, and writes that can fail without harm."""
 
 import contextlib
 import os
@@ -6,20 +7,20 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
 from ..cli.files import WRITE_ERRORS
 from ..cli.training_options import RunOptions
 
 
 class Expendable:
-    """Around writing what the training can do without: a failure is said once and ends nothing."""
+    """Guards writes that the training can do without: a failure is reported once and ends nothing."""
 
     def __init__(self):
         self.failing: set[str] = set()
@@ -40,51 +41,42 @@ class Tracking:
     Args:
         accelerator: of the run.
         options: of the run.
-        optional: around what is written.
+        optional: guards what is written.
 
     Attributes:
-        run_id: of the run at Weights & Biases; a resumed run keeps it.
+        run_id: the run's name at Weights & Biases; a resumed run keeps it.
     """
 
     def __init__(self, accelerator: Accelerator, options: RunOptions, optional: Expendable):
         self.accelerator, self.options, self.optional = accelerator, options, optional
         self.run_id = secrets.token_hex(4)
 
-    def settings(self, step: int) -> dict[str, dict[str, Any]]:
-        """What the trackers are started with by a run that has done `step` steps."""
-        folder = self.options.output_dir
-        name = os.path.basename(os.path.abspath(folder))
-        return {
-            # TensorBoard then forgets the later steps that were logged before the run was resumed.
-            "tensorboard": {"purge_step": step + 1},
-            "wandb": {"dir": folder, "name": name, "id": self.run_id, "resume": "allow"},
+    def start(self, step: int) -> None:
+        """Start the tracker of a run that has done `step` steps, and log the options."""
+        tracker, folder = self.options.report_to, self.options.output_dir
+        values = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value)
+            for name, value in asdict(self.options).items()
         }
-
-    def start(self, step: int, values: dict[str, Any]) -> None:
-        """Start the tracker; `values` are the options. Raises UserError if Weights & Biases refuses."""
-        tracker = self.options.report_to
-        if tracker == "none":
-            return
-        settings = {tracker: self.settings(step)[tracker]}
         if tracker == "tensorboard":
+            # TensorBoard forgets the later steps that were logged before the run was resumed. The options of a resumed
+            # run are logged already; TensorBoard would make another run of them.
+            settings = {tracker: {"purge_step": step + 1}}
             with self.optional("the logs"):
-                # A resumed run's options are known; TensorBoard would make another run of them.
                 self.accelerator.init_trackers("diffusers-ctm", None if step else values, settings)
-            return
-        try:
-            self.accelerator.init_trackers("diffusers-ctm", values, settings)
-        except Exception as error:  # wandb raises its own
-            raise UserError(
-                f"--report_to {tracker} cannot start: {str(error).strip()}. Log in with `wandb login`, or set WANDB_MODE=offline."
-            ) from error
+        elif tracker == "wandb":
+            name = os.path.basename(os.path.abspath(folder))
+            settings = {tracker: {"dir": folder, "name": name, "id": self.run_id, "resume": "allow"}}
+            with loading("--report_to wandb", "Log in with `wandb login`, or set WANDB_MODE=offline."):
+                self.accelerator.init_trackers("diffusers-ctm", values, settings)
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Numbers by name."""
+        """Log numbers by name."""
         with self.optional("the logs"):
             self.accelerator.log(values, step=step)
 
     def show(self, pictures: dict[str, Image.Image], step: int) -> None:
-        """Pictures by name, in RGB."""
+        """Log pictures by name, in RGB."""
         with self.optional("the logs"):
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
@@ -94,29 +86,27 @@ class Tracking:
                     tracker.log_images({name: [picture] for name, picture in pictures.items()}, step)
 
     def finish(self) -> None:
-        """Write what is left, and end Accelerate's part of the run."""
+        """Write the rest, and end Accelerate's part of the run."""
         with self.optional("the logs"):
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-        self.accelerator.trackers = []
-        self.accelerator.end_training()
+            self.accelerator.end_training()
 
 
 class Stopwatch:
-    """Steps per second, without what happens between them."""
+    """Steps per second, without the time for samples and checkpoints between them."""
 
-    def __init__(self):
-        self.steps, self._since, self._out = 0, time.perf_counter(), 0.0
+    def __init__(self, step: int):
+        self._step, self._since = step, time.perf_counter()
 
     @contextlib.contextmanager
-    def out(self) -> Iterator[None]:
-        """Around what does not count."""
+    def paused(self) -> Iterator[None]:
+        """Pause the stopwatch inside this block."""
         began = time.perf_counter()
         yield
-        self._out += time.perf_counter() - began
+        self._since += time.perf_counter() - began
 
-    def read(self) -> float:
-        """Steps per second since the last call."""
-        rate = self.steps / max(time.perf_counter() - self._since - self._out, 1e-9)
-        self.__init__()
+    def read(self, step: int) -> float:
+        """Steps per second since the last call, with `step` steps done."""
+        now = time.perf_counter()
+        rate = (step - self._step) / max(now - self._since, 1e-9)
+        self._step, self._since = step, now
         return rate

@@ -12,7 +12,6 @@ import torch
 
 from .. import train_ctm
 from ..cli.device import wait_for
-from ..cli.training_options import CTMConfig
 from ..run import loop as run
 
 
@@ -89,5 +88,5 @@ def step_times(options: dict, steps: int, clock: Callable[[], float] = time.perf
     quiet = {"sample_every": 0, "checkpointing_steps": 0, "report_to": "none", "resume_from_checkpoint": None}
     with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.object(train_ctm, "TrainingRun", Noting):
         place = {"output_dir": os.path.join(folder, "run"), "max_train_steps": steps}
-        train_ctm.main(CTMConfig(**{**options, **quiet, **place}))
+        train_ctm.main(train_ctm.CTMConfig(**{**options, **quiet, **place}))
     return marks

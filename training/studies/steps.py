@@ -12,9 +12,9 @@ from diffusers_ctm import EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import append_dims
 
-from ..cli.shared_options import DiscriminatorOptions
 from ..frozen.maps import load_backbone
 from ..objective.adversarial import (
+    DiscriminatorOptions,
     ProjectedDiscriminator,
     discriminator_hinge_loss,
     discriminator_loss,
@@ -23,7 +23,8 @@ from ..objective.adversarial import (
     generator_loss,
     generator_weight,
 )
-from ..objective.losses import ctm_estimate, ctm_loss, l2_distance, make_jumps
+from ..objective.distances import l2_distance
+from ..objective.losses import Adversary, Jumps, ScoreMatching, ctm_estimate, ctm_loss
 from ..objective.solvers import SOLVERS, heun_solve
 from ..objective.times import Times, TimeSampler, draw_half_lognormal_sigma
 from ..run.averages import EMA
@@ -79,13 +80,13 @@ class Problem:
         values = {"x_0": 0.5 * x_0, "noise": noise, "dsm_noise": dsm_noise, "dsm_sigma": sigma}
         return {name: value.to(self.device) for name, value in values.items()}
 
-    def times(self, k: int, seed: int, per_path: int = 1) -> Times:
+    def times(self, k: int, seed: int) -> Times:
         """Times of a step whose solver takes `k` steps."""
-        sampler = TimeSampler(self.config.num_train_timesteps, max_steps=k, per_path=per_path)
+        sampler = TimeSampler(self.config.num_train_timesteps, max_steps=k)
         generator = torch.Generator().manual_seed(seed)
         while True:
             times = sampler.draw(self.config.batch_size, generator)
-            if int(times.steps[0]) == k:
+            if times.solver_steps == k:
                 return times
 
     def strata(self) -> list[int]:
@@ -127,7 +128,7 @@ def plain_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) 
 
     x_u = x_0 + append_dims(t, 4) * values["noise"]
     path = times.path.to(x_0)
-    for row in range(int(times.steps[0])):
+    for row in range(times.solver_steps):
         level, next_level = path[row], path[row + 1]
         slope = (x_u - problem.denoise(x_u, level)) / append_dims(level, 4)
         euler = x_u + append_dims(next_level - level, 4) * slope
@@ -176,18 +177,19 @@ def our_step(
     problem: Problem, times: Times, values: dict[str, torch.Tensor], solver: Callable = heun_solve
 ) -> dict[str, torch.Tensor]:
     """The step of `training.train_ctm`."""
+    x_0, noise, call = values["x_0"], values["noise"], problem.call
+    jumps = Jumps(call["student"], call["ema"], problem.preconditioning, times, x_0, noise)
+    adversary = None
+    if problem.judge is not None:
+        adversary = Adversary(functools.partial(generator_loss, problem.judge), generator_weight)
     loss = ctm_loss(
-        student=problem.call["student"],
-        student_ema=problem.call["ema"],
-        solver=functools.partial(solver, problem.denoise),
-        preconditioning=problem.preconditioning,
-        times=times,
-        last_weight=problem.student.last_layer.weight,
-        generator_loss=None if problem.judge is None else functools.partial(generator_loss, problem.judge),
-        generator_weight=generator_weight,
-        **values,
+        jumps,
+        lambda x, levels, labels: solver(problem.denoise, x, levels),
+        last_weight=lambda: problem.student.last_layer.weight,
+        score_matching=ScoreMatching(values["dsm_sigma"], values["dsm_noise"]),
+        adversary=adversary,
     )
-    loss.backward.backward()
+    loss.total.backward()
     _finish(problem, [problem.target, problem.slow])
     terms = {"trajectory": loss.trajectory, "dsm": loss.dsm, "weight": loss.dsm_weight}
     if problem.judge is not None:
@@ -198,8 +200,8 @@ def our_step(
 def our_discriminator_step(problem: Problem, times: Times, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The discriminator's turn of `training.train_ctm`."""
     x_0, call = values["x_0"], problem.call
-    jumps = make_jumps(call["student"], call["ema"], problem.preconditioning, times, x_0, None)
-    loss = discriminator_loss(problem.judge, x_0, ctm_estimate(jumps, x_0, values["noise"]))
+    jumps = Jumps(call["student"], call["ema"], problem.preconditioning, times, x_0, values["noise"])
+    loss = discriminator_loss(problem.judge, x_0, ctm_estimate(jumps))
     loss.backward()
     problem.judge_optimizer.step()
     return {"discriminator": loss.detach()}
@@ -230,17 +232,14 @@ def training_variants() -> dict[str, Callable]:
     def plain(problem, k, seed, values):
         return plain_step(problem, problem.times(k, seed), values)
 
-    def ours(solver, per_path):
-        return lambda problem, k, seed, values: our_step(
-            problem, problem.times(k, seed, per_path), values, SOLVERS[solver]
-        )
+    def ours(solver):
+        return lambda problem, k, seed, values: our_step(problem, problem.times(k, seed), values, SOLVERS[solver].solve)
 
     return {
         "plain": plain,
-        "exact": ours("heun", 1),
-        "--solver unipc": ours("unipc", 1),
-        "--solver dpm": ours("dpm", 1),
-        "--solver unipc --triples_per_path 4": ours("unipc", 4),
+        "exact": ours("heun"),
+        "--solver unipc": ours("unipc"),
+        "--solver dpm": ours("dpm"),
     }
 
 

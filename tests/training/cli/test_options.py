@@ -9,9 +9,9 @@ from diffusers_ctm import CTMScheduler
 from helpers.places import ROOT
 from training.cli.errors import UserError
 from training.cli.options import parse_config, save_config
-from training.cli.training_options import CTMConfig, EDMConfig
 from training.evaluate import EvaluateConfig
-from training.train_ctm import time_sampler
+from training.train_ctm import CTMConfig, time_sampler
+from training.train_edm import EDMConfig
 
 
 def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path):

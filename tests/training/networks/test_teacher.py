@@ -38,11 +38,11 @@ from helpers.places import ROOT
 from helpers.tiny_networks import TINY
 from training import train_ctm
 from training.cli.errors import UserError
-from training.cli.training_options import CTMConfig
 from training.networks import pipelines
 from training.networks.teacher import Teacher, load_teacher
 from training.objective.losses import ctm_loss, l2_distance
 from training.objective.times import TimeSampler
+from training.train_ctm import CTMConfig
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

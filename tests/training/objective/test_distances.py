@@ -20,7 +20,6 @@ from training import lpips, train_ctm
 from training.cli.errors import UserError
 from training.cli.options import parse_config
 from training.cli.shared_options import DistanceOptions
-from training.cli.training_options import CTMConfig
 from training.frozen import vgg
 from training.frozen.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from training.frozen.efficientnet import EfficientNetLite0
@@ -31,6 +30,7 @@ from training.hub.license import Licence
 from training.lpips import LPIPSConfig
 from training.objective.distances import PerceptualDistance, feature_distance, make_distance
 from training.objective.losses import DISTANCES, ctm_loss
+from training.train_ctm import CTMConfig
 
 
 CONVOLUTIONS = {

@@ -11,10 +11,10 @@ from training import ema as ema_module
 from training.cli.errors import UserError
 from training.cli.files import read_json
 from training.cli.options import parse_config
-from training.cli.training_options import CTMConfig
 from training.ema import PostHocConfig, reconstruction
 from training.hub.record import write_record
 from training.run.averages import EMA, power_decay, snapshot_folder
+from training.train_ctm import CTMConfig
 
 
 def network(value):

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from diffusers_ctm import CTMPipeline
 from training import evaluate, train_edm
 from training.cli.errors import UserError
-from training.cli.training_options import EDMConfig
 from training.data.batches import StepSampler, load_images
 from training.data.images import ImageDataset
 from training.evaluate import EvaluateConfig
@@ -33,6 +32,7 @@ from training.run.averages import EMA
 from training.run.learner import TrainedNetwork
 from training.run.loop import TrainingRun
 from training.run.monitor import SIGMA_BINS, Means
+from training.train_edm import EDMConfig
 
 
 TINY = {
@@ -548,7 +548,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
     run.dataset.source = source
     run.dataset.__class__ = type("Data", (ImageDataset,), {"__len__": lambda self: len(self.source.rows)})
     with pytest.raises(
-        UserError, match=f"^Image {bad} of the data set cannot be read: OSError: cannot.*checkpoint-2 is saved"
+        UserError, match=f"(?s)^Image {bad} of the data set cannot be loaded.*OSError: cannot.*checkpoint-2 is saved"
     ):
         learn(run)
 
@@ -579,8 +579,8 @@ def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers, monkeypatch):
     interrupt(tmp_path / "whole", tmp_path / "part", 3)
     options["dataloader_num_workers"] = workers
     begun = []
-    read = run_module.stream_batches
-    monkeypatch.setattr(run_module, "stream_batches", lambda *given: begun.append(given[7]) or read(*given))
+    read = run_module.run_batches
+    monkeypatch.setattr(run_module, "run_batches", lambda *given: begun.append(given[5]) or read(*given))
     part = train(tmp_path / "part", resume_from_checkpoint="latest", **options)
     assert_same(whole, part)
     assert begun[0]["first"] == 18  # of 24 images: the third window of 9

@@ -19,9 +19,10 @@ from torch.distributed.fsdp import StateDictType
 from helpers.places import ROOT
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
-from training.cli.training_options import CTMConfig, EDMConfig
 from training.run.checkpoints import load_first_stage
 from training.run.sharding import check_sharding
+from training.train_ctm import CTMConfig
+from training.train_edm import EDMConfig
 
 
 CONFIGS = sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))

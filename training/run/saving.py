@@ -1,0 +1,166 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""What a run starts from and what it saves: checkpoints, snapshots of averages, pipelines."""
+
+import contextlib
+import glob
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from diffusers_ctm import CTMPipeline
+
+from ..cli.errors import loading
+from ..cli.files import atomic_file, atomic_folder, read_json
+from ..cli.options import save_config
+from ..cli.training_options import RunOptions
+from ..hub.push import Pusher
+from ..hub.record import RECORD, training_record, write_record
+from .averages import EMA, snapshot_folder
+from .checkpoints import (
+    STATE,
+    check_preconditioning,
+    check_same_run,
+    checkpoints,
+    decisive_options,
+    find_first_stage,
+    load_first_stage,
+    load_run_state,
+    start_output_dir,
+)
+from .devices import load_whole
+
+
+class RunFolder:
+    """The folder of a run. What is saved in it is whole or not there, and goes to the Hub if the options say so.
+
+    Args:
+        options: of the run.
+        accelerator: of the run.
+        make_pipeline: builds the pipeline that is saved from a network.
+        teacher_revision: the commit of the teacher that was loaded.
+
+    Attributes:
+        checkpoint: the folder that the run resumes from, or None.
+        first_stage: the folder or repository on the Hub whose weights a run without a checkpoint starts from, or None.
+        record: the contents of `training.json`; empty in all but the main process.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        accelerator: Accelerator,
+        make_pipeline: Callable[[torch.nn.Module], CTMPipeline],
+        teacher_revision: str | None = None,
+    ):
+        self.options, self.accelerator, self.make_pipeline = options, accelerator, make_pipeline
+        self.checkpoint, self.first_stage = start_output_dir(options), None
+        if self.checkpoint is None and options.init_from is not None:
+            self.first_stage = find_first_stage(options.init_from)
+        self.record, self.pusher = {}, None
+        if accelerator.is_main_process:
+            self.record = training_record(options, accelerator.num_processes, self.first_stage, teacher_revision)
+            if options.push_to_hub:
+                self.pusher = Pusher(options, self.record)
+
+    # The start ------------------------------------------------------------------------------------------------------
+
+    def resume(self, networks: list[str], load_state_dict: Callable[[dict[str, Any]], None]) -> None:
+        """Load the checkpoint of a run with these `networks`: Accelerate's part here, the rest by `load_state_dict`."""
+        accelerator, path = self.accelerator, self.checkpoint
+        with loading(f"The checkpoint {path}", "It belongs to another network or is damaged; resume from another one."):
+            state = load_run_state(path)
+            check_same_run(state, self.options, accelerator.num_processes, networks, path)
+            # Accelerate would run code in these files.
+            for name in glob.glob(os.path.join(glob.escape(path), "custom_checkpoint_*.pkl")):
+                torch.load(name, map_location="cpu", weights_only=True)
+            scaler = accelerator.scaler
+            if not os.path.isfile(os.path.join(path, "scaler.pt")):
+                accelerator.scaler = None  # the checkpoint is of a run in another precision
+            accelerator.load_state(path)
+            accelerator.scaler = scaler
+            accelerator.step = 0  # it counts passes, and a step may have another number of them now
+            load_state_dict(state)
+        if accelerator.is_main_process:
+            self.record["first_stage"] = read_json(path, RECORD).get("first_stage")  # whatever --init_from is now
+        accelerator.print(f"Resumed from {path} at step {state['step']}.")
+
+    def start_from_first_stage(self, network: torch.nn.Module, averages: dict[str, EMA]) -> None:
+        """Take weights of the first stage. Averages go on at their full decay; power-function averages start anew."""
+        source = self.first_stage
+        stage = load_first_stage(source)
+        with loading(f"--init_from {source}", "It is not of the network that this run trains."):
+            load_whole(network, stage.network)
+        check_preconditioning(self.make_pipeline(network).scheduler.preconditioning, stage.preconditioning, source)
+        for name, average in averages.items():
+            if not name.startswith("sigma_rel"):
+                average.start_from(stage.averages.get(name, stage.averages[None]))
+        self.accelerator.print(f"Started from the weights of {source}.")
+
+    def save_options(self) -> None:
+        """Write the options to output_dir/config.yaml."""
+        if self.accelerator.is_main_process:
+            with atomic_file(os.path.join(self.options.output_dir, "config.yaml")) as draft:
+                save_config(self.options, draft)
+
+    # Saving ---------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, state: dict[str, Any], ema: EMA) -> None:
+        """Save output_dir/checkpoint-N, upload its pipeline if asked to, and remove the oldest beyond the limit."""
+        accelerator, options, step = self.accelerator, self.options, state["step"]
+        path = os.path.join(options.output_dir, f"checkpoint-{step}")
+        with contextlib.ExitStack() as stack:
+            draft = stack.enter_context(atomic_folder(path)) if accelerator.is_main_process else None
+            [draft] = broadcast_object_list([draft])
+            accelerator.save_state(draft)
+            accelerator.wait_for_everyone()  # each process writes its own random state
+            if accelerator.is_main_process:
+                preconditioning = self.make_pipeline(ema.module).scheduler.preconditioning
+                state = {**state, "preconditioning": asdict(preconditioning)}
+                state["options"] = decisive_options(options, accelerator.num_processes)
+                torch.save(state, os.path.join(draft, STATE))
+                write_record(self.record, step, draft)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and options.checkpoints_total_limit:
+            for old in checkpoints(options.output_dir)[: -options.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        if self.pusher is not None:
+            self.pusher.push(lambda folder: self._write_pipeline(folder, ema, step), step, path)
+
+    def save_snapshots(self, step: int, averages: dict[str, EMA]) -> None:
+        """Keep the power-function averages as they are now, for `training.ema`."""
+        for width in self.options.posthoc_ema:
+            average = averages[f"sigma_rel-{width:g}"]
+            folder = snapshot_folder(self.options.output_dir, width, step)
+            self._save_pipeline(folder, average, step, {"sigma_rel": width, "updates": average.updates})
+
+    def finish(self, step: int, averages: dict[str, EMA]) -> str:
+        """Save the average of --ema_decay as output_dir/pipeline, further ones as `pipeline-ema-DECAY`; return the path."""
+        options, path = self.options, os.path.join(self.options.output_dir, "pipeline")
+        self.accelerator.wait_for_everyone()
+        self._save_pipeline(path, averages[str(options.ema_decay)], step)
+        for decay in options.extra_ema_decays:
+            if decay != options.ema_decay:
+                self._save_pipeline(f"{path}-ema-{decay}", averages[str(decay)], step, {"decay": decay})
+        self.accelerator.wait_for_everyone()  # launchers end all processes if one fails, even at its exit
+        return path
+
+    def publish(self, pipeline: str) -> None:
+        """Upload the finished pipeline if asked to."""
+        if self.pusher is not None:
+            self.pusher.finish(pipeline)
+
+    def _save_pipeline(self, path: str, average: EMA, step: int, about: dict[str, Any] | None = None) -> None:
+        if self.accelerator.is_main_process:
+            with atomic_folder(path) as draft:
+                self._write_pipeline(draft, average, step, about)
+
+    def _write_pipeline(self, folder: str, average: EMA, step: int, about: dict[str, Any] | None = None) -> None:
+        """Write an averaged network as a diffusers folder, with the run's record, which says `about` the average."""
+        self.make_pipeline(average.module).save_pretrained(folder)
+        write_record(self.record if about is None else {**self.record, "average": about}, step, folder)

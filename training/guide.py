@@ -1,5 +1,10 @@
-"""How often guidance and rejection lead to the class that was asked, and at what price: `python -m training.guide --model assets/digits-ctm`."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""How often guidance and rejection lead to the class that was asked.
 
+python -m training.guide --model assets/digits-ctm
+"""
+
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +14,7 @@ import torch
 
 from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
-from .cli.errors import UserError
+from .cli.errors import UserError, loading
 from .cli.options import option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, to_sample
@@ -20,7 +25,7 @@ from .networks.pipelines import load_model, without_classes
 
 @dataclass
 class GuideConfig(DataOptions):
-    """Ask samples for classes, by guidance or rejection, and print how many have them, against the scale or the threshold."""
+    """Ask for samples of classes, by guidance or rejection, and print how many have them, by scale or threshold."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     label_column: str | None = option("label", "Column of the data set that holds the class of each image.")
@@ -31,12 +36,13 @@ class GuideConfig(DataOptions):
     )
     scales: list[float] = option(
         [],
-        "Scales of classifier guidance, of a network that is not told the class; 0 is none. Default: 0, 1, 3 and 10, if neither of the next two is "
-        "given.",
+        "Scales of classifier guidance, of a network that is not told the class; 0 is no guidance. "
+        "Default: 0, 1, 3 and 10, if neither of the next two is given.",
     )
     guidance_scales: list[float] = option(
         [],
-        "Scales of classifier-free guidance, of a network trained with --label_dropout that is told the class: 1 is none, 0 does not tell it.",
+        "Scales of classifier-free guidance, of a network trained with --label_dropout that is told the class: "
+        "1 is no guidance, 0 does not tell the class.",
     )
     thresholds: list[float] = option(
         [],
@@ -90,7 +96,7 @@ def nearest_class(images: torch.Tensor, examples: torch.Tensor, labels: torch.Te
 def samples(
     config: GuideConfig, pipe: CTMPipeline, classifier: FeatureNetwork, target: torch.Tensor, steps: int
 ) -> Iterator[tuple[str, float, torch.Tensor, torch.Tensor, float]]:
-    """(method, value, images unclipped, their classes, share kept) of each row of the table with this number of steps."""
+    """(method, value, images unclipped, their classes, share kept) of each row with this number of steps."""
     options = {"num_inference_steps": steps, "gamma": config.gamma, "output_type": "latent"}
 
     def seeded() -> torch.Generator:
@@ -98,26 +104,24 @@ def samples(
 
     if config.scales:
         unconditional, told_nothing = without_classes(pipe)
-        for on in config.on:
-            for scale in config.scales:
-                guidance = ClassifierGuidance(classifier.logits, target, scale, on)
-                images = unconditional(
-                    len(target), generator=seeded(), guidance=guidance, **options, **told_nothing
-                ).images
-                yield on, scale, images, target, 1.0
+        for on, scale in itertools.product(config.on, config.scales):
+            guidance = ClassifierGuidance(classifier.logits, target, scale, on)
+            output = unconditional(len(target), generator=seeded(), guidance=guidance, **options, **told_nothing)
+            yield on, scale, output.images, target, 1.0
     for scale in config.guidance_scales:
         images = pipe(class_labels=target, guidance_scale=scale, generator=seeded(), **options).images
         yield "free", scale, images, target, 1.0
     for threshold in config.thresholds:
-        found = rejection_sample(
+        kept = rejection_sample(
             pipe, classifier.logits, len(target), target, threshold, batch_size=len(target),
             max_batches=config.max_batches, generator=seeded(), **options,
         )  # fmt: skip
-        if len(found.images) < 2:
+        if len(kept.images) < 2:
             raise UserError(
-                f"--thresholds {threshold:g} kept {len(found.images)} of {found.num_drawn} images. Give a lower one, or more --max_batches."
+                f"--thresholds {threshold:g} kept {len(kept.images)} of {kept.num_drawn} images. Give a lower one, or "
+                "more --max_batches."
             )
-        yield "rejection", threshold, found.images, found.class_labels, found.acceptance_rate
+        yield "rejection", threshold, kept.images, kept.class_labels, kept.acceptance_rate
 
 
 @torch.no_grad()
@@ -125,41 +129,44 @@ def main(config: GuideConfig) -> list[Row]:
     """Print the table and return its rows."""
     dataset = ImageDataset(config)
     pixels, labels = dataset[list(range(len(dataset)))]
-    if config.random_flip:  # the model has learnt both
+    if config.random_flip:  # the model has learned both
         pixels, labels = torch.cat([pixels, pixels.flip(-1)]), labels.repeat(2)
     examples = to_sample(pixels)
     pipe = load_model(config.model, ())
     pipe.set_progress_bar_config(disable=True)
     if config.guidance_scales and not pipe.knows_no_class:
         raise UserError(
-            f"--guidance_scales need a network trained with --label_dropout; --model {config.model} is none."
+            f"--guidance_scales need a network trained with --label_dropout, and --model {config.model} was not."
         )
     if pipe.num_classes is not None and pipe.num_classes != dataset.num_classes:
         raise UserError(
             f"--model {config.model} knows {pipe.num_classes} classes, and the data set has {dataset.num_classes}."
         )
-    try:
+    with loading(f"--classifier {config.classifier}"):
         classifier = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
-    except Exception as error:  # json, torch and safetensors each raise their own
-        raise UserError(f"--classifier cannot be loaded: {type(error).__name__}: {error}") from error
 
     distances = Distances(classifier(pixels))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     target = labels[order].repeat(-(-config.num_samples // len(order)))[: config.num_samples]
     rows = []
-    print("| method | value | steps | classifier | nearest | distance | outside | kept |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("| " + " | ".join(Row._fields) + " |\n|---" + "|--:" * (len(Row._fields) - 1) + "|")
     for steps in config.num_inference_steps:
         for method, value, images, classes, kept in samples(config, pipe, classifier, target, steps):
             shown = images.clamp(-1, 1)
-            found = classifier.logits(shown).argmax(1), nearest_class(shown, examples, labels)
-            shares = [(judged == classes).float().mean().item() for judged in found]
-            distance = distances(classifier(((shown + 1) * 127.5).round().to(torch.uint8)))["frechet"]
-            outside = (images.abs() > 1.05).float().mean().item()
-            row = Row(method, value, steps, *shares, distance, outside, kept)
+            judged = classifier.logits(shown).argmax(1), nearest_class(shown, examples, labels)
+            row = Row(
+                method,
+                value,
+                steps,
+                *[(found == classes).float().mean().item() for found in judged],
+                distances(classifier(((shown + 1) * 127.5).round().to(torch.uint8)))["frechet"],
+                (images.abs() > 1.05).float().mean().item(),
+                kept,
+            )
             rows.append(row)
             print(
-                f"| {method} | {value:g} | {steps} | {row.classifier:.1%} | {row.nearest:.1%} | {distance:.2f} | {outside:.1%} | {kept:.0%} |",
+                f"| {method} | {value:g} | {steps} | {row.classifier:.1%} | {row.nearest:.1%} | {row.distance:.2f} "
+                f"| {row.outside:.1%} | {kept:.0%} |",
                 flush=True,
             )
     return rows

@@ -127,7 +127,7 @@ class Measure:
         self.dataset = ImageDataset(self.config)
         self.network.check_images(self.dataset.channels, self.dataset.resolution, self.dataset.resolution)
         reference, self.labels = reference_features(
-            self.dataset, self.network, self.config, self.config.batch_size, self.device
+            self.dataset, self.network, self.config.batch_size, self.device, self.config.random_flip
         )
         self.distances = Distances(reference)
 

@@ -92,7 +92,7 @@ def test_options_that_do_not_fit(options, message):
     [
         ({"model": "no such folder"}, "--model no such folder cannot be loaded"),
         ({"model": "assets/digits-edm"}, "is no CTM but a CTMPipeline with EDMHeunScheduler"),
-        ({"classifier": "no such folder"}, "--classifier cannot be loaded"),
+        ({"classifier": "no such folder"}, "--classifier no such folder cannot be loaded"),
         ({"guidance_scales": [2.0]}, "--guidance_scales need a network trained with --label_dropout"),
         ({"model": "assets/emoji-ctm"}, "knows 9 classes, and the data set has 10"),
     ],

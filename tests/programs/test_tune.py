@@ -1,4 +1,5 @@
-"""The search finds what is best, measures nothing twice, and saves only what is better on other seeds."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""training.tune measures nothing twice, and saves only what is better on other seeds."""
 
 import json
 import math
@@ -12,66 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
+from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline, CTMScheduler
 from training import tune
 from training.cli.errors import UserError
 from training.hub import client as hub
-from training.measure.sampling import Sampling
-from training.measure.schedules import Schedule, Space, run_search
-from training.tune import Cache, TuneConfig, improvement, main
-
-
-# The search -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 6])
-@pytest.mark.parametrize("final_sigma", [None, 0.0, 0.05])
-@pytest.mark.parametrize("first_level", [True, False])
-def test_every_point_is_a_schedule(steps, final_sigma, first_level):
-    scheduler = CTMScheduler(final_sigma=final_sigma)
-    space = Space(steps, scheduler, first_level)
-
-    scheduler.set_timesteps(steps, gamma=0.3)
-    expected = scheduler.sigmas.clone(), scheduler.target_sigmas.clone()
-    karras = space.schedule(space.karras(0.3))
-    assert karras.sigmas[0] == pytest.approx(80.0) and karras.nfe == steps
-    scheduler.set_timesteps(**karras.preset)
-    torch.testing.assert_close((scheduler.sigmas, scheduler.target_sigmas), expected, rtol=1e-4, atol=1e-6)
-
-    generator = torch.Generator().manual_seed(0)
-    directions = space.directions()
-    point, moves = space.karras(0.3), 0
-    for choice, stride in zip(torch.rand(200, generator=generator), [0.25, 0.1, 0.02, 1.0] * 50):
-        moved = space.moved(point, directions[int(choice * len(directions))], stride) if directions else None
-        moves += moved is not None
-        point = moved or point
-        schedule = space.schedule(point)
-        scheduler.set_timesteps(**schedule.preset)  # raises for what is no schedule
-        assert first_level or schedule.sigmas[0] == 80.0
-        assert all(a > b for a, b in zip(schedule.sigmas, schedule.sigmas[1:])) and schedule.gammas[-1] == 0
-    assert moves > 20 or (steps == 1 and (moves > 0) == first_level)
-
-
-def coordinates(space, schedule):
-    return np.array([*[space._ramp(level) for level in schedule.sigmas], *schedule.gammas[:-1]])
-
-
-def test_the_search_finds_the_lowest_point():
-    space = Space(3, CTMScheduler(), first_level=False)
-    wanted = np.array([0.0, 0.31, 0.77, 0.85, 0.4])
-
-    def measure(schedule):
-        away = coordinates(space, schedule) - wanted
-        return [1 + away @ away + 0.5 * away[1] * away[3], 3.0]
-
-    trials = run_search(space, [0.0, 0.5, 1.0], 300, measure)
-    assert len({trial.schedule for trial in trials}) == len(trials) < 300  # none twice, and it ends
-    best = min(trials, key=lambda trial: trial.mean)
-    assert np.abs(coordinates(space, best.schedule) - wanted).max() < 0.03
-    assert best.mean == sum(best.by_seed) / 2 < 2.001
-    assert [trial.schedule.gammas for trial in trials[:3]] == [(g, g, 0.0) for g in (0.0, 0.5, 1.0)]
-    assert len(run_search(space, [0.0], 7, measure)) == 7
+from training.measure.sampling import Sampling, Setting
+from training.tune import Measure, TuneConfig, improvement, main
 
 
 def test_a_preset_must_be_better_by_more_than_its_spread():
@@ -83,21 +32,20 @@ def test_a_preset_must_be_better_by_more_than_its_spread():
     assert not improvement(same, same)["better"] and not improvement(same, [2.999, 3.999, 4.999])["better"]
 
 
-def test_the_cache_survives_a_line_that_was_cut_off(tmp_path):
-    path, schedule = str(tmp_path / "deep" / "cache.jsonl"), Schedule(2, (80.0, 1.0), (0.5, 0.0))
-    cache = Cache(path, {"weights": 1})
-    cache.put(schedule, 0, 0.25)
-    with open(path, "a") as file:
-        file.write('\n{"key": "abc')
-    cache = Cache(path, {"weights": 1})
-    cache.put(schedule, 1, 0.5)
-    again = Cache(path, {"weights": 1})
-    assert (again.get(schedule, 0), again.get(schedule, 1), again.get(schedule, 2)) == (0.25, 0.5, None)
-    assert again.get(Schedule(2, (80.0, 1.0), (0.4, 0.0)), 0) is None and again.get(Schedule(2), 0) is None
-    assert Cache(path, {"weights": 2}).get(schedule, 0) is None
+def test_the_cache_holds_what_other_runs_measured_too(tmp_path):
+    sampling = SimpleNamespace(sizes=[80], features=lambda setting, seed, progress: (asked.append(seed) or seed, 0.0))
 
+    def measured(common, setting, seeds):
+        folder, distances = str(tmp_path / "deep"), lambda features: {"frechet": 0.25 + features}
+        return Measure(sampling, distances, folder, common, tqdm(disable=True))(setting, seeds)
 
-# The program ----------------------------------------------------------------------------------------------------------
+    asked, first = [], Setting("ctm", 2, (0.5, 0.0), (80.0, 1.0))
+    assert measured({"weights": 1}, first, [0, 1]) == measured({"weights": 1}, first, [0, 1]) == [0.25, 1.25]
+    for other in (({"weights": 2}, first), ({"weights": 1}, Setting("ctm", 2)), ({"weights": 1}, first)):
+        assert measured(*other, [0]) == [0.25]
+    assert asked == [0, 1, 0, 0]
+    (tmp_path / "deep" / "cache.json").write_text('{"key": "abc')  # as a disk may leave it
+    assert measured({"weights": 1}, first, [0]) == [0.25] and len(asked) == 5
 
 
 BAD = {"4": {"gamma": 0.0, "final_sigma": 0.7}}  # leaves noise in the images
@@ -126,11 +74,11 @@ def counted(monkeypatch, most=math.inf):
     """Count measurements; the one after `most` fails as a machine does that is switched off."""
     calls, features = [], Sampling.features
 
-    def counting(self, schedule, seed, progress):
+    def counting(self, setting, seed, progress):
         if len(calls) >= most:
             raise KeyboardInterrupt
-        calls.append((schedule, seed))
-        return features(self, schedule, seed, progress)
+        calls.append((setting, seed))
+        return features(self, setting, seed, progress)
 
     monkeypatch.setattr(Sampling, "features", counting)
     return calls
@@ -141,7 +89,7 @@ def test_an_interrupted_run_goes_on_and_saves_what_is_better(model, tmp_path, mo
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, most=3)
         main(small(model, tmp_path))
-    assert os.listdir(tmp_path / "out") == ["cache.jsonl"]
+    assert os.listdir(tmp_path / "out") == ["cache.json"]
     with monkeypatch.context() as patch:
         rest = counted(patch)
         report = main(small(model, tmp_path))
@@ -152,10 +100,6 @@ def test_an_interrupted_run_goes_on_and_saves_what_is_better(model, tmp_path, mo
     assert len(set(whole)) == len(whole) and len(rest) == len(whole) - 3
     assert row == other["results"][0]
     assert {seed for _, seed in whole} == {0, 5, 6}
-    with monkeypatch.context() as patch:
-        again = counted(patch)
-        main(small(model, tmp_path))
-    assert again == []
 
     # The search is what it says: the lowest mean, confirmed on the other seeds.
     assert len(row["trials"]) == 4 and row["now_is"] == "its preset"
@@ -192,7 +136,7 @@ def test_an_interrupted_run_goes_on_and_saves_what_is_better(model, tmp_path, mo
 
 def test_what_is_not_better_is_not_saved_unless_forced(model, tmp_path, monkeypatch, capsys):
     class Same:
-        """Every set of features is as near as every other, but those of the search's seed fall: it is chosen by chance."""
+        """All features are equally near, but on the seed of the search distances fall: the best is one by chance."""
 
         def __init__(self, reference):
             self.calls = 0
@@ -204,7 +148,7 @@ def test_what_is_not_better_is_not_saved_unless_forced(model, tmp_path, monkeypa
     monkeypatch.setattr(tune, "Distances", Same)
     report = main(small(model, tmp_path))
     assert not report["results"][0]["saved"] and not (tmp_path / "out" / "pipeline").exists()
-    assert "No preset is saved for 4 steps" in capsys.readouterr().out
+    assert "| no |" in capsys.readouterr().out
     report = main(small(model, tmp_path, force=True))
     assert report["results"][0]["saved"] and not report["results"][0]["improvement"]["better"]
     presets = DiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline").scheduler.config.presets

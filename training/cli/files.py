@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from .errors import UserError
@@ -101,6 +102,15 @@ def sha256(path: str | os.PathLike) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]], prefix: str = "") -> bytes:
+    """SHA-256 of `prefix` and of tensors with their names, in the order of the names."""
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:

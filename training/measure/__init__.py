@@ -1,1 +1,2 @@
-"""How good samples are: distances to real images, nearest images, schedules."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""How good samples are: distances to real images, nearest training images, schedules."""

@@ -1,4 +1,5 @@
-"""Frechet and kernel distances to real images, and real against real; plain arguments, no config."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Frechet and kernel distances to real images, and of real images to real images."""
 
 import math
 import warnings
@@ -12,7 +13,6 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 
 from ..cli.errors import UserError
-from ..cli.shared_options import DataOptions
 from ..data.images import ImageDataset, mirrored
 from ..frozen.vectors import load_feature_network
 from ..report.numbers import summaries
@@ -21,28 +21,17 @@ from .sampling import class_labels
 
 logger = logging.get_logger(__name__)
 
-MOST_SAMPLES = 10_000  # of the default of --num_samples
+MOST_SAMPLES = 10_000  # the most that `--num_samples` is by default
 
 KERNEL_SUBSET = 2_000  # most images of one kernel distance; its time grows with the square
 
 
-class _Given(nn.Module):
-    """The feature network of torchmetrics' classes when they are given features: the identity."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
-
-
 class Distances:
-    """Distances of sets of features to those of the reference, by torchmetrics; the reference is taken in once.
+    """Distances of sets of features to those of the reference, by torchmetrics, which reads the reference once.
 
-    "frechet" is the Frechet distance of two Gaussians with the sets' means and covariances, in float64. "kernel" is the unbiased
-    squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, over all images, or where there are more than
-    `KERNEL_SUBSET`, the mean over as many random subsets as make up all of them.
+    "frechet" is the Frechet distance of two Gaussians with the sets' means and covariances, in float64. "kernel" is the
+    unbiased squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, over all images. With more than
+    `KERNEL_SUBSET` images, it is the mean over as many random subsets as make up all of them.
 
     Args:
         reference: shape (N, F).
@@ -50,8 +39,10 @@ class Distances:
     """
 
     def __init__(self, reference: torch.Tensor, kernel: bool = False):
-        # Of several processes of a training one alone measures, and may not wait for the others.
-        settings = {"feature": _Given(reference.shape[1]), "reset_real_features": False, "sync_on_compute": False}
+        identity = nn.Identity()  # torchmetrics expects a feature network, and is given features
+        identity.num_features = reference.shape[1]
+        # In a training run only one of several processes measures, and it must not wait for the others.
+        settings = {"feature": identity, "reset_real_features": False, "sync_on_compute": False}
         self.num_reference = len(reference)
         self.frechet = FrechetInceptionDistance(**settings)
         self.frechet.update(reference.double(), real=True)
@@ -81,19 +72,29 @@ class Distances:
 
 @torch.inference_mode()
 def reference_features(
-    dataset: ImageDataset, network: nn.Module, options: DataOptions, batch_size: int, device: torch.device
+    dataset: ImageDataset,
+    network: nn.Module,
+    batch_size: int,
+    device: torch.device,
+    random_flip: bool = False,
+    num_workers: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features (N, F) and classes (N,) of all real images, on the CPU; mirrored at random if the data options say so."""
+    """Features (N, F) and classes (N,) of all real images, on the CPU.
+
+    Args:
+        random_flip: mirror half of the images.
+        num_workers: processes that decode images.
+    """
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=torch.arange(len(dataset)).split(batch_size),
         collate_fn=lambda batch: batch,
-        num_workers=options.dataloader_num_workers,
+        num_workers=num_workers,
     )
     draws = torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)).split(batch_size)
     features, labels = [], []
     for (images, batch_labels), drawn in zip(tqdm(loader, "Real images", unit="batch"), draws):
-        if options.random_flip:
+        if random_flip:
             images = mirrored(images, drawn)
         features.append(network(images.to(device)).float().cpu())
         labels.append(batch_labels)
@@ -107,11 +108,13 @@ def real_against_real(
     seeds: Sequence[int],
     real_labels: torch.Tensor | None = None,
 ) -> dict:
-    """What real images score: the floor that the number of images leaves, since the Frechet distance is biased upwards.
+    """Distances of real images: the floor that the number of images leaves. The Frechet distance is biased upwards.
 
-    "resampled": `num_samples` drawn from the reference, with replacement, against the reference: a model that knows it by heart.
+    "resampled": `num_samples` images drawn from the reference, with replacement, against the reference. They stand for
+    a model that knows it by heart.
     "halves": two halves of the reference against each other, N / 2 images each.
-    With `real_labels`, shape (N,), both keep to the classes: the first has those that samples are asked for, halves share alike.
+    With `real_labels`, shape (N,), both keep to the classes: "resampled" has the classes that samples are asked for,
+    and both halves have the same.
     """
     count = len(reference)
     classes = torch.zeros(count, dtype=torch.int64) if real_labels is None else real_labels
@@ -132,32 +135,37 @@ def real_against_real(
     return result
 
 
-def check_counts(num_samples: int, num_reference: int, num_features: int) -> list[str]:
-    """Raise UserError for sets whose covariance would be singular; return notes about sets that are merely small."""
+def check_counts(num_samples: int, num_reference: int, num_features: int, prefix: str = "") -> list[str]:
+    """Raise UserError for sets whose covariance would be singular. Return notes on sets that are merely small.
+
+    Args:
+        prefix: begins the names of the options in messages; "eval_" in a training run.
+    """
     notes = []
-    for name, count, what in (
-        ("num_samples", num_samples, "samples"),
-        ("dataset_name", num_reference, "real images"),
-    ):
+    counts = {f"{prefix or 'num_'}samples": (num_samples, "samples"), "dataset_name": (num_reference, "real images")}
+    for name, (count, what) in counts.items():
         if count <= num_features:
             raise UserError(
-                f"--{name}: {count} {what} are too few for {num_features} features; the Frechet distance needs more than "
-                f"{num_features} of each. Give more, or --features with fewer."
+                f"--{name}: {count} {what} are too few for {num_features} features; the Frechet distance needs more "
+                f"than {num_features} of each. Give more, or --{prefix}features with fewer."
             )
         if count < 5 * num_features:
             notes.append(f"{count:,} {what} are few for {num_features} features: compare only with the same number.")
-    for note in notes:
-        logger.warning(note)
+            logger.warning(notes[-1])
     return notes
 
 
+def features_for(dataset: ImageDataset, name: str, device: torch.device, prefix: str = "") -> nn.Module:
+    """The feature network `name`, which must take the images of `dataset`. Errors name --{prefix}features."""
+    network = load_feature_network(name, device, prefix)
+    network.check_images(dataset.channels, dataset.resolution, dataset.resolution, prefix)
+    return network
+
+
 def what_is_compared(
-    features: str, options: DataOptions, num_samples: int | None, device: torch.device
-) -> tuple[nn.Module, ImageDataset, int, list[str]]:
-    """The feature network, the real images, the number of samples, and remarks on these numbers. Raises UserError if they do not fit."""
-    network = load_feature_network(features, device)
-    dataset = ImageDataset(options)
-    network.check_images(dataset.channels, dataset.resolution, dataset.resolution)
+    dataset: ImageDataset, features: str, num_samples: int | None, device: torch.device
+) -> tuple[nn.Module, int, list[str]]:
+    """The feature network, the number of samples, and notes on these numbers. Raises UserError if they do not fit."""
+    network = features_for(dataset, features, device)
     num_samples = num_samples or min(len(dataset), MOST_SAMPLES)
-    notes = check_counts(num_samples, len(dataset), network.num_features)
-    return network, dataset, num_samples, notes
+    return network, num_samples, check_counts(num_samples, len(dataset), network.num_features)

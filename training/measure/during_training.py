@@ -17,8 +17,7 @@ from ..cli.errors import UserError, loading
 from ..cli.files import atomic_file
 from ..cli.training_options import RunOptions
 from ..data.images import ImageDataset, mirrored
-from ..frozen.vectors import load_feature_network
-from .distances import Distances, check_counts
+from .distances import Distances, check_counts, features_for
 from .sampling import Setting, class_labels, draw
 
 
@@ -45,15 +44,10 @@ class DistanceToData:
 
     def __init__(self, options: RunOptions, dataset: ImageDataset, accelerator: Accelerator):
         self.options, self.dataset, self.accelerator = options, dataset, accelerator
-        try:
-            with torch.random.fork_rng(devices=[]):  # making a network draws weights first
-                self.network = load_feature_network(options.eval_features, accelerator.device)
-            self.network.check_images(dataset.channels, dataset.resolution, dataset.resolution)
-            self.num_reference = min(len(dataset), MOST_REFERENCE)
-            check_counts(options.eval_samples, self.num_reference, self.network.num_features)
-        except UserError as error:
-            text = str(error).replace("--features", "--eval_features").replace("--num_samples", "--eval_samples")
-            raise UserError(text) from error
+        with torch.random.fork_rng(devices=[]):  # making a network draws weights first
+            self.network = features_for(dataset, options.eval_features, accelerator.device, "eval_")
+        self.num_reference = min(len(dataset), MOST_REFERENCE)
+        check_counts(options.eval_samples, self.num_reference, self.network.num_features, "eval_")
         self._distances: Distances | None = None
 
     @torch.inference_mode()

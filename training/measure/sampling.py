@@ -1,7 +1,9 @@
-"""Samples of a setting as a user gets them, and the time they take."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Samples as users get them, and the time they take."""
 
 import math
 import time
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from diffusers_ctm import CTMPipeline
 
 from ..cli.device import wait_for
 from ..cli.errors import UserError
+from ..report.tables import setting_name
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,15 @@ class Setting:
     Args:
         sampler: "ctm" or "heun".
         steps: number of steps.
-        gamma: of the CTM; None where it has no effect: in one step, and for Heun.
+        gamma: of the CTM, a number, or with `sigmas` one for each step. None is what the checkpoint does by itself when
+            it is told the number of steps alone, which for Heun's method is the only way.
+        sigmas: the level at which each step starts. None is the Karras levels.
     """
 
     sampler: str
     steps: int
-    gamma: float | None = None
+    gamma: float | tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
 
     @property
     def nfe(self) -> int:
@@ -35,18 +41,30 @@ class Setting:
         return self.steps if self.sampler == "ctm" else 2 * self.steps - 1
 
     @property
+    def shown_gamma(self) -> float | None:
+        """gamma for reports: None in one step, which goes straight to the image and has none."""
+        return None if self.steps == 1 else self.gamma
+
+    @property
     def name(self) -> str:
-        if self.sampler == "heun":
-            return f"teacher, Heun {self.steps}"
-        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        return steps if self.gamma is None else f"{steps}, gamma {self.gamma:g}"
+        return setting_name(self.sampler, self.steps, self.shown_gamma if self.sigmas is None else None)
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `CTMPipeline.__call__`: the Karras levels, which gamma brings, also where the checkpoint carries a schedule for one step."""
-        gamma = 0.0 if self.gamma is None and (self.sampler, self.steps) == ("ctm", 1) else self.gamma
+        """For `CTMPipeline.__call__`, and with `sigmas` also for `CTMScheduler.config.presets`."""
+        if self.sigmas is not None:
+            return {"sigmas": list(self.sigmas), "gamma": list(self.gamma)}
         options = {"num_inference_steps": self.steps}
-        return options if gamma is None else {**options, "gamma": gamma}
+        return options if self.gamma is None else {**options, "gamma": self.gamma}
+
+
+def settings_of(
+    pipelines: Container[str], steps: Sequence[int], gammas: Sequence[float], teacher_steps: Sequence[int]
+) -> list[Setting]:
+    """All settings of the samplers in `pipelines`. One step comes once, because gamma has no effect there."""
+    ctm = [Setting("ctm", n, gamma) for n in steps for gamma in (gammas if n > 1 else gammas[:1])]
+    heun = [Setting("heun", n) for n in teacher_steps]
+    return [setting for setting in ctm + heun if setting.sampler in pipelines]
 
 
 def class_labels(num_classes: int | None, real_labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
@@ -68,7 +86,7 @@ def class_labels(num_classes: int | None, real_labels: torch.Tensor | None, coun
 def draw(
     pipe: CTMPipeline, setting: Setting, count: int, labels: torch.Tensor | None, seed: int, batch: int
 ) -> torch.Tensor:
-    """Samples as a user gets them, rounded: uint8, shape (count, C, H, W), on the device.
+    """Samples as users get them, rounded: uint8, shape (count, C, H, W), on the device.
 
     The noise depends on seed, batch and count, not on the setting: all settings start alike.
     """
@@ -78,8 +96,8 @@ def draw(
         batch_size=count, class_labels=labels, generator=generator, output_type="pt", **setting.options
     ).images
     if not torch.isfinite(images).all():
-        name = "--model" if setting.sampler == "ctm" else "--teacher"
-        raise UserError(f"{name} gives infinite or NaN pixels ({setting.name}); its weights are broken.")
+        option = "--model" if setting.sampler == "ctm" else "--teacher"
+        raise UserError(f"{option} gives infinite or NaN pixels ({setting.name}); its weights are broken.")
     return (images * 255).round().to(torch.uint8)
 
 
@@ -104,29 +122,28 @@ class Sampling:
         self.pipelines, self.network = pipelines, network
         num_batches = math.ceil(num_samples / batch_size)
         self.sizes = [num_samples * (i + 1) // num_batches - num_samples * i // num_batches for i in range(num_batches)]
-        self.num_samples = num_samples
-        self.labels = {
-            sampler: class_labels(pipe.num_classes, real_labels, num_samples) for sampler, pipe in pipelines.items()
-        }
+        self.labels = {}
+        for sampler, pipe in pipelines.items():
+            labels = class_labels(pipe.num_classes, real_labels, num_samples)
+            self.labels[sampler] = [None] * num_batches if labels is None else labels.split(self.sizes)
+
+    def _draw(self, setting: Setting, seed: int, batch: int) -> torch.Tensor:
+        sampler = setting.sampler
+        return draw(self.pipelines[sampler], setting, self.sizes[batch], self.labels[sampler][batch], seed, batch)
 
     def features(self, setting: Setting, seed: int, progress: tqdm) -> tuple[torch.Tensor, float]:
         """Features of one setting and seed, float32 (num_samples, F) on the CPU, and the seconds that sampling took."""
-        pipe, labels = self.pipelines[setting.sampler], self.labels[setting.sampler]
-        found, seconds, start = [], 0.0, 0
-        for batch, size in enumerate(self.sizes):
-            own = None if labels is None else labels[start : start + size]
+        features, seconds = [], 0.0
+        for batch in range(len(self.sizes)):
             began = time.perf_counter()
-            images = draw(pipe, setting, size, own, seed, batch)
+            images = self._draw(setting, seed, batch)
             wait_for(images.device)
             seconds += time.perf_counter() - began
-            found.append(self.network(images).float().cpu())
-            start += size
+            features.append(self.network(images).float().cpu())
             progress.update(setting.nfe)
-        return torch.cat(found), seconds
+        return torch.cat(features), seconds
 
     def warm_up(self) -> None:
         """One call of each network at the size that will be timed."""
-        for sampler, pipe in self.pipelines.items():
-            labels = self.labels[sampler]
-            size = self.sizes[0]
-            self.network(draw(pipe, Setting(sampler, 1), size, None if labels is None else labels[:size], 0, 0))
+        for sampler in self.pipelines:
+            self.network(self._draw(Setting(sampler, 1), 0, 0))

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The adversarial stage: projected discriminators and their hinge losses."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..cli.errors import UserError
+from ..cli.files import tensors_digest
 from ..cli.options import NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, Checked, option
 from ..frozen.backbone import Backbone
 from ..frozen.maps import load_backbone
@@ -192,11 +192,8 @@ class MultiScaleDiscriminator(nn.Module):
 
 def fingerprint(backbone: Backbone) -> torch.Tensor:
     """SHA-256 of a feature network's tensors and of the size that it is shown, uint8 of shape (32,)."""
-    digest = hashlib.sha256(str(backbone.resolution).encode())
-    for name, value in sorted([*backbone.named_parameters(), *backbone.named_buffers()]):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
+    return torch.frombuffer(bytearray(tensors_digest(tensors, str(backbone.resolution))), dtype=torch.uint8)
 
 
 class ProjectedDiscriminator(nn.Module):

@@ -1,1 +1,2 @@
-"""Numbers in words, tables, plots and pictures. Imports nothing of ours."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Numbers in words, tables, plots and pictures. This room imports no other."""

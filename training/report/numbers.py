@@ -1,15 +1,12 @@
-"""Mean and spread of several seeds; numbers, times and cells in words."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Mean and spread of several measurements, and numbers, times and table cells in words."""
 
 import math
 import statistics
 
 
-def summaries(measured: list[dict[str, float]]) -> dict[str, dict]:
-    """Each distance's values by seed, mean, standard deviation (n - 1; None of one seed), lowest and highest."""
-    return {name: summary([values[name] for values in measured]) for name in measured[0]}
-
-
 def summary(values: list[float]) -> dict:
+    """All values, their mean, standard deviation (n - 1; None for one value), lowest and highest."""
     return {
         "by_seed": values,
         "mean": statistics.fmean(values),
@@ -19,13 +16,18 @@ def summary(values: list[float]) -> dict:
     }
 
 
+def summaries(measured: list[dict[str, float]]) -> dict[str, dict]:
+    """The `summary` of each distance over the seeds, by its name."""
+    return {name: summary([values[name] for values in measured]) for name in measured[0]}
+
+
 def number(value: float) -> str:
-    """Three digits, without an exponent where it reads well."""
+    """Three digits, without an exponent where that reads well."""
     return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def cell(values: dict) -> str:
-    """Mean +- standard deviation, this with two digits and both with as many decimals."""
+    """Mean ± standard deviation of a `summary`: the deviation with two digits, the mean with as many decimals."""
     mean, std = values["mean"], values["std"]
     if not std:
         return number(mean)

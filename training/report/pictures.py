@@ -1,4 +1,7 @@
-"""Small images enlarged, in grids, with captions."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Small images enlarged, in grids, with captions, and pictures as PNG files."""
+
+import io
 
 import torch
 from diffusers.utils import make_image_grid
@@ -21,12 +24,13 @@ def captioned(rows: list[list[tuple[str, Image.Image]]], gap: int = 12, text_hei
 
 
 def tiles(images: torch.Tensor, columns: int) -> Image.Image:
-    """Images in [0, 1], shape (B, 1 or 3, H, W), in rows of `columns`, each with a white rim."""
-    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    framed = [
-        ImageOps.expand(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), 1, "white")
-        for image in pixels
-    ]
+    """Images, uint8 or in [0, 1], shape (B, 1 or 3, H, W), in rows of `columns`, each with a white rim."""
+    if images.is_floating_point():
+        images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    framed = []
+    for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
+        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        framed.append(ImageOps.expand(image, 1, "white"))
     return enlarged_grid(framed, len(framed) // columns, columns)
 
 
@@ -37,3 +41,11 @@ def enlarged_grid(images: list[Image.Image], rows: int, columns: int, smallest_s
     return make_image_grid(
         [image.resize(size, Image.Resampling.NEAREST).convert("RGB") for image in images], rows, columns
     )
+
+
+def png(picture) -> bytes:
+    """The PNG file of a PIL image or of a matplotlib figure."""
+    file = io.BytesIO()
+    save = picture.save if isinstance(picture, Image.Image) else picture.savefig
+    save(file, format="png")
+    return file.getvalue()

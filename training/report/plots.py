@@ -1,12 +1,24 @@
-"""What every plot has: the palette, plain ticks, a PNG as bytes."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The palette, the axes and the ticks that plots share."""
 
 import math
 
 from .numbers import number
 
 
-def _plain_ticks(axes) -> None:
-    """Distances at 1, 2, 5 times powers of ten, in plain digits."""
+PALETTE = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito's, for color-blind readers
+
+
+def new_figure(width: float, height: float, columns: int = 1, dpi: int = 120, **options):
+    """(a figure of this size in inches, its axes), drawn without a display; `options` are those of `subplots`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    return figure, figure.subplots(1, columns, **options)
+
+
+def plain_ticks(axes) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 times powers of ten, in plain digits."""
     low, high = axes.get_ylim()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(decades) <= 4 else (1,)

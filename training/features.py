@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, write_json
-from .cli.options import option, run_program
+from .cli.options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, mirrored
 from .frozen.classifier import CONFIG, FeatureNetwork, is_saved
@@ -26,23 +26,28 @@ class FeatureConfig(DataOptions):
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     output_dir: str = option("runs/features", "Folder of the result; a former result is replaced.")
     label_column: str | None = option("label", "Column that holds the class of each image.")
-    num_features: int = option(64, "Width of the input of the last layer.")
-    num_epochs: int = option(40, "Passes over the training images.")
-    batch_size: int = option(64, "Images per step.")
-    learning_rate: float = option(4e-3, "Peak learning rate, of AdamW with a one-cycle schedule.")
-    weight_decay: float = option(0.05, "Weight decay.")
-    label_smoothing: float = option(0.1, "Share of the target that is spread over all classes.")
-    max_shift: int = option(1, "Training images are moved by up to this number of pixels in each direction.")
-    held_out: float = option(0.2, "Share of the images, in (0, 1), that is kept apart to measure the accuracy.")
-    seed: int = option(0, "Seed of the split, the weights and the order.")
+    num_features: int = option(
+        64,
+        "Width of the input of the last layer.",
+        must_be=("even and positive", lambda width: width >= 2 and width % 2 == 0),
+    )
+    num_epochs: int = option(40, "Passes over the training images.", must_be=POSITIVE)
+    batch_size: int = option(64, "Images per step.", must_be=POSITIVE)
+    learning_rate: float = option(4e-3, "Peak learning rate, of AdamW with a one-cycle schedule.", must_be=POSITIVE)
+    weight_decay: float = option(0.05, "Weight decay.", must_be=NOT_NEGATIVE)
+    label_smoothing: float = option(0.1, "Share of the target that is spread over all classes.", must_be=BELOW_ONE)
+    max_shift: int = option(
+        1, "Training images are moved by up to this number of pixels in each direction.", must_be=NOT_NEGATIVE
+    )
+    held_out: float = option(
+        0.2,
+        "Share of the images that is kept apart to measure the accuracy.",
+        must_be=("in (0, 1)", lambda share: 0 < share < 1),
+    )
+    seed: int = option(0, "Seed of the split, the weights and the order.", must_be=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("num_epochs", "batch_size", "learning_rate")
-        self.check_not_negative("weight_decay", "max_shift", "seed")
-        self.check(self.num_features >= 2 and self.num_features % 2 == 0, "num_features", "even and positive")
-        self.check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
-        self.check(0 < self.held_out < 1, "held_out", "in (0, 1)")
         self.check(self.label_column is not None, "label_column", "a column of classes")
         self.check_folder("output_dir")
 

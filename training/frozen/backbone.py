@@ -2,6 +2,7 @@
 """The bases of frozen networks: images in the size that a network is shown, and feature maps of them."""
 
 import importlib.util
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,15 @@ class Backbone(FrozenNetwork):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return self.maps(self.shown(images))
+
+
+def outputs_of(layers: Iterable[nn.Module], x: torch.Tensor, chosen: Sequence[int]) -> list[torch.Tensor]:
+    """The outputs of the layers with the `chosen` indices, when `x` passes one after the other."""
+    outputs = []
+    for layer in layers:
+        x = layer(x)
+        outputs.append(x)
+    return [outputs[index] for index in chosen]
 
 
 def installed_file(package: str, pattern: str) -> Path | None:

@@ -1,14 +1,17 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The small classifier of small images that training.features trains, and the folder that it is saved in."""
+"""The small classifier that training.features trains, and how a name is told from that of another network."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
 from ..cli.files import read_json
 from ..data.images import to_sample
 
@@ -96,3 +99,25 @@ def load_saved(folder: str | Path) -> FeatureNetwork:
     network.load_state_dict(load_file(folder / "model.safetensors"))
     network.about = {name: value for name, value in config.items() if name not in ("_class_name", "options")}
     return network.eval()
+
+
+def kind_of(name: str) -> tuple[str, Path]:
+    """The kind of network that `name` asks for, and its path.
+
+    The kinds are "classifier" (a folder of training.features), "file", and "transformers" (a folder or Hub id).
+    """
+    path = Path(name) if os.path.exists(name) else EMBEDDED.get(name, Path(name))
+    if is_saved(path):
+        return "classifier", path
+    is_file = path.is_file() or path.suffix in (".pt", ".pth", ".ts")
+    return "file" if is_file else "transformers", path
+
+
+@contextlib.contextmanager
+def loading_network(what: str, choices: str) -> Iterator[None]:
+    """Turn any error of the block into a UserError that begins with `what` and tells the `choices`."""
+    with loading(what, choices):
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{what} cannot be used: {error} {choices}") from error

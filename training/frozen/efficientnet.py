@@ -10,7 +10,7 @@ from torch import nn
 from ..cli.errors import UserError
 from ..official.files import read_checkpoint
 from ..official.weights import find_weights, weights_of
-from .backbone import Backbone, installed_file
+from .backbone import Backbone, installed_file, outputs_of
 
 
 EFFICIENTNET = "efficientnet_lite0"
@@ -100,10 +100,4 @@ class EfficientNetLite0(Backbone):
         self.freeze()
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        x = F.relu6(self.bn0(self.conv_stem(x)))
-        maps = []
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index in MAPS:
-                maps.append(x)
-        return maps
+        return outputs_of(self.blocks, F.relu6(self.bn0(self.conv_stem(x))), MAPS)

@@ -9,10 +9,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from ..cli.errors import UserError
-from .backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
-from .classifier import FeatureNetwork, load_saved
+from .backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, outputs_of
+from .classifier import FeatureNetwork, kind_of, load_saved, loading_network
 from .efficientnet import EFFICIENTNET, EfficientNetLite0, installed_efficientnet
-from .named import kind_of, loading_network
 from .pretrained import image_processing, load_pretrained
 
 
@@ -62,12 +61,8 @@ class ClassifierBackbone(Backbone):
         self.freeze()
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = []
-        for layer in self.body:
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                maps.append(x)
-        return maps
+        activations = [index for index, layer in enumerate(self.body) if isinstance(layer, nn.ReLU)]
+        return outputs_of(self.body, x, activations)
 
 
 # transformers ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from .backbone import FrozenNetwork
-from .classifier import load_saved
-from .named import kind_of, loading_network
+from .classifier import kind_of, load_saved, loading_network
 from .pretrained import image_processing, load_pretrained
 
 

@@ -1,13 +1,8 @@
-"""What training and sampling cost, as ratios measured side by side in one run: `python -m training.benchmark`."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Measure the cost of training and sampling as ratios, both sides in one run: `python -m training.benchmark`."""
 
-import functools
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
@@ -15,136 +10,122 @@ from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
 
-from .cli.device import choose_device, hardware
-from .cli.errors import UserError
-from .cli.files import write_files
-from .cli.options import Checked, option, run_program
-from .studies.meters import Counter, peak_memory, seconds_of, step_times
-from .studies.steps import Problem, adversarial_variants, restored, same_result, training_variants
+from .cli.device import choose_device
+from .cli.options import POSITIVE, Checked, option, run_program
+from .measure.reports import facts, write_report
+from .report.numbers import cell, summary
+from .studies.meters import Counter, peak_memory, seconds_of
+from .studies.steps import ADVERSARIAL, TRAINING, Problem, Step, restored, same_result
+
+
+PARTS = ("training", "adversarial", "sampling")
 
 
 @dataclass
 class BenchmarkConfig(Checked):
-    """Measure ratios of time: our training step against one in the order of the authors' loop, the pipeline against its network, and scaling.
+    """Measure ratios of time: our training step to one in the authors' order, and the pipeline to its network.
 
-    Both sides of a ratio run alternately in this process, with the same networks, images and times. Times in seconds are of this machine and
-    of these small networks; only ratios say something about others.
+    Both sides of a ratio run alternately in this process, with the same networks, images and times. Times in seconds
+    are those of this machine and of these small networks; only ratios say something about others.
     """
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     output_dir: str = option("runs/benchmark", "Folder for benchmark.json and benchmark.md.")
     parts: list[str] = option(
-        ["training", "adversarial", "sampling", "scaling"],
-        "Which of 'training', 'adversarial', 'sampling' and 'scaling'.",
+        list(PARTS),
+        f"The parts to measure, of {', '.join(PARTS)}.",
+        must_be=(f"some of {', '.join(PARTS)}", lambda part: part in PARTS),
     )
-    channels: int = option(16, "Channels of the network, EDM's DDPM++ for CIFAR-10: 128 there, 16 fits a CPU core.")
-    resolution: int = option(32, "Height and width of the images.")
-    batch_size: int = option(8, "Images of a training step.")
+    channels: int = option(
+        16,
+        "Channels of the network, EDM's DDPM++ for CIFAR-10: 128 there, 16 fits a CPU core.",
+        must_be=("a multiple of 16", lambda channels: channels > 0 and channels % 16 == 0),
+    )
+    resolution: int = option(
+        32,
+        "Height and width of the images.",
+        must_be=("a multiple of 4", lambda resolution: resolution > 0 and resolution % 4 == 0),
+    )
+    batch_size: int = option(8, "Images of a training step.", must_be=POSITIVE)
     num_train_timesteps: int = option(18, "Noise levels N of the grid; the solver takes up to N - 1 steps.")
-    rounds: int = option(3, "Measurements of each ratio; its spread is theirs.")
+    rounds: int = option(3, "Measurements of each ratio; its spread is theirs.", must_be=POSITIVE)
     strata: int = option(
         6,
-        "Training steps in a round: their number k of solver steps stands for as many equally probable parts of P(k).",
+        "Training steps in a round: their numbers k of solver steps stand for as many equally probable parts of P(k).",
+        must_be=POSITIVE,
     )
-    sampling_batch_size: int = option(64, "Images of a sampling call.")
-    threads: int = option(1, "CPU threads. Times of more are noisy.")
+    sampling_batch_size: int = option(64, "Images of a sampling call.", must_be=POSITIVE)
+    threads: int = option(1, "CPU threads. Times with more threads are noisy.", must_be=POSITIVE)
     device: str = option("auto", "'cpu', 'cuda', ..., or 'auto': a GPU if there is one.")
     mixed_precision: str = option("no", "'no' or 'bf16' (autocast).", ["no", "bf16"])
     compile: bool = option(False, "Compile the networks with torch.compile.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive(
-            "channels", "resolution", "batch_size", "rounds", "strata", "sampling_batch_size", "threads"
-        )
-        known = self.__dataclass_fields__["parts"].default_factory()
-        self.check(len(self.parts) > 0 and set(self.parts) <= set(known), "parts", f"some of {', '.join(known)}")
-        self.check(self.channels % 16 == 0, "channels", "a multiple of 16")
-        self.check(self.resolution % 4 == 0, "resolution", "a multiple of 4")
-        self.check(self.batch_size % 4 == 0, "batch_size", "a multiple of 4, which share a path")
         self.check(self.num_train_timesteps > self.strata, "num_train_timesteps", "above --strata")
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
-def compare(problem: Problem, variants: dict[str, Callable], config: BenchmarkConfig, progress: tqdm) -> dict:
-    """Time of each variant over that of "plain", the same rounds and strata in turn; work and memory of one pass over the strata."""
-    autocast = torch.autocast(problem.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
-    strata, ratios, seconds = problem.strata(), {name: [] for name in variants}, {name: [] for name in variants}
 
-    def run(name: str, k: int, seed: int):
-        values = problem.inputs(seed)
-        with restored(problem), autocast:
-            return variants[name](problem, k, seed, values)
+# Training -------------------------------------------------------------------------------------------------------------
 
-    for name in variants:  # once for caches, compilation and the allocator
+
+def measure_training(config: BenchmarkConfig, device: torch.device, steps: dict[str, Step]) -> dict:
+    """The time of each step over that of the plain one, its passes through the networks, and its memory."""
+    numbers = (config.channels, config.resolution, config.batch_size, config.num_train_timesteps)
+    problem = Problem(*numbers, device, adversarial=steps is ADVERSARIAL, compile=config.compile)
+    strata = problem.strata(config.strata)
+    difference = same_result(problem, steps, strata[0])
+
+    def run(name: str, k: int, seed: int, meter: Callable = lambda step: step()):
+        inputs = problem.inputs(k, seed)
+        with restored(problem), config.autocast(device):
+            return meter(lambda: steps[name](problem, inputs))
+
+    for name in steps:  # once for caches, compilation and the allocator
         run(name, strata[-1], 0)
-        progress.update()
-    counts, memory = {}, {}
-    networks = {"teacher": problem.teacher, "student": problem.student, "average": problem.target.module}
-    for name in variants:
-        counters = {kind: Counter(network, network.conv_in) for kind, network in networks.items()}
-        if problem.judge is not None:
-            features = problem.judge.backbones["digits"]
-            counters["features"] = Counter(features, features.body[0])
-        with torch.compiler.set_stance("force_eager"):  # where hooks are called one by one
-            for seed, k in enumerate(strata):
-                run(name, k, seed)
+    rows = {}
+    for name in steps:
+        counts = count_passes(problem, lambda name=name: [run(name, k, seed) for seed, k in enumerate(strata)])
         images = len(strata) * config.batch_size
-        counts[name] = {
-            kind: {what: value / images for what, value in counter.close().items()}
-            for kind, counter in counters.items()
+        rows[name] = {
+            "images": {kind: {way: n / images for way, n in ways.items()} for kind, ways in counts.items()},
+            "peak_memory": peak_memory(lambda name=name: run(name, strata[-1], 0), device),
         }
-        memory[name] = peak_memory(lambda name=name: run(name, strata[-1], 0), problem.device)
-        progress.update()
-    for round_number in range(config.rounds):
-        spent = dict.fromkeys(variants, 0.0)
-        for seed, k in enumerate(strata):
-            names = list(variants)
-            for name in names if (round_number + seed) % 2 else names[::-1]:
-                values = problem.inputs(100 * round_number + seed)
-                with restored(problem), autocast:
-                    step = functools.partial(variants[name], problem, k, 100 * round_number + seed, values)
-                    spent[name] += seconds_of(step, problem.device)
-        for name in variants:
+    seconds = {name: [] for name in steps}
+    words = "Adversarial steps" if problem.adversarial else "Training steps"
+    for round_number in tqdm(range(config.rounds), desc=words, unit="round"):
+        spent = dict.fromkeys(steps, 0.0)
+        for number, k in enumerate(strata):
+            names = list(steps) if (round_number + number) % 2 else list(steps)[::-1]
+            for name in names:
+                spent[name] += run(name, k, 100 * round_number + number, lambda step: seconds_of(step, device))
+        for name in steps:
             seconds[name].append(spent[name] / len(strata))
-            ratios[name].append(spent[name] / spent["plain"])
-        progress.update()
-    return {
-        name: {
-            "ratio": summarise(ratios[name]),
-            "seconds_per_step": summarise(seconds[name]),
-            "images": counts[name],
-            "peak_memory": memory[name],
-        }
-        for name in variants
-    }
+    for name, row in rows.items():
+        row["ratio"] = summary([a / b for a, b in zip(seconds[name], seconds["plain"])])
+        row["seconds_per_step"] = summary(seconds[name])
+    return {"difference": difference, "solver_steps": strata, "variants": rows}
 
 
-def summarise(values: list[float]) -> dict[str, float | None]:
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "min": min(values),
-        "max": max(values),
-    }
+def count_passes(problem: Problem, run: Callable[[], object]) -> dict[str, dict[str, int]]:
+    """The images that pass each network during `run`."""
+    networks = {"teacher": problem.teacher, "student": problem.student, "average": problem.target.module}
+    counters = {kind: Counter(network, network.conv_in) for kind, network in networks.items()}
+    if problem.adversarial:
+        features = problem.judge.backbones["digits"]
+        counters["features"] = Counter(features, features.body[0])
+    with torch.compiler.set_stance("force_eager"):  # where hooks are called one by one
+        run()
+    return {kind: counter.close() for kind, counter in counters.items()}
 
 
-def measure_training(config: BenchmarkConfig, device: torch.device, adversarial: bool = False) -> dict:
-    problem = Problem(config, device, adversarial)
-    variants = adversarial_variants() if adversarial else training_variants()
-    words = "Adversarial steps" if adversarial else "Training steps"
-    with tqdm(total=2 * len(variants) + config.rounds, desc=words, unit="pass") as progress:
-        return {
-            "difference": same_result(problem, variants),
-            "solver_steps": problem.strata(),
-            "variants": compare(problem, variants, config, progress),
-        }
+# Sampling -------------------------------------------------------------------------------------------------------------
 
 
-# Sampling -----------------------------------------------------------------------------------------------------------
-
-
-def measure_sampling(config: BenchmarkConfig, device: torch.device) -> dict:
-    """CTMPipeline over the network calls it makes, over diffusers' pipeline of consistency models, and the teacher's 18 Heun steps over one step."""
+def sampling_calls(config: BenchmarkConfig, device: torch.device) -> dict[str, tuple[Callable, int]]:
+    """The calls that are compared, and the network evaluations of each."""
     torch.manual_seed(0)
     width = 2 * config.channels
     network = CTMUNet2DModel.from_unet(
@@ -164,231 +145,148 @@ def measure_sampling(config: BenchmarkConfig, device: torch.device) -> dict:
         pipe.set_progress_bar_config(disable=True)
     batch = config.sampling_batch_size
     sample = torch.randn(batch, 3, config.resolution, config.resolution, device=device)
-    time_of = torch.full((batch,), 1.0, device=device)
+    time = torch.full((batch,), 1.0, device=device)
+    options = {"batch_size": batch, "output_type": "pt"}
 
     @torch.no_grad()
     def bare():
-        return network(sample, time_of, 0.5 * time_of, return_dict=False)[0]
+        return network(sample, time, 0.5 * time, return_dict=False)[0]
 
-    calls = {
-        "bare network, 1 evaluation": (bare, 1),
-        "CTMPipeline, 1 step": (lambda: ctm(batch_size=batch, output_type="pt"), 1),
-        "ConsistencyModelPipeline, 1 step": (lambda: consistency(batch_size=batch, output_type="pt"), 1),
-        "CTMPipeline, 4 steps, gamma 0.5": (
-            lambda: ctm(batch_size=batch, num_inference_steps=4, gamma=0.5, output_type="pt"),
-            4,
-        ),
-        "CTMPipeline, Heun, 18 steps": (
-            lambda: heun(batch_size=batch, num_inference_steps=18, output_type="pt"),
-            35,
-        ),
-    }
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
-    found = {name: [] for name in calls}
-    repeats = 3
-    with autocast, tqdm(total=config.rounds + 1, desc="Sampling", unit="round") as progress:
-        for round_number in range(config.rounds + 1):
-            spent = dict.fromkeys(calls, 0.0)
-            for repeat in range(repeats):
-                names = list(calls) if repeat % 2 else list(calls)[::-1]
-                for name in names:
-                    if calls[name][1] <= 4 or repeat == 0:
-                        spent[name] += seconds_of(calls[name][0], device)
-            if round_number > 0:  # the first warms up
-                for name, (_, evaluations) in calls.items():
-                    found[name].append(spent[name] / (repeats if evaluations <= 4 else 1))
-            progress.update()
-
-    def ratio(over: str, under: str, evaluations: int = 1) -> dict:
-        return summarise([a / (evaluations * b) for a, b in zip(found[over], found[under])])
-
-    names = list(calls)
     return {
-        "batch_size": batch,
-        "ratios": {
-            "CTMPipeline in 1 step over its network evaluation": ratio(names[1], names[0]),
-            "CTMPipeline in 4 steps at gamma 0.5 over its 4 network evaluations": ratio(names[3], names[0], 4),
-            "CTMPipeline in 1 step over diffusers' ConsistencyModelPipeline in 1 step, same network": ratio(
-                names[1], names[2]
-            ),
-            "18 Heun steps (35 evaluations) over CTMPipeline in 1 step": ratio(names[4], names[1]),
-        },
-        "seconds": {name: summarise(values) for name, values in found.items()},
+        "bare network, 1 evaluation": (bare, 1),
+        "CTMPipeline, 1 step": (lambda: ctm(**options), 1),
+        "ConsistencyModelPipeline, 1 step": (lambda: consistency(**options), 1),
+        "CTMPipeline, 4 steps, gamma 0.5": (lambda: ctm(num_inference_steps=4, gamma=0.5, **options), 4),
+        "CTMPipeline, Heun, 18 steps": (lambda: heun(num_inference_steps=18, **options), 35),
     }
 
 
-# Scaling ------------------------------------------------------------------------------------------------------------
+def measure_sampling(config: BenchmarkConfig, device: torch.device) -> dict:
+    """Ratios of time.
+
+    CTMPipeline to the network calls that it makes and to diffusers' pipeline of consistency models, and 18 Heun steps
+    of the teacher to one step.
+    """
+    calls = sampling_calls(config, device)
+    seconds = {name: [] for name in calls}
+    with config.autocast(device):
+        for round_number in tqdm(range(config.rounds + 1), desc="Sampling", unit="round"):
+            spent = {name: [] for name in calls}
+            for repeat in range(3):
+                for name in list(calls) if repeat % 2 else list(calls)[::-1]:
+                    call, evaluations = calls[name]
+                    if evaluations <= 4 or repeat == 0:
+                        spent[name].append(seconds_of(call, device))
+            if round_number > 0:  # the first warms up
+                for name, values in spent.items():
+                    seconds[name].append(sum(values) / len(values))
+    bare, one, consistency, four, heun = seconds.values()
+
+    def ratio(over: list[float], under: list[float], evaluations: int = 1) -> dict:
+        return summary([a / (evaluations * b) for a, b in zip(over, under)])
+
+    return {
+        "batch_size": config.sampling_batch_size,
+        "ratios": {
+            "CTMPipeline in 1 step over its network evaluation": ratio(one, bare),
+            "CTMPipeline in 4 steps at gamma 0.5 over its 4 network evaluations": ratio(four, bare, 4),
+            "CTMPipeline in 1 step over diffusers' ConsistencyModelPipeline in 1 step, same network": ratio(
+                one, consistency
+            ),
+            "18 Heun steps (35 evaluations) over CTMPipeline in 1 step": ratio(heun, one),
+        },
+        "seconds": {name: summary(values) for name, values in seconds.items()},
+    }
 
 
-def measure_scaling(config: BenchmarkConfig, device: torch.device) -> dict:
-    """Images per second of our exact step by batch and resolution, relative to the first, and of 1 and 2 processes of the real program."""
-
-    def images_per_second(batch: int, resolution: int) -> float:
-        small = BenchmarkConfig(**{**asdict(config), "batch_size": batch, "resolution": resolution, "strata": 2})
-        problem = Problem(small, device)
-        step, strata = training_variants()["exact"], problem.strata()
-        spent = 0.0
-        for seed, k in enumerate([strata[-1], *strata]):
-            values = problem.inputs(seed)
-            with restored(problem):
-                taken = seconds_of(functools.partial(step, problem, k, seed, values), device)
-            spent += taken if seed else 0.0  # the first warms up
-        return batch * len(strata) / spent
-
-    batches = [config.batch_size // 2 * factor for factor in (1, 2, 4)]
-    batches = [max(4, batch // 4 * 4) for batch in batches]
-    resolutions = [config.resolution // 2, config.resolution]
-    rows = {}
-    with tqdm(total=len(batches) + len(resolutions), desc="Scaling", unit="setting") as progress:
-        for batch in batches:
-            rows[f"batch {batch}, {config.resolution}x{config.resolution}"] = images_per_second(
-                batch, config.resolution
-            )
-            progress.update()
-        for resolution in resolutions:
-            rows[f"batch {config.batch_size}, {resolution}x{resolution}"] = images_per_second(
-                config.batch_size, resolution
-            )
-            progress.update()
-    report = {"images_per_second": rows}
-    if device.type == "cpu":
-        report["processes"] = {
-            str(count): processes_images_per_second(count) for count in (1, 2) if count <= (os.cpu_count() or 1)
-        }
-    return report
-
-
-def processes_images_per_second(count: int, steps: int = 12) -> float:
-    """Images per second of `worker` in `count` processes of one thread that share batches of 32 digits."""
-    command = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(count),
-        "-m",
-        "training.benchmark",
-        "--worker",
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *command, str(steps)], env=environment, capture_output=True, text=True)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("images per second: ")), None)
-    if done.returncode or line is None:
-        raise UserError(f"--parts scaling: the measurement in {count} process(es) failed:\n{done.stderr}")
-    return float(line.rpartition(" ")[2])
-
-
-def worker(steps: int) -> None:
-    """One of the processes: the program itself on the embedded teacher, `steps` steps after as many to warm up."""
-    options = {"teacher": "assets/digits-edm", "label_column": "label", "num_train_timesteps": 9}
-    marks = step_times({**options, "train_batch_size": 32 // int(os.environ.get("WORLD_SIZE", 1))}, 2 * steps)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"images per second: {32 * steps / (marks[-1] - marks[steps - 1])}")
-
-
-# Report -------------------------------------------------------------------------------------------------------------
-
-
-def spread(values: dict, digits: int = 3) -> str:
-    return f"{values['mean']:.{digits}f}" + (f" ± {values['std']:.{digits}f}" if values["std"] is not None else "")
+# Report ---------------------------------------------------------------------------------------------------------------
 
 
 def step_table(training: dict) -> list[str]:
-    """The lines of a table of steps, and how far both results are apart."""
+    """The lines of a table of steps, and of the difference between the results of both sides."""
     lines = [
-        "| step | time over plain | teacher forward | student forward | average forward, with graph | backward through student, average | peak memory |",
+        "| step | time over plain | teacher forward | student forward | average forward, with graph "
+        "| backward through student, average | peak memory |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in training["variants"].items():
         teacher, student, average = (row["images"][kind] for kind in ("teacher", "student", "average"))
-        memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f} MiB"
-        lines.append(
-            f"| {name} | {spread(row['ratio'])} | {teacher['without_graph']:.2f} | {student['with_graph'] + student['without_graph']:.2f} "
-            f"| {average['without_graph']:.2f} + {average['with_graph']:.2f} | {student['backward']:.2f}, {average['backward']:.2f} | {memory} |"
-        )
+        cells = [
+            name,
+            cell(row["ratio"]),
+            f"{teacher['without_graph']:.2f}",
+            f"{student['with_graph'] + student['without_graph']:.2f}",
+            f"{average['without_graph']:.2f} + {average['with_graph']:.2f}",
+            f"{student['backward']:.2f}, {average['backward']:.2f}",
+            "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f} MiB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     difference = training["difference"]
     return [
         *lines,
         "",
-        f"- The exact step's losses differ from the plain one's by {difference['losses']:.1e}, its gradients by {difference['gradients']:.1e} of the largest.",
-        "",
+        f"- The exact step's losses differ from the plain one's by {difference['losses']:.1e}, its gradients by "
+        f"{difference['gradients']:.1e} of the largest.",
     ]
 
 
 def markdown(report: dict) -> str:
+    """benchmark.md."""
     options, lines = report["options"], []
     if "training" in report:
         training = report["training"]
         lines += [
-            f"Training step: DDPM++ with {options['channels']} channels at {options['resolution']}x{options['resolution']}, batch "
-            f"{options['batch_size']}, N = {options['num_train_timesteps']}, k = {', '.join(map(str, training['solver_steps']))}. The plain step "
-            "computes everything in the order of the authors' loop. Images are those of the batch, per image of it:",
+            f"Training step: DDPM++ with {options['channels']} channels at "
+            f"{options['resolution']}x{options['resolution']}, batch {options['batch_size']}, N = {options['num_train_timesteps']}, k = "
+            f"{', '.join(map(str, training['solver_steps']))}. The plain step computes everything in the order of the "
+            "authors' loop. The columns of passes count images per image of the batch:",
             "",
             *step_table(training),
+            "",
         ]
     if "adversarial" in report:
-        features = {name: row["images"]["features"] for name, row in report["adversarial"]["variants"].items()}
-        each = (
-            f"{name} {count['without_graph'] + count['with_graph']:.2f} forward, {count['backward']:.2f} backward"
-            for name, count in features.items()
-        )
+        passes = []
+        for name, row in report["adversarial"]["variants"].items():
+            count = row["images"]["features"]
+            forward = count["without_graph"] + count["with_graph"]
+            passes.append(f"{name} {forward:.2f} forward, {count['backward']:.2f} backward")
         lines += [
-            "Of the adversarial stage a turn of the student and one of the discriminator, on the features of the small embedded classifier:",
+            "In the adversarial stage, a turn of the student and one of the discriminator, on the features of the "
+            "embedded classifier:",
             "",
-            *step_table(report["adversarial"])[:-1],
-            f"- Through the feature network: {'; '.join(each)}.",
+            *step_table(report["adversarial"]),
+            f"- Through the feature network: {'; '.join(passes)}.",
             "",
         ]
     if "sampling" in report:
-        lines += [
-            f"Sampling, batch {report['sampling']['batch_size']}:",
-            "",
-            "| ratio of times | |",
-            "|---|--:|",
-        ]
-        lines += [f"| {name} | {spread(values)} |" for name, values in report["sampling"]["ratios"].items()] + [""]
-    if "scaling" in report:
-        rows = report["scaling"]["images_per_second"]
-        first = next(iter(rows.values()))
-        lines += ["Scaling of the exact step:", "", "| setting | images per second, over the first |", "|---|--:|"]
-        lines += [f"| {name} | {value / first:.2f} |" for name, value in rows.items()]
-        processes = report["scaling"].get("processes", {})
-        lines += [
-            f"| digits, batch 32, {count} process{'es' if count != '1' else ''} over 1 | {value / processes['1']:.2f} |"
-            for count, value in processes.items()
-        ]
-        lines.append("")
-    words = report["hardware"]
+        lines += [f"Sampling, batch {report['sampling']['batch_size']}:", "", "| ratio of times | |", "|---|--:|"]
+        lines += [f"| {name} | {cell(values)} |" for name, values in report["sampling"]["ratios"].items()] + [""]
+    machine = report["hardware"]
     lines.append(
-        f"Ratios: mean ± standard deviation of {options['rounds']} rounds, both sides in turn, on {words['device']}, {words['cpu_threads']} thread(s), "
-        f"mixed precision {options['mixed_precision']}{', compiled' if options['compile'] else ''}, torch {torch.__version__}."
+        f"Ratios: mean ± standard deviation of {options['rounds']} rounds, both sides in turn, on {machine['device']}, "
+        f"{machine['cpu_threads']} thread(s), mixed precision {options['mixed_precision']}"
+        f"{', compiled' if options['compile'] else ''}, torch {report['versions']['torch']}."
     )
     return "\n".join(lines) + "\n"
 
 
 def main(config: BenchmarkConfig) -> dict:
-    """Measure, write benchmark.json and benchmark.md, print the tables; return what benchmark.json holds."""
+    """Measure, write benchmark.json and benchmark.md, and print the tables; return the content of benchmark.json."""
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    report = {"options": asdict(config), "hardware": hardware(device)}
+    report = facts(config, device)
     measures = {
-        "training": measure_training,
-        "adversarial": functools.partial(measure_training, adversarial=True),
-        "sampling": measure_sampling,
-        "scaling": measure_scaling,
+        "training": lambda: measure_training(config, device, TRAINING),
+        "adversarial": lambda: measure_training(config, device, ADVERSARIAL),
+        "sampling": lambda: measure_sampling(config, device),
     }
     for part, measure in measures.items():
-        if part not in config.parts:
-            continue
-        report[part] = measure(config, device)
-        text = markdown(report)  # after each part: what is measured is kept
-        files = {"benchmark.json": json.dumps(report, indent=1) + "\n", "benchmark.md": text}
-        write_files(config.output_dir, {name: content.encode() for name, content in files.items()})
-    print(f"\n{text}")
+        if part in config.parts:
+            report[part] = measure()
+            write_report(config.output_dir, "benchmark", report)  # a later part may fail
+    write_report(config.output_dir, "benchmark", report, markdown(report))
     return report
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        worker(int(sys.argv[2]))
-    else:
-        run_program(main, BenchmarkConfig)
+    run_program(main, BenchmarkConfig)

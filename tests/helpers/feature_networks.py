@@ -13,7 +13,7 @@ def images(*shape, seed=0, dtype=torch.float32):
 
 
 class Shown(Backbone):
-    """Gives what it is shown."""
+    """Its only map is the images that it is shown."""
 
     def __init__(self, resolution, mean=0.5, std=0.5, channels=3):
         super().__init__(resolution, mean, std, {}, channels)
@@ -39,7 +39,9 @@ def efficientnet_weights(width=2):
     weights = {}
 
     def convolution(name, norm, channels_out, channels_in, kernel):
-        weights[f"{name}.weight"] = randn(channels_out, channels_in, kernel, kernel, seed=len(weights)) / kernel
+        weights[f"{name}.weight"] = (
+            randn(channels_out, channels_in, kernel, kernel, seed=len(weights), dtype=torch.float32) / kernel
+        )
         for part in ("weight", "bias", "running_mean", "running_var"):
             value = torch.rand(channels_out, generator=generator)
             weights[f"{norm}.{part}"] = value + 0.5 if part in ("weight", "running_var") else value - 0.5
@@ -58,5 +60,4 @@ def efficientnet_weights(width=2):
         convolution(f"{prefix}._project_conv", f"{prefix}._bn2", channels_out, inner, 1)
         channels = channels_out
     convolution("_conv_head", "_bn1", 8, channels, 1)
-    weights["_fc.weight"], weights["_fc.bias"] = randn(10, 8), randn(10)
     return weights

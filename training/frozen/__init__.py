@@ -1,1 +1,2 @@
-"""Networks that only look: feature vectors and feature maps of images."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Networks that are never trained further: feature vectors and feature maps of images."""

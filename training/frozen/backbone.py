@@ -1,6 +1,8 @@
-"""Base of networks that give feature maps."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The bases of frozen networks: images in the size that a network is shown, and feature maps of them."""
 
 import importlib.util
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,26 +10,67 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, error_text
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Backbone(nn.Module):
-    """Frozen feature network: `backbone(images)` is a list of feature maps (B, C_i, H_i, W_i), the finest first.
+class FrozenNetwork(nn.Module):
+    """A network that only looks at images, resized to one size.
 
-    Images are float, in [-1, 1], of shape (B, 1 or 3, H, W) and any size; they are resized bilinearly to `resolution` (the authors' way:
-    no antialiasing), grey is repeated, and mean and deviation of the network's training are applied. Differentiable in the images.
-    The parameters get no gradient, and `train()` leaves it in evaluation mode.
+    `train()` leaves it in evaluation mode: dropout and batch statistics would make it another network.
+
+    Args:
+        side: height and width in pixels of the images that it is shown.
+        about: what it is, in JSON's types.
+        channels: of these images. Gray images are repeated; for 1 channel, those of color images are averaged.
+        mode, antialias: how images are resized, as in `torch.nn.functional.interpolate`.
+    """
+
+    def __init__(
+        self,
+        side: tuple[int, int],
+        about: dict[str, Any],
+        channels: int = 3,
+        mode: str = "bilinear",
+        antialias: bool = False,
+    ):
+        super().__init__()
+        self.side, self.about, self.channels = side, about, channels
+        self.resizing = {"mode": mode, "antialias": antialias, "align_corners": False}
+
+    def train(self, mode: bool = True) -> "FrozenNetwork":
+        return super().train(False)
+
+    def size_shown(self, height: int, width: int) -> tuple[int, int]:
+        """The size that images of `height` x `width` pixels are resized to."""
+        return self.side
+
+    def resized(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 1 or 3, H, W) in the size and with the channels that the network is shown, in float32 at least."""
+        x = images.to(torch.promote_types(images.dtype, torch.float32))
+        if x.shape[1] > self.channels:
+            x = x.mean(1, keepdim=True)
+        size = self.size_shown(*x.shape[-2:])
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size=size, **self.resizing)
+        return x.expand(-1, self.channels, -1, -1)
+
+
+class Backbone(FrozenNetwork):
+    """A network whose `backbone(images)` is a list of feature maps (B, C_i, H_i, W_i), the finest first.
+
+    Images are float, in [-1, 1], of shape (B, 1 or 3, H, W) and any size. They are resized bilinearly without
+    antialiasing, as the authors of CTM do, and normalized with mean and deviation of the network's training images.
+    Maps are differentiable in the images; the parameters get no gradient.
 
     A subclass sets up its network, then calls `freeze`.
 
     Args:
-        resolution: height and width in pixels of what the network is shown.
+        resolution: height and width in pixels of the images that it is shown.
         mean, std: of its training images, in [0, 1], one number or one for each channel.
-        about: what it is, in JSON's types.
-        channels: of what it is shown; 1 averages the channels of colour images.
+        about, channels: as of `FrozenNetwork`.
 
     Attributes:
         num_channels: C_i.
@@ -36,63 +79,50 @@ class Backbone(nn.Module):
     num_channels: list[int]
 
     def __init__(self, resolution: int, mean: Any, std: Any, about: dict[str, Any], channels: int = 3):
-        super().__init__()
-        self.resolution, self.channels = resolution, channels
-        self.about = {**about, "resolution": resolution}
+        super().__init__((resolution, resolution), {**about, "resolution": resolution}, channels)
+        self.resolution = resolution
         mean, std = (torch.as_tensor(value, dtype=torch.float64).expand(channels) for value in (mean, std))
         # ((x + 1) / 2 - mean) / std = scale x + shift
         for name, value in (("scale", 0.5 / std), ("shift", (0.5 - mean) / std)):
             self.register_buffer(name, value.float().reshape(1, channels, 1, 1), persistent=False)
 
     def freeze(self) -> None:
-        """Freeze the network and learn `num_channels` by trying it. Raises UserError if it gives no maps of images this small."""
+        """Freeze the network and find `num_channels` by trying it. Raises UserError if its images are too small."""
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         try:
             with torch.no_grad():
-                maps = self(torch.zeros(1, self.channels, self.resolution, self.resolution))
+                maps = self(torch.zeros(1, self.channels, *self.side))
         except RuntimeError as error:
-            reason = f"{type(error).__name__}: {str(error).strip()}"
-        else:
-            reason = "" if maps and all(m.ndim == 4 and min(m.shape) > 0 for m in maps) else "an empty one"
-        if reason:
             raise UserError(
-                f"the network gives no feature maps of images of {self.resolution}x{self.resolution} pixels ({reason}); "
-                "show it larger ones, or those of the size it was trained on"
-            )
+                f"the network gives no feature maps of images of {self.resolution}x{self.resolution} pixels. Show it "
+                f"larger images, or images of the size that it was trained on ({error_text(error)})."
+            ) from error
         self.num_channels = [m.shape[1] for m in maps]
 
-    def train(self, mode: bool = True) -> "Backbone":
-        """Stays in evaluation mode: dropout and batch statistics would make it another network."""
-        return super().train(False)
-
-    def size_shown(self, height: int, width: int) -> tuple[int, int]:
-        """The size that images of `height` x `width` pixels are resized to."""
-        return self.resolution, self.resolution
-
     def shown(self, images: torch.Tensor) -> torch.Tensor:
-        """What the network is shown of `images`."""
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images must be of shape (B, 1 or 3, H, W), got {tuple(images.shape)}")
-        x = images.to(torch.promote_types(images.dtype, torch.float32))
-        if x.shape[1] > self.channels:
-            x = x.mean(1, keepdim=True)
-        size = self.size_shown(*x.shape[-2:])
-        if x.shape[-2:] != size:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        x = x * self.scale + self.shift  # repeats grey
+        """The resized and normalized images that the network is shown."""
+        x = self.resized(images) * self.scale + self.shift
         return x.contiguous(memory_format=torch.channels_last)
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of what `shown` returns."""
+        """Feature maps of the result of `shown`."""
         raise NotImplementedError
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of `images`."""
         return self.maps(self.shown(images))
 
 
+def outputs_of(layers: Iterable[nn.Module], x: torch.Tensor, chosen: Sequence[int]) -> list[torch.Tensor]:
+    """The outputs of the layers with the `chosen` indices, when `x` passes one after the other."""
+    outputs = []
+    for layer in layers:
+        x = layer(x)
+        outputs.append(x)
+    return [outputs[index] for index in chosen]
+
+
 def installed_file(package: str, pattern: str) -> Path | None:
-    """The first file of an installed package that `pattern` fits, found without importing the package; None if there is none."""
+    """The first file of an installed package that fits `pattern`, or None. The package is not imported."""
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     return next((path for folder in folders for path in sorted(Path(folder).glob(pattern))), None)

@@ -1,30 +1,37 @@
-"""The small classifier of small images that training.features trains."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The small classifier that training.features trains, and how a name is told from that of another network."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, loading
+from ..cli.files import read_json
 from ..data.images import to_sample
 
 
 EMBEDDED = {"digits": Path(__file__).parents[2] / "assets" / "digits-features"}
 
+CONFIG = "config.json"
+
 
 class FeatureNetwork(nn.Module):
-    """A small classifier of small images; what its last layer reads are the features.
+    """A small classifier of small images. The input of its last layer is its features.
 
-    Four 3x3 convolutions, halved resolution after the second, and the mean over positions. Batch normalisation, fixed once
-    trained, so that contrast and brightness reach the features; normalising each image by itself would hide them.
+    Four 3x3 convolutions, half the resolution after the second, and the mean over positions. Its batch normalization is
+    fixed after training, so that contrast and brightness reach the features; normalizing each image by itself would
+    hide them.
 
     Args:
-        channels: 1 (grey; the channels of colour images are averaged) or 3.
+        channels: 1 (gray; the channels of color images are averaged) or 3.
         resolution: height and width in pixels of its images.
-        num_classes: that it tells apart.
+        num_classes: number of classes that it tells apart.
         num_features: width of the features.
     """
 
@@ -36,7 +43,6 @@ class FeatureNetwork(nn.Module):
             "num_classes": num_classes,
             "num_features": num_features,
         }
-        self.num_features = num_features
         self.about = dict(self.config)
         half = num_features // 2
         self.body = nn.Sequential(
@@ -51,28 +57,28 @@ class FeatureNetwork(nn.Module):
         self.classifier = nn.Linear(num_features, num_classes)
 
     def check_images(self, channels: int, height: int, width: int, prefix: str = "") -> None:
-        """Raise UserError for images of another size than it was trained on."""
+        """Raise UserError, which names the option --{prefix}features, for images of another size than in training."""
         side = self.config["resolution"]
         if (height, width) != (side, side):
             raise UserError(
-                f"--{prefix}features is a network for {side}x{side} images, these are {height}x{width}. Use a folder that "
-                "training.features made from such images, FID's Inception, or an image model of transformers."
+                f"--{prefix}features is a network for {side}x{side} images, these are {height}x{width}. Use a folder "
+                "that training.features made from such images, FID's Inception, or an image model of transformers."
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features, float32 of shape (B, num_features), of uint8 images (B, 1 or 3, resolution, resolution)."""
         x = to_sample(images)
-        wanted = self.config["channels"]
-        if x.shape[1] != wanted:
-            x = x.mean(1, keepdim=True).expand(-1, wanted, -1, -1)
+        channels = self.config["channels"]
+        if x.shape[1] != channels:
+            x = x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
         return self.body(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (B, num_classes), of samples in [-1, 1] with the network's channels; differentiable, as guidance needs them."""
+        """Logits (B, num_classes) of samples in [-1, 1] with the network's channels; differentiable for guidance."""
         return self.classifier(self.body(x))
 
     def classify(self, images: torch.Tensor) -> torch.Tensor:
-        """Class of each image, int64 of shape (B,)."""
+        """Class of each uint8 image, int64 of shape (B,)."""
         return self.classifier(self(images)).argmax(1)
 
 
@@ -80,31 +86,38 @@ def _convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
 
 
-def kind_of(name: str) -> tuple[str, Path]:
-    """What network `name` says, and its path: "classifier" (a folder of this program), "file" or "transformers" (folder or Hub id).
-
-    Raises UserError if it is the embedded one and that is missing.
-    """
-    folder = EMBEDDED.get(name, Path(name)) if not os.path.exists(name) else Path(name)
-    if name in EMBEDDED and not folder.is_dir():
-        raise UserError(f"{folder.name} is missing; make it with `python -m training.features`.")
-    if _config_of(folder).get("_class_name") == FeatureNetwork.__name__:
-        return "classifier", folder
-    if folder.is_file() or folder.suffix in (".pt", ".pth", ".ts"):
-        return "file", folder
-    return "transformers", folder
-
-
-def _config_of(folder: Path) -> dict:
-    path = folder / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def is_saved(folder: str | Path) -> bool:
+    """Whether `folder` holds a `FeatureNetwork` that training.features saved."""
+    return read_json(folder, CONFIG).get("_class_name") == FeatureNetwork.__name__
 
 
 def load_saved(folder: str | Path) -> FeatureNetwork:
-    """A network that this program saved; `about` holds its config, accuracy included. On the CPU."""
+    """The network that training.features saved in `folder`, on the CPU; `about` holds its config and its accuracy."""
     folder = Path(folder)
-    config = _config_of(folder)
-    network = FeatureNetwork(**{name: config[name] for name in FeatureNetwork().config})
+    config = json.loads((folder / CONFIG).read_text())
+    network = FeatureNetwork(*(config[name] for name in ("channels", "resolution", "num_classes", "num_features")))
     network.load_state_dict(load_file(folder / "model.safetensors"))
     network.about = {name: value for name, value in config.items() if name not in ("_class_name", "options")}
     return network.eval()
+
+
+def kind_of(name: str) -> tuple[str, Path]:
+    """The kind of network that `name` asks for, and its path.
+
+    The kinds are "classifier" (a folder of training.features), "file", and "transformers" (a folder or Hub id).
+    """
+    path = Path(name) if os.path.exists(name) else EMBEDDED.get(name, Path(name))
+    if is_saved(path):
+        return "classifier", path
+    is_file = path.is_file() or path.suffix in (".pt", ".pth", ".ts")
+    return "file" if is_file else "transformers", path
+
+
+@contextlib.contextmanager
+def loading_network(what: str, choices: str) -> Iterator[None]:
+    """Turn any error of the block into a UserError that begins with `what` and tells the `choices`."""
+    with loading(what, choices):
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{what} cannot be used: {error} {choices}") from error

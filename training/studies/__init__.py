@@ -1,1 +1,2 @@
-"""Parts of benchmark and study."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The parts of the programs benchmark and study."""

@@ -1,4 +1,5 @@
-"""Curves of several runs at equal iterations, seconds, evaluations."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Curves of several runs, compared at equal iterations, seconds and teacher evaluations."""
 
 import math
 import statistics
@@ -7,27 +8,25 @@ from typing import Any
 from ..report.numbers import summary
 
 
-def seconds_until(iteration: int, found: list[dict[str, Any]]) -> float:
-    """How long the first iterations of a run of timed `phases` take, by the median of each."""
+def seconds_until(iteration: int, phases: list[dict[str, Any]]) -> float:
+    """The seconds that the first iterations of a run of timed `phases` take, by the median of each phase."""
     total = 0.0
-    for phase in found:
-        own = min(iteration, phase["iterations"])
-        total, iteration = total + own * statistics.median(phase["seconds"]), iteration - own
+    for phase in phases:
+        iterations = min(iteration, phase["iterations"])
+        total, iteration = total + iterations * statistics.median(phase["seconds"]), iteration - iterations
     return total
 
 
-def seconds_per_iteration(found: list[dict[str, Any]]) -> list[float]:
-    """Of a whole run of timed `phases`, a value a round."""
-    whole = sum(phase["iterations"] for phase in found)
-    return [
-        sum(phase["iterations"] * taken for phase, taken in zip(found, row)) / whole
-        for row in zip(*(phase["seconds"] for phase in found))
-    ]
+def seconds_per_iteration(phases: list[dict[str, Any]]) -> list[float]:
+    """The mean over a whole run of timed `phases`, one value for each round of timing."""
+    iterations = [phase["iterations"] for phase in phases]
+    rounds = zip(*(phase["seconds"] for phase in phases))
+    return [sum(n * seconds for n, seconds in zip(iterations, row)) / sum(iterations) for row in rounds]
 
 
 def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
-    """Distance where `axis` reaches `value`, between measurements by a line in its logarithm; None where the run does not go."""
-    if not points or value > points[-1][axis] * (1 + 1e-9) or value < points[0][axis]:
+    """Distance where `axis` reaches `value`: on a line in its logarithm between measurements, None beyond them."""
+    if value > points[-1][axis] * (1 + 1e-9) or value < points[0][axis]:
         return None
     for before, after in zip([points[0], *points], points):
         if after[axis] >= value * (1 - 1e-9):
@@ -37,41 +36,40 @@ def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
     return None
 
 
+def distance_at(runs: list[list[dict]], axis: str, value: float, steps: str) -> dict | None:
+    """The summary of `at` over runs; None where one of them does not go."""
+    distances = [at(points, axis, value, steps) for points in runs]
+    return None if None in distances else summary(distances)
+
+
 def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], eval_steps: list[int]) -> dict[str, Any]:
-    """For each variant: time per iteration, its distances at the iterations and seconds that all reach, and at the teacher evaluations that
-    it and the first variant reach, beside those of the first."""
+    """The table of a study: the time per iteration of each variant, and its distances.
+
+    Distances are those at the iterations and seconds that all reach, and those at the teacher evaluations that a
+    variant and the first one reach, beside the distances of the first.
+
+    Args:
+        curves: the runs of each variant, the first variant first.
+        seconds: per iteration of each variant, one value for each round of timing.
+        eval_steps: the numbers of sampling steps.
+    """
     points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
-    every = [run for runs in points.values() for run in runs]
-    common = {axis: min(run[-1][axis] for run in every) for axis in ("iteration", "seconds") if every}
+    last = [run[-1] for runs in points.values() for run in runs]
+    common = {axis: min(point[axis] for point in last) for axis in ("iteration", "seconds")}
+    first, steps = next(iter(points.values())), list(map(str, eval_steps))
     rows = {}
     for name, runs in points.items():
-        row = {
+        evaluations = [
+            run[-1]["teacher_evaluations"] / run[-1]["iteration"] / curve["options"]["train_batch_size"]
+            for run, curve in zip(runs, curves[name])
+        ]
+        value = min(run[-1]["teacher_evaluations"] for run in (*runs, *first))
+        pairs = {n: [distance_at(each, "teacher_evaluations", value, n) for each in (runs, first)] for n in steps}
+        rows[name] = {
             "runs": len(runs),
             "milliseconds_per_iteration": summary([1000 * value for value in seconds[name]]),
-            "teacher_evaluations_per_image": summary(
-                [
-                    run[-1]["teacher_evaluations"] / run[-1]["iteration"] / curve["options"]["train_batch_size"]
-                    for run, curve in zip(runs, curves[name])
-                ]
-            ),
+            "teacher_evaluations_per_image": summary(evaluations),
+            **{axis: {n: distance_at(runs, axis, common[axis], n) for n in steps} for axis in common},
+            "beside_first": {"value": value, "distances": pairs},
         }
-        for axis, value in common.items():
-            row[axis] = {}
-            for steps in map(str, eval_steps):
-                row[axis][steps] = distance_at(runs, axis, value, steps)
-        row["beside_first"] = beside(runs, next(iter(points.values())), "teacher_evaluations", eval_steps)
-        rows[name] = row
     return {"common": common, "rows": rows}
-
-
-def distance_at(runs: list[list[dict]], axis: str, value: float, steps: str) -> dict | None:
-    """Mean and spread of `at` over runs; None where one of them does not go."""
-    found = [at(run, axis, value, steps) for run in runs]
-    return None if None in found else summary(found)
-
-
-def beside(runs: list[list[dict]], first: list[list[dict]], axis: str, eval_steps: list[int]) -> dict[str, Any]:
-    """As far along `axis` as all of `runs` and `first` go: their distances, `runs` and then `first`, by the number of steps."""
-    value = min(run[-1][axis] for run in (*runs, *first))
-    pairs = {str(n): [distance_at(each, axis, value, str(n)) for each in (runs, first)] for n in eval_steps}
-    return {"value": value, "distances": pairs}

@@ -1,44 +1,42 @@
-"""Time, memory and passes through a network; marks of steps through a hook of TrainingRun, no patching."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Meters of time, memory and passes through a network."""
 
 import ctypes
 import gc
 import os
 import tempfile
 import time
-import unittest.mock
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from .. import train_ctm
 from ..cli.device import wait_for
-from ..run import loop as run
+from ..cli.training_options import RunOptions
 
 
 class Counter:
-    """Images through a network, of which `first` is the first layer: forward without and with graph, and backward."""
+    """Counts the images that pass a network, whose first layer is `first`: forward without and with graph, backward."""
 
     def __init__(self, network: torch.nn.Module, first: torch.nn.Module):
-        self.without_graph = self.with_graph = self.backward = 0
+        self.counts = {"without_graph": 0, "with_graph": 0, "backward": 0}
         self.handles = [network.register_forward_hook(self._forward), first.register_forward_hook(self._watch)]
 
     def _forward(self, module, args, output):
-        if output[0].requires_grad:
-            self.with_graph += len(args[0])
-        else:
-            self.without_graph += len(args[0])
+        self.counts["with_graph" if output[0].requires_grad else "without_graph"] += len(args[0])
 
     def _watch(self, module, args, output):
         if output.requires_grad:  # a pass that only asks for the last layer's gradient does not come here
             output.register_hook(self._backward)
 
     def _backward(self, gradient):
-        self.backward += len(gradient)
+        self.counts["backward"] += len(gradient)
 
     def close(self) -> dict[str, int]:
+        """Stop counting; the counts."""
         for handle in self.handles:
             handle.remove()
-        return {name: getattr(self, name) for name in ("without_graph", "with_graph", "backward")}
+        return self.counts
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
@@ -50,7 +48,10 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which memory in use rises at most during `call`; on a CPU the resident set, on Linux only."""
+    """The most bytes by which the memory in use rises during `call`.
+
+    On a CPU it is the resident set, and None where the system is not Linux.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -59,34 +60,34 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-
-    def status(name: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
-
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # forget the peak so far
-        before = status("VmRSS:")
+        before = _resident("VmRSS:")
     except OSError:
         call()
         return None
     call()
-    return status("VmHWM:") - before
+    return _resident("VmHWM:") - before
 
 
-def step_times(options: dict, steps: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
-    """When each of `steps` iterations of `training.train_ctm` with `options` ended, by `clock`. Writes to a folder that is removed."""
+def _resident(name: str) -> int:
+    """Bytes that Linux counts for this process under `name`."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+
+
+def step_times(main: Callable, config: RunOptions, steps: int) -> list[float]:
+    """The seconds on a clock at which each of the first `steps` iterations of a training run ended.
+
+    Args:
+        main: of the training program, called as `main(config, on_step=...)`. It writes to a folder that is removed.
+        config: of the run, which neither samples nor saves nor logs here.
+    """
     marks = []
-
-    class Noting(run.TrainingRun):
-        def _after_step(self, *args):
-            marks.append(clock())
-            super()._after_step(*args)
-
     quiet = {"sample_every": 0, "checkpointing_steps": 0, "report_to": "none", "resume_from_checkpoint": None}
-    with tempfile.TemporaryDirectory() as folder, unittest.mock.patch.object(train_ctm, "TrainingRun", Noting):
-        place = {"output_dir": os.path.join(folder, "run"), "max_train_steps": steps}
-        train_ctm.main(train_ctm.CTMConfig(**{**options, **quiet, **place}))
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, output_dir=os.path.join(folder, "run"), max_train_steps=steps, **quiet)
+        main(config, on_step=lambda step: marks.append(time.perf_counter()))
     return marks

@@ -118,7 +118,7 @@ def log_likelihood(
         raise ValueError(
             "The network is in training mode, where dropout changes the likelihood; call `pipe.unet.eval()`."
         )
-    size, channels = pipe._image_size(), unet.config.in_channels
+    size, channels = pipe.image_size, unet.config.in_channels
     clean = 2 * read_images(images, channels, size, "images", bounded=dequantize, dtype=torch.float64) - 1
 
     # 2. Prepare

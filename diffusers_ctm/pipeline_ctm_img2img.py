@@ -8,11 +8,13 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .checks import as_number, check_count, check_positive
+from .class_labels import labels_and_batch_size
 from .guidance import Guidance
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .scheduling_karras import default_num_steps, jumps
 from .trajectory import karras_sigma, karras_starts
 
 
@@ -78,8 +80,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
             raise ValueError("image is missing; pass the image to edit.")
         if not add_noise and latents is not None:
             raise ValueError("latents are noise to add, and add_noise=False adds none; pass one of them.")
-        image = read_images(image, self.unet.config.in_channels, self._image_size(), bounded=add_noise)
-        batch_size, callback_inputs = self._check_call(
+        image = read_images(image, self.unet.config.in_channels, self.image_size, bounded=add_noise)
+        batch_size, callback_inputs = self.check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         batch_size = self._batch_size_with(image, "image", batch_size)
@@ -88,8 +90,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
 
         # 2. Prepare
         device = self._execution_device
-        class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
-        self._set_timesteps(None, device, None, sigmas, gamma)
+        class_labels, batch_size = labels_and_batch_size(self, class_labels, batch_size, generator, device)
+        self.set_timesteps(device, sigmas=sigmas, gamma=gamma)
         start = (2 * image - 1).to(device).expand(batch_size, -1, -1, -1)
         if add_noise:
             start = start + self.prepare_latents(batch_size, device, generator, latents, tuple(start.shape[-2:]))
@@ -116,7 +118,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
                 raise ValueError("Pass `num_inference_steps` or `sigmas`, not both.")
             return sigmas
         if num_inference_steps is None:
-            num_inference_steps = 1 if hasattr(self.scheduler, "target_timesteps") else 18
+            num_inference_steps = default_num_steps(self.scheduler)
         check_count(num_inference_steps=num_inference_steps)
 
         config = self.scheduler.config
@@ -131,7 +133,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
         else:
             check_positive(sigma=sigma)
         end = config.sigma_min
-        if hasattr(self.scheduler, "target_timesteps") and config.final_sigma is not None:
+        if jumps(self.scheduler) and config.final_sigma is not None:
             end = config.final_sigma
         lowest, name = max((end, "final_sigma"), (config.sigma_min, "sigma_min"))
         if sigma <= lowest or sigma > config.sigma_max * (1 + 1e-4):

@@ -64,7 +64,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         """
         if image is None or mask_image is None:
             raise ValueError("image and mask_image must both be given.")
-        image = read_images(image, self.unet.config.in_channels, self._image_size())
+        image = read_images(image, self.unet.config.in_channels, self.image_size)
         repaint = read_masks(mask_image, tuple(image.shape[-2:]))
         if len(image) != len(repaint) and 1 not in (len(image), len(repaint)):
             raise ValueError(f"image has {len(image)} entries and mask_image {len(repaint)}; pass one or as many.")
@@ -73,7 +73,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         known = (~repaint[:, :1]).to(device=self._execution_device, dtype=image.dtype)  # once, not at every step
         operator = MaskOperator(known)
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        levels = (num_inference_steps, timesteps, sigmas, gamma)
+        levels = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
         pixels = operator((2 * image - 1).to(known.device))
         latents, class_labels = self._restore(
             pixels, operator, operator.pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type,

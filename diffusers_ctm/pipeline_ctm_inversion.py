@@ -8,7 +8,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from .checks import as_float64, check_count
+from .checks import as_float64, callback_tensors, check_count, check_output_type
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .pipeline_output import CTMPipelineOutput
@@ -96,8 +96,7 @@ class CTMInversionPipeline(CTMPipeline):
         Takes what `__call__` takes, with `latents` (B, C, H, W) in place of images; `output_type` is that of `CTMPipeline`.
         `CTMPipeline.from_pipe(pipe)(latents=latents)` decodes by the CTM's jumps instead, from one evaluation on.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        check_output_type(output_type)
         channels = self.unet.config.in_channels
         is_batch = isinstance(latents, torch.Tensor) and latents.ndim == 4 and latents.shape[1] == channels
         if not is_batch or not latents.isfinite().all():
@@ -154,7 +153,7 @@ class CTMInversionPipeline(CTMPipeline):
 
     def _read(self, image, name: str) -> torch.Tensor:
         """`image` as (B, C, H, W) in [-1, 1], of the channels and size of the network."""
-        return 2 * read_images(image, self.unet.config.in_channels, self._image_size(), name) - 1
+        return 2 * read_images(image, self.unet.config.in_channels, self.image_size, name) - 1
 
     def _ode_levels(self, num_steps: int) -> torch.Tensor:
         """The scheduler's N + 1 Karras levels from sigma_max to sigma_min, float64."""
@@ -165,13 +164,7 @@ class CTMInversionPipeline(CTMPipeline):
 
     def _follow(self, x, levels, condition, callback=None, callback_inputs=None) -> torch.Tensor:
         """Heun's method from `x` at the first of `levels` to the last, in either direction."""
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_inputs = callback.tensor_inputs
-        callback_inputs = callback_inputs or ["latents"]
-        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}."
-            )
+        callback_tensors(callback, callback_inputs, self._callback_tensor_inputs)
         denoiser = exact_denoiser(self, **condition)
         levels = levels.to(device=x.device, dtype=x.dtype)
         self._interrupt = False

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Restoration without training: images that match a linear measurement, by a consistency trajectory model."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,12 +9,14 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
+from .class_labels import labels_and_batch_size
 from .guidance import Guidance
 from .image_inputs import read_images
 from .linear_operators import check_operator, consistent_image
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .scheduling_karras import jumps
 
 
 class CTMRestorationPipeline(CTMPipeline):
@@ -96,7 +97,7 @@ class CTMRestorationPipeline(CTMPipeline):
         if not callable(pseudo_inverse):
             raise ValueError("pseudo_inverse is missing; pass a function, or an operator that has one of that name.")
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        levels = (num_inference_steps, timesteps, sigmas, gamma)
+        levels = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
         images, class_labels = self._restore(
             _read_measurement(measurement), operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents,
             output_type, callback, guidance, guidance_scale,
@@ -120,25 +121,24 @@ class CTMRestorationPipeline(CTMPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The last sample, in [-1, 1], and its classes; `y` is a checked tensor, `levels` what `set_timesteps` takes."""
         # 1. Check
-        batch_size, callback_inputs = self._check_call(batch_size, latents, generator, output_type, *callback)
-        if "project" not in inspect.signature(self.scheduler.step).parameters:
+        batch_size, callback_inputs = self.check_call(batch_size, latents, generator, output_type, *callback)
+        if not jumps(self.scheduler):
             raise ValueError(
                 f"{type(self).__name__} works with CTMScheduler, not with {type(self.scheduler).__name__}: use "
                 "`CTMScheduler.from_config(pipe.scheduler.config)` and a CTM."
             )
         network = self._guided_network(guidance_scale, guidance)
         batch_size = self._batch_size_with(y, self._given, batch_size)
-        num_inference_steps, timesteps, sigmas, gamma = levels
-        if num_inference_steps is None and timesteps is None and sigmas is None:
-            num_inference_steps = 18
+        if all(levels[name] is None for name in ("num_inference_steps", "timesteps", "sigmas")):
+            levels["num_inference_steps"] = 18
 
         # 2. Prepare
         device = self._execution_device
-        class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
+        class_labels, batch_size = labels_and_batch_size(self, class_labels, batch_size, generator, device)
         end = self.scheduler.config.sigma_min  # where the image counts as the state
-        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma, final_sigma=end)
+        self.set_timesteps(device, **levels, final_sigma=end)
         y = y.to(device).expand(batch_size, *y.shape[1:])
-        size = self._image_size() or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
+        size = self.image_size or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
         check_operator(operator, pseudo_inverse, (batch_size, self.unet.config.in_channels, *size), y)
         known = pseudo_inverse(y)
         start = known + self.prepare_latents(batch_size, device, generator, latents, size)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput, logging
 
-from .checks import check_count
+from .checks import check_count, check_output_type
+from .class_labels import labels_and_batch_size
 from .guidance import check_classes, check_same_classes, classifier_logits
 
 
@@ -79,8 +80,7 @@ def rejection_sample(
     if top_fraction is not None and not 0 < top_fraction <= 1:
         raise ValueError(f"top_fraction must lie in (0, 1], got {top_fraction!r}.")
     check_count(num_images=num_images, batch_size=batch_size, max_batches=max_batches)
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+    check_output_type(output_type)
     if isinstance(generator, list):
         raise ValueError("rejection_sample takes one generator: how many images are drawn is not known before.")
     taken = {"latents", "return_dict"} & set(sampling)
@@ -155,7 +155,7 @@ def _wanted_labels(
 ) -> list[int | None]:
     """The class of each wanted image; None where there are no classes."""
     if pipe.num_classes is not None:
-        return pipe._class_labels(class_labels, num_images, generator, "cpu")[0].tolist()
+        return labels_and_batch_size(pipe, class_labels, num_images, generator, "cpu")[0].tolist()
     if class_labels is None:
         return [None] * num_images
     labels = torch.as_tensor(class_labels, device="cpu")

@@ -71,25 +71,20 @@ class CTMScheduler(KarrasSchedulerMixin):
         num_train_timesteps: number of noise levels of the training grid. Sampling may use any number.
         sigma_min: lowest noise level, where sampling ends.
         sigma_max: highest noise level, where it starts.
-        sigma_data: standard deviation of the data, for preconditioning.
         rho: exponent of the Karras schedule.
-        prediction_type: what the network predicts: "edm" (F of Karras et al. 2022, Table 1), "epsilon", "v_prediction", "sample",
-            "flow_prediction", "score" or "consistency"; see `trajectory.scalings`.
-        timestep_scale: the network is shown timestep_scale * ln(level) / 4. 1 for NVIDIA's EDM, 1000 for the OpenAI, consistency
-            and CTM family. Part of a checkpoint: with the wrong one, samples are garbage.
+        sigma_data, prediction_type, timestep_scale, num_diffusion_timesteps, beta_start, beta_end, beta_schedule,
+            trained_betas, rescale_betas_zero_snr: the numbers of the network, see `preconditioning.Preconditioning`.
         gamma: what `set_timesteps` uses when it is given none, in [0, 1].
         final_sigma: likewise, the level at which the last step ends; None is sigma_min. See `set_timesteps`.
         presets: schedules by number of steps, which `set_timesteps(N)` uses when it is told N and nothing else, such as
-            `{"2": {"sigmas": [80.0, 1.5], "gamma": [0.3, 0.0]}}`. Each has one or more of `sigmas`, `gamma`, `target_sigmas`,
-            `final_sigma`. They are measured for one checkpoint, by `training.tune`, and saved with it.
+            `{"2": {"sigmas": [80.0, 1.5], "gamma": [0.3, 0.0]}}`. Each has one or more of `sigmas`, `gamma`,
+            `target_sigmas`, `final_sigma`. They are measured for one checkpoint, by `training.tune`, and saved with it.
         clip_sample: clamp g to [-1, 1] in each step. g is a mean of the denoiser, so this is right for data in [-1, 1].
-        num_diffusion_timesteps: of a network of discrete timesteps or of a flow: their number in its training.
-        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: of a network of discrete timesteps, as in diffusers'
-            `DDPMScheduler`; beta_schedule or trained_betas is needed for "epsilon", "v_prediction" and "sample". `from_config`
-            reads them from the config of such a scheduler.
     """
 
     order = 1
+    jumps = True
+    schedule_options = ("timesteps", "sigmas", "gamma", "target_sigmas", "final_sigma")
 
     @register_to_config
     def __init__(
@@ -133,19 +128,23 @@ class CTMScheduler(KarrasSchedulerMixin):
         """Fix the levels of a run: `sigmas` (N + 1), `target_sigmas`, `timesteps` and `target_timesteps` (N each).
 
         Args:
-            num_inference_steps: N, on the Karras schedule with N + 1 levels, or if nothing else is given and the config's `presets` have
-                an entry for N, on that. `gamma=scheduler.config.gamma` passes it over.
+            num_inference_steps: N, on the Karras schedule with N + 1 levels, or if nothing else is given and the
+                config's `presets` have an entry for N, on that. `gamma=scheduler.config.gamma` passes it over.
             device: where `timesteps` and `target_timesteps` go. `sigmas` and `target_sigmas` stay on the CPU.
             timesteps: instead, the c_noise of the level at which each step starts, descending floats.
-            sigmas: instead, these levels themselves, descending, e.g. `[80.0, 5.0, 0.6]` for three steps; the end is added.
-            gamma: a number in [0, 1] or one per step; None is the config's. The last step never adds noise.
-            target_sigmas: in place of gamma, the level s to which each step jumps: not below sigma_min and not above the start of the next
-                step, up to which noise of variance t_next^2 - s^2 leads. The last one is where sampling ends.
-            final_sigma: the level at which the last step ends: None is the config's, by default sigma_min. Higher, it leaves noise of that
-                standard deviation in the image. At 0, N steps have the Karras schedule with N levels, and the last leads from
-                sigma_min to 0 through the denoiser, x = g(x_t, t, t), as EDM's does; the error is of order sigma_min^2. The network is
-                never shown less than sigma_min: a last step to 0 that starts higher, as a single step does, gives g(x_t, t, sigma_min),
-                which differs from the end of the trajectory by about sigma_min.
+            sigmas: instead, these levels themselves, descending, e.g. `[80.0, 5.0, 0.6]` for three steps; the end is
+                added.
+            gamma: a number in [0, 1] or one per step. None is the preset's for N if nothing else is given, else the
+                config's. The last step never adds noise.
+            target_sigmas: in place of gamma, the level s to which each step jumps: not below sigma_min and not above
+                the start of the next step, up to which noise of variance t_next^2 - s^2 leads. The last one is where
+                sampling ends.
+            final_sigma: the level at which the last step ends: None is the config's, by default sigma_min. Higher, it
+                leaves noise of that standard deviation in the image. At 0, N steps have the Karras schedule with N
+                levels, and the last leads from sigma_min to 0 through the denoiser, x = g(x_t, t, t), as EDM's does;
+                the error is of order sigma_min^2. The network is never shown less than sigma_min: a last step to 0 that
+                starts higher, as a single step does, gives g(x_t, t, sigma_min), which differs from the end of the
+                trajectory by about sigma_min.
 
         Raises:
             ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max], integer
@@ -280,12 +279,12 @@ class CTMScheduler(KarrasSchedulerMixin):
         Raises:
             ValueError: an integer timestep, more steps than were set, or `project` in a step that ends below sigma_min.
         """
-        t = self._sigma_of_call(timestep)
+        t = self.sigma_of_call(timestep)
         index = self._step_index
         s = self.target_sigmas[index]
         x_t = sample.to(accumulation_dtype(sample))
 
-        g = self._denoised(model_output, x_t, t)
+        g = self.preconditioning.g_of_output(model_output, x_t, t.double())
         if self.config.clip_sample:
             g = g.clamp(-1, 1)
         t, s = t.double(), s.double()

@@ -25,6 +25,12 @@ def karras_sigma(
     return (max_root + ramp * (min_root - max_root)) ** rho
 
 
+def karras_ramp(sigma: float, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> float:
+    """Where in [0, 1] the noise level `sigma` lies on the Karras ramp. Inverse of `karras_sigma`."""
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (sigma ** (1 / rho) - top) / (bottom - top)
+
+
 def karras_sigmas(
     num_levels: int,
     sigma_min: float = 0.002,
@@ -50,8 +56,9 @@ def karras_starts(
 ) -> torch.Tensor:
     """Noise levels at which each of `num_steps` steps from sigma_max to the level `end` starts, shape (num_steps,), float64.
 
-    The steps are those of the Karras schedule from sigma_max to `end`. With `end = 0`, where that schedule has no levels, it ends at
-    sigma_min and the last step leads from there to 0, as in Karras et al. 2022, Algorithm 1; a single step leads from sigma_max.
+    The steps are those of the Karras schedule from sigma_max to `end`. With `end = 0`, where that schedule has no
+    levels, it ends at sigma_min and the last step leads from there to 0, as in Karras et al. 2022, Algorithm 1; a
+    single step leads from sigma_max.
     """
     if end == 0:
         return karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64)
@@ -66,12 +73,6 @@ def jump(x_t: torch.Tensor, g: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -
     t, s = append_dims(t, x_t.ndim), append_dims(s, x_t.ndim)
     ratio = s / t
     return ratio * x_t + (1 - ratio) * g
-
-
-def g_of_jump(x_t: torch.Tensor, x_s: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """The g for which `jump(x_t, g, t, s)` is `x_s`; `s` < `t`. Inverse of `jump`."""
-    t, s = append_dims(t, x_t.ndim), append_dims(s, x_t.ndim)
-    return (t * x_s - s * x_t) / (t - s)
 
 
 def gamma_split(
@@ -90,7 +91,7 @@ def gamma_split(
 
 
 def gamma_of_split(t_next: torch.Tensor, s: torch.Tensor, sigma_min: float) -> torch.Tensor:
-    """The gamma in [0, 1] for which `gamma_split(t_next, gamma, sigma_min)` jumps to `s`, sigma_min <= s <= t_next. Its inverse.
+    """The gamma in [0, 1] for which `gamma_split` jumps to `s`, sigma_min <= s <= t_next. Its inverse.
 
     0 where t_next <= sigma_min, at which every gamma does the same.
     """

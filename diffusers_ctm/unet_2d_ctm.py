@@ -12,10 +12,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from .two_times import QuietCastMixin, _widened, config_of, float_time, start_as
+from .two_times import config_of, float_time, start_as, widened
 
 
-class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMixin):
+class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
     """A `UNet2DModel` that is shown two times, where it stands and where it jumps to.
 
     The target time has its own embedding, `target_time_embedding`, and enters every residual block beside the time: each
@@ -37,7 +37,7 @@ class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMix
         embedding = self.time_embedding
         self.target_time_embedding = TimestepEmbedding(embedding.linear_1.in_features, embedding.linear_1.out_features)
         for block in self._residual_blocks():
-            block.time_emb_proj = _widened(block.time_emb_proj)
+            block.time_emb_proj = widened(block.time_emb_proj)
 
     def _residual_blocks(self) -> list[ResnetBlock2D]:
         return [m for m in self.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]

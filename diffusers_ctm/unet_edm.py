@@ -18,10 +18,10 @@ from diffusers.models.upsampling import FirUpsample2D, upfirdn2d_native
 from torch import nn
 
 from .checks import check_choice
-from .two_times import QuietCastMixin, config_of, float_time, start_as
+from .two_times import config_of, float_time, start_as
 
 
-class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """F(x, t) of an EDM teacher, or F(x, t, s) of the CTM that is distilled from it (`target_time=True`).
 
     It is the U-Net of Song et al. (2021) as EDM trains it on CIFAR-10, FFHQ and AFHQv2 ("SongUNet"): DDPM++ with the default

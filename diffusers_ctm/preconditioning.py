@@ -140,10 +140,10 @@ class EDMPrediction(Prediction):
         return edm_loss_weight(sigma, p.sigma_data)
 
     def numbers_of(self, config, said):
-        if "sigma_schedule" in config and not has_betas(config):  # diffusers' EDM schedulers
-            if said == "v_prediction":
+        if "sigma_schedule" in config:  # diffusers' EDM schedulers; with betas they were made from a config of ours
+            if said == "v_prediction" and not has_betas(config):
                 raise ValueError("prediction_type='v_prediction' of diffusers' EDM schedulers, -F, is not supported.")
-            return dict(config) if said == self.edm_scheduler_type else None
+            return dict(config) if said == self.edm_scheduler_type and not has_betas(config) else None
         if said == "sample" and "sigma_data" in config:  # the authors' teacher; no scheduler of diffusers writes both
             return _numbers_of_openai(config)
         return None

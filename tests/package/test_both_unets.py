@@ -58,7 +58,7 @@ def test_a_new_student_is_its_teacher_at_every_target(family, changes):
     expected = teacher(sample, t, **condition).sample
     assert expected.abs().mean() > 1e-2
     for target in (s, t, 0.1 * s, None, torch.tensor(0.5)):
-        close(student(sample, t, target, **condition).sample, expected)
+        close(student(sample, t, target, **condition).sample, expected, atol=1e-4)  # "fourier" divides by t
     assert student.has_target_time and not getattr(teacher, "has_target_time", False)
 
 

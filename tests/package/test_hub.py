@@ -199,7 +199,8 @@ def with_package(work: Path) -> dict:
 
 def run(program: str, hub: LoopbackHub, work: Path, package: bool) -> dict:
     """What `program` saw, run in a process that can import the package or cannot."""
-    env = hub.environment(work / f"home_{program}", pythonpath=ROOT if package else None)
+    paths = [ROOT / "tests", ROOT] if package else [ROOT / "tests"]
+    env = hub.environment(work / f"home_{program}", pythonpath=os.pathsep.join(map(str, paths)))
     env |= {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, program, str(work), "package" if package else "no package"]
     done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True)

@@ -536,10 +536,10 @@ def test_schedulers_that_do_not_fit():
         pipe(latents=latents())
     for other in (CTMScheduler(), EDMHeunScheduler(sigma_data=0.5), EDMEulerScheduler(sigma_data=0.5)):
         pipe.scheduler = other
-        with pytest.raises(ValueError, match=r"= \(0.5, 1.0\), but this network was loaded with \(0.6, 1.0\)"):
+        with pytest.raises(ValueError, match="sigma_data=0.5, .*, but this network was loaded with .*sigma_data=0.6, "):
             pipe(latents=latents())
     pipe.scheduler = CTMScheduler(sigma_data=0.6, timestep_scale=1000.0)
-    with pytest.raises(ValueError, match=r"= \(0.6, 1000.0\), but this network was loaded with \(0.6, 1.0\)"):
+    with pytest.raises(ValueError, match="timestep_scale=1000.0, but this network .*, timestep_scale=1.0. Make"):
         pipe(latents=latents())
     pipe.scheduler = CTMScheduler(sigma_data=0.6)  # the error does no harm
     close(pipe(latents=latents(), output_type="latent").images, DATA.jump(80 * latents(), 80.0, 0.002))
@@ -724,5 +724,5 @@ def test_saved_with_another_scheduler_in_place(make_unet, scale, tmp_path):
 def test_save_to_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file", ""):
-        with pytest.raises(ValueError, match="is no folder; pass one"):
+        with pytest.raises(ValueError, match="is not a folder; pass one"):
             pipeline().save_pretrained(wrong)

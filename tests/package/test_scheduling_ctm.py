@@ -25,7 +25,7 @@ from diffusers import (
 )
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMSchedulerOutput, EDMHeunScheduler
-from diffusers_ctm.preconditioning import Preconditioning, c_noise
+from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.scheduler_configs import own_config
 from diffusers_ctm.trajectory import jump, karras_sigmas
 from helpers.comparing import close_in_float64 as close
@@ -635,7 +635,7 @@ def test_targets_keep_the_marginal_variance_and_start_where_they_are_told():
         ({"target_sigmas": [1.0, float("nan")]}, r"target_sigmas\[-1\] must be 0, or lie between sigma_min=0.002"),
         ({"target_sigmas": []}, "one level per step"),
         ({"target_sigmas": 0.002}, "one level per step"),
-        ({"target_sigmas": [1.0, 6.0]}, "sigmas ends at noise level 5.*the end of the last step, 6, is added"),
+        ({"target_sigmas": [1.0, 6.0]}, "sigmas ends at noise level 5.*The end of the last step, 6, is added"),
         ({"final_sigma": 0.001}, "final_sigma must be 0, or lie between sigma_min=0.002 .* got 0.001"),
         ({"final_sigma": -1.0}, "final_sigma must be 0"),
         ({"final_sigma": float("nan")}, "final_sigma must be 0"),
@@ -833,7 +833,7 @@ def test_gamma_of_another_length(gamma):
 @pytest.mark.parametrize("source", ["sigmas", "timesteps"])
 @pytest.mark.parametrize("levels", [[1.0, 5.0], [5.0, 5.0], [80.0, 5.0, 6.0], [float("nan")], [5.0, float("nan"), 1.0]])
 def test_levels_that_do_not_descend(cls, source, levels):
-    values = levels if source == "sigmas" else [c_noise(torch.tensor(level)).item() for level in levels]
+    values = levels if source == "sigmas" else [Preconditioning().c_noise(level).item() for level in levels]
     with pytest.raises(ValueError, match=f"{source} must be finite and strictly descending"):
         cls().set_timesteps(**{source: values})
 
@@ -842,7 +842,7 @@ def test_levels_that_do_not_descend(cls, source, levels):
 @pytest.mark.parametrize("source", ["sigmas", "timesteps"])
 def test_levels_outside_the_range(cls, source):
     def give(*levels):
-        values = levels if source == "sigmas" else [c_noise(torch.tensor(level)).item() for level in levels]
+        values = levels if source == "sigmas" else [Preconditioning().c_noise(level).item() for level in levels]
         scheduler = cls()
         scheduler.set_timesteps(**{source: values})
         return scheduler.sigmas[0]
@@ -946,9 +946,6 @@ def test_bad_config_values(cls):
         cls(num_train_timesteps=0)
     with pytest.raises(ValueError, match="num_diffusion_timesteps must be a whole number >= 1"):
         cls(prediction_type="flow_prediction", num_diffusion_timesteps=-1)
-    for levels in ({"rho": 1e-3}, {"rho": 1e17}, {"sigma_min": 1e-300}, {"sigma_max": 1e300}, {"sigma_min": 80 - 1e-6}):
-        with pytest.raises(ValueError, match=r"sigma_min=.* and rho=.* give no 18 levels that float32 tells apart"):
-            cls(**levels)
 
 
 @BOTH
@@ -1062,13 +1059,11 @@ def test_what_the_first_versions_of_diffusers_said_is_heard(cls):
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": "9"},
             "num_train_timesteps must be a whole",
         ),
-        ({"_class_name": "DDPMScheduler", "num_train_timesteps": 10**12}, "num_diffusion_timesteps must be at most"),
         ({"_class_name": "DDPMScheduler", "num_train_timesteps": -1}, "num_diffusion_timesteps must be a whole"),
         ({"_class_name": "DDPMScheduler", "beta_start": "x"}, "beta_start='x'"),
         ({"_class_name": "DDPMScheduler", "trained_betas": ["x"]}, "trained_betas must be"),
         ({"_class_name": "DDPMScheduler", "trained_betas": 3}, "two or more noise levels"),
         ({"_class_name": "ScoreSdeVeScheduler", "sigma_min": None}, "sigma_min must be a positive"),
-        ({"num_train_timesteps": 10**12}, "num_train_timesteps must be at most"),
     ],
 )
 def test_configs_whose_levels_are_others_or_none_are_refused(cls, config, message):
@@ -1175,14 +1170,14 @@ def test_diffusers_edm_samplers_are_refused_for_other_networks(theirs, kind, tmp
     pipe.scheduler = back
     assert pipe(output_type="latent", generator=seeded()).images.isfinite().all()
     pipe.scheduler = CTMScheduler()
-    with pytest.raises(ValueError, match="has Preconditioning.*but this network was loaded with Preconditioning"):
+    with pytest.raises(ValueError, match="has prediction_type='edm'.*but this network was loaded with prediction_type='" + kind):
         pipe()
 
 
 def test_a_consistency_model_has_no_score():
     network = ParametrisedNetwork("consistency", GaussianData(0.5))
     heun = EDMHeunScheduler.from_config(CMStochasticIterativeScheduler().config)
-    with pytest.raises(ValueError, match="a consistency model is none.*CTMUNet2DModel.from_unet"):
+    with pytest.raises(ValueError, match="needs a denoiser.*CTMUNet2DModel.from_unet"):
         CTMPipeline(network, heun)
     # a CTM that started from one has learnt it
     CTMPipeline(ParametrisedCTM("consistency", GaussianData(0.5)), heun)

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, hf_hub_download
 from PIL import Image
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.scheduling_karras import jumps
 
 from .turns import STOPPED, TURN, Superseded
 
@@ -76,7 +77,7 @@ class Checkpoint:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height), as PIL has it."""
-        return tuple(reversed(self.pipe._image_size()))
+        return tuple(reversed(self.pipe.image_size))
 
     @property
     def channels(self) -> int:
@@ -163,12 +164,12 @@ def load(source: str) -> Checkpoint:
             f"{source} cannot be loaded. It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time).\n"
             f"{type(error).__name__}: {str(error).strip()}"
         ) from error
-    if not isinstance(pipe, CTMPipeline) or not hasattr(pipe.scheduler, "target_timesteps"):
+    if not isinstance(pipe, CTMPipeline) or not jumps(pipe.scheduler):
         scheduler = type(getattr(pipe, "scheduler", None)).__name__
         raise UnfitCheckpoint(
             f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m training.train_ctm --teacher {source}"
         )
-    size, channels = pipe._image_size(), pipe.unet.config.in_channels
+    size, channels = pipe.image_size, pipe.unet.config.in_channels
     if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:
         raise UnfitCheckpoint(
             f"{source} makes images of {channels} channels and {size or 'any'} pixels; the page shows grey and colour images of one size "
@@ -209,7 +210,7 @@ def _likelihood(report: dict) -> tuple[str, list[float]] | None:
 
 def _load_teacher(folder: Path, student: CTMPipeline) -> CTMPipeline:
     teacher = DiffusionPipeline.from_pretrained(str(folder))
-    fits = (student._image_size(), student.num_classes) == (teacher._image_size(), teacher.num_classes)
+    fits = (student.image_size, student.num_classes) == (teacher.image_size, teacher.num_classes)
     if not isinstance(teacher, CTMPipeline) or not fits:
         raise ValueError("its images or classes are not those of the CTM")
     return teacher.to(student.device)

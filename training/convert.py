@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
-from diffusers_ctm.preconditioning import c_noise
+from diffusers_ctm.preconditioning import EDMPrediction, Preconditioning
 
 from .cli.errors import UserError, error_text
 from .cli.files import atomic_file, atomic_folder, sha256
@@ -218,9 +218,10 @@ def _size(network: UNet2DModel) -> tuple[int, int]:
 def probe(network: UNet2DModel, timestep_scale: float) -> torch.Tensor:
     """The network's output for one fixed input: noise at level 1, target level 0.1, the last class."""
     noise = torch.randn((1, network.config.in_channels, *_size(network)), generator=torch.Generator().manual_seed(0))
-    times = [c_noise(torch.tensor([1.0]), timestep_scale)]
+    shown = Preconditioning(timestep_scale=timestep_scale).c_noise
+    times = [shown(torch.tensor([1.0]))]
     if is_ctm(network):
-        times.append(c_noise(torch.tensor([0.1]), timestep_scale))
+        times.append(shown(torch.tensor([0.1])))
     classes = network.config.num_class_embeds
     condition = {} if classes is None else {"class_labels": torch.tensor([classes - 1])}
     return network.eval()(noise.to(network.dtype), *times, **condition).sample
@@ -250,7 +251,7 @@ def describe(pipe: CTMPipeline, family: str) -> str:
     """One line on what a pipeline is."""
     network, numbers = pipe.unet, pipe.scheduler.config
     classes = network.config.num_class_embeds
-    edm = numbers.prediction_type != "epsilon"
+    edm = isinstance(pipe.scheduler.preconditioning.kind, EDMPrediction)
     kind = f"CTM with N = {numbers.num_train_timesteps}" if is_ctm(network) else "EDM teacher" if edm else "teacher"
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -258,7 +259,7 @@ def describe(pipe: CTMPipeline, family: str) -> str:
     return (
         f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {count:,} parameters, "
         f"family {family}, class {type(network).__name__}, "
-        + (f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}" if edm else "epsilon")
+        + (f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}" if edm else numbers.prediction_type)
     )
 
 

@@ -68,7 +68,7 @@ def choose_precision(teacher: Teacher, config: CTMConfig) -> None:
 
     g = x - sigma epsilon: one part in 256 of bfloat16 at sigma = 157 is 0.6, more than an image.
     """
-    if config.mixed_precision == "auto" and teacher.preconditioning.prediction_type in ("epsilon", "score"):
+    if config.mixed_precision == "auto" and teacher.preconditioning.kind.magnifies_rounding:
         config.mixed_precision = "no"
 
 
@@ -81,7 +81,7 @@ def draw_dsm_sigma(config: CTMConfig, scheduler: CTMScheduler, random: StepRando
         sigma = draw_lognormal_sigma(noise)
     else:
         sigma = draw_half_lognormal_sigma(noise, ramp, *levels, random.own.start)
-    if numbers.prediction_type != "edm":  # its networks alone learnt every level of the log-normal distribution
+    if not scheduler.preconditioning.kind.learnt_every_level:
         sigma = sigma.clamp(numbers.sigma_min, numbers.sigma_max)
     return sigma
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.scheduling_karras import jumps
 
 from ..cli.errors import UserError
 from ..cli.files import read_json
@@ -41,7 +42,7 @@ def draw_samples(pipe: CTMPipeline, count: int, name: str, device: str) -> tuple
     """At least one image, and how they were drawn. Raises UserError if the pipeline does not sample."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    is_ctm = hasattr(pipe.scheduler, "target_timesteps")
+    is_ctm = jumps(pipe.scheduler)
     num_classes = pipe.num_classes
     settings: dict = {"num_inference_steps": 1 if is_ctm else 18, "output_type": "np"}
     if num_classes:

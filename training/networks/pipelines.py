@@ -8,6 +8,7 @@ from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
 
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.guidance import ClassAverage
+from diffusers_ctm.scheduling_karras import jumps
 
 from ..cli.errors import UserError
 from ..cli.shared_options import DataOptions, TeacherOptions
@@ -35,7 +36,7 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
                 f"--model {name} is a consistency model, which has no score and samples with gamma = 1 only: `training.evaluate` takes it with --gammas 1."
             )
         return ctm_of_consistency_model(pipe.unet, scheduler.config)
-    if not hasattr(scheduler, "target_timesteps"):
+    if not jumps(scheduler):
         raise UserError(f"--model {name} is no CTM but {_kind(pipe)}. A diffusion model goes to --teacher.")
     return pipe
 

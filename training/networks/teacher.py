@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
-from diffusers_ctm.preconditioning import DISCRETE_TYPES, Preconditioning
+from diffusers_ctm.preconditioning import PREDICTIONS, Preconditioning
 from diffusers_ctm.scheduler_configs import own_config
 from diffusers_ctm.trajectory import jump
 
@@ -18,14 +18,6 @@ from .source import _choose_network, _join, _load_network, _Source
 
 
 logger = logging.get_logger(__name__)
-
-# What a network without a scheduler's file was trained with, if only its prediction type is said.
-DEFAULT_SCHEDULERS = {
-    **dict.fromkeys(DISCRETE_TYPES, "DDPMScheduler"),
-    "flow_prediction": "FlowMatchEulerDiscreteScheduler",
-    "score": "ScoreSdeVeScheduler",
-    "consistency": "CMStochasticIterativeScheduler",
-}
 
 
 @dataclass
@@ -54,7 +46,7 @@ class Teacher:
 
     @property
     def is_consistency_model(self) -> bool:
-        return self.preconditioning.prediction_type == "consistency"
+        return not self.preconditioning.kind.is_denoiser
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """D(x, sigma), x of shape (B, C, H, W), sigma of shape (B,). No gradient. Raises ValueError for a consistency model."""
@@ -171,11 +163,11 @@ def _make_scheduler(
             "is then as in diffusers' scheduler of that kind."
         )
     if not raw:
-        if prediction_type == "edm" and timestep_scale is None:
+        if PREDICTIONS[prediction_type].edm_scheduler_type and timestep_scale is None:  # those do not say it
             raise UserError(
                 f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for OpenAI's."
             )
-        raw = {"_class_name": DEFAULT_SCHEDULERS.get(prediction_type, "EDMEulerScheduler")}
+        raw = {"_class_name": PREDICTIONS[prediction_type].default_scheduler}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {raw['_class_name']}.")
     options = {"prediction_type": prediction_type, "timestep_scale": timestep_scale}
     options = {name: value for name, value in options.items() if value is not None}

@@ -4,7 +4,7 @@
 `import diffusers_ctm` is all that `DiffusionPipeline.from_pretrained` needs to load a CTM.
 """
 
-from .guidance import ClassifierGuidance, Guidance, LossGuidance
+from .guidance import ClassAverage, ClassifierGuidance, Guidance, LossGuidance
 from .hub import register
 from .likelihood import log_likelihood
 from .linear_operators import BlockAverageOperator, GrayscaleOperator, LinearOperator, MaskOperator
@@ -36,6 +36,7 @@ __all__ = [
     "CTMScheduler",
     "CTMSchedulerOutput",
     "CTMUNet2DModel",
+    "ClassAverage",
     "ClassifierGuidance",
     "EDMHeunScheduler",
     "EDMHeunSchedulerOutput",

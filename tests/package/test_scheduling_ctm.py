@@ -1170,7 +1170,9 @@ def test_diffusers_edm_samplers_are_refused_for_other_networks(theirs, kind, tmp
     pipe.scheduler = back
     assert pipe(output_type="latent", generator=seeded()).images.isfinite().all()
     pipe.scheduler = CTMScheduler()
-    with pytest.raises(ValueError, match="has prediction_type='edm'.*but this network was loaded with prediction_type='" + kind):
+    with pytest.raises(
+        ValueError, match="has prediction_type='edm'.*but this network was loaded with prediction_type='" + kind
+    ):
         pipe()
 
 

@@ -57,7 +57,7 @@ class Guidance:
         self.scale, self.on = scale, on
 
     def prepare(self, num_classes: int | None) -> None:
-        """Called by the pipeline before the first step, with the number of classes of its network, None if it has none."""
+        """Called by the pipeline before the first step, with its network's number of classes, None without classes."""
 
     def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         """How far each sample is from what is wanted, -log p(y | x_0) up to a constant; shape (B,), differentiable.
@@ -74,7 +74,8 @@ class LossGuidance(Guidance):
     """Guidance by a function of the clean image.
 
     Args:
-        fn: called as `fn(x_0)` with images in [-1, 1] of shape (B, C, H, W); returns one differentiable loss each, shape (B,).
+        fn: called as `fn(x_0)` with images in [-1, 1] of shape (B, C, H, W); returns one differentiable loss each,
+            shape (B,).
         scale, on: see `Guidance`.
     """
 
@@ -90,10 +91,11 @@ class ClassifierGuidance(Guidance):
     """Guidance towards a class: the loss is the cross entropy of a classifier (Dhariwal & Nichol 2021).
 
     Args:
-        classifier: in evaluation mode, called as `classifier(x_0)` with images in [-1, 1], or as `classifier(x_t, sigma)`, sigma of
-            shape (B,), if `on="noisy"`: a classifier of noisy images. Returns logits of shape (B, classes), or an object with `logits`.
-        target: class of each image by the classifier's numbers, one for all or one each. None: the pipeline's `class_labels`, for a
-            classifier of as many classes as the network has.
+        classifier: in evaluation mode, called as `classifier(x_0)` with images in [-1, 1], or as
+            `classifier(x_t, sigma)`, sigma of shape (B,), if `on="noisy"`: a classifier of noisy images. Returns
+            logits of shape (B, classes), or an object with `logits`.
+        target: class of each image by the classifier's numbers, one for all or one each. None: the pipeline's
+            `class_labels`, for a classifier of as many classes as the network has.
         scale, on: see `Guidance`.
     """
 
@@ -139,8 +141,8 @@ def check_same_classes(logits: torch.Tensor, num_classes: int | None, remedy: st
     """Raise ValueError if `logits` (B, classes) have another number of classes than the network."""
     if num_classes is not None and logits.shape[1] != num_classes:
         raise ValueError(
-            f"The classifier knows {logits.shape[1]} classes and the network {num_classes}, so that a number means another "
-            f"class to each. {remedy}, or a classifier of the network's classes."
+            f"The classifier knows {logits.shape[1]} classes and the network {num_classes}, so that a number means "
+            f"another class to each. {remedy}, or a classifier of the network's classes."
         )
 
 
@@ -156,8 +158,8 @@ def check_classes(target: torch.Tensor, batch_size: int, num_classes: int) -> to
     wrong = target[(target < 0) | (target >= num_classes)]
     if len(wrong):
         raise ValueError(
-            f"The classifier knows classes 0 to {num_classes - 1}, and {wrong[0].item()} was asked. Pass `target` in the "
-            "classifier's own numbers, or a classifier of the checkpoint's classes."
+            f"The classifier knows classes 0 to {num_classes - 1}, and {wrong[0].item()} was asked. Pass `target` in "
+            "the classifier's own numbers, or a classifier of the checkpoint's classes."
         )
     return target.long().expand(batch_size)
 
@@ -205,8 +207,8 @@ def check_guidance_scale(guidance_scale: float, pipe: Any) -> float:
         raise ValueError("guidance_scale was given, but this network is unconditional.")
     if guidance_scale != 1 and not pipe.knows_no_class:
         raise ValueError(
-            "guidance_scale needs a network trained with label dropout, and this checkpoint names no `null_class`. Guide "
-            "it by a classifier: `guidance=ClassifierGuidance(...)`."
+            "guidance_scale needs a network trained with label dropout, and this checkpoint names no `null_class`. "
+            "Guide it by a classifier: `guidance=ClassifierGuidance(...)`."
         )
     return guidance_scale
 
@@ -267,7 +269,7 @@ def guided_output(
 
 
 def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, bool]:
-    """Gradient of each sample's loss with respect to `x`, through `seen`, the loss's argument; whether it is not all 0."""
+    """Gradient of each sample's loss with respect to `x`, through the loss's argument `seen`; and if any is not 0."""
     if not torch.is_tensor(loss) or loss.shape != (len(x),):
         got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
         raise ValueError(
@@ -278,8 +280,8 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
         (slope,) = torch.autograd.grad(loss.sum(), seen, allow_unused=True)
     if slope is None:
         raise ValueError(
-            "The guidance loss has no gradient with respect to its image. Compute it from its argument by differentiable "
-            "operations, without no_grad, detach, argmax, rounding or numpy."
+            "The guidance loss has no gradient with respect to its image. Compute it from its argument by "
+            "differentiable operations, without no_grad, detach, argmax, rounding or numpy."
         )
     if seen is not x:
         # A mean over all pixels has a gradient too small for fp16 on its way through the network.
@@ -289,14 +291,14 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
     finite, moved = torch.stack([loss.isfinite().all() & slope.isfinite().all(), slope.any()]).tolist()  # one transfer
     if not finite:
         raise ValueError(
-            f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth where it "
-            "is singular (such as the root of 0 or log of 0), or lower the scale."
+            f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth "
+            "where it is singular (such as the root of 0 or log of 0), or lower the scale."
         )
     return slope, moved
 
 
 class ClassifierFreeNetwork:
-    """F of classifier-free guidance (Ho & Salimans 2022): F_null + scale (F_y - F_null), in one call with doubled batch.
+    """Classifier-free guidance (Ho & Salimans 2022): F_null + scale (F_y - F_null), in one call with doubled batch.
 
     g is affine in F, so it is g_null + scale (g_y - g_null) at the same t and s. For s = t that is the guided denoiser,
     exactly. It is not the jump of the guided ODE, from which it differs in second order of t - s: with more steps at
@@ -332,9 +334,10 @@ class ClassifierFreeNetwork:
 
 
 class ClassAverage(nn.Module):
-    """F averaged over all classes: as a denoiser, that of the geometric mean of the class densities. It is told no class.
+    """F averaged over all classes, for a pipeline that names no class: the denoiser of their densities' geometric mean.
 
-    A conditional network has no other output that does not depend on the class, unless it was trained with label dropout.
+    A conditional network has no other output that does not depend on the class, unless it was trained with label
+    dropout.
     """
 
     def __init__(self, network: nn.Module):

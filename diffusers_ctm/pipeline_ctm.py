@@ -133,8 +133,8 @@ class CTMPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, with the code that loads it where this package is missing.
 
-        The folder then serves `import diffusers_ctm; DiffusionPipeline.from_pretrained(folder)` and, without the package,
-        `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`.
+        The folder then serves `import diffusers_ctm; DiffusionPipeline.from_pretrained(folder)` and, without the
+        package, `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)`.
         """
         save_directory = os.fspath(save_directory)  # push_to_hub=True splits it as a string
         if not save_directory or os.path.isfile(save_directory):
@@ -173,9 +173,9 @@ class CTMPipeline(DiffusionPipeline):
             current = Preconditioning.from_config(scheduler.config)
             if not (current.kind.is_denoiser or has_target_time):
                 raise ValueError(
-                    f"{name} needs a denoiser. The output of a consistency model is the end of the trajectory. Sample it "
-                    "as a CTM: `CTMPipeline(CTMUNet2DModel.from_unet(unet), CTMScheduler.from_config(scheduler.config))"
-                    "(gamma=1.0)`."
+                    f"{name} needs a denoiser. The output of a consistency model is the end of the trajectory. Sample "
+                    "it as a CTM: `CTMPipeline(CTMUNet2DModel.from_unet(unet), "
+                    "CTMScheduler.from_config(scheduler.config))(gamma=1.0)`."
                 )
         else:
             current = self._match_diffusers_scheduler(known)
@@ -241,7 +241,7 @@ class CTMPipeline(DiffusionPipeline):
 
     @property
     def knows_no_class(self) -> bool:
-        """Whether the network was trained with label dropout, and so can be told no class, as `guidance_scale` needs."""
+        """Whether the network can be told no class, as `guidance_scale` needs: it was trained with label dropout."""
         return self.config.null_class is not None or bool(getattr(self.unet.config, "label_dropout", 0.0))
 
     @property
@@ -326,8 +326,8 @@ class CTMPipeline(DiffusionPipeline):
         generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
         if not all(isinstance(one, torch.Generator) for one in generators):
             raise ValueError(
-                "generator must be a torch.Generator, such as `torch.Generator().manual_seed(0)`, or a list of them, got "
-                f"{generator!r}."
+                "generator must be a torch.Generator, such as `torch.Generator().manual_seed(0)`, or a list of them, "
+                f"got {generator!r}."
             )
         if isinstance(generator, list):
             if not generator:
@@ -435,8 +435,8 @@ class CTMPipeline(DiffusionPipeline):
 
         Args:
             batch_size: number of images. Default: as many as `class_labels`, `latents` or generators, else 1.
-            class_labels: class of each image, numbers or (if the checkpoint carries `id2label`) names; one for all or one
-                each. Default for a class-conditional network: drawn at random from `generator`.
+            class_labels: class of each image, numbers or (if the checkpoint carries `id2label`) names; one for all or
+                one each. Default for a class-conditional network: drawn at random from `generator`.
             num_inference_steps: number of steps N. Default 1 with `CTMScheduler`, else 18. N network evaluations with
                 `CTMScheduler`, 2N - 1 with `EDMHeunScheduler`. Where the checkpoint's scheduler has a preset for N
                 (`pipe.scheduler.config.presets`, made by `training.tune`) and none of the next five is given, its
@@ -445,12 +445,13 @@ class CTMPipeline(DiffusionPipeline):
                 the checkpoint's own: that of its preset for N, else the scheduler config's. `CTMScheduler` only.
             timesteps: instead of `num_inference_steps`, the c_noise at which each step starts.
             sigmas: instead, the noise level at which each step starts, descending.
-            target_sigmas: in place of gamma, the level to which each step jumps before noise leads up to the start of the next.
-                `CTMScheduler` only, as the next.
+            target_sigmas: in place of gamma, the level to which each step jumps before noise leads up to the start of
+                the next. `CTMScheduler` only, as the next.
             final_sigma: where the last step ends: sigma_min by default, higher to leave noise in the images, or 0; see
                 `CTMScheduler.set_timesteps`.
             generator: source of all noise, or one per image.
-            latents: unit normal noise of shape (B, C, H, W) to start from; it is multiplied by `scheduler.init_noise_sigma`.
+            latents: unit normal noise of shape (B, C, H, W) to start from; it is multiplied by
+                `scheduler.init_noise_sigma`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": what the sampler
                 returned, unclipped, float32, images in [-1, 1]. A safety checker checks them all, "latent" too: here
                 these are pixels.
@@ -469,7 +470,8 @@ class CTMPipeline(DiffusionPipeline):
             `CTMPipelineOutput` with `images`, or a tuple that holds them and, with a safety checker, its flags.
 
         Raises:
-            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to
+                pass.
         """
         # 1. Check
         batch_size, callback_inputs = self.check_call(
@@ -503,7 +505,8 @@ class CTMPipeline(DiffusionPipeline):
 def pipeline_condition(pipe: CTMPipeline, class_labels, batch_size: int, device) -> dict[str, torch.Tensor]:
     """What the network is called with beside state and time: {"class_labels": (B,)}, or {} for an unconditional one.
 
-    Unlike in sampling, labels are not drawn: a given image has a class. Raises ValueError for labels missing or not expected.
+    Unlike in sampling, labels are not drawn: a given image has a class. Raises ValueError for labels missing or not
+    expected.
     """
     if class_labels is None and pipe.unet.config.num_class_embeds is not None:
         raise ValueError("This network is class-conditional: pass `class_labels`, the class of each image.")

@@ -19,10 +19,10 @@ from .trajectory import karras_sigma, karras_starts
 
 
 class CTMImg2ImgPipeline(CTMPipeline):
-    """SDEdit (Meng et al. 2022) with trajectory jumps: strokes to images, variations, and denoising at the image's own level.
+    """SDEdit (Meng et al. 2022) with trajectory jumps: strokes to images, variations, and denoising at a known level.
 
-    The image is noised to a level and sampling starts there, so that what is coarser than the noise stays and the rest is
-    made anew. Components, classes, generators and callbacks are those of `CTMPipeline`; besides `CTMScheduler`,
+    The image is noised to a level and sampling starts there, so that what is coarser than the noise stays and the rest
+    is made anew. Components, classes, generators and callbacks are those of `CTMPipeline`; besides `CTMScheduler`,
     `EDMHeunScheduler` works (the exact score). One network evaluation per step with `CTMScheduler`.
     """
 
@@ -52,19 +52,23 @@ class CTMImg2ImgPipeline(CTMPipeline):
         """Edit images.
 
         Args:
-            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) of floats in
-                [0, 1] or of uint8, or a list of these, of the network's size. One image serves a whole batch.
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W)
+                of floats in [0, 1] or of uint8, or a list of these, of the network's size. One image serves a whole
+                batch.
             strength: in (0, 1], how far up the Karras schedule to go: the level is (a + strength (b - a))^rho with
-                a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5, the default, is 2.5
-                for levels from 0.002 to 80.
+                a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5,
+                the default, is 2.5 for levels from 0.002 to 80.
             sigma: instead, the level itself: standard deviation of the noise, for pixels in [-1, 1].
-            num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min, or to the `final_sigma` of
-                the scheduler's config. Default 1 with `CTMScheduler`, else 18. N network evaluations, 2N - 1 with `EDMHeunScheduler`.
+            num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min, or to
+                the `final_sigma` of the scheduler's config. Default 1 with `CTMScheduler`, else 18. N network
+                evaluations, 2N - 1 with `EDMHeunScheduler`.
             gamma: in [0, 1], a number or one per step; 0 is deterministic after the first noise.
-            sigmas: instead of the three above, the levels at which steps start, descending; the first is that of the image.
-            add_noise: False takes `image` as it is, as one that already carries normal noise of standard deviation `sigma` (or
-                `sigmas[0]`) for pixels in [-1, 1], and removes it. Arrays and tensors may then leave [0, 1]: a state x_t in [-1, 1]
-                plus noise is passed as (x_t + 1) / 2. An image that was clipped to [0, 1] has less noise at its ends than sigma says.
+            sigmas: instead of the three above, the levels at which steps start, descending; the first is that of the
+                image.
+            add_noise: False takes `image` as it is, as one that already carries normal noise of standard deviation
+                `sigma` (or `sigmas[0]`) for pixels in [-1, 1], and removes it. Arrays and tensors may then leave [0,
+                1]: a state x_t in [-1, 1] plus noise is passed as (x_t + 1) / 2. An image that was clipped to [0, 1]
+                has less noise at its ends than sigma says.
             batch_size: number of images. Default: as many as `image`, `class_labels`, `latents` or generators.
             class_labels: class of each new image; as in `CTMPipeline`.
             generator: source of all noise, or one per image.
@@ -73,7 +77,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
             guidance, guidance_scale: as in `CTMPipeline`, at its costs.
 
         Raises:
-            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to
+                pass.
         """
         # 1. Check
         if image is None:
@@ -111,7 +116,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
             raise ValueError("Pass one of `strength`, `sigma` and `sigmas`; each says at which level to start.")
         if not add_noise and sigma is None and sigmas is None:
             raise ValueError(
-                "add_noise=False needs `sigma`, the standard deviation of the noise that the image carries, for pixels in [-1, 1]."
+                "add_noise=False needs `sigma`, the standard deviation of the noise that the image carries, for "
+                "pixels in [-1, 1]."
             )
         if sigmas is not None:
             if num_inference_steps is not None:

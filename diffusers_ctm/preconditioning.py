@@ -20,7 +20,7 @@ def condition(class_labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 
 def edm_loss_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
-    """1 / c_out^2: the weight of |D - x_0|^2 that makes the loss of F uniform over levels (Karras et al. 2022, Table 1)."""
+    """1 / c_out^2, the weight of |D - x_0|^2 that makes the loss of F uniform over levels (Karras et al. 2022)."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
@@ -120,7 +120,7 @@ class Prediction:
 
 
 class EDMPrediction(Prediction):
-    """F of Karras et al. 2022, Table 1: input and target have unit variance at every level. Shown ln(level) / 4, scaled."""
+    """F of Karras et al. 2022, Table 1: input and target have unit variance at every level. Shown ln(level) / 4."""
 
     name = "edm"
     learnt_every_level = True
@@ -150,10 +150,10 @@ class EDMPrediction(Prediction):
 
 
 class DiscretePrediction(Prediction):
-    """Base of diffusions in discrete steps, whose levels are those of their betas. F sees x / sqrt(1 + sigma^2) and the timestep.
+    """Base of diffusions in discrete steps, whose betas say the levels. F sees x / sqrt(1 + sigma^2) and a timestep.
 
-    Between two whole timesteps the time is interpolated over ln(level); beyond the first and last it is those. A network
-    trained on whole timesteps has to interpolate alike.
+    Between two whole timesteps the time is interpolated over ln(level); beyond the first and last it is those. A
+    network trained on whole timesteps has to interpolate alike.
     """
 
     process = (
@@ -170,8 +170,8 @@ class DiscretePrediction(Prediction):
     def check(self, p):
         if p.beta_schedule is None and p.trained_betas is None:
             raise ValueError(
-                f"prediction_type={self.name!r} needs the levels of its timesteps: pass beta_schedule (such as 'linear', "
-                "with beta_start and beta_end) or trained_betas, as in DDPMScheduler."
+                f"prediction_type={self.name!r} needs the levels of its timesteps: pass beta_schedule (such as "
+                "'linear', with beta_start and beta_end) or trained_betas, as in DDPMScheduler."
             )
 
     def _nodes(self, like: torch.Tensor, p: "Preconditioning") -> torch.Tensor:
@@ -208,8 +208,8 @@ class DiscretePrediction(Prediction):
             )
         if "original_inference_steps" in config:
             raise ValueError(
-                "A network of an LCMScheduler or TCDScheduler jumps to the end of trajectories and is no denoiser; it is "
-                "not supported."
+                "A network of an LCMScheduler or TCDScheduler jumps to the end of trajectories and is no denoiser; it "
+                "is not supported."
             )
         steps, betas = _diffusion_timesteps(config), config.get("trained_betas")
         if betas is not None:
@@ -260,7 +260,10 @@ class SamplePrediction(DiscretePrediction):
 
 
 class FlowPrediction(Prediction):
-    """n - x_0 from x / (1 + sigma) = (1 - tau) x_0 + tau n, tau = sigma / (1 + sigma), shown scaled (Lipman et al. 2023)."""
+    """n - x_0, from x / (1 + sigma) = (1 - tau) x_0 + tau n, tau = sigma / (1 + sigma) (Lipman et al. 2023).
+
+    It is shown num_diffusion_timesteps * tau.
+    """
 
     name = "flow_prediction"
     numbers = (*Prediction.numbers, "num_diffusion_timesteps")
@@ -319,9 +322,9 @@ class ScorePrediction(Prediction):
 
 
 class ConsistencyPrediction(EDMPrediction):
-    """F of a consistency model, whose f is the jump to sigma_min: G(x, sigma, sigma_min) = f (Song et al. 2023, Appendix C).
+    """F of a consistency model (Song et al. 2023, Appendix C), whose f is the jump to sigma_min.
 
-    g is known for that jump only. As sigma_min -> 0 it is "edm".
+    G(x, sigma, sigma_min) = f, and g is known for that jump only. As sigma_min -> 0 it is "edm".
     """
 
     name = "consistency"

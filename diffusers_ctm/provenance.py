@@ -81,7 +81,7 @@ def png_text(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def provenance_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that `png_text` wrote, by name. A value that it would not write stays text; other keywords are left out."""
+    """The values that `png_text` wrote, by name. What it would not write stays text; other keywords are left out."""
     values: dict[str, Any] = {}
     for name, keyword in FIELDS.items():
         value = text.get(keyword)
@@ -218,7 +218,7 @@ def _save(picture: Image.Image, text: Mapping[str, str], path: Path, overwrite: 
 
 
 def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
-    """The seed of a generator, or of each; None where something was drawn already, so that the seed does not repeat it."""
+    """The seed of a generator, or of each; None if something was drawn from it, so that the seed does not repeat it."""
     if isinstance(generator, list):
         return [fresh_seeds(one) for one in generator]
     if generator is None:

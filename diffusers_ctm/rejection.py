@@ -53,19 +53,22 @@ def rejection_sample(
     output_type: str = "pil",
     **sampling: Any,
 ) -> RejectionSamplingOutput:
-    """Classifier-rejection sampling (Razavi et al. 2019): draw images and keep those of whose class a classifier is sure.
+    """Classifier-rejection sampling (Razavi et al. 2019): draw images, and keep those that a classifier is sure of.
 
     Args:
         pipe: a `CTMPipeline`. Images that its safety checker flags are never accepted.
-        classifier: called as `classifier(images)`, images in [-1, 1] of shape (B, C, H, W); returns logits of shape (B, classes).
+        classifier: called as `classifier(images)`, images in [-1, 1] of shape (B, C, H, W); returns logits of shape (B,
+            classes).
         num_images: how many are wanted.
-        class_labels: class of each, one for all or one each of `num_images`. A class-conditional network is asked for it, an unconditional one
-            draws until the classifier sees it. Default: drawn at random from `generator`; none for an unconditional network,
-            whose images are judged by the likeliest class.
+        class_labels: class of each, one for all or one each of `num_images`. A class-conditional network is asked for
+            it, an unconditional one draws until the classifier sees it. Default: drawn at random from `generator`; none
+            for an unconditional network, whose images are judged by the likeliest class.
         threshold: accept an image if the classifier gives its class at least this probability, in [0, 1].
-        top_fraction: instead, of each class draw n / top_fraction images and accept the n with the highest probability, in (0, 1].
+        top_fraction: instead, of each class draw n / top_fraction images and accept the n with the highest probability,
+            in (0, 1].
         batch_size: most images drawn at once.
-        max_batches: most calls of the pipeline. When they are used up, what was accepted by then is returned with `complete=False`.
+        max_batches: most calls of the pipeline. When they are used up, what was accepted by then is returned with
+            `complete=False`.
         generator: source of all noise.
         output_type: as in `pipe.__call__`.
         sampling: further arguments of `pipe.__call__`, such as `num_inference_steps`, `gamma` and `guidance`.
@@ -91,7 +94,8 @@ def rejection_sample(
     conditional = pipe.num_classes is not None
     if top_fraction is not None and not conditional and class_labels is not None:
         raise ValueError(
-            "An unconditional network cannot be asked for a class: with class_labels pass `threshold`, not `top_fraction`."
+            "An unconditional network cannot be asked for a class: with class_labels pass `threshold`, not "
+            "`top_fraction`."
         )
 
     kept: dict[int | None, list[tuple[float, torch.Tensor]]] = {label: [] for label in wanted}
@@ -133,8 +137,8 @@ def rejection_sample(
     rate, complete = accepted / drawn.total(), len(chosen) == num_images
     if not complete:
         logging.get_logger(__name__).warning(
-            f"{len(chosen)} of {num_images} images after {batches} batches ({drawn.total()} images drawn, {rate:.1%} accepted). Raise "
-            "max_batches, accept more, or guide the sampler."
+            f"{len(chosen)} of {num_images} images after {batches} batches ({drawn.total()} images drawn, {rate:.1%} "
+            "accepted). Raise max_batches, accept more, or guide the sampler."
         )
     images = torch.stack([image for *_, image in chosen]) if chosen else x_0[:0]
     return RejectionSamplingOutput(
@@ -168,7 +172,7 @@ def _judged(
     labels: list[int | None],
     num_classes: int | None,
 ) -> tuple[list[int | None], list[float]]:
-    """The class and the score of each image: of the class that was asked, or (of an unconditional network) of the likeliest."""
+    """The class and the score of each image: the class that was asked, or the likeliest of an unconditional network."""
     logits = classifier_logits(classifier, x_0.clamp(-1, 1))
     check_same_classes(logits, num_classes, "Pass one that gives the logits of the network's classes in their order")
     probabilities = logits.softmax(1)

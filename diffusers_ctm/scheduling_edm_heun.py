@@ -28,8 +28,8 @@ class EDMHeunSchedulerOutput(BaseOutput):
 class EDMHeunScheduler(KarrasSchedulerMixin):
     """EDM's Heun sampler for denoisers: an EDM teacher, or a CTM asked for its exact score (target time = time).
 
-    N steps cost 2N - 1 network calls: `timesteps` lists the level of every call, two per step (predictor, corrector) and one in
-    the last step, which is an Euler step to 0. Second order in the step size.
+    N steps cost 2N - 1 network calls: `timesteps` lists the level of every call, two per step (predictor, corrector)
+    and one in the last step, which is an Euler step to 0. Second order in the step size.
 
     With `s_churn` > 0 it is Algorithm 2: before step i noise lifts t_i to t_i (1 + min(s_churn / N, sqrt(2) - 1)) if
     s_tmin <= t_i <= s_tmax. The noise of step i + 1 is added at the end of step i, and that of step 0 is part of
@@ -93,8 +93,8 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
             sigmas: instead, these levels themselves, descending; 0 is added.
 
         Raises:
-            ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max], integer
-                timesteps.
+            ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max],
+                integer timesteps.
         """
         levels = self._start_levels(num_inference_steps, timesteps, sigmas, end=0.0)
         config = self.config

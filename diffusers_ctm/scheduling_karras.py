@@ -105,8 +105,8 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         name = "timesteps" if timesteps is not None else "sigmas"
         if timesteps is not None and is_integer(timesteps):
             raise ValueError(
-                "timesteps are c_noise values (floats, e.g. `scheduler.sigma_to_t(sigma)`), not indices. To choose noise "
-                "levels pass `sigmas=[80.0, ...]`; to choose how many, `num_inference_steps`."
+                "timesteps are c_noise values (floats, e.g. `scheduler.sigma_to_t(sigma)`), not indices. To choose "
+                "noise levels pass `sigmas=[80.0, ...]`; to choose how many, `num_inference_steps`."
             )
         levels = as_float64(timesteps if timesteps is not None else sigmas, name)
         if levels.ndim != 1 or len(levels) == 0:
@@ -127,8 +127,8 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
             )
         if levels[0] > config.sigma_max * (1 + 1e-4):
             raise ValueError(
-                f"{name} starts at noise level {levels[0].item():g}, above sigma_max={config.sigma_max:g}, where the network "
-                "was not trained."
+                f"{name} starts at noise level {levels[0].item():g}, above sigma_max={config.sigma_max:g}, where the "
+                "network was not trained."
             )
         return levels.clamp(max=config.sigma_max)
 
@@ -150,8 +150,8 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         """Noise level (0-d, CPU) of the current call; the first call of a run is found by its `timestep`."""
         if is_integer(timestep):
             raise ValueError(
-                "Integer timesteps, such as indices from `enumerate(scheduler.timesteps)`, are not supported: pass one of "
-                "`scheduler.timesteps`, or `scheduler.sigma_to_t(sigma)` for a noise level."
+                "Integer timesteps, such as indices from `enumerate(scheduler.timesteps)`, are not supported: pass "
+                "one of `scheduler.timesteps`, or `scheduler.sigma_to_t(sigma)` for a noise level."
             )
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index

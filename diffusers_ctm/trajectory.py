@@ -12,7 +12,7 @@ def append_dims(level: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def as_level(value: torch.Tensor | float) -> torch.Tensor:
-    """`value` as a float tensor: a tensor stays where it is, a number is put on the CPU, whatever the default device."""
+    """`value` as a float tensor: a tensor stays where it is, a number goes to the CPU, whatever the default device."""
     value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     return value if value.is_floating_point() else value.float()
 
@@ -54,7 +54,7 @@ def karras_sigmas(
 def karras_starts(
     num_steps: int, end: float, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> torch.Tensor:
-    """Noise levels at which each of `num_steps` steps from sigma_max to the level `end` starts, shape (num_steps,), float64.
+    """Noise levels at which each of `num_steps` steps from sigma_max to `end` starts, shape (num_steps,), float64.
 
     The steps are those of the Karras schedule from sigma_max to `end`. With `end = 0`, where that schedule has no
     levels, it ends at sigma_min and the last step leads from there to 0, as in Karras et al. 2022, Algorithm 1; a
@@ -68,7 +68,8 @@ def karras_starts(
 def jump(x_t: torch.Tensor, g: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """G(x_t, t, s) = (s/t) x_t + (1 - s/t) g, the state at level `s` <= `t` of the trajectory through x_t (CTM, Eq. 5).
 
-    s = t returns x_t, s = 0 returns g. With g(x_t, t, t), the denoiser, it is one Euler step of the probability-flow ODE.
+    s = t returns x_t, s = 0 returns g. With g(x_t, t, t), the denoiser, it is one Euler step of the probability-flow
+    ODE.
     """
     t, s = append_dims(t, x_t.ndim), append_dims(s, x_t.ndim)
     ratio = s / t
@@ -80,9 +81,9 @@ def gamma_split(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Level s to jump to and standard deviation of the noise that leads from there up to `t_next` (CTM, Algorithm 3).
 
-    s = sigma_min + sqrt(1 - gamma^2) (t_next - sigma_min) and s^2 + std^2 = t_next^2. gamma = 0 jumps to t_next and adds
-    nothing (the ODE), gamma = 1 jumps to sigma_min and renoises (consistency-model multistep). The paper's text is the limit
-    sigma_min -> 0.
+    s = sigma_min + sqrt(1 - gamma^2) (t_next - sigma_min) and s^2 + std^2 = t_next^2. gamma = 0 jumps to t_next and
+    adds nothing (the ODE), gamma = 1 jumps to sigma_min and renoises (consistency-model multistep). The paper's text is
+    the limit sigma_min -> 0.
     """
     gamma = torch.as_tensor(gamma, dtype=t_next.dtype, device=t_next.device)
     s = sigma_min + (1 - gamma**2).sqrt() * (t_next - sigma_min)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of how a consistency trajectory model samples: its states on the way, and one latent at many gammas and seeds."""
+"""Pictures of how a CTM samples: its states on the way, and one latent at many gammas, seeds and steps."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,10 +16,11 @@ from .scheduling_karras import jumps
 
 
 class TrajectoryStrip(NamedTuple):
-    """What `trajectory_strip` returns; entry i of each list belongs to level i, the last one to the end, sigma_min by default.
+    """What `trajectory_strip` returns. Entry i of each list belongs to level i, the last one to the end, sigma_min.
 
-    `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump to
-    sigma_min. Images are as `output_type` says, B of them in each entry. A safety checker of the pipeline sees each; what it flags is black.
+    `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump
+    to sigma_min. Images are as `output_type` says, B of them in each entry. A safety checker of the pipeline sees each;
+    what it flags is black.
     """
 
     levels: list[float]
@@ -40,8 +41,8 @@ def trajectory_strip(
 ) -> TrajectoryStrip:
     """Sample, and show every state x_t with its jump to the end, G(x_t, t, sigma_min).
 
-    2N network evaluations for N steps: N of the sampler and one per state that is not the last. The arguments are those of
-    `CTMPipeline`, which must have a `CTMScheduler`; x_t is shown times sigma_data / sqrt(sigma_data^2 + t^2).
+    2N network evaluations for N steps: N of the sampler and one per state that is not the last. The arguments are those
+    of `CTMPipeline`, which must have a `CTMScheduler`; x_t is shown times sigma_data / sqrt(sigma_data^2 + t^2).
 
     Raises:
         ValueError: for another scheduler, and as `CTMPipeline` does.
@@ -96,10 +97,10 @@ def gamma_seed_grid(
     latents: torch.Tensor | None = None,
     output_type: str = "pil",
 ) -> list:
-    """One latent sampled at every gamma with the noise of every seed: entry i holds the images of `gammas[i]`, one per seed.
+    """One latent at every gamma with the noise of every seed: entry i holds the images of `gammas[i]`, one per seed.
 
-    The first noise is the same in all, so that what differs comes from the noise of the steps; at gamma = 0, nothing does. One
-    batch of `len(seeds)` per gamma, `num_inference_steps` network evaluations each.
+    The first noise is the same in all, so that what differs comes from the noise of the steps; at gamma = 0, nothing
+    does. One batch of `len(seeds)` per gamma, `num_inference_steps` network evaluations each.
 
     Args:
         latents: the latent, unit normal noise of shape (1, C, H, W); default: drawn from `generator`.
@@ -139,18 +140,19 @@ def steps_gamma_grid(
     generator: torch.Generator | None = None,
     output_type: str = "pil",
 ) -> list:
-    """One latent at every number of steps and every gamma: entry i holds the images of `gammas[i]`, one per entry of `steps`.
+    """One latent at every gamma and number of steps: entry i holds the images of `gammas[i]`, one per entry of `steps`.
 
-    Each is what `pipe(num_inference_steps=..., gamma=..., generator=...)` gives with a generator in the state of this one, so all start
-    from the same noise and share that of the steps. They run side by side, each at its own noise level: max(steps) network
-    evaluations on at most `len(steps) * len(gammas)` images.
+    Each is what `pipe(num_inference_steps=..., gamma=..., generator=...)` gives with a generator in the state of
+    this one, so all start from the same noise and share that of the steps. They run side by side, each at its own noise
+    level: max(steps) network evaluations on at most `len(steps) * len(gammas)` images.
 
     Args:
         class_labels: one class for all; default: drawn from `generator`.
         generator: source of all noise. It is left after the first noise, as if there were one step.
 
     Raises:
-        ValueError: for no steps or no gamma, a list of generators, another scheduler than `CTMScheduler`, and as `CTMPipeline` does.
+        ValueError: for no steps or no gamma, a list of generators, another scheduler than `CTMScheduler`, and as
+            `CTMPipeline` does.
     """
     if not len(gammas) or not len(steps):
         raise ValueError("steps and gammas must each have at least one entry.")

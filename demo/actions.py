@@ -129,7 +129,7 @@ def trajectory(
     length = steps + 1
     table = [images[i : i + length] for i in range(0, len(images), length)]
     left = [words for gamma in STRIP_GAMMAS for words in (f"gamma {gamma:g}", "its jumps")]
-    pipe.value._set_timesteps(steps, "cpu", None, None, 0.0)
+    pipe.value.scheduler.set_timesteps(steps, gamma=0.0)
     above = [f"{level:.2g}" if level < 10 else f"{level:.0f}" for level in pipe.value.scheduler.sigmas.tolist()]
     report = (
         f"{len(STRIP_GAMMAS)} times {2 * steps} network evaluations, {1000 * run.seconds:.0f} ms in all. Each column "

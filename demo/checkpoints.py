@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from diffusers_ctm import CTMPipeline
-from diffusers_ctm.two_times import image_size
+from diffusers_ctm.scheduling_karras import jumps
 from training.cli.errors import UserError, loading
 from training.cli.files import read_json
 from training.cli.names import public_name
@@ -77,7 +77,7 @@ class Checkpoint:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of its images, in PIL's order."""
-        return tuple(reversed(image_size(self.pipe.unet)))
+        return tuple(reversed(self.pipe.image_size))
 
     @property
     def channels(self) -> int:
@@ -155,18 +155,17 @@ def load(source: str) -> Checkpoint:
     advice = "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
     with loading(source, advice):
         pipe = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else source)
-    if not isinstance(pipe, CTMPipeline) or not hasattr(pipe.scheduler, "target_timesteps"):
+    if not isinstance(pipe, CTMPipeline) or not jumps(pipe.scheduler):
         scheduler = type(getattr(pipe, "scheduler", None)).__name__
         raise UserError(
             f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m "
             f"training.train_ctm --teacher {source}"
         )
-    channels = pipe.unet.config.in_channels
-    if channels not in (1, 3) or pipe.unet.config.sample_size is None or max(image_size(pipe.unet)) > MOST_SIDE:
+    size, channels = pipe.image_size, pipe.unet.config.in_channels
+    if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:
         raise UserError(
-            f"{source} makes images of {channels} channels and {pipe.unet.config.sample_size or 'any'} pixels; the "
-            "page shows gray "
-            f"and color images of one size up to {MOST_SIDE} pixels."
+            f"{source} makes images of {channels} channels and {size or 'any'} pixels; the page shows gray and color "
+            f"images of one size up to {MOST_SIDE} pixels."
         )
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.unet.requires_grad_(False)
@@ -198,9 +197,8 @@ def _likelihood(report: dict) -> tuple[str, list[float]] | None:
 
 def _load_teacher(folder: Path, student: CTMPipeline) -> CTMPipeline:
     teacher = DiffusionPipeline.from_pretrained(str(folder))
-    if not isinstance(teacher, CTMPipeline) or (
-        (image_size(teacher.unet), teacher.num_classes) != (image_size(student.unet), student.num_classes)
-    ):
+    fits = (student.image_size, student.num_classes) == (teacher.image_size, teacher.num_classes)
+    if not isinstance(teacher, CTMPipeline) or not fits:
         raise ValueError("its images or classes are not those of the CTM")
     return teacher.to(student.device)
 

@@ -50,7 +50,7 @@ def open_upload(source, name: str = "The picture") -> Image.Image:
 
 def fitted(image: Image.Image, pipe) -> Image.Image:
     """An "RGBA" picture, center-cropped and resized for the network. Transparency becomes the background."""
-    height, width = pipe._image_size()
+    height, width = pipe.image_size
     channels = pipe.unet.config.in_channels
     flat = Image.new("RGBA", image.size, background(channels))
     flat.alpha_composite(image)

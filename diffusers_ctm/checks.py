@@ -3,13 +3,11 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-
-
-MAX_STEPS = 2**20  # levels or timesteps of a config: files that say more would take any amount of memory
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 
 def is_integer(value: object) -> bool:
@@ -24,7 +22,7 @@ def is_integer(value: object) -> bool:
 
 
 def as_float64(values: torch.Tensor | float | Sequence[float], name: str) -> torch.Tensor:
-    """`values` as a float64 tensor on the CPU. Raises ValueError with the argument's `name` if they are no numbers."""
+    """`values` as a float64 tensor on the CPU. Raises ValueError, naming the argument, if they are not numbers."""
     if isinstance(values, torch.Tensor):
         values = values.cpu()  # first: not every device has float64
     try:
@@ -34,7 +32,7 @@ def as_float64(values: torch.Tensor | float | Sequence[float], name: str) -> tor
 
 
 def as_number(value: object) -> object:
-    """A number of numpy or torch as one of Python; anything else as it is, for the caller's check to name."""
+    """A number of numpy or torch as a Python number; anything else unchanged, for the caller's check to name."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
@@ -49,14 +47,6 @@ def check_count(**values: int) -> None:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
 
 
-def check_steps(**values: int) -> None:
-    """Raise ValueError naming the first argument that is not a whole number from 1 to MAX_STEPS."""
-    check_count(**values)
-    for name, value in values.items():
-        if value > MAX_STEPS:
-            raise ValueError(f"{name} must be at most {MAX_STEPS:,}.")
-
-
 def check_positive(**values: float) -> None:
     """Raise ValueError naming the first argument that is not a positive finite number."""
     for name, value in values.items():
@@ -65,6 +55,22 @@ def check_positive(**values: float) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence) -> None:
-    """Raise ValueError if `value` is none of `choices`."""
+    """Raise ValueError if `value` is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; use one of {tuple(choices)}.")
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise ValueError for an `output_type` that no pipeline knows."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+
+
+def callback_tensors(callback: Callable | None, names: list[str] | None, allowed: Sequence[str]) -> list[str]:
+    """Names of the tensors that a pipeline's callback asks for. Raises ValueError if one is not `allowed`."""
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        names = callback.tensor_inputs
+    names = names or ["latents"]
+    if not set(names) <= set(allowed):
+        raise ValueError(f"callback_on_step_end_tensor_inputs may hold {allowed}, got {names}.")
+    return names

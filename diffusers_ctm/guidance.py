@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import as_number
+from .preconditioning import condition
+from .scheduling_karras import preconditioning_of
 
 
 GUIDANCE_INPUTS = ("prediction", "image", "noisy")
@@ -19,27 +22,23 @@ GUIDANCE_INPUTS = ("prediction", "image", "noisy")
 class Guidance:
     """Base of guidance by a loss: subclass it, write `loss`, and pass an instance as `pipe(..., guidance=...)`.
 
-    What the loss sees, and what a network call of the sampler then costs besides the loss's own forward and backward pass:
+    What the loss sees, and what a network call of the sampler then costs besides the loss itself:
 
-    - `on="prediction"`: g(x_t, t, s), which the sampler computes anyway: the denoiser's output D in `EDMHeunScheduler`, in
-      `CTMScheduler` the clean sample that the jump from t to s moves towards. 1 evaluation with backward pass.
-    - `on="image"`: the jump to sigma_min, a sharp image also early on; a CTM only. 2 evaluations, one of them with backward pass;
-      where the sampler jumps to sigma_min itself it is "prediction".
-    - `on="noisy"`: x_t itself, for losses that know noise: exact, if the loss is -log p(y | x_t). 1 evaluation, no backward pass.
+    - `on="prediction"`: g(x_t, t, s), which the sampler computes anyway: the denoiser's output D in `EDMHeunScheduler`,
+      in `CTMScheduler` the clean sample that the jump from t to s moves towards. 1 evaluation with backward pass.
+    - `on="image"`: the jump to sigma_min, a sharp image also early on; a CTM only. 2 evaluations, one of them with
+      backward pass; where the sampler jumps to sigma_min itself it is "prediction".
+    - `on="noisy"`: x_t itself, for losses that know noise: exact, if the loss is -log p(y | x_t). 1 evaluation, no
+      backward pass.
 
-    The first two replace the mean of p(y | x_0) over x_0 given x_t by its value at an estimate of x_0 (as Chung et al. 2023 do). For
-    a linear loss and data N(m, sigma_data^2) that is exact, in any number of jumps at any gamma. A loss that is curved is
-    overstated the more the noise; it may allow for that by `sigma`. With the same data and |y - x_0|^2 / (2 r^2), putting
-    r^2 + sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2) for r^2 makes "prediction" exact in `EDMHeunScheduler`, and of first order in
-    the step in `CTMScheduler` at gamma = 0; so is "noisy" with its exact loss. Without it, at r = 0.8 sigma_data, the mean goes too far by 1.1
-    (Heun), 1.2 (18 jumps, gamma = 0) or 0.5 (gamma = 1; 0.1 in 80 jumps: renoising forgets) standard deviations of the
-    posterior, which comes out 0.74, 0.67, 0.80 (0.94) times as wide. "image" keeps a bias at gamma = 0 however short the steps.
+    The first two replace the mean of p(y | x_0) over x_0 given x_t by its value at an estimate of x_0 (as Chung et al.
+    2023 do). That is exact for a linear loss and normal data. A curved loss is overstated the more the noise; it may
+    allow for that by `sigma` (docs/guidance.md says how, with measurements). "image" keeps a bias at gamma = 0 however
+    short the steps.
 
-    A loss without a gradient is an error. One whose gradient is 0 may have what it wants; where it is 0 for all images at all steps, the
-    pipeline warns that nothing was guided.
-
-    Gradients are per sample and reach x_t alone, never the parameters of a network (`pipe.unet.requires_grad_(False)` saves
-    their memory).
+    A loss without a gradient is an error. If the gradient is 0 for all images at all steps, the pipeline warns that
+    nothing was guided. Gradients are per sample and reach x_t alone, never the parameters of a network
+    (`pipe.unet.requires_grad_(False)` saves their memory).
 
     Args:
         scale: of the loss; 0 is no guidance, 1 the posterior if the loss is -log p(y | x_0), more sharpens it.
@@ -58,7 +57,7 @@ class Guidance:
         self.scale, self.on = scale, on
 
     def prepare(self, num_classes: int | None) -> None:
-        """Called by the pipeline before the first step, with the number of classes of its network, None if it has none."""
+        """Called by the pipeline before the first step, with its network's number of classes, None without classes."""
 
     def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         """How far each sample is from what is wanted, -log p(y | x_0) up to a constant; shape (B,), differentiable.
@@ -75,7 +74,8 @@ class LossGuidance(Guidance):
     """Guidance by a function of the clean image.
 
     Args:
-        fn: called as `fn(x_0)` with images in [-1, 1] of shape (B, C, H, W); returns one differentiable loss each, shape (B,).
+        fn: called as `fn(x_0)` with images in [-1, 1] of shape (B, C, H, W); returns one differentiable loss each,
+            shape (B,).
         scale, on: see `Guidance`.
     """
 
@@ -91,10 +91,11 @@ class ClassifierGuidance(Guidance):
     """Guidance towards a class: the loss is the cross entropy of a classifier (Dhariwal & Nichol 2021).
 
     Args:
-        classifier: in evaluation mode, called as `classifier(x_0)` with images in [-1, 1], or as `classifier(x_t, sigma)`, sigma of
-            shape (B,), if `on="noisy"`: a classifier of noisy images. Returns logits of shape (B, classes), or an object with `logits`.
-        target: class of each image by the classifier's numbers, one for all or one each. None: the pipeline's `class_labels`, for a
-            classifier of as many classes as the network has.
+        classifier: in evaluation mode, called as `classifier(x_0)` with images in [-1, 1], or as
+            `classifier(x_t, sigma)`, sigma of shape (B,), if `on="noisy"`: a classifier of noisy images. Returns
+            logits of shape (B, classes), or an object with `logits`.
+        target: class of each image by the classifier's numbers, one for all or one each. None: the pipeline's
+            `class_labels`, for a classifier of as many classes as the network has.
         scale, on: see `Guidance`.
     """
 
@@ -131,33 +132,34 @@ def classifier_logits(classifier: Callable[..., Any], x: torch.Tensor, *sigma: t
     logits = classifier(x, *sigma)
     logits = getattr(logits, "logits", logits)
     if not torch.is_tensor(logits) or logits.ndim != 2 or len(logits) != len(x) or not logits.is_floating_point():
-        found = f"{logits.dtype} of shape {tuple(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
-        raise ValueError(f"The classifier must return logits, floats of shape ({len(x)}, classes), got {found}.")
+        got = f"{logits.dtype} of shape {tuple(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
+        raise ValueError(f"The classifier must return logits, floats of shape ({len(x)}, classes), got {got}.")
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def check_same_classes(logits: torch.Tensor, num_classes: int | None, remedy: str) -> None:
-    """ValueError if `logits` (B, classes) are of another number of classes than the network's, whose numbers then mean other things."""
+    """Raise ValueError if `logits` (B, classes) have another number of classes than the network."""
     if num_classes is not None and logits.shape[1] != num_classes:
         raise ValueError(
-            f"The classifier knows {logits.shape[1]} classes and the network {num_classes}, so that a number means another class to each. {remedy}, or "
-            "a classifier of the network's classes."
+            f"The classifier knows {logits.shape[1]} classes and the network {num_classes}, so that a number means "
+            f"another class to each. {remedy}, or a classifier of the network's classes."
         )
 
 
 def check_classes(target: torch.Tensor, batch_size: int, num_classes: int) -> torch.Tensor:
-    """`target` as int64 of shape (B,); ValueError if it is not one class or one each of those that the classifier knows."""
+    """`target`, one class or one each, as int64 of shape (B,). Raises ValueError if the classifier does not know it."""
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"The classes to guide towards must be whole numbers, got {target.dtype}.")
     if target.ndim > 1 or (target.ndim == 1 and len(target) not in (1, batch_size)):
         raise ValueError(
-            f"The classes to guide towards have shape {tuple(target.shape)} for {batch_size} images; pass one or {batch_size}."
+            f"The classes to guide towards have shape {tuple(target.shape)} for {batch_size} images; pass one or "
+            f"{batch_size}."
         )
     wrong = target[(target < 0) | (target >= num_classes)]
     if len(wrong):
         raise ValueError(
-            f"The classifier knows classes 0 to {num_classes - 1}, and {wrong[0].item()} was asked. Pass `target` in the classifier's own "
-            "numbers, or a classifier of the checkpoint's classes."
+            f"The classifier knows classes 0 to {num_classes - 1}, and {wrong[0].item()} was asked. Pass `target` in "
+            "the classifier's own numbers, or a classifier of the checkpoint's classes."
         )
     return target.long().expand(batch_size)
 
@@ -165,21 +167,50 @@ def check_classes(target: torch.Tensor, batch_size: int, num_classes: int) -> to
 def guidance_weight(t: float, s: float, estimate: float, sigma_data: float) -> float:
     """Weight w of the shift in g, g' = g + w grad_x log p(y | x_0), for a jump from t to s.
 
-    The gradient is taken through x_0 = g(x_t, t, estimate): `estimate` is s for the sampler's own g, sigma_min for the image, and t for the
-    denoiser and for x_t itself. With r(b) = sqrt((sigma_data^2 + b^2) / (sigma_data^2 + t^2)),
+    The gradient is taken through x_0 = g(x_t, t, estimate): `estimate` is s for the sampler's own g, sigma_min for the
+    image, and t for the denoiser and for x_t itself. With r(b) = sqrt((sigma_data^2 + b^2) / (sigma_data^2 + t^2)),
 
         w = t (t + s) (r(estimate) t + estimate) / ((1 + r(s)) (t + estimate)).
 
-    It follows from the guided ODE dx/du = (x - D)/u - u grad_x log p(y | x_u): to first order in the guidance its solution differs from
-    the jump by the integral of J(u -> s) u grad_x log p(y | x_u) from s to t, J the Jacobian of the jump. For data N(m, sigma_data^2) and a
-    linear loss that is exact whatever the length of the jump, and gives w. Short jumps have w = t^2, whatever the data, for estimates at
-    s or t: D + t^2 grad_x log p(y | x_t).
+    It follows from the guided ODE dx/du = (x - D)/u - u grad_x log p(y | x_u): to first order in the guidance its
+    solution differs from the jump by the integral of J(u -> s) u grad_x log p(y | x_u) from s to t, J the Jacobian of
+    the jump. For data N(m, sigma_data^2) and a linear loss that is exact whatever the length of the jump, and gives w.
+    Short jumps have w = t^2, whatever the data, for estimates at s or t: D + t^2 grad_x log p(y | x_t).
     """
 
     def ratio(level: float) -> float:
         return math.sqrt((sigma_data**2 + level**2) / (sigma_data**2 + t**2))
 
     return t * (t + s) * (ratio(estimate) * t + estimate) / ((1 + ratio(s)) * (t + estimate))
+
+
+def check_guidance(guidance: Any, pipe: Any) -> None:
+    """Raise ValueError if `guidance` is not a guidance, or not one for this pipeline's scheduler and network."""
+    methods = (getattr(guidance, name, None) for name in ("loss", "prepare"))
+    if getattr(guidance, "on", None) not in GUIDANCE_INPUTS or not all(map(callable, methods)):
+        raise ValueError(f"guidance must be an object of a subclass of Guidance, got {type(guidance).__name__}.")
+    if preconditioning_of(pipe.scheduler) is None:
+        raise ValueError(f"{type(pipe.scheduler).__name__} takes no `guidance`; CTMScheduler and EDMHeunScheduler do.")
+    if guidance.on == "image" and not getattr(pipe.unet, "has_target_time", False):
+        raise ValueError(
+            f'guidance on the "image" needs a network that jumps, a CTM, and this is a {type(pipe.unet).__name__}. Use '
+            'on="prediction".'
+        )
+
+
+def check_guidance_scale(guidance_scale: float, pipe: Any) -> float:
+    """The scale of classifier-free guidance as a Python number. Raises ValueError if the network cannot do it."""
+    guidance_scale = as_number(guidance_scale)
+    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}.")
+    if guidance_scale != 1 and pipe.num_classes is None:
+        raise ValueError("guidance_scale was given, but this network is unconditional.")
+    if guidance_scale != 1 and not pipe.knows_no_class:
+        raise ValueError(
+            "guidance_scale needs a network trained with label dropout, and this checkpoint names no `null_class`. "
+            "Guide it by a classifier: `guidance=ClassifierGuidance(...)`."
+        )
+    return guidance_scale
 
 
 def guided_output(
@@ -192,10 +223,10 @@ def guided_output(
     class_labels: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, bool]:
-    """What `scheduler.step` is to be given for the network's output: F moved so that g is moved along the gradient; whether it was moved.
+    """The network's output F for `scheduler.step`, moved so that g moves along the gradient; and whether it moved.
 
     Args:
-        guidance: what is minimised.
+        guidance: its loss is minimized.
         network: F, called as in `Preconditioning.g`.
         scheduler: `CTMScheduler` or `EDMHeunScheduler`, in the middle of a run.
         x_t: samples, shape (B, C, H, W).
@@ -207,59 +238,50 @@ def guided_output(
     Raises:
         ValueError: the loss has no gradient, another shape than (B,), or is not finite.
     """
+    preconditioning = scheduler.preconditioning
     with torch.inference_mode(False), torch.enable_grad():
         x = x_t.detach().clone().requires_grad_()  # an ordinary tensor also where the caller is in inference mode
         times = tuple(time.clone() for time in times)
         labels = None if class_labels is None else class_labels.clone()
-        condition = {} if labels is None else {"class_labels": labels}
-        t, s, end = _levels_of_call(scheduler, timestep)
+        t, s = scheduler.levels_of_call(timestep)
+        end = min(t, scheduler.config.sigma_min)
         image_costs_more = guidance.on == "image" and s > end * (1 + 1e-4)  # float32 levels
 
         with torch.set_grad_enabled(not image_costs_more and guidance.on != "noisy"):
             model_input = scheduler.scale_model_input(x, timestep).to(dtype)
-            model_output = network(model_input, *times, **condition, return_dict=False)[0].to(x.dtype)
+            model_output = network(model_input, *times, **condition(labels), return_dict=False)[0].to(x.dtype)
         level = torch.tensor(t, dtype=torch.float64, device="cpu")
         if guidance.on == "noisy":
             seen, estimate = x, t
         elif image_costs_more:
             end_time = scheduler.sigma_to_t(torch.tensor(end, dtype=torch.float64, device="cpu")).to(times[0])
-            output = network(
-                scheduler.scale_model_input(x, timestep).to(dtype), times[0], end_time, **condition, return_dict=False
-            )
-            seen, estimate = scheduler._denoised(output[0].to(x.dtype), x, level), end
+            model_input = scheduler.scale_model_input(x, timestep).to(dtype)
+            output = network(model_input, times[0], end_time, **condition(labels), return_dict=False)
+            seen, estimate = preconditioning.g_of_output(output[0], x, level), end
         else:
-            seen, estimate = scheduler._denoised(model_output, x, level), max(s, end)  # what the network was shown
+            seen, estimate = preconditioning.g_of_output(model_output, x, level), max(s, end)
 
         loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
         gradient, moved = _gradient(loss, seen, x, t)
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    c_out = float(scheduler._denoised(one, torch.zeros_like(one), level))  # g is affine in F
+    c_out = float(preconditioning.scalings(level)[1])
     weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
     return model_output.detach() - (weight / c_out) * gradient, moved
 
 
-def _levels_of_call(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float, float]:
-    """(t, s, sigma_min or t if that is lower) of the scheduler's current call; s = t without jumps, else where it jumps to."""
-    t = float(scheduler._sigma_of_call(timestep).double())
-    targets = getattr(scheduler, "target_sigmas", None)
-    s = t if targets is None else float(targets[scheduler.step_index].double())
-    return t, s, min(t, scheduler.config.sigma_min)
-
-
 def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, bool]:
-    """Gradient of each sample's loss with respect to `x`, through `seen`, which the loss was given, and whether any of it is not 0."""
+    """Gradient of each sample's loss with respect to `x`, through the loss's argument `seen`; and if any is not 0."""
     if not torch.is_tensor(loss) or loss.shape != (len(x),):
-        found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+        got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
         raise ValueError(
-            f"The guidance loss must return one value per sample, a tensor of shape ({len(x)},), got {found}."
+            f"The guidance loss must return one value per sample, a tensor of shape ({len(x)},), got {got}."
         )
     slope = None
     if loss.requires_grad:
         (slope,) = torch.autograd.grad(loss.sum(), seen, allow_unused=True)
     if slope is None:
         raise ValueError(
-            "The guidance loss has no gradient with respect to its image. Compute it from its argument by differentiable operations, without "
-            "no_grad, detach, argmax, rounding or numpy."
+            "The guidance loss has no gradient with respect to its image. Compute it from its argument by "
+            "differentiable operations, without no_grad, detach, argmax, rounding or numpy."
         )
     if seen is not x:
         # A mean over all pixels has a gradient too small for fp16 on its way through the network.
@@ -269,19 +291,19 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
     finite, moved = torch.stack([loss.isfinite().all() & slope.isfinite().all(), slope.any()]).tolist()  # one transfer
     if not finite:
         raise ValueError(
-            f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth where it is singular (such as the "
-            "root of 0 or log of 0), or lower the scale."
+            f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth "
+            "where it is singular (such as the root of 0 or log of 0), or lower the scale."
         )
     return slope, moved
 
 
 class ClassifierFreeNetwork:
-    """F of classifier-free guidance (Ho & Salimans 2022): F_null + scale (F_y - F_null), in one call with doubled batch.
+    """Classifier-free guidance (Ho & Salimans 2022): F_null + scale (F_y - F_null), in one call with doubled batch.
 
-    g is affine in F, so that it is g_null + scale (g_y - g_null) at the same t and s. For s = t that is the guided denoiser, exactly. For a
-    jump it is not the jump of the guided ODE, whose two parts would part ways: it differs in second order of t - s, and as steps
-    grow at gamma = 0 the samples converge to those of the guided ODE. Scale 0 is unconditional, for a single batch; 1
-    would be the network itself.
+    g is affine in F, so it is g_null + scale (g_y - g_null) at the same t and s. For s = t that is the guided denoiser,
+    exactly. It is not the jump of the guided ODE, from which it differs in second order of t - s: with more steps at
+    gamma = 0 the samples converge to those of the guided ODE. Scale 0 is unconditional, for a single batch; 1 would be
+    the network itself.
 
     Args:
         network: F, with `class_labels`.
@@ -312,9 +334,10 @@ class ClassifierFreeNetwork:
 
 
 class ClassAverage(nn.Module):
-    """F averaged over all classes: as a denoiser, that of the geometric mean of the class densities. It is told no class.
+    """F averaged over all classes, for a pipeline that names no class: the denoiser of their densities' geometric mean.
 
-    A conditional network has no other output that does not depend on the class, unless it was trained with label dropout.
+    A conditional network has no other output that does not depend on the class, unless it was trained with label
+    dropout.
     """
 
     def __init__(self, network: nn.Module):

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What makes a saved folder load with and without this package installed.
+"""Saved folders that load with and without this package installed.
 
 With it, `import diffusers_ctm` has registered the classes with diffusers, where `DiffusionPipeline.from_pretrained`
 finds them. Without it, diffusers runs code that lies in the folder, if the user trusts it: the package's modules as one
@@ -17,6 +17,8 @@ from pathlib import Path
 import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+
+from .files import written_aside
 
 
 LIBRARY = "diffusers_ctm"  # the package, its name in model_index.json, and the stem of the code beside a component
@@ -66,59 +68,39 @@ def component_library(value: object) -> object:
 def write_loading_code(save_directory: str | os.PathLike, pipeline: DiffusionPipeline) -> None:
     """Write the code that loads `pipeline` where this package is missing, before its weights are saved.
 
-    The same file as `pipeline.py` and as `<component>/diffusers_ctm.py` for each component of a class of ours. Folders
-    are made as needed; a file is whole or absent.
+    The same file is written as `pipeline.py` and as `<component>/diffusers_ctm.py` for each component of a class of
+    ours. Folders are made as needed; a file is whole or absent.
     """
     source = bundle(type(pipeline)).encode() if _OWN_SOURCE is None else _OWN_SOURCE
     ours = [name for name in pipeline.components if pipeline.config[name][0] == LIBRARY]
     for path in [Path(save_directory, "pipeline.py"), *(Path(save_directory, name, f"{LIBRARY}.py") for name in ours)]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
+        with written_aside(path) as aside:
             aside.write_bytes(source)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def bundle(pipeline_class: type[DiffusionPipeline]) -> str:
     """Source of one file with `pipeline_class`, every public class that is no pipeline, and what they import of ours.
 
-    Each module follows those that it imports, and all share one namespace. Raises ValueError for what that cannot
-    express: two meanings of one name, and relative imports that are renamed or not at the top.
+    Each module follows those that it imports, and all share one namespace: no name may have two meanings in the
+    package, and imports of ours must be `from .module import name` at the top (tests/package/test_hub.py checks both).
     """
-    modules: dict[str, str] = {}  # what is left of each without its imports, imported ones first
-    imports: dict[str, str] = {}  # statement by the name it binds
-    owners: dict[str, str] = {}  # module by the name it defines
-
-    def bind(names: dict[str, str], name: str, meaning: str, module: str) -> None:
-        if names.setdefault(name, meaning) != meaning or (name in imports and name in owners):
-            raise ValueError(f"{module}: {name} means something else in another module; rename it.")
+    modules: dict[str, str] = {}  # source without its imports; imported modules come first
+    imports: set[str] = set()  # statements that import from elsewhere
 
     def add(module: str) -> None:
         if module in modules:
             return
         source = inspect.getsource(importlib.import_module(module))
         tree, lines = ast.parse(source), source.splitlines()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                if node not in tree.body or node.level > 1 or not node.module or any(a.asname for a in node.names):
-                    raise ValueError(f"{module}, line {node.lineno}: write `from .module import name` at the top.")
-                add(f"{LIBRARY}.{node.module}")
         for node in tree.body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-                if not getattr(node, "level", 0):
-                    start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
-                    for alias in node.names:
-                        bind(imports, alias.asname or alias.name, start + ast.unparse(alias), module)
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                bind(owners, node.name, module, module)
-            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    for name in ast.walk(target):
-                        if isinstance(name, ast.Name):
-                            bind(owners, name.id, module, module)
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+            if getattr(node, "level", 0):
+                add(f"{LIBRARY}.{node.module}")
+            else:
+                start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
+                imports.update(start + ast.unparse(alias) for alias in node.names)
         body = "\n".join(lines[tree.body[0].lineno - 1 :]).strip()  # without the copyright line
         modules[module] = re.sub(r"\n{4,}", "\n\n\n", body)
 
@@ -134,7 +116,7 @@ def bundle(pipeline_class: type[DiffusionPipeline]) -> str:
         "#     DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)\n"
         "# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0."
     )
-    statements = sorted(imports.values(), key=lambda line: (not line.startswith("from __future__"), line))
+    statements = sorted(imports, key=lambda line: (not line.startswith("from __future__"), line))
     parts = [header + "\n\n" + "\n".join(statements)]
     parts += [f"# {name} {'-' * (117 - len(name))}\n\n{body}" for name, body in modules.items()]
 

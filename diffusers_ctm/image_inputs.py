@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Images and masks as people hold them, read as tensors and checked."""
+"""Images and masks of every form, read as tensors and checked."""
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ def read_images(
     bounded: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`images` as a tensor of shape (B, C, H, W) in which 0 is black and 1 is white. Nothing is resized, converted or guessed.
+    """`images` as a tensor of shape (B, C, H, W), 0 black and 1 white. Nothing is resized, converted or guessed.
 
     Args:
-        images: a PIL image of mode "L" (one channel), "RGB" or "RGBA"; a numpy array of shape (H, W), (H, W, C) or (B, H, W, C)
-            or a tensor of shape (H, W), (C, H, W) or (B, C, H, W), of floats in [0, 1] or of uint8; or a list of these.
+        images: a PIL image of mode "L" (one channel), "RGB" or "RGBA"; a numpy array of shape (H, W), (H, W, C) or (B,
+            H, W, C) or a tensor of shape (H, W), (C, H, W) or (B, C, H, W), of floats in [0, 1] or of uint8; or a list
+            of these.
         channels: C.
         size: (H, W) that the images must have; None is any.
         name: of the argument, for messages.
@@ -64,8 +65,8 @@ def read_images(
         raise ValueError(f"{name} has {images.shape[1]} channels; this network makes images with {channels}.")
     if size is not None and tuple(images.shape[2:]) != tuple(size):
         raise ValueError(
-            f"{name} is {images.shape[2]}x{images.shape[3]} pixels (height x width); this network makes {size[0]}x{size[1]}. "
-            "Resize it first."
+            f"{name} is {images.shape[2]}x{images.shape[3]} pixels (height x width); this network makes "
+            f"{size[0]}x{size[1]}. Resize it first."
         )
     if len(images) == 0:
         raise ValueError(f"{name} is empty.")
@@ -73,8 +74,8 @@ def read_images(
         raise ValueError(f"{name} holds values that are NaN or infinite.")
     if bounded and not ((images >= 0) & (images <= 1)).all():
         raise ValueError(
-            f"{name} has values from {images.min():g} to {images.max():g}; floats must lie in [0, 1]. Pass (x + 1) / 2 of an "
-            "image x in [-1, 1], and 0..255 as uint8."
+            f"{name} has values from {images.min():g} to {images.max():g}; floats must lie in [0, 1]. Pass (x + 1) / "
+            "2 of an image x in [-1, 1], and 0..255 as uint8."
         )
     return images.to(dtype)
 
@@ -86,7 +87,8 @@ def _read_pil(image: Image.Image, channels: int, name: str) -> np.ndarray:
         raise ValueError(f"{name}: no PIL image has {channels} channels; pass a tensor.")
     if image.mode != mode:
         raise ValueError(
-            f"{name} has mode {image.mode!r}; this network makes images of mode {mode!r}. Pass `image.convert({mode!r})`."
+            f"{name} has mode {image.mode!r}; this network makes images of mode {mode!r}. Pass "
+            f"`image.convert({mode!r})`."
         )
     return np.asarray(image).reshape(image.height, image.width, channels)
 
@@ -94,8 +96,8 @@ def _read_pil(image: Image.Image, channels: int, name: str) -> np.ndarray:
 def read_masks(masks, size: tuple[int, int] | None, name: str = "mask_image") -> torch.Tensor:
     """`masks` as a bool tensor of shape (B, 1, H, W), true from the middle of the range on (white).
 
-    PIL images of mode "1", "L" or "RGB", arrays and tensors as in `read_images` with one channel, of bools or floats; or a list.
-    Integers are refused: 1 may mean white or almost black.
+    PIL images of mode "1", "L" or "RGB", arrays and tensors as in `read_images` with one channel, of bools or floats;
+    or a list. Integers are refused: 1 may mean white or almost black.
 
     Raises:
         ValueError: for anything else.

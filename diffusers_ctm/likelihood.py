@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Likelihood of images under the diffusion model that a CTM or its teacher is: by the ODE, and a lower bound.
 
-x is an image in [-1, 1] of n values, D(x, sigma) the denoiser, and the score is (D - x) / sigma^2. All log-densities are in nats,
-of shape (B,). Two estimators:
+x is an image in [-1, 1] of n values, D(x, sigma) the denoiser, and the score is (D - x) / sigma^2. All log-densities
+are in nats, of shape (B,). Two estimators:
 
-- `ode_log_density`: the density at sigma_min of what the probability-flow ODE makes of N(0, sigma_max^2), by the change of
-  variables (Song et al. 2021, "Score-based generative modeling", Section D.2).
-- `elbo`: a lower bound of the density at level 0 that the noising process with the same denoiser gives (Song et al. 2021, "Maximum likelihood
-  training", Theorem 3), with the truncation at sigma_min bounded as in Kim et al. 2022, "Soft truncation".
+- `ode_log_density`: the density at sigma_min of what the probability-flow ODE makes of N(0, sigma_max^2), by the change
+  of variables (Song et al. 2021, "Score-based generative modeling", Section D.2).
+- `elbo`: a lower bound of the density at level 0 that the noising process with the same denoiser gives (Song et al.
+  2021, "Maximum likelihood training", Theorem 3), with the truncation at sigma_min bounded as in Kim et al. 2022, "Soft
+  truncation".
 """
 
 import math
@@ -36,9 +37,10 @@ class LogLikelihood:
     """What `log_likelihood` found. Tensors have shape (B,), float64 on the CPU.
 
     Args:
-        bits_per_dim: -log2 p(x) / n + log2(127.5): an upper bound of the negative log-likelihood of the 8-bit image per value.
+        bits_per_dim: -log2 p(x) / n + log2(127.5): an upper bound of the negative log-likelihood of the 8-bit image per
+            value.
         standard_error: of `bits_per_dim`, from the spread of the estimates; NaN if there is only one.
-        nats: mean log-density of the (dequantised) image in [-1, 1], log p(x).
+        nats: mean log-density of the (dequantized) image in [-1, 1], log p(x).
         nfe: network evaluations per image.
         backward_passes: vector-Jacobian products through the network per image.
     """
@@ -66,41 +68,41 @@ def log_likelihood(
 ) -> LogLikelihood:
     """Bits per dimension of images, by the probability-flow ODE or by the variational bound.
 
-    The 8-bit value k is the density's value k / 127.5 - 1, as everywhere in diffusers. Uniform dequantisation spreads it over its
-    cell, of width 1 / 127.5: x = (k + u) / 127.5 - 1 with u in [-1/2, 1/2). By Jensen the discrete image has at most
-    -log2 p(x) / n + log2(127.5) = ... + 6.994 bits per value on average over u, for any density p. (Scaled as (k + u) / 128 - 1, u
-    in [0, 1), the constant is 7, and images are up to 1/256 away from those that the network has seen.)
+    The 8-bit value k is the density's value k / 127.5 - 1, as everywhere in diffusers. Uniform dequantization spreads
+    it over its cell: x = (k + u) / 127.5 - 1 with u in [-1/2, 1/2). By Jensen the discrete image has at most
+    -log2 p(x) / n + log2(127.5) bits per value on average over u, for any density p.
 
-    Cost per image: "ode" some 50 to 200 evaluations per draw, as the tolerances ask, each with `num_probes` backward passes (n
+    Cost per image: "ode" as many evaluations per draw as the tolerances ask, each with `num_probes` backward passes (n
     for an exact trace); "elbo" two evaluations per draw, and `num_probes` backward passes with `trace="hutchinson"`.
 
-    The ODE's density is the one at sigma_min, which is where a CTM's steps end: the image is taken as the state there. That is the data
-    blurred by sigma_min; on N(0, c^2) it costs sigma_min^4 / (4 c^4) nats per value. The bound is of the density at 0.
-    At sigma_max both take N(0, sigma_max^2), from which the pipelines draw, and leave out the data's own mean and variance there: less
-    than 1e-4 bits per value in the mean over data, up to 1e-2 for a single image far from the mean.
+    The ODE's density is the one at sigma_min, where a CTM's steps end; the bound is of the density at 0. At sigma_max
+    both take N(0, sigma_max^2), from which the pipelines draw (docs/likelihood.md says what both cost in bits).
 
     Args:
-        pipe: a `CTMPipeline` (a CTM or an EDM teacher) with `CTMScheduler` or `EDMHeunScheduler`; its network in eval mode. For
-            a CTM it is the likelihood of its exact score g(x, t, t), not of its jumps.
+        pipe: a `CTMPipeline` (a CTM or an EDM teacher) with `CTMScheduler` or `EDMHeunScheduler`; its network in eval
+            mode. For a CTM it is the likelihood of its exact score g(x, t, t), not of its jumps.
         images: 8-bit images: PIL, uint8, or floats k / 255 in [0, 1], of the network's channels and size.
-        class_labels: class of each image, or one for all; numbers or names. Needed by a class-conditional network, whose density given
-            the class this is.
+        class_labels: class of each image, or one for all; numbers or names. Needed by a class-conditional network,
+            whose density given the class this is.
         method: "ode", or "elbo", a lower bound of the likelihood and so an upper bound of the bits.
-        num_draws: independent estimates, each with its own dequantisation: ODE solutions (default 1), or for the bound pairs of
-            level and noise (default 32).
+        num_draws: independent estimates, each with its own dequantization: ODE solutions (default 1), or for the bound
+            pairs of level and noise (default 32).
         num_probes: Hutchinson probes (random signs) per draw, each kept along the trajectory.
-        trace: "hutchinson" (default of "ode") or "exact" (n backward passes per evaluation, for small images). The bound needs no
-            trace: by default it is the denoising form, of the same mean as the "hutchinson" one and much less spread.
-        dequantize: False takes the images as continuous values that are dequantised already, and may leave [0, 1].
-        rtol, atol: tolerances of the ODE solver, relative and absolute; see `dormand_prince`. Steps are shared by the batch.
-        generator: source of dequantisation, probes, levels and noise.
+        trace: "hutchinson" (default of "ode") or "exact" (n backward passes per evaluation, for small images). The
+            bound needs no trace: by default it is the denoising form, of the same mean as the "hutchinson" one and much
+            less spread.
+        dequantize: False takes the images as continuous values that are dequantized already, and may leave [0, 1].
+        rtol, atol: tolerances of the ODE solver, relative and absolute; see `dormand_prince`. Steps are shared by the
+            batch.
+        generator: source of dequantization, probes, levels and noise.
 
     Returns:
-        `LogLikelihood`. The standard error is over the draws; with one draw of the ODE it is over its probes, the trace's share only.
+        `LogLikelihood`. The standard error is over the draws; with one draw of the ODE it is over its probes, the
+        trace's share only.
 
     Raises:
-        ValueError: images of another size or mode, not 8-bit, or with NaN; labels missing or not expected; a network in training
-            mode; a list of generators; an option that does not exist.
+        ValueError: images of another size or mode, not 8-bit, or with NaN; labels missing or not expected; a network in
+            training mode; a list of generators; an option that does not exist.
         RuntimeError: the solver does not reach the tolerances.
     """
     # 1. Check
@@ -118,7 +120,7 @@ def log_likelihood(
         raise ValueError(
             "The network is in training mode, where dropout changes the likelihood; call `pipe.unet.eval()`."
         )
-    size, channels = pipe._image_size(), unet.config.in_channels
+    size, channels = pipe.image_size, unet.config.in_channels
     clean = 2 * read_images(images, channels, size, "images", bounded=dequantize, dtype=torch.float64) - 1
 
     # 2. Prepare
@@ -161,7 +163,7 @@ def log_likelihood(
             backward_passes += 0 if probes is None else num_probes
     pipe.maybe_free_model_hooks()
 
-    # 4. Summarise
+    # 4. Summarize
     log_density = torch.stack(estimates).cpu().double()  # (draws, probes, B)
     independent = log_density.mean(1) if num_draws > 1 else log_density[0]
     per_bit = clean[0].numel() * math.log(2)
@@ -181,8 +183,8 @@ def _on_grid(x: torch.Tensor) -> torch.Tensor:
     value = ((x + 1) * LEVELS_PER_UNIT).round() / LEVELS_PER_UNIT - 1
     if (value - x).abs().max() > HALF_WIDTH / 20:
         raise ValueError(
-            "The images are not 8-bit: values k / 255 in [0, 1], k = 0..255, are asked. Round them, pass uint8, or pass dequantize=False "
-            "for continuous values."
+            "The images are not 8-bit: values k / 255 in [0, 1], k = 0..255, are asked. Round them, pass uint8, or "
+            "pass dequantize=False for continuous values."
         )
     return value
 
@@ -192,7 +194,13 @@ def _on_grid(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OdeLogDensity:
-    """Args: log_density, (P, B), one per probe; latents, the state at sigma_max, (B, ...); nfe, evaluations of the denoiser."""
+    """What `ode_log_density` returns.
+
+    Args:
+        log_density: shape (P, B), one per probe.
+        latents: the state at sigma_max, shape (B, ...).
+        nfe: evaluations of the denoiser.
+    """
 
     log_density: torch.Tensor
     latents: torch.Tensor
@@ -211,9 +219,10 @@ def ode_log_density(
 ) -> OdeLogDensity:
     """log p(x) at sigma_min of the flow of dx/dsigma = (x - D) / sigma that starts as N(0, sigma_max^2) at sigma_max.
 
-    Solved in y = x / c with c = sqrt(sigma^2 + sigma_data^2), of unit variance at all levels, over the angle phi = arctan(sigma / sigma_data):
+    Solved in y = x / c with c = sqrt(sigma^2 + sigma_data^2), of unit variance at all levels, over the angle phi =
+    arctan(sigma / sigma_data):
 
-        dy/dphi = (cos(phi) y - D / sigma_data) / sin(phi)                 (minus EDM's F, so 0 for data N(0, sigma_data^2))
+        dy/dphi = (cos(phi) y - D / sigma_data) / sin(phi)      (minus EDM's F, so 0 for data N(0, sigma_data^2))
         log p(x) = log N(x_T; 0, sigma_max^2) + n ln(c_T / c) + int tr(d(dy/dphi)/dy) dphi
 
     `sigma_data` chooses coordinates only; the result does not depend on it.
@@ -221,8 +230,8 @@ def ode_log_density(
     Args:
         denoiser: D(x, sigma) with sigma of shape (); differentiable in x.
         x: (B, ...), taken as the state at sigma_min.
-        probes: (P, B, ...) of unit covariance: P estimates of the trace, each with one probe along the trajectory (Hutchinson). None is
-            the exact trace (P = 1), n backward passes per evaluation.
+        probes: (P, B, ...) of unit covariance: P estimates of the trace, each with one probe along the trajectory
+            (Hutchinson). None is the exact trace (P = 1), n backward passes per evaluation.
         rtol, atol: of `dormand_prince`, on y and on the integral per dimension.
     """
     size, count = x[0].numel(), 1 if probes is None else len(probes)
@@ -256,7 +265,8 @@ def denoiser_and_trace(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """D(x, sigma), and e^T (dD/dx) e for each probe e, (P, B); without probes the trace of dD/dx, (1, B).
 
-    One evaluation and P (without probes n) vector-Jacobian products. The network's parameters get no gradient and no graph is kept.
+    One evaluation and P (without probes n) vector-Jacobian products. The network's parameters get no gradient and no
+    graph is kept.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -291,7 +301,8 @@ class ElboTerms:
     Args:
         prior: log density of x + sigma_max z under N(0, sigma_max^2).
         integral: of the diffusion between sigma_min and sigma_max.
-        truncation: of decoding x from its state at sigma_min by N(D, sigma_min^2), at most n/2 and about 0 where D is good.
+        truncation: of decoding x from its state at sigma_min by N(D, sigma_min^2), at most n/2 and about 0 where D is
+            good.
     """
 
     prior: torch.Tensor
@@ -317,11 +328,12 @@ def elbo(
 ) -> ElboTerms:
     """One draw of the lower bound of log p(x) of the noising process x + sigma z. Its mean over all draws is the bound.
 
-    With Z = 2 ln(sigma_max / sigma_min), x_s = x + sigma z and sigma log-uniform, which is the density that weighs d(sigma^2) by 1 / sigma^2:
+    With Z = 2 ln(sigma_max / sigma_min), x_s = x + sigma z and sigma log-uniform, which is the density that weighs
+    d(sigma^2) by 1 / sigma^2:
 
         prior       log N(x + sigma_max z'; 0, sigma_max^2)
         integral    -Z/2 |sigma s|^2 - Z sigma^2 e^T (ds/dx) e,  s = (D - x_s) / sigma^2     with probes (Hutchinson)
-                    -Z/2 (|D - x|^2 / sigma^2 - n)                                         without: equal in the mean over z
+                    -Z/2 (|D - x|^2 / sigma^2 - n)                              without: equal in the mean
         truncation  n/2 - |D(x + sigma_min z'', sigma_min) - x|^2 / (2 sigma_min^2)
 
     Two evaluations. With an exact denoiser the bound is tight but for the decoder and the prior.
@@ -333,9 +345,9 @@ def elbo(
         noise, truncation_noise: z and z'', unit normal, shape of `x`.
         probes: e, (P, B, ...), of unit covariance; their mean is taken.
         prior_noise: z'; None takes the expectation, which is known.
-        reference_std: standard deviation of normal data for whose denoiser the last two terms at the same draws are subtracted
-            and their known means added (a control variate; only without probes). It changes the spread, not the mean; for
-            such data the spread is 0.
+        reference_std: standard deviation of normal data for whose denoiser the last two terms at the same draws are
+            subtracted and their known means added (a control variate; only without probes). It changes the spread, not
+            the mean; for such data the spread is 0.
     """
     size = x[0].numel()
     z_total = 2 * math.log(sigma_max / sigma_min)
@@ -381,10 +393,11 @@ def _sums_of_squares(probes: torch.Tensor) -> torch.Tensor:
 
 
 def _normal_integral(x: torch.Tensor, std: float, sigma_min: float, sigma_max: float) -> torch.Tensor:
-    """Mean over sigma and z of the integral in `elbo` for the denoiser c x, c = std^2 / (sigma^2 + std^2), of data N(0, std^2).
+    """Mean over sigma and z of the integral in `elbo` for the denoiser c x of data N(0, std^2).
 
-    -int (|x|^2 (1 - c)^2 / sigma^2 + n (c^2 - 1)) d ln(sigma), with (1 - c)^2 / sigma^2 = sigma^2 / (sigma^2 + std^2)^2 and
-    1 - c^2 = sigma^2 / (sigma^2 + std^2) + std^2 sigma^2 / (sigma^2 + std^2)^2.
+    With c = std^2 / (sigma^2 + std^2) it is
+    -int (|x|^2 (1 - c)^2 / sigma^2 + n (c^2 - 1)) d ln(sigma), with (1 - c)^2 / sigma^2 = sigma^2 / (sigma^2 + std^2)^2
+    and 1 - c^2 = sigma^2 / (sigma^2 + std^2) + std^2 sigma^2 / (sigma^2 + std^2)^2.
     """
     low, high = sigma_min**2 + std**2, sigma_max**2 + std**2
     moment = (1 / low - 1 / high) / 2

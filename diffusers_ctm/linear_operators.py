@@ -12,8 +12,9 @@ from .checks import check_count
 class LinearOperator:
     """A linear map A of a batch of images, each alone, with its pseudo-inverse A+. Subclass it for one of your own.
 
-    `operator(x)` is A x and `operator.pseudo_inverse(y)` is A+ y, an image; A A+ A = A. Where A+ is the Moore-Penrose one
-    (A+ A symmetric, as in all classes here), A+ A is an orthogonal projection: what A sees is replaced and nothing else.
+    `operator(x)` is A x and `operator.pseudo_inverse(y)` is A+ y, an image; A A+ A = A. Where A+ is the Moore-Penrose
+    one (A+ A symmetric, as in all classes here), A+ A is an orthogonal projection: what A sees is replaced and nothing
+    else.
     """
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,10 +49,10 @@ class MaskOperator(LinearOperator):
 
 
 class GrayscaleOperator(LinearOperator):
-    """Colourisation: A x is the weighted mean over channels, shape (B, 1, H, W); A+ y = w y / |w|^2.
+    """Colorization: A x is the weighted mean over channels, shape (B, 1, H, W); A+ y = w y / |w|^2.
 
-    The same as a change to an orthogonal basis of colours whose first vector is w / |w| and of which the first coordinate is
-    known (Song et al. 2023, consistency models, Algorithm 4).
+    The same as a change to an orthogonal basis of colors whose first vector is w / |w| and of which the first
+    coordinate is known (Song et al. 2023, consistency models, Algorithm 4).
 
     Args:
         weights: w, one per channel, with sum 1; the default is luma as in PIL's mode "L" (ITU-R 601).
@@ -77,7 +78,7 @@ class GrayscaleOperator(LinearOperator):
 
 
 class BlockAverageOperator(LinearOperator):
-    """Super-resolution: A x is the mean of each block of `factor` x `factor` pixels; A+ y repeats each value over its block.
+    """Super-resolution: A x is the mean of each block of `factor` x `factor` pixels; A+ y repeats it over its block.
 
     Raises:
         ValueError: for a factor that is no whole number >= 1, or images whose height or width it does not divide.

@@ -8,19 +8,21 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .checks import as_number, check_count, check_positive
+from .class_labels import labels_and_batch_size
 from .guidance import Guidance
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .scheduling_karras import default_num_steps, jumps
 from .trajectory import karras_sigma, karras_starts
 
 
 class CTMImg2ImgPipeline(CTMPipeline):
-    """SDEdit (Meng et al. 2022) with trajectory jumps: strokes to images, variations, and denoising at the image's own level.
+    """SDEdit (Meng et al. 2022) with trajectory jumps: strokes to images, variations, and denoising at a known level.
 
-    The image is noised to a level and sampling starts there, so that what is coarser than the noise stays and the rest is
-    made anew. Components, classes, generators and callbacks are those of `CTMPipeline`; besides `CTMScheduler`,
+    The image is noised to a level and sampling starts there, so that what is coarser than the noise stays and the rest
+    is made anew. Components, classes, generators and callbacks are those of `CTMPipeline`; besides `CTMScheduler`,
     `EDMHeunScheduler` works (the exact score). One network evaluation per step with `CTMScheduler`.
     """
 
@@ -50,19 +52,23 @@ class CTMImg2ImgPipeline(CTMPipeline):
         """Edit images.
 
         Args:
-            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) of floats in
-                [0, 1] or of uint8, or a list of these, of the network's size. One image serves a whole batch.
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W)
+                of floats in [0, 1] or of uint8, or a list of these, of the network's size. One image serves a whole
+                batch.
             strength: in (0, 1], how far up the Karras schedule to go: the level is (a + strength (b - a))^rho with
-                a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5, the default, is 2.5
-                for levels from 0.002 to 80.
+                a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5,
+                the default, is 2.5 for levels from 0.002 to 80.
             sigma: instead, the level itself: standard deviation of the noise, for pixels in [-1, 1].
-            num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min, or to the `final_sigma` of
-                the scheduler's config. Default 1 with `CTMScheduler`, else 18. N network evaluations, 2N - 1 with `EDMHeunScheduler`.
+            num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min, or to
+                the `final_sigma` of the scheduler's config. Default 1 with `CTMScheduler`, else 18. N network
+                evaluations, 2N - 1 with `EDMHeunScheduler`.
             gamma: in [0, 1], a number or one per step; 0 is deterministic after the first noise.
-            sigmas: instead of the three above, the levels at which steps start, descending; the first is that of the image.
-            add_noise: False takes `image` as it is, as one that already carries normal noise of standard deviation `sigma` (or
-                `sigmas[0]`) for pixels in [-1, 1], and removes it. Arrays and tensors may then leave [0, 1]: a state x_t in [-1, 1]
-                plus noise is passed as (x_t + 1) / 2. An image that was clipped to [0, 1] has less noise at its ends than sigma says.
+            sigmas: instead of the three above, the levels at which steps start, descending; the first is that of the
+                image.
+            add_noise: False takes `image` as it is, as one that already carries normal noise of standard deviation
+                `sigma` (or `sigmas[0]`) for pixels in [-1, 1], and removes it. Arrays and tensors may then leave [0,
+                1]: a state x_t in [-1, 1] plus noise is passed as (x_t + 1) / 2. An image that was clipped to [0, 1]
+                has less noise at its ends than sigma says.
             batch_size: number of images. Default: as many as `image`, `class_labels`, `latents` or generators.
             class_labels: class of each new image; as in `CTMPipeline`.
             generator: source of all noise, or one per image.
@@ -71,15 +77,16 @@ class CTMImg2ImgPipeline(CTMPipeline):
             guidance, guidance_scale: as in `CTMPipeline`, at its costs.
 
         Raises:
-            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to
+                pass.
         """
         # 1. Check
         if image is None:
             raise ValueError("image is missing; pass the image to edit.")
         if not add_noise and latents is not None:
             raise ValueError("latents are noise to add, and add_noise=False adds none; pass one of them.")
-        image = read_images(image, self.unet.config.in_channels, self._image_size(), bounded=add_noise)
-        batch_size, callback_inputs = self._check_call(
+        image = read_images(image, self.unet.config.in_channels, self.image_size, bounded=add_noise)
+        batch_size, callback_inputs = self.check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         batch_size = self._batch_size_with(image, "image", batch_size)
@@ -88,8 +95,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
 
         # 2. Prepare
         device = self._execution_device
-        class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
-        self._set_timesteps(None, device, None, sigmas, gamma)
+        class_labels, batch_size = labels_and_batch_size(self, class_labels, batch_size, generator, device)
+        self.set_timesteps(device, sigmas=sigmas, gamma=gamma)
         start = (2 * image - 1).to(device).expand(batch_size, -1, -1, -1)
         if add_noise:
             start = start + self.prepare_latents(batch_size, device, generator, latents, tuple(start.shape[-2:]))
@@ -109,14 +116,15 @@ class CTMImg2ImgPipeline(CTMPipeline):
             raise ValueError("Pass one of `strength`, `sigma` and `sigmas`; each says at which level to start.")
         if not add_noise and sigma is None and sigmas is None:
             raise ValueError(
-                "add_noise=False needs `sigma`, the standard deviation of the noise that the image carries, for pixels in [-1, 1]."
+                "add_noise=False needs `sigma`, the standard deviation of the noise that the image carries, for "
+                "pixels in [-1, 1]."
             )
         if sigmas is not None:
             if num_inference_steps is not None:
                 raise ValueError("Pass `num_inference_steps` or `sigmas`, not both.")
             return sigmas
         if num_inference_steps is None:
-            num_inference_steps = 1 if hasattr(self.scheduler, "target_timesteps") else 18
+            num_inference_steps = default_num_steps(self.scheduler)
         check_count(num_inference_steps=num_inference_steps)
 
         config = self.scheduler.config
@@ -131,7 +139,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
         else:
             check_positive(sigma=sigma)
         end = config.sigma_min
-        if hasattr(self.scheduler, "target_timesteps") and config.final_sigma is not None:
+        if jumps(self.scheduler) and config.final_sigma is not None:
             end = config.final_sigma
         lowest, name = max((end, "final_sigma"), (config.sigma_min, "sigma_min"))
         if sigma <= lowest or sigma > config.sigma_max * (1 + 1e-4):

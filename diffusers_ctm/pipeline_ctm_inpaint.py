@@ -16,8 +16,8 @@ from .pipeline_output import CTMPipelineOutput
 class CTMInpaintPipeline(CTMRestorationPipeline):
     """Repaints the white part of a mask. `CTMRestorationPipeline` says how, and what to expect of gamma.
 
-    Known pixels come back exactly: as floats bit for bit ("latent", "pt" and "np"), as 8-bit values in PIL images; but not in an image that a
-    safety checker flags.
+    Known pixels come back exactly: as floats bit for bit ("latent", "pt" and "np"), as 8-bit values in PIL images; but
+    not in an image that a safety checker flags.
     """
 
     _given = "image"
@@ -45,14 +45,18 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         """Repaint images.
 
         Args:
-            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) of floats in
-                [0, 1] or of uint8, or a list of these, of the network's size. What lies under the white of the mask has no influence.
-            mask_image: white (from 0.5 on) where to repaint, black where to keep: a PIL image of mode "1", "L" or "RGB", an array
-                (B, H, W, 1) or tensor (B, 1, H, W), or a list of these, of the size of the image. One image or mask serves a whole batch.
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W)
+                of floats in [0, 1] or of uint8, or a list of these, of the network's size. What lies under the white of
+                the mask has no influence.
+            mask_image: white (from 0.5 on) where to repaint, black where to keep: a PIL image of mode "1", "L" or
+                "RGB", an array (B, H, W, 1) or tensor (B, 1, H, W), or a list of these, of the size of the image. One
+                image or mask serves a whole batch.
             num_inference_steps: N, and the number of network evaluations. Default 18.
-            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models' Algorithm 4.
+            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models'
+                Algorithm 4.
             timesteps, sigmas: instead of `num_inference_steps`, where steps start; as in `CTMPipeline`.
-            batch_size: number of images. Default: as many as `image`, `mask_image`, `class_labels`, `latents` or generators.
+            batch_size: number of images. Default: as many as `image`, `mask_image`, `class_labels`, `latents` or
+                generators.
             class_labels: class of each image; as in `CTMPipeline`.
             generator: source of all noise, or one per image.
             latents: unit normal noise of shape (B, C, H, W) to start with, times the first level.
@@ -60,11 +64,12 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
             guidance, guidance_scale: as in `CTMPipeline`, at its costs; what is known stays known.
 
         Raises:
-            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+            ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to
+                pass.
         """
         if image is None or mask_image is None:
             raise ValueError("image and mask_image must both be given.")
-        image = read_images(image, self.unet.config.in_channels, self._image_size())
+        image = read_images(image, self.unet.config.in_channels, self.image_size)
         repaint = read_masks(mask_image, tuple(image.shape[-2:]))
         if len(image) != len(repaint) and 1 not in (len(image), len(repaint)):
             raise ValueError(f"image has {len(image)} entries and mask_image {len(repaint)}; pass one or as many.")
@@ -73,12 +78,22 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         known = (~repaint[:, :1]).to(device=self._execution_device, dtype=image.dtype)  # once, not at every step
         operator = MaskOperator(known)
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        levels = (num_inference_steps, timesteps, sigmas, gamma)
+        levels = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
         pixels = operator((2 * image - 1).to(known.device))
         latents, class_labels = self._restore(
-            pixels, operator, operator.pseudo_inverse, levels, batch_size, class_labels, generator, latents, output_type,
-            callback, guidance, guidance_scale,
-        )  # fmt: skip
+            pixels,
+            operator,
+            operator.pseudo_inverse,
+            levels,
+            batch_size,
+            class_labels,
+            generator,
+            latents,
+            output_type,
+            callback,
+            guidance,
+            guidance_scale,
+        )
         if output_type == "latent":
             return self._finish(latents, output_type, return_dict, class_labels)
         # [-1, 1] and back is not exact in floats: the known pixels are put back as they were given

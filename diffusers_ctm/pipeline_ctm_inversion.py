@@ -8,7 +8,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from .checks import as_float64, check_count
+from .checks import as_float64, callback_tensors, check_count, check_output_type
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .pipeline_output import CTMPipelineOutput
@@ -30,14 +30,15 @@ class CTMInversionOutput(BaseOutput):
 class CTMInversionPipeline(CTMPipeline):
     """Encodes images: follows the probability-flow ODE from an image, taken as the state at sigma_min, up to sigma_max.
 
-    Heun's method on the exact score, so that it works for a CTM (asked for g(x, t, t)) and for an EDM teacher alike. Make it from a
-    loaded pipeline by `CTMInversionPipeline.from_pipe(pipe)`, or load it by `CTMInversionPipeline.from_pretrained`.
+    Heun's method on the exact score, so that it works for a CTM (asked for g(x, t, t)) and for an EDM teacher alike.
+    Make it from a loaded pipeline by `CTMInversionPipeline.from_pipe(pipe)`, or load it by
+    `CTMInversionPipeline.from_pretrained`.
 
-    N steps cost 2N network evaluations, and the latents are off by an error of order 1 / N^2. `decode` walks the same levels down and
-    returns the image up to such an error or less.
+    N steps cost 2N network evaluations, and the latents are off by an error of order 1 / N^2. `decode` walks the same
+    levels down and returns the image up to such an error or less.
 
-    An image is clean, a state at sigma_min has noise of that size. Where the data hardly vary (a constant background), the
-    latents of images are therefore nearer to 0 than unit normal noise.
+    An image is clean, a state at sigma_min has noise of that size. Where the data hardly vary (a constant background),
+    the latents of images are therefore nearer to 0 than unit normal noise.
     """
 
     _digital_source_type = EDITED
@@ -55,21 +56,21 @@ class CTMInversionPipeline(CTMPipeline):
         """Encode images.
 
         Args:
-            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W) of floats in
-                [0, 1] or of uint8, or a list of these, of the network's size.
+            image: a PIL image ("L" or "RGB", as the network has channels), an array (B, H, W, C) or tensor (B, C, H, W)
+                of floats in [0, 1] or of uint8, or a list of these, of the network's size.
             class_labels: class of each image, or one for all; numbers or names. Needed by a class-conditional network.
             num_inference_steps: N, on the Karras schedule with N + 1 levels; 2N network evaluations.
             return_dict: return a `CTMInversionOutput` rather than a tuple.
-            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": state})` after each step, with the c_noise of
-                the level reached; may return a dict with new latents.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": state})` after each
+                step, with the c_noise of the level reached; may return a dict with new latents.
             callback_on_step_end_tensor_inputs: which tensors it gets; "latents" is all there is.
 
         Returns:
             `CTMInversionOutput` with `latents`, the state at sigma_max divided by sigma_max, or a tuple that holds it.
 
         Raises:
-            ValueError: images of another size or mode or with NaN, labels missing or not expected, a scheduler that is not of this
-                package.
+            ValueError: images of another size or mode or with NaN, labels missing or not expected, a scheduler that is
+                not of this package.
         """
         device = self._execution_device
         x = self._read(image, "image").to(device)
@@ -93,11 +94,11 @@ class CTMInversionPipeline(CTMPipeline):
     ) -> CTMPipelineOutput | tuple:
         """The images of `latents`: the same levels downward, from sigma_max to sigma_min, 2N network evaluations.
 
-        Takes what `__call__` takes, with `latents` (B, C, H, W) in place of images; `output_type` is that of `CTMPipeline`.
-        `CTMPipeline.from_pipe(pipe)(latents=latents)` decodes by the CTM's jumps instead, from one evaluation on.
+        Takes what `__call__` takes, with `latents` (B, C, H, W) in place of images; `output_type` is that of
+        `CTMPipeline`. `CTMPipeline.from_pipe(pipe)(latents=latents)` decodes by the CTM's jumps instead, from one
+        evaluation on.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        check_output_type(output_type)
         channels = self.unet.config.in_channels
         is_batch = isinstance(latents, torch.Tensor) and latents.ndim == 4 and latents.shape[1] == channels
         if not is_batch or not latents.isfinite().all():
@@ -124,15 +125,16 @@ class CTMInversionPipeline(CTMPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> CTMPipelineOutput | tuple:
-        """Images between two, by spherical interpolation of their latents: both encoded, `slerp` at each weight, decoded.
+        """Images between two, by spherical interpolation of latents: both are encoded, mixed by `slerp`, and decoded.
 
-        Weight 0 gives `image`, 1 `other_image`, both up to the error of encoding and decoding. Costs 4N network evaluations, the first
-        2N on a batch of two, the others on one of `len(weights)`.
+        Weight 0 gives `image`, 1 `other_image`, both up to the error of encoding and decoding. Costs 4N network
+        evaluations, the first 2N on a batch of two, the others on one of `len(weights)`.
 
         Args:
             image, other_image: one image each, as in `__call__`.
             weights: numbers in [0, 1].
-            class_labels: one class for all, or that of the two images: then images of weight below 1/2 are decoded as the first.
+            class_labels: one class for all, or that of the two images: then images of weight below 1/2 are decoded as
+                the first.
             num_inference_steps: N.
             output_type: "pil", "np", "pt" or "latent", as in `CTMPipeline`.
             return_dict: return an `CTMPipelineOutput` rather than a tuple.
@@ -154,7 +156,7 @@ class CTMInversionPipeline(CTMPipeline):
 
     def _read(self, image, name: str) -> torch.Tensor:
         """`image` as (B, C, H, W) in [-1, 1], of the channels and size of the network."""
-        return 2 * read_images(image, self.unet.config.in_channels, self._image_size(), name) - 1
+        return 2 * read_images(image, self.unet.config.in_channels, self.image_size, name) - 1
 
     def _ode_levels(self, num_steps: int) -> torch.Tensor:
         """The scheduler's N + 1 Karras levels from sigma_max to sigma_min, float64."""
@@ -165,13 +167,7 @@ class CTMInversionPipeline(CTMPipeline):
 
     def _follow(self, x, levels, condition, callback=None, callback_inputs=None) -> torch.Tensor:
         """Heun's method from `x` at the first of `levels` to the last, in either direction."""
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_inputs = callback.tensor_inputs
-        callback_inputs = callback_inputs or ["latents"]
-        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {callback_inputs}."
-            )
+        callback_tensors(callback, callback_inputs, self._callback_tensor_inputs)
         denoiser = exact_denoiser(self, **condition)
         levels = levels.to(device=x.device, dtype=x.dtype)
         self._interrupt = False
@@ -190,9 +186,9 @@ class CTMInversionPipeline(CTMPipeline):
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float) -> torch.Tensor:
     """Spherical interpolation of each sample: weight 0 gives `a`, 1 gives `b`.
 
-    (sin((1 - w) theta) a + sin(w theta) b) / sin(theta), theta the angle between a and b as vectors. Independent unit normal
-    `a` and `b` of many dimensions then give unit normal values, which linear interpolation does not: it shrinks them to
-    sqrt(1/2) in the middle. Almost parallel samples are interpolated linearly.
+    (sin((1 - w) theta) a + sin(w theta) b) / sin(theta), theta the angle between a and b as vectors. Independent unit
+    normal `a` and `b` of many dimensions then give unit normal values, which linear interpolation does not: it shrinks
+    them to sqrt(1/2) in the middle. Almost parallel samples are interpolated linearly.
 
     Args:
         a, b: shape (B, ...).

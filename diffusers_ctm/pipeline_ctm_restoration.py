@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Restoration without training: images that match a linear measurement, by a consistency trajectory model."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,34 +9,36 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
+from .class_labels import labels_and_batch_size
 from .guidance import Guidance
 from .image_inputs import read_images
 from .linear_operators import check_operator, consistent_image
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .scheduling_karras import jumps
 
 
 class CTMRestorationPipeline(CTMPipeline):
-    """Images x with A x = y for a linear operator A: colourisation, super-resolution, inpainting, any A with a pseudo-inverse.
+    """Images x with A x = y for a linear operator A: colorization, super-resolution, inpainting, and others.
 
-    Consistency models' Algorithm 4 (Song et al. 2023) with trajectory jumps. It starts from x = A+ y + t_1 z; the step from
-    level t to t_next, with s from gamma's split, is
+    Consistency models' Algorithm 4 (Song et al. 2023) with trajectory jumps. It starts from x = A+ y + t_1 z; the step
+    from level t to t_next, with s from gamma's split, is
 
         x_0    <- the image that the jump G(x_t, t, s) aims at: (m/t) x_t + (1 - m/t) g(x_t, t, s), m = sigma_min
         x_0    <- A+ y + (I - A+ A) x_0
         x_s    <- x_0 + (s - m)/(t - m) (x_t - x_0)
         x_next <- x_s + sqrt(t_next^2 - s^2) z
 
-    one network evaluation each. The image counts as the state at sigma_min, so gamma = 1, where s = m, is Algorithm 4 itself;
-    without a measurement it is `CTMPipeline`'s step. What A sees of x_t is y plus noise of about the level at every step,
-    and A x = y holds in the end.
+    one network evaluation each. The image counts as the state at sigma_min, so gamma = 1, where s = m, is Algorithm 4
+    itself; without a measurement it is `CTMPipeline`'s step. What A sees of x_t is y plus noise of about the level at
+    every step, and A x = y holds in the end.
 
-    The method is approximate. The network is shown the noised measurement, and what A does not see follows from it as in an
-    unconditional sample. With gamma > 0 and ever more steps the renoising of ever smaller levels is Langevin dynamics of the
-    conditional distribution, which it then approaches; gamma = 1 is fastest. gamma = 0 never renoises and stays
-    wrong however many steps are taken: relations between known and unknown pixels come out too weak. The measurement is
-    taken as exact: a noisy one leaves its noise in the images.
+    The method is approximate. The network is shown the noised measurement, and what A does not see follows from it as
+    in an unconditional sample. With gamma > 0 and ever more steps the renoising of ever smaller levels is Langevin
+    dynamics of the conditional distribution, which it then approaches; gamma = 1 is fastest. gamma = 0 never renoises
+    and stays wrong however many steps are taken: relations between known and unknown pixels come out too weak. The
+    measurement is taken as exact: a noisy one leaves its noise in the images.
 
     Components, classes, generators and callbacks are those of `CTMPipeline`; the scheduler is `CTMScheduler`.
     """
@@ -69,14 +70,15 @@ class CTMRestorationPipeline(CTMPipeline):
         """Restore images.
 
         Args:
-            measurement: y, shape (B, ...): a tensor with the values that `operator` gives for pixels in [-1, 1]. Or, where it is an
-                image with black = -1 and white = 1, a PIL image, an array of shape (B, H, W, C) in [0, 1], or a list of these. One
-                measurement serves a whole batch.
-            operator: A, linear, from images (B, C, H, W) to (B, ...), each image alone: a `LinearOperator` or any function.
+            measurement: y, shape (B, ...): a tensor with the values that `operator` gives for pixels in [-1, 1]. Or,
+                where it is an image with black = -1 and white = 1, a PIL image, an array of shape (B, H, W, C) in [0,
+                1], or a list of these. One measurement serves a whole batch.
+            operator: A, linear, from images (B, C, H, W) to (B, ...), each image alone: a `LinearOperator` or any
+                function.
             pseudo_inverse: A+, with A A+ A = A. Default: `operator.pseudo_inverse`.
             num_inference_steps: N, and the number of network evaluations. Default 18.
-            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models' Algorithm 4;
-                see the class.
+            gamma: in [0, 1], a number or one per step; None is the scheduler's. 1, the default, is consistency models'
+                Algorithm 4; see the class.
             timesteps, sigmas: instead of `num_inference_steps`, where steps start; as in `CTMPipeline`.
             batch_size: number of images. Default: as many as `measurement`, `class_labels`, `latents` or generators.
             class_labels: class of each image; as in `CTMPipeline`.
@@ -86,8 +88,9 @@ class CTMRestorationPipeline(CTMPipeline):
             guidance, guidance_scale: as in `CTMPipeline`, at its costs; what is known stays known.
 
         Raises:
-            ValueError: for an operator that is not linear, a pseudo-inverse that is not its own, a measurement of another shape, and
-                for arguments that do not fit each other, the network or the scheduler; the message says what to pass.
+            ValueError: for an operator that is not linear, a pseudo-inverse that is not its own, a measurement of
+                another shape, and for arguments that do not fit each other, the network or the scheduler; the message
+                says what to pass.
         """
         if operator is None or not callable(operator):
             raise ValueError(f"operator must be a LinearOperator or a function, got {operator!r}.")
@@ -96,11 +99,21 @@ class CTMRestorationPipeline(CTMPipeline):
         if not callable(pseudo_inverse):
             raise ValueError("pseudo_inverse is missing; pass a function, or an operator that has one of that name.")
         callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        levels = (num_inference_steps, timesteps, sigmas, gamma)
+        levels = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
         images, class_labels = self._restore(
-            _read_measurement(measurement), operator, pseudo_inverse, levels, batch_size, class_labels, generator, latents,
-            output_type, callback, guidance, guidance_scale,
-        )  # fmt: skip
+            _read_measurement(measurement),
+            operator,
+            pseudo_inverse,
+            levels,
+            batch_size,
+            class_labels,
+            generator,
+            latents,
+            output_type,
+            callback,
+            guidance,
+            guidance_scale,
+        )
         return self._finish(images, output_type, return_dict, class_labels)
 
     def _restore(
@@ -118,27 +131,26 @@ class CTMRestorationPipeline(CTMPipeline):
         guidance,
         guidance_scale,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last sample, in [-1, 1], and its classes; `y` is a checked tensor, `levels` what `set_timesteps` takes."""
+        """The last sample, in [-1, 1], and its classes. `y` is a checked tensor; `levels` go to `set_timesteps`."""
         # 1. Check
-        batch_size, callback_inputs = self._check_call(batch_size, latents, generator, output_type, *callback)
-        if "project" not in inspect.signature(self.scheduler.step).parameters:
+        batch_size, callback_inputs = self.check_call(batch_size, latents, generator, output_type, *callback)
+        if not jumps(self.scheduler):
             raise ValueError(
                 f"{type(self).__name__} works with CTMScheduler, not with {type(self.scheduler).__name__}: use "
                 "`CTMScheduler.from_config(pipe.scheduler.config)` and a CTM."
             )
         network = self._guided_network(guidance_scale, guidance)
         batch_size = self._batch_size_with(y, self._given, batch_size)
-        num_inference_steps, timesteps, sigmas, gamma = levels
-        if num_inference_steps is None and timesteps is None and sigmas is None:
-            num_inference_steps = 18
+        if all(levels[name] is None for name in ("num_inference_steps", "timesteps", "sigmas")):
+            levels["num_inference_steps"] = 18
 
         # 2. Prepare
         device = self._execution_device
-        class_labels, batch_size = self._class_labels(class_labels, batch_size, generator, device)
+        class_labels, batch_size = labels_and_batch_size(self, class_labels, batch_size, generator, device)
         end = self.scheduler.config.sigma_min  # where the image counts as the state
-        self._set_timesteps(num_inference_steps, device, timesteps, sigmas, gamma, final_sigma=end)
+        self.set_timesteps(device, **levels, final_sigma=end)
         y = y.to(device).expand(batch_size, *y.shape[1:])
-        size = self._image_size() or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
+        size = self.image_size or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
         check_operator(operator, pseudo_inverse, (batch_size, self.unet.config.in_channels, *size), y)
         known = pseudo_inverse(y)
         start = known + self.prepare_latents(batch_size, device, generator, latents, size)

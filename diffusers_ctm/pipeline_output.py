@@ -12,8 +12,8 @@ class CTMPipelineOutput(ImagePipelineOutput):
     """Output of `CTMPipeline` and of the pipelines that build on it.
 
     Args:
-        images: as `output_type` asked: PIL images, an array (B, H, W, C) or a tensor (B, C, H, W). Those that a safety checker flagged are
-            black.
+        images: as `output_type` asked: PIL images, an array (B, H, W, C) or a tensor (B, C, H, W). Those that a safety
+            checker flagged are black.
         nsfw_content_detected: whether each image was flagged; None without a safety checker.
         provenance: how each image was made, a dict with the keys of `provenance.FIELDS`; what `save_images` writes.
     """

@@ -4,32 +4,24 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 
-from .checks import check_steps
+from .checks import as_float64, check_choice, check_count, check_positive
 from .trajectory import append_dims, as_level, jump
 
 
-DISCRETE_TYPES = ("epsilon", "v_prediction", "sample")  # of a diffusion in discrete steps, whose levels its betas give
-
-PREDICTION_TYPES = ("edm", *DISCRETE_TYPES, "flow_prediction", "score", "consistency")
-
-
-def c_noise(sigma: torch.Tensor | float, timestep_scale: float = 1.0) -> torch.Tensor:
-    """What the network is shown of a noise level: timestep_scale * ln(sigma) / 4.
-
-    timestep_scale = 1 is NVIDIA's EDM (Karras et al. 2022, Table 1), 1000 the OpenAI / consistency / CTM family.
-    sigma = 0 gives -inf: no network sees a level below sigma_min.
-    """
-    return timestep_scale / 4 * torch.log(as_level(sigma))
+def condition(class_labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Keyword arguments that show a network its classes, of shape (B,); empty without classes."""
+    return {} if class_labels is None else {"class_labels": class_labels}
 
 
-def sigma_of_c_noise(timestep: torch.Tensor | float, timestep_scale: float = 1.0) -> torch.Tensor:
-    """The noise level of which `timestep` is the c_noise. Inverse of `c_noise`."""
-    return torch.exp(as_level(timestep) * (4 / timestep_scale))
+def edm_loss_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
+    """1 / c_out^2, the weight of |D - x_0|^2 that makes the loss of F uniform over levels (Karras et al. 2022)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def discrete_levels(
@@ -42,12 +34,12 @@ def discrete_levels(
 ) -> torch.Tensor:
     """Noise levels sqrt((1 - abar) / abar) of the timesteps 0, 1, 2, ... of a DDPM, ascending, float64 on the CPU.
 
-    Arguments, betas and abar are those of diffusers' `DDPMScheduler`, its rounding to float32 included: networks were trained
-    with it. With `rescale_betas_zero_snr` the last timestep is pure noise, has no finite level and is left out. Raises
-    ValueError if the levels do not rise or are fewer than two.
+    Arguments, betas and abar are those of diffusers' `DDPMScheduler`, its rounding to float32 included: networks were
+    trained with it. With `rescale_betas_zero_snr` the last timestep is pure noise. It has no finite level and is left
+    out. Raises ValueError if the levels do not rise or are fewer than two.
     """
     if trained_betas is None:
-        check_steps(num_diffusion_timesteps=num_diffusion_timesteps)
+        check_count(num_diffusion_timesteps=num_diffusion_timesteps)
     try:
         scheduler = DDPMScheduler(
             num_train_timesteps=num_diffusion_timesteps,
@@ -59,9 +51,10 @@ def discrete_levels(
         )
     except NotImplementedError as error:
         raise ValueError(
-            f"beta_schedule={beta_schedule!r} is not known; use 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'sigmoid' or 'laplace'."
+            f"beta_schedule={beta_schedule!r} is not known; use 'linear', 'scaled_linear', 'squaredcos_cap_v2', "
+            "'sigmoid' or 'laplace'."
         ) from error
-    except (TypeError, RuntimeError) as error:  # of what is no number
+    except (TypeError, RuntimeError) as error:  # the betas are not numbers
         raise ValueError(f"beta_start={beta_start!r} and beta_end={beta_end!r} make no betas.") from error
     alphas_cumprod = scheduler.alphas_cumprod.double()
     levels = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
@@ -71,66 +64,316 @@ def discrete_levels(
     return levels
 
 
-def condition(class_labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Keyword arguments that show a network its classes, of shape (B,); none without classes."""
-    return {} if class_labels is None else {"class_labels": class_labels}
-
-
 @functools.lru_cache(maxsize=64)
 def _log_levels(process: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """ln of `discrete_levels(*process)`, kept: training asks at every step."""
-    with torch.inference_mode(False), torch.device("cpu"):  # whoever asks first
+    with torch.inference_mode(False), torch.device("cpu"):  # the first caller may be in another mode
         return discrete_levels(*process).log().to(device=device, dtype=dtype)
 
 
-def scalings(
-    sigma: torch.Tensor, sigma_data: float = 0.5, prediction_type: str = "edm", sigma_min: float = 0.002
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(c_skip, c_out, c_in), so that g = c_skip x + c_out F(c_in x). Each has the shape of `sigma`.
+# The kinds of prediction ----------------------------------------------------------------------------------------------
 
-    The state x = x_0 + sigma n is variance exploding for all of them. What F predicts, by `prediction_type`:
 
-    - "edm": F of Karras et al. 2022, Table 1; its input and target have unit variance at every level.
-    - "epsilon": the noise n, from x / sqrt(1 + sigma^2), as DDPM does (Ho et al. 2020). Its errors reach g times sigma.
-    - "v_prediction": alpha n - sqrt(1 - alpha^2) x_0 with alpha = 1 / sqrt(1 + sigma^2), from the same input (Salimans & Ho 2022).
-    - "sample": x_0, from the same input.
-    - "flow_prediction": n - x_0, from x / (1 + sigma) = (1 - tau) x_0 + tau n (Lipman et al. 2023).
-    - "score": the score of data in [0, 1] at sigma / 2, from (x + 1) / 2, whose 1/2 is `input_shift` (Song et al. 2021, VE).
-    - "consistency": F of a consistency model, whose f is the jump to sigma_min: G(x, sigma, sigma_min) = f with the boundary
-      scalings of Song et al. 2023, Appendix C. Only there is g known; as sigma_min -> 0 it is "edm".
+class Prediction:
+    """A kind of prediction: what F says about x = x_0 + sigma n, and what F is shown.
+
+    A new kind is a subclass of this one, listed in `PREDICTIONS`. The argument `p` of its methods is the
+    `Preconditioning` that holds the network's numbers; levels and results have one shape.
     """
-    one = torch.ones_like(sigma)
-    if prediction_type == "edm":
-        total = sigma**2 + sigma_data**2
-        return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
-    if prediction_type == "epsilon":
-        return one, -sigma, (1 + sigma**2).rsqrt()
-    if prediction_type == "v_prediction":
+
+    name: str  # its `prediction_type`
+    numbers: tuple[str, ...] = ("sigma_data", "timestep_scale")  # those of `Preconditioning` that it uses
+    input_shift = 0.0  # added to c_in x
+    is_denoiser = True  # whether F gives D(x, t); else it knows the end of a trajectory only
+    learnt_every_level = False  # whether it was trained beyond [sigma_min, sigma_max] too
+    magnifies_rounding = False  # whether rounding errors of F reach the image times the noise level
+    default_scheduler = (
+        "EDMEulerScheduler"  # the diffusers scheduler whose defaults hold if a network comes without one
+    )
+    edm_scheduler_type: str | None = None  # what diffusers' EDM schedulers call it; None: they cannot sample it
+
+    def check(self, p: "Preconditioning") -> None:
+        """Raise ValueError if a number that this kind needs is missing."""
+
+    def scalings(self, sigma: torch.Tensor, p: "Preconditioning") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(c_skip, c_out, c_in), so that g = c_skip x + c_out F(c_in x + input_shift)."""
+
+    def c_noise(self, level: torch.Tensor, p: "Preconditioning") -> torch.Tensor:
+        """The time that F is shown for a noise level."""
+
+    def sigma_of_c_noise(self, timestep: torch.Tensor, p: "Preconditioning") -> torch.Tensor:
+        """Inverse of `c_noise`."""
+
+    def level_range(self, p: "Preconditioning") -> tuple[float, float]:
+        """Lowest and highest noise level that F can be shown."""
+        return 0.0, math.inf
+
+    def loss_weight(self, sigma: torch.Tensor, p: "Preconditioning") -> torch.Tensor:
+        """The weight of |D - x_0|^2 in this kind's own training: 1 / c_out^2, the plain loss of F."""
+        return 1 / self.scalings(sigma, p)[1] ** 2
+
+    def numbers_of(self, config: Mapping, said: str | None) -> dict[str, Any] | None:
+        """Our numbers from a diffusers scheduler's `config`; None if its networks are of another kind.
+
+        `said` is the prediction type that the config names. Raises ValueError for a config that would be misread.
+        """
+
+
+class EDMPrediction(Prediction):
+    """F of Karras et al. 2022, Table 1: input and target have unit variance at every level. Shown ln(level) / 4."""
+
+    name = "edm"
+    learnt_every_level = True
+    edm_scheduler_type = "epsilon"
+
+    def scalings(self, sigma, p):
+        total = sigma**2 + p.sigma_data**2
+        return p.sigma_data**2 / total, sigma * p.sigma_data / total.sqrt(), 1 / total.sqrt()
+
+    def c_noise(self, level, p):
+        return p.timestep_scale / 4 * torch.log(level)
+
+    def sigma_of_c_noise(self, timestep, p):
+        return torch.exp(timestep * (4 / p.timestep_scale))
+
+    def loss_weight(self, sigma, p):
+        return edm_loss_weight(sigma, p.sigma_data)
+
+    def numbers_of(self, config, said):
+        if "sigma_schedule" in config:  # diffusers' EDM schedulers; with betas they were made from a config of ours
+            if said == "v_prediction" and not has_betas(config):
+                raise ValueError("prediction_type='v_prediction' of diffusers' EDM schedulers, -F, is not supported.")
+            return dict(config) if said == self.edm_scheduler_type and not has_betas(config) else None
+        if said == "sample" and "sigma_data" in config:  # the authors' teacher; no scheduler of diffusers writes both
+            return _numbers_of_openai(config)
+        return None
+
+
+class DiscretePrediction(Prediction):
+    """Base of diffusions in discrete steps, whose betas say the levels. F sees x / sqrt(1 + sigma^2) and a timestep.
+
+    Between two whole timesteps the time is interpolated over ln(level); beyond the first and last it is those. A
+    network trained on whole timesteps has to interpolate alike.
+    """
+
+    process = (
+        "num_diffusion_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
+    numbers = Prediction.numbers + process
+    default_scheduler = "DDPMScheduler"
+
+    def check(self, p):
+        if p.beta_schedule is None and p.trained_betas is None:
+            raise ValueError(
+                f"prediction_type={self.name!r} needs the levels of its timesteps: pass beta_schedule (such as "
+                "'linear', with beta_start and beta_end) or trained_betas, as in DDPMScheduler."
+            )
+
+    def _nodes(self, like: torch.Tensor, p: "Preconditioning") -> torch.Tensor:
+        """ln(level) of every whole timestep."""
+        return _log_levels(tuple(getattr(p, name) for name in self.process), like.dtype, like.device)
+
+    def c_noise(self, level, p):
+        nodes = self._nodes(level, p)
+        value = level.log()
+        after = torch.searchsorted(nodes, value).clamp(1, len(nodes) - 1)
+        low, high = nodes[after - 1], nodes[after]
+        return (after - 1 + (value - low) / (high - low)).clamp(0, len(nodes) - 1)
+
+    def sigma_of_c_noise(self, timestep, p):
+        nodes = self._nodes(timestep, p)
+        timestep = timestep.clamp(0, len(nodes) - 1)
+        before = timestep.long().clamp(max=len(nodes) - 2)
+        return torch.exp(nodes[before] + (timestep - before) * (nodes[before + 1] - nodes[before]))
+
+    def level_range(self, p):
+        levels = self._nodes(torch.zeros((), dtype=torch.float64, device="cpu"), p)
+        return levels[0].exp().item(), levels[-1].exp().item()
+
+    def numbers_of(self, config, said):
+        if not has_betas(config) or "shift" in config or (said or "epsilon") != self.name:
+            return None
+        if config.get("snr_shift_scale", 1.0) != 1.0:
+            raise ValueError(
+                f"Betas whose levels snr_shift_scale={config['snr_shift_scale']!r} moves are not supported."
+            )
+        if config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"use_flow_sigmas=True with prediction_type={said!r} is not supported, only with 'flow_prediction'."
+            )
+        if "original_inference_steps" in config:
+            raise ValueError(
+                "A network of an LCMScheduler or TCDScheduler jumps to the end of trajectories and is no denoiser; it "
+                "is not supported."
+            )
+        steps, betas = _diffusion_timesteps(config), config.get("trained_betas")
+        if betas is not None:
+            betas = as_float64(betas, "trained_betas").flatten().tolist()
+            steps = len(betas)
+        process = {name: config[name] for name in self.process if name in config}
+        process |= {"num_diffusion_timesteps": steps, "trained_betas": betas}
+        levels = discrete_levels(**process).tolist()
+        return {**process, "sigma_min": levels[0], "sigma_max": levels[-1]}
+
+
+class EpsilonPrediction(DiscretePrediction):
+    """The noise n, as DDPM predicts it (Ho et al. 2020). Its errors reach g times sigma."""
+
+    name = "epsilon"
+    magnifies_rounding = True
+
+    def scalings(self, sigma, p):
+        return torch.ones_like(sigma), -sigma, (1 + sigma**2).rsqrt()
+
+
+class VelocityPrediction(DiscretePrediction):
+    """alpha n - sqrt(1 - alpha^2) x_0 with alpha = 1 / sqrt(1 + sigma^2) (Salimans & Ho 2022)."""
+
+    name = "v_prediction"
+
+    def scalings(self, sigma, p):
         c_in = (1 + sigma**2).rsqrt()
         return c_in**2, -sigma * c_in, c_in
-    if prediction_type == "sample":
+
+    def numbers_of(self, config, said):
+        if said == self.name and config.get("timestep_type") == "continuous":
+            raise ValueError(
+                "timestep_type='continuous' with v_prediction shows ln(sigma) / 4 instead of timesteps, which is not "
+                "supported."
+            )
+        return super().numbers_of(config, said)
+
+
+class SamplePrediction(DiscretePrediction):
+    """x_0 itself."""
+
+    name = "sample"
+
+    def scalings(self, sigma, p):
+        one = torch.ones_like(sigma)
         return 0 * one, one, (1 + sigma**2).rsqrt()
-    if prediction_type == "flow_prediction":
+
+
+class FlowPrediction(Prediction):
+    """n - x_0, from x / (1 + sigma) = (1 - tau) x_0 + tau n, tau = sigma / (1 + sigma) (Lipman et al. 2023).
+
+    It is shown num_diffusion_timesteps * tau.
+    """
+
+    name = "flow_prediction"
+    numbers = (*Prediction.numbers, "num_diffusion_timesteps")
+    default_scheduler = "FlowMatchEulerDiscreteScheduler"
+
+    def scalings(self, sigma, p):
         c_in = 1 / (1 + sigma)
         return c_in, -sigma * c_in, c_in
-    if prediction_type == "score":
+
+    def c_noise(self, level, p):
+        return p.num_diffusion_timesteps * level / (1 + level)
+
+    def sigma_of_c_noise(self, timestep, p):
+        return timestep / (p.num_diffusion_timesteps - timestep)
+
+    def numbers_of(self, config, said):
+        if said != self.name and "shift" not in config:
+            return None
+        if config.get("invert_sigmas"):
+            raise ValueError("A flow with invert_sigmas=True runs from data to noise, which is not supported.")
+        steps = _diffusion_timesteps(config)
+        check_count(num_train_timesteps=steps)
+        if steps < 2:
+            raise ValueError(f"A flow with num_train_timesteps={steps} has no levels between its ends.")
+        return {"num_diffusion_timesteps": steps, "sigma_min": 1 / (steps - 1), "sigma_max": 80.0}
+
+
+class ScorePrediction(Prediction):
+    """The score of data in [0, 1] at sigma / 2, from (x + 1) / 2, shown sigma / 2 (Song et al. 2021, VE)."""
+
+    name = "score"
+    input_shift = 0.5
+    magnifies_rounding = True
+    default_scheduler = "ScoreSdeVeScheduler"
+
+    def scalings(self, sigma, p):
+        one = torch.ones_like(sigma)
         return one, sigma**2 / 2, one / 2
-    if prediction_type == "consistency":
+
+    def c_noise(self, level, p):
+        return level / 2
+
+    def sigma_of_c_noise(self, timestep, p):
+        return 2 * timestep
+
+    def loss_weight(self, sigma, p):
+        return 1 / sigma**2
+
+    def numbers_of(self, config, said):
+        if "beta_min" in config:
+            raise ValueError("The continuous times of a ScoreSdeVpScheduler are not supported.")
+        if "sampling_eps" not in config:
+            return None
+        check_positive(**{name: config.get(name) for name in ("sigma_min", "sigma_max")})
+        return {"sigma_min": 2 * config["sigma_min"], "sigma_max": 2 * config["sigma_max"]}
+
+
+class ConsistencyPrediction(EDMPrediction):
+    """F of a consistency model (Song et al. 2023, Appendix C), whose f is the jump to sigma_min.
+
+    G(x, sigma, sigma_min) = f, and g is known for that jump only. As sigma_min -> 0 it is "edm".
+    """
+
+    name = "consistency"
+    numbers = (*Prediction.numbers, "sigma_min")
+    is_denoiser = False
+    learnt_every_level = False
+    default_scheduler = "CMStochasticIterativeScheduler"
+    edm_scheduler_type = None
+
+    def scalings(self, sigma, p):
         # f = (sigma_min / sigma) x + (1 - sigma_min / sigma) g, solved for g.
-        above, total = sigma - sigma_min, sigma**2 + sigma_data**2
-        c_skip = (sigma_data**2 - sigma_min * above) / (above**2 + sigma_data**2)
-        return c_skip, sigma * sigma_data / total.sqrt(), 1 / total.sqrt()
-    raise ValueError(f"prediction_type={prediction_type!r} is not known; use one of {PREDICTION_TYPES}.")
+        above, total = sigma - p.sigma_min, sigma**2 + p.sigma_data**2
+        c_skip = (p.sigma_data**2 - p.sigma_min * above) / (above**2 + p.sigma_data**2)
+        return c_skip, sigma * p.sigma_data / total.sqrt(), 1 / total.sqrt()
+
+    def numbers_of(self, config, said):
+        return _numbers_of_openai(config) if "clip_denoised" in config else None
 
 
-def input_shift(prediction_type: str) -> float:
-    """What is added to c_in x before the network: 1/2 for "score", whose images lie in [0, 1] and not in [-1, 1]."""
-    return 0.5 if prediction_type == "score" else 0.0
+def has_betas(config: Mapping) -> bool:
+    """Whether a scheduler's config says the betas of a diffusion in discrete steps."""
+    return config.get("beta_schedule") is not None or config.get("trained_betas") is not None
 
 
-def edm_loss_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
-    """1 / c_out^2: the weight of |D - x_0|^2 that makes the loss of F uniform over levels (Karras et al. 2022, Table 1)."""
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+def _diffusion_timesteps(config: Mapping) -> int:
+    """Number of timesteps in training; in a config made from ours, num_train_timesteps is something else."""
+    return config.get("num_diffusion_timesteps", config.get("num_train_timesteps", 1000))
+
+
+def _numbers_of_openai(config: Mapping) -> dict[str, Any]:
+    """Levels and time scale of the networks of the OpenAI, consistency and CTM family."""
+    names = ("sigma_min", "sigma_max", "sigma_data", "rho")
+    return {"timestep_scale": 1000.0, **{name: config[name] for name in names if name in config}}
+
+
+PREDICTIONS = {
+    kind.name: kind
+    for kind in (
+        EDMPrediction(),
+        EpsilonPrediction(),
+        VelocityPrediction(),
+        SamplePrediction(),
+        FlowPrediction(),
+        ScorePrediction(),
+        ConsistencyPrediction(),
+    )
+}
+
+PREDICTION_TYPES = tuple(PREDICTIONS)
 
 
 @dataclass(frozen=True)
@@ -139,12 +382,14 @@ class Preconditioning:
 
     Args:
         sigma_data: standard deviation of the data.
-        timestep_scale: of "edm" and "consistency": the network is shown timestep_scale * ln(level) / 4.
-        prediction_type: what F predicts, one of `PREDICTION_TYPES`; see `scalings`.
-        sigma_min: of "consistency": where its jumps end.
-        num_diffusion_timesteps: of a discrete diffusion and of a flow: number of timesteps in training.
-        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: of a discrete diffusion, as in
-            diffusers' `DDPMScheduler`. A discrete prediction type needs `beta_schedule` or `trained_betas`.
+        timestep_scale: "edm" and "consistency" are shown timestep_scale * ln(level) / 4. It is 1 for NVIDIA's EDM, 1000
+            for the OpenAI, consistency and CTM family. Part of a checkpoint: with the wrong one, samples are garbage.
+        prediction_type: what F predicts, a key of `PREDICTIONS`.
+        sigma_min: where the jumps of "consistency" end.
+        num_diffusion_timesteps: number of timesteps in training, for "flow_prediction" and the discrete diffusions.
+        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the discrete diffusions "epsilon",
+            "v_prediction" and "sample" have these numbers of diffusers' `DDPMScheduler`, and need `beta_schedule` or
+            `trained_betas`. `from_config` of our schedulers reads them from the config of such a scheduler.
 
     Raises ValueError for an unknown prediction type, or a discrete one without betas.
     """
@@ -161,106 +406,53 @@ class Preconditioning:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type={self.prediction_type!r} is not known; use one of {PREDICTION_TYPES}.")
-        if self.is_discrete and self.beta_schedule is None and self.trained_betas is None:
-            raise ValueError(
-                f"prediction_type={self.prediction_type!r} needs the levels of its timesteps: pass beta_schedule (such as 'linear', with "
-                "beta_start and beta_end) or trained_betas, as in DDPMScheduler."
-            )
+        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        self.kind.check(self)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.kind.numbers)
+        return f"prediction_type={self.prediction_type!r}, {numbers}"
 
     @classmethod
     def from_config(cls, config: Mapping) -> "Preconditioning":
         """Read it from `scheduler.config`. Numbers that the prediction type does not use stay at their defaults."""
         kind = config["prediction_type"]
-        names = ["sigma_data", "timestep_scale"] + ["sigma_min"] * (kind == "consistency")
-        if kind in DISCRETE_TYPES or kind == "flow_prediction":
-            names += [field.name for field in fields(cls) if "beta" in field.name and kind != "flow_prediction"]
-            names.append("num_diffusion_timesteps")
+        names = PREDICTIONS[kind].numbers if kind in PREDICTIONS else ()
         numbers = {name: config[name] for name in names if name in config}
         if numbers.get("trained_betas") is not None:
             numbers["trained_betas"] = tuple(map(float, numbers["trained_betas"]))
         return cls(prediction_type=kind, **numbers)
 
     @property
-    def is_discrete(self) -> bool:
-        """Whether the network learnt the levels of whole timesteps only."""
-        return self.prediction_type in DISCRETE_TYPES
+    def kind(self) -> Prediction:
+        """The kind of prediction, which knows the formulas and the facts of its family."""
+        return PREDICTIONS[self.prediction_type]
 
     @property
     def level_range(self) -> tuple[float, float]:
         """Lowest and highest level that the network knows; (0, infinity) without discrete timesteps."""
-        if not self.is_discrete:
-            return 0.0, math.inf
-        levels = self._log_levels(torch.zeros((), dtype=torch.float64, device="cpu"))
-        return levels[0].exp().item(), levels[-1].exp().item()
-
-    def _log_levels(self, like: torch.Tensor) -> torch.Tensor:
-        process = (
-            self.num_diffusion_timesteps,
-            self.beta_start,
-            self.beta_end,
-            self.beta_schedule,
-            self.trained_betas,
-            self.rescale_betas_zero_snr,
-        )
-        return _log_levels(process, like.dtype, like.device)
+        return self.kind.level_range(self)
 
     def c_noise(self, level: torch.Tensor | float) -> torch.Tensor:
-        """What the network is shown of a noise level, in its shape.
-
-        "edm", "consistency": timestep_scale * ln(level) / 4. "flow_prediction": num_diffusion_timesteps * tau,
-        tau = level / (1 + level). "score": level / 2. Discrete diffusions: the timestep of that level, between two whole timesteps
-        interpolated over ln(level), beyond the first and last those. A network trained on whole timesteps has to interpolate
-        alike. How much it matters: shown a time that is half a step off, the exact network of data N(0, 0.5^2) and 1,000 linear betas
-        errs in D by at most 0.10 % ("epsilon"), 0.13 % ("v_prediction") or 0.22 % ("sample") of 0.5.
-        """
-        level = as_level(level)
-        if self.prediction_type == "flow_prediction":
-            return self.num_diffusion_timesteps * level / (1 + level)
-        if self.prediction_type == "score":
-            return level / 2
-        if not self.is_discrete:
-            return c_noise(level, self.timestep_scale)
-        nodes = self._log_levels(level)
-        value = level.log()
-        after = torch.searchsorted(nodes, value).clamp(1, len(nodes) - 1)
-        low, high = nodes[after - 1], nodes[after]
-        return (after - 1 + (value - low) / (high - low)).clamp(0, len(nodes) - 1)
+        """The time that the network is shown for a noise level, in its shape."""
+        return self.kind.c_noise(as_level(level), self)
 
     def sigma_of_c_noise(self, timestep: torch.Tensor | float) -> torch.Tensor:
         """The noise level of which `timestep` is the c_noise. Inverse of `c_noise`."""
-        timestep = as_level(timestep)
-        if self.prediction_type == "flow_prediction":
-            return timestep / (self.num_diffusion_timesteps - timestep)
-        if self.prediction_type == "score":
-            return 2 * timestep
-        if not self.is_discrete:
-            return sigma_of_c_noise(timestep, self.timestep_scale)
-        nodes = self._log_levels(timestep)
-        timestep = timestep.clamp(0, len(nodes) - 1)
-        before = timestep.long().clamp(max=len(nodes) - 2)
-        return torch.exp(nodes[before] + (timestep - before) * (nodes[before + 1] - nodes[before]))
+        return self.kind.sigma_of_c_noise(as_level(timestep), self)
 
     def scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(c_skip, c_out, c_in) at `sigma`."""
-        return scalings(sigma, self.sigma_data, self.prediction_type, self.sigma_min)
+        """(c_skip, c_out, c_in) at `sigma`, each in its shape."""
+        return self.kind.scalings(sigma, self)
 
     def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The weight of |D - x_0|^2 with which the network's family is trained, in the shape of `sigma`.
-
-        1 / c_out^2, the plain loss of what F predicts; "score" has 1 / sigma^2 (Song et al. 2021), "consistency" that of "edm".
-        """
-        if self.prediction_type in ("edm", "consistency"):
-            return edm_loss_weight(sigma, self.sigma_data)
-        if self.prediction_type == "score":
-            return 1 / sigma**2
-        return 1 / self.scalings(sigma)[1] ** 2
+        """The weight of |D - x_0|^2 with which the network's family is trained, in the shape of `sigma`."""
+        return self.kind.loss_weight(sigma, self)
 
     def network_input(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """c_in x, and for "score" 1/2 more; `sigma` of shape (B,) or ()."""
-        c_in, shift = self.scalings(append_dims(sigma, x.ndim))[2], input_shift(self.prediction_type)
-        return c_in * x + shift if shift else c_in * x
+        scaled = self.scalings(append_dims(sigma, x.ndim))[2] * x
+        return scaled + self.kind.input_shift if self.kind.input_shift else scaled
 
     def g_of_output(self, model_output: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """g = c_skip x + c_out F from the network's output F, in the dtype of `x`; `sigma` of shape (B,) or ()."""

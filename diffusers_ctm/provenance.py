@@ -4,7 +4,6 @@
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, PngImagePlugin
 
+from .files import written_aside
+from .scheduling_karras import jumps
 from .version import __version__
 
 
@@ -51,7 +52,7 @@ XMP_KEYWORD = "XML:com.adobe.xmp"
 
 
 def png_text(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """`provenance` as text by PNG keyword, XMP included: IPTC's DigitalSourceType and the software. None is left out.
+    """`provenance` as text by PNG keyword, with IPTC's DigitalSourceType and the software as XMP. None is left out.
 
     Raises ValueError for a key that is not in `FIELDS`, and for a value that JSON does not know.
     """
@@ -80,34 +81,34 @@ def png_text(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def provenance_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
-    """What `png_text` wrote, by name; a value that is not what it would write stays text. Other keywords are left out."""
-    found: dict[str, Any] = {}
+    """The values that `png_text` wrote, by name. What it would not write stays text; other keywords are left out."""
+    values: dict[str, Any] = {}
     for name, keyword in FIELDS.items():
         value = text.get(keyword)
         if not isinstance(value, str):
             continue
         try:
-            found[name] = value if name in TEXT_FIELDS else json.loads(value)
-            json.dumps(found[name], allow_nan=False)  # `png_text` writes no NaN
+            values[name] = value if name in TEXT_FIELDS else json.loads(value)
+            json.dumps(values[name], allow_nan=False)  # `png_text` writes no NaN
         except (ValueError, RecursionError):
-            found[name] = value
-    if "digital_source_type" not in found:
+            values[name] = value
+    if "digital_source_type" not in values:
         xmp = text.get(XMP_KEYWORD, text.get("xmp", ""))
         xmp = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
         source = re.search(r"DigitalSourceType\s*(?:=\s*[\"']|>)\s*([^\"'<\s]+)", xmp)
         if source:
-            found["digital_source_type"] = source[1]
-    return found
+            values["digital_source_type"] = source[1]
+    return values
 
 
 def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
     """What the image file `path` says about how it was made, with the keys of `FIELDS`; empty if it says nothing.
 
-    Of a file by other software, the `digital_source_type` in its XMP is read. Anybody can write or remove such metadata: it informs, it
-    proves nothing.
+    A file by other software has its `digital_source_type` in the XMP, which is read. Anybody can write or remove such
+    metadata: it informs and proves nothing.
 
     Raises:
-        OSError: no such file, or no image.
+        OSError: the file is not there, or is not an image.
     """
     with Image.open(path) as image:
         image.load()  # text may stand after the pixels
@@ -122,15 +123,17 @@ def save_images(
 ) -> list[Path]:
     """Save images as PNG files that say how they were made.
 
-    As XMP and as plain text: synthetic media by IPTC's digital source type, software, and what is known of model, revision, steps, gamma,
-    levels, class and seed. `read_provenance` reads it.
+    They say it as XMP and as plain text: synthetic media by IPTC's digital source type, software, and what is known of
+    model, revision, steps, gamma, levels, class and seed. `read_provenance` reads it.
 
     Args:
-        images: what a pipeline returned, a PIL image or a list of them, an array (B, H, W, C) or a tensor (B, C, H, W) in [0, 1].
+        images: a pipeline's output, a PIL image or a list of them, an array (B, H, W, C) or a tensor (B, C, H, W) in
+            [0, 1].
         path_pattern: file name, filled by `str.format` with `index`, `seed` and `class_label`: "out/{index:03d}.png" or
             "out/{class_label}-{seed}.png". Folders are made.
-        provenance: values by name (see `FIELDS`), for all images or one dict each. They go before those of the pipeline's output, and these before
-            what PIL images carry from a pipeline with `add_provenance`. Without any, the file says synthetic and by which software.
+        provenance: values by name (see `FIELDS`), for all images or one dict each. They take precedence over those of
+            the pipeline's output, and these over what PIL images carry from a pipeline with `add_provenance`. Without
+            any, the file says synthetic and by which software.
         overwrite: replace files that exist.
 
     Returns:
@@ -138,10 +141,10 @@ def save_images(
 
     Raises:
         FileExistsError: a file exists, and `overwrite` is not set. Then nothing is written.
-        ValueError: a path that does not end with .png or that two images share, a seed or class that cannot stand in it, images of another kind or outside [0, 1], keys that are not
-            known, one dict each for another number of images.
+        ValueError: a path that does not end with .png or that two images share, a seed or class that cannot stand in
+            it, images of another kind or outside [0, 1], unknown keys, one dict each for another number of images.
     """
-    own = getattr(images, "provenance", None) or []
+    of_output = getattr(images, "provenance", None) or []
     pictures = _pil_images(getattr(images, "images", images))
     given = (
         [provenance or {}] * len(pictures)
@@ -153,7 +156,7 @@ def save_images(
     records = [
         {
             **(provenance_of_text(picture.info) if FIELDS["digital_source_type"] in picture.info else {}),
-            **(own[i] if i < len(own) else {}),
+            **(of_output[i] if i < len(of_output) else {}),
             **given[i],
         }
         for i, picture in enumerate(pictures)
@@ -178,10 +181,10 @@ def _pil_images(images: Any) -> list[Image.Image]:
     if isinstance(images, torch.Tensor) and images.ndim == 4:
         images = VaeImageProcessor.pt_to_numpy(images.float())
     if not isinstance(images, np.ndarray) or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        found = getattr(images, "shape", None)
+        shape = getattr(images, "shape", None)
         raise ValueError(
             "images must be PIL images, an array (B, H, W, C) or a tensor (B, C, H, W) with 1 or 3 channels, got "
-            f"{type(images).__name__}{'' if found is None else f' of shape {tuple(found)}'}."
+            f"{type(images).__name__}{'' if shape is None else f' of shape {tuple(shape)}'}."
         )
     if images.dtype.kind != "f" or not ((images >= 0) & (images <= 1)).all():
         raise ValueError("images must be floats in [0, 1]; those of output_type='latent' lie in [-1, 1].")
@@ -190,7 +193,7 @@ def _pil_images(images: Any) -> list[Image.Image]:
 
 def _path(pattern: str | os.PathLike, index: int, record: Mapping[str, Any]) -> Path:
     fields = {"index": index, "seed": record.get("seed"), "class_label": record.get("class_label")}
-    for name, value in fields.items():  # of a file from anywhere, it may say "../"
+    for name, value in fields.items():  # they may come from a stranger's file and say "../"
         if f"{{{name}" in str(pattern) and not re.fullmatch(r"(?!\.+$)[^/\\:\x00-\x1f]*", str(value)):
             raise ValueError(
                 f"{name}={value!r} of the provenance cannot stand in a file name; pass another `provenance`."
@@ -207,25 +210,17 @@ def _path(pattern: str | os.PathLike, index: int, record: Mapping[str, Any]) -> 
 
 
 def _save(picture: Image.Image, text: Mapping[str, str], path: Path, overwrite: bool) -> None:
-    """Write aside, then rename. A file that somebody else made meanwhile is kept, too."""
     info = PngImagePlugin.PngInfo()
     for keyword, value in text.items():
         (info.add_itxt if keyword == XMP_KEYWORD else info.add_text)(keyword, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
+    with written_aside(path, overwrite) as aside:
         picture.save(aside, format="PNG", pnginfo=info)
-        if not overwrite:
-            path.touch(exist_ok=False)  # takes the name, or raises FileExistsError
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
-def _fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
-    """The seed of a generator, or of each, from which nothing was drawn yet: from others the same noise does not follow again."""
+def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
+    """The seed of a generator, or of each; None if something was drawn from it, so that the seed does not repeat it."""
     if isinstance(generator, list):
-        return [_fresh_seeds(one) for one in generator]
+        return [fresh_seeds(one) for one in generator]
     if generator is None:
         return None
     seed = generator.initial_seed()
@@ -234,12 +229,50 @@ def _fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> i
 
 
 def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
-    """Where the pipeline was loaded from: an id of the Hub and its commit, or the name of a folder, without where that lies."""
+    """Where the pipeline was loaded from: an id of the Hub and its commit, or the name of a folder without its path."""
     name, network = pipe.config.get("_name_or_path"), getattr(pipe.unet.config, "_name_or_path", None)
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})([/\\]|$)", str(network or ""))
     if name is None or not os.path.isdir(name):
         return name, commit and commit[1]
     parts = [part for part in re.split(r"[/\\]", os.path.abspath(name)) if part]
-    if len(parts) > 1 and parts[-1] == "pipeline":  # of the run of that name
+    if len(parts) > 1 and parts[-1] == "pipeline":  # the run above it has the name
         parts.pop()
     return parts[-1] if parts else None, None
+
+
+def run_records(
+    pipe: DiffusionPipeline,
+    count: int,
+    class_labels: torch.Tensor | None,
+    seeds: int | list[int | None] | None,
+    changes: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """How each of `count` images was made, by the names of `FIELDS`; what is not known is left out.
+
+    Args:
+        seeds: `fresh_seeds` of the run's generator.
+        changes: values that replace those of the scheduler's run.
+    """
+    scheduler = pipe.scheduler
+    model, revision = _model_and_revision(pipe)
+    record = {
+        "digital_source_type": pipe._digital_source_type,
+        "software": SOFTWARE,
+        "model": model,
+        "revision": revision,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(scheduler).__name__,
+        "num_inference_steps": scheduler.num_inference_steps,
+        "gamma": [round(gamma, 6) for gamma in scheduler.gammas.tolist()] if jumps(scheduler) else None,
+        "sigmas": [float(f"{sigma:.6g}") for sigma in scheduler.sigmas.tolist()],
+        **changes,
+    }
+    records = []
+    for i in range(count):
+        image = {"class_label": None if class_labels is None else int(class_labels[i])}
+        if isinstance(seeds, list):
+            image["seed"] = seeds[i]
+        elif seeds is not None:
+            image |= {"seed": seeds, "batch_index": i, "batch_size": count}
+        records.append({name: value for name, value in {**record, **image}.items() if value is not None})
+    return records

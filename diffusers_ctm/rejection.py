@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from diffusers.utils import BaseOutput, logging
 
-from .checks import check_count
+from .checks import check_count, check_output_type
+from .class_labels import labels_and_batch_size
 from .guidance import check_classes, check_same_classes, classifier_logits
 
 
@@ -52,19 +53,22 @@ def rejection_sample(
     output_type: str = "pil",
     **sampling: Any,
 ) -> RejectionSamplingOutput:
-    """Classifier-rejection sampling (Razavi et al. 2019): draw images and keep those of whose class a classifier is sure.
+    """Classifier-rejection sampling (Razavi et al. 2019): draw images, and keep those that a classifier is sure of.
 
     Args:
         pipe: a `CTMPipeline`. Images that its safety checker flags are never accepted.
-        classifier: called as `classifier(images)`, images in [-1, 1] of shape (B, C, H, W); returns logits of shape (B, classes).
+        classifier: called as `classifier(images)`, images in [-1, 1] of shape (B, C, H, W); returns logits of shape (B,
+            classes).
         num_images: how many are wanted.
-        class_labels: class of each, one for all or one each of `num_images`. A class-conditional network is asked for it, an unconditional one
-            draws until the classifier sees it. Default: drawn at random from `generator`; none for an unconditional network,
-            whose images are judged by the likeliest class.
+        class_labels: class of each, one for all or one each of `num_images`. A class-conditional network is asked for
+            it, an unconditional one draws until the classifier sees it. Default: drawn at random from `generator`; none
+            for an unconditional network, whose images are judged by the likeliest class.
         threshold: accept an image if the classifier gives its class at least this probability, in [0, 1].
-        top_fraction: instead, of each class draw n / top_fraction images and accept the n with the highest probability, in (0, 1].
+        top_fraction: instead, of each class draw n / top_fraction images and accept the n with the highest probability,
+            in (0, 1].
         batch_size: most images drawn at once.
-        max_batches: most calls of the pipeline. When they are used up, what was accepted by then is returned with `complete=False`.
+        max_batches: most calls of the pipeline. When they are used up, what was accepted by then is returned with
+            `complete=False`.
         generator: source of all noise.
         output_type: as in `pipe.__call__`.
         sampling: further arguments of `pipe.__call__`, such as `num_inference_steps`, `gamma` and `guidance`.
@@ -79,8 +83,7 @@ def rejection_sample(
     if top_fraction is not None and not 0 < top_fraction <= 1:
         raise ValueError(f"top_fraction must lie in (0, 1], got {top_fraction!r}.")
     check_count(num_images=num_images, batch_size=batch_size, max_batches=max_batches)
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+    check_output_type(output_type)
     if isinstance(generator, list):
         raise ValueError("rejection_sample takes one generator: how many images are drawn is not known before.")
     taken = {"latents", "return_dict"} & set(sampling)
@@ -91,7 +94,8 @@ def rejection_sample(
     conditional = pipe.num_classes is not None
     if top_fraction is not None and not conditional and class_labels is not None:
         raise ValueError(
-            "An unconditional network cannot be asked for a class: with class_labels pass `threshold`, not `top_fraction`."
+            "An unconditional network cannot be asked for a class: with class_labels pass `threshold`, not "
+            "`top_fraction`."
         )
 
     kept: dict[int | None, list[tuple[float, torch.Tensor]]] = {label: [] for label in wanted}
@@ -133,8 +137,8 @@ def rejection_sample(
     rate, complete = accepted / drawn.total(), len(chosen) == num_images
     if not complete:
         logging.get_logger(__name__).warning(
-            f"{len(chosen)} of {num_images} images after {batches} batches ({drawn.total()} images drawn, {rate:.1%} accepted). Raise "
-            "max_batches, accept more, or guide the sampler."
+            f"{len(chosen)} of {num_images} images after {batches} batches ({drawn.total()} images drawn, {rate:.1%} "
+            "accepted). Raise max_batches, accept more, or guide the sampler."
         )
     images = torch.stack([image for *_, image in chosen]) if chosen else x_0[:0]
     return RejectionSamplingOutput(
@@ -155,7 +159,7 @@ def _wanted_labels(
 ) -> list[int | None]:
     """The class of each wanted image; None where there are no classes."""
     if pipe.num_classes is not None:
-        return pipe._class_labels(class_labels, num_images, generator, "cpu")[0].tolist()
+        return labels_and_batch_size(pipe, class_labels, num_images, generator, "cpu")[0].tolist()
     if class_labels is None:
         return [None] * num_images
     labels = torch.as_tensor(class_labels, device="cpu")
@@ -168,7 +172,7 @@ def _judged(
     labels: list[int | None],
     num_classes: int | None,
 ) -> tuple[list[int | None], list[float]]:
-    """The class and the score of each image: of the class that was asked, or (of an unconditional network) of the likeliest."""
+    """The class and the score of each image: the class that was asked, or the likeliest of an unconditional network."""
     logits = classifier_logits(classifier, x_0.clamp(-1, 1))
     check_same_classes(logits, num_classes, "Pass one that gives the logits of the network's classes in their order")
     probabilities = logits.softmax(1)

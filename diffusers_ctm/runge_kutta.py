@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 
-# Dormand and Prince's coefficients: nodes, stages, and the difference of the orders 5 and 4. The last stage is the step itself.
+# Dormand and Prince's coefficients: nodes, stages, and the difference of the orders 5 and 4.
+# The last stage is the step itself.
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 
 STAGES = (
@@ -35,9 +36,9 @@ def dormand_prince(
 ) -> tuple[torch.Tensor, int]:
     """Solve d state / d time = field(time, state) by the embedded Runge-Kutta pair 5(4) of Dormand and Prince (1980).
 
-    A step is accepted if the estimated error, divided by atol + rtol |state|, is at most 1 for every sample: its root mean square over the
-    first `size` values (the point) and each of the others (the integrals). The step is shared by the batch: an image's
-    result depends on the others within the tolerances.
+    A step is accepted if the estimated error, divided by atol + rtol |state|, is at most 1 for every sample: its root
+    mean square over the first `size` values (the point) and each of the others (the integrals). The step is shared by
+    the batch: an image's result depends on the others within the tolerances.
 
     Args:
         field: of a 0-d float64 time and a state (B, size + P).
@@ -72,7 +73,7 @@ def dormand_prince(
         step = step * min(5.0, max(0.2, 0.9 * max(worst, 1e-10) ** -0.2))
         if evaluations > max_evaluations or step < 1e-9 * (end - start):
             raise RuntimeError(
-                f"The ODE solver does not meet rtol={rtol:g}, atol={atol:g} after {evaluations} evaluations; allow larger errors, "
-                "or check that the network gives finite values."
+                f"The ODE solver does not meet rtol={rtol:g}, atol={atol:g} after {evaluations} evaluations; allow "
+                "larger errors, or check that the network gives finite values."
             )
     return state, evaluations

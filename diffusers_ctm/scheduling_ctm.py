@@ -23,7 +23,8 @@ class CTMSchedulerOutput(BaseOutput):
     """Output of `CTMScheduler.step`. All have the shape and dtype of the sample.
 
     Args:
-        prev_sample: state at the next level t_next, the input of the next step; after the last step, the image (at `final_sigma`).
+        prev_sample: state at the next level t_next, the input of the next step; after the last step, the image (at
+            `final_sigma`).
         pred_noised_sample: x_s = G(x_t, t, s), the jump before noise is added.
         pred_original_sample: g(x_t, t, s), a clean sample: the mean of the denoiser along the trajectory from t to s.
     """
@@ -34,7 +35,7 @@ class CTMSchedulerOutput(BaseOutput):
 
 
 def _presets_in_json(presets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`presets` of `CTMScheduler` as strings, lists and floats; ValueError for what is no dict of options by number of steps."""
+    """`presets` of `CTMScheduler` as strings, lists and floats. Raises ValueError for another structure."""
     if not isinstance(presets, Mapping):
         raise ValueError(f"presets must be a dict of schedules by number of steps, got {presets!r}.")
     checked = {}
@@ -55,13 +56,13 @@ class CTMScheduler(KarrasSchedulerMixin):
     """Samples a consistency trajectory model in any number of steps at any gamma.
 
     Step i jumps from level t_i down to s_i = sigma_min + sqrt(1 - gamma^2) (t_{i+1} - sigma_min), then adds noise up to
-    t_{i+1}. The last step ends at sigma_min and adds none. One network evaluation per step. This is the authors' sampler; the
-    paper's Algorithm 3 is its limit sigma_min -> 0.
+    t_{i+1}. The last step ends at sigma_min and adds none. One network evaluation per step. This is the authors'
+    sampler; the paper's Algorithm 3 is its limit sigma_min -> 0.
 
     - gamma = 0: deterministic jumps along the probability-flow ODE.
     - gamma = 1: multistep sampling of consistency models, step for step.
-    - `target_sigmas` in place of gamma: any s_i. The authors' two-step index sampler, with the indices 5 and 3 of an 18-level
-      grid, is `set_timesteps(sigmas=[grid[0], grid[3]], target_sigmas=[grid[5], grid[17]])`.
+    - `target_sigmas` in place of gamma: any s_i. The authors' two-step index sampler, with the indices 5 and 3 of an
+      18-level grid, is `set_timesteps(sigmas=[grid[0], grid[3]], target_sigmas=[grid[5], grid[17]])`.
 
     The network is shown two times, so both are fixed by `set_timesteps`: call it as
     `unet(scheduler.scale_model_input(x, t), t, target_timestep)` with `t, target_timestep` from
@@ -71,25 +72,20 @@ class CTMScheduler(KarrasSchedulerMixin):
         num_train_timesteps: number of noise levels of the training grid. Sampling may use any number.
         sigma_min: lowest noise level, where sampling ends.
         sigma_max: highest noise level, where it starts.
-        sigma_data: standard deviation of the data, for preconditioning.
         rho: exponent of the Karras schedule.
-        prediction_type: what the network predicts: "edm" (F of Karras et al. 2022, Table 1), "epsilon", "v_prediction", "sample",
-            "flow_prediction", "score" or "consistency"; see `trajectory.scalings`.
-        timestep_scale: the network is shown timestep_scale * ln(level) / 4. 1 for NVIDIA's EDM, 1000 for the OpenAI, consistency
-            and CTM family. Part of a checkpoint: with the wrong one, samples are garbage.
+        sigma_data, prediction_type, timestep_scale, num_diffusion_timesteps, beta_start, beta_end, beta_schedule,
+            trained_betas, rescale_betas_zero_snr: the numbers of the network, see `preconditioning.Preconditioning`.
         gamma: what `set_timesteps` uses when it is given none, in [0, 1].
         final_sigma: likewise, the level at which the last step ends; None is sigma_min. See `set_timesteps`.
         presets: schedules by number of steps, which `set_timesteps(N)` uses when it is told N and nothing else, such as
-            `{"2": {"sigmas": [80.0, 1.5], "gamma": [0.3, 0.0]}}`. Each has one or more of `sigmas`, `gamma`, `target_sigmas`,
-            `final_sigma`. They are measured for one checkpoint, by `training.tune`, and saved with it.
+            `{"2": {"sigmas": [80.0, 1.5], "gamma": [0.3, 0.0]}}`. Each has one or more of `sigmas`, `gamma`,
+            `target_sigmas`, `final_sigma`. They are measured for one checkpoint, by `training.tune`, and saved with it.
         clip_sample: clamp g to [-1, 1] in each step. g is a mean of the denoiser, so this is right for data in [-1, 1].
-        num_diffusion_timesteps: of a network of discrete timesteps or of a flow: their number in its training.
-        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: of a network of discrete timesteps, as in diffusers'
-            `DDPMScheduler`; beta_schedule or trained_betas is needed for "epsilon", "v_prediction" and "sample". `from_config`
-            reads them from the config of such a scheduler.
     """
 
     order = 1
+    jumps = True
+    schedule_options = ("timesteps", "sigmas", "gamma", "target_sigmas", "final_sigma")
 
     @register_to_config
     def __init__(
@@ -133,24 +129,29 @@ class CTMScheduler(KarrasSchedulerMixin):
         """Fix the levels of a run: `sigmas` (N + 1), `target_sigmas`, `timesteps` and `target_timesteps` (N each).
 
         Args:
-            num_inference_steps: N, on the Karras schedule with N + 1 levels, or if nothing else is given and the config's `presets` have
-                an entry for N, on that. `gamma=scheduler.config.gamma` passes it over.
+            num_inference_steps: N, on the Karras schedule with N + 1 levels, or if nothing else is given and the
+                config's `presets` have an entry for N, on that. `gamma=scheduler.config.gamma` passes it over.
             device: where `timesteps` and `target_timesteps` go. `sigmas` and `target_sigmas` stay on the CPU.
             timesteps: instead, the c_noise of the level at which each step starts, descending floats.
-            sigmas: instead, these levels themselves, descending, e.g. `[80.0, 5.0, 0.6]` for three steps; the end is added.
-            gamma: a number in [0, 1] or one per step; None is the config's. The last step never adds noise.
-            target_sigmas: in place of gamma, the level s to which each step jumps: not below sigma_min and not above the start of the next
-                step, up to which noise of variance t_next^2 - s^2 leads. The last one is where sampling ends.
-            final_sigma: the level at which the last step ends: None is the config's, by default sigma_min. Higher, it leaves noise of that
-                standard deviation in the image. At 0, N steps have the Karras schedule with N levels, and the last leads from
-                sigma_min to 0 through the denoiser, x = g(x_t, t, t), as EDM's does; the error is of order sigma_min^2. The network is
-                never shown less than sigma_min: a last step to 0 that starts higher, as a single step does, gives g(x_t, t, sigma_min),
-                which differs from the end of the trajectory by about sigma_min.
+            sigmas: instead, these levels themselves, descending, e.g. `[80.0, 5.0, 0.6]` for three steps; the end is
+                added.
+            gamma: a number in [0, 1] or one per step. None is the preset's for N if nothing else is given, else the
+                config's. The last step never adds noise.
+            target_sigmas: in place of gamma, the level s to which each step jumps: not below sigma_min and not above
+                the start of the next step, up to which noise of variance t_next^2 - s^2 leads. The last one is where
+                sampling ends.
+            final_sigma: the level at which the last step ends: None is the config's, by default sigma_min. Higher, it
+                leaves noise of that standard deviation in the image. At 0, N steps have the Karras schedule with N
+                levels, and the last leads from sigma_min to 0 through the denoiser, x = g(x_t, t, t), as EDM's does;
+                the error is of order sigma_min^2. The network is never shown less than sigma_min: a last step to 0 that
+                starts higher, as a single step does, gives g(x_t, t, sigma_min), which differs from the end of the
+                trajectory by about sigma_min.
 
         Raises:
-            ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max], integer
-                timesteps, gamma outside [0, 1] or of another length than the steps, target levels that the steps cannot reach or
-                beside gamma or final_sigma, a final_sigma between 0 and sigma_min or not below the start of the last step.
+            ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max],
+                integer timesteps, gamma outside [0, 1] or of another length than the steps, target levels that the
+                steps cannot reach or beside gamma or final_sigma, a final_sigma between 0 and sigma_min or not below
+                the start of the last step.
         """
         options = {
             "timesteps": timesteps,
@@ -181,8 +182,8 @@ class CTMScheduler(KarrasSchedulerMixin):
             if gamma is not None or final_sigma is not None:
                 other = "gamma" if gamma is not None else "final_sigma"
                 raise ValueError(
-                    f"target_sigmas and {other} contradict each other: target_sigmas says where each step jumps to, the last one included. "
-                    "Pass one of them."
+                    f"target_sigmas and {other} contradict each other: target_sigmas says where each step jumps to, "
+                    "the last one included. Pass one of them."
                 )
             targets = as_float64(target_sigmas, "target_sigmas")
             if targets.ndim != 1 or len(targets) == 0:
@@ -233,8 +234,8 @@ class CTMScheduler(KarrasSchedulerMixin):
         final_sigma = as_float64(final_sigma, name)
         if final_sigma.ndim > 0 or not (final_sigma == 0 or final_sigma >= sigma_min * (1 - 1e-4)):
             raise ValueError(
-                f"{name} must be 0, or lie between sigma_min={sigma_min:g} and the level at which the last step starts, got {final_sigma.tolist()}: "
-                "the network knows no level between 0 and sigma_min."
+                f"{name} must be 0, or lie between sigma_min={sigma_min:g} and the level at which the last step "
+                f"starts, got {final_sigma.tolist()}: the network knows no level between 0 and sigma_min."
             )
         final_sigma = final_sigma.item()
         return sigma_min if abs(final_sigma - sigma_min) <= 1e-4 * sigma_min else final_sigma
@@ -244,13 +245,14 @@ class CTMScheduler(KarrasSchedulerMixin):
         sigma_min = self.config.sigma_min
         if targets.shape != t_next.shape:
             raise ValueError(
-                f"target_sigmas must hold one level per step ({len(t_next)}), the last one where sampling ends, got {targets.tolist()}."
+                f"target_sigmas must hold one level per step ({len(t_next)}), the last one where sampling ends, got "
+                f"{targets.tolist()}."
             )
         for i, (s, high) in enumerate(zip(targets[:-1].tolist(), t_next[:-1].tolist())):
             if not sigma_min * (1 - 1e-4) <= s <= high * (1 + 1e-6):
                 raise ValueError(
-                    f"target_sigmas[{i}]={s:g} must lie between sigma_min={sigma_min:g} and {high:g}, the level at which step {i + 1} starts: "
-                    "noise leads up to it, never down."
+                    f"target_sigmas[{i}]={s:g} must lie between sigma_min={sigma_min:g} and {high:g}, the level at "
+                    f"which step {i + 1} starts: noise leads up to it, never down."
                 )
         # What was rounded to float32 is meant to be equal: its square root would be noise.
         return torch.where(targets >= t_next * (1 - 1e-6), t_next, targets.clamp(min=sigma_min))
@@ -272,20 +274,20 @@ class CTMScheduler(KarrasSchedulerMixin):
             sample: x_t, shape (B, C, H, W). Arithmetic is float32, or float64 for a float64 sample.
             generator: source of the noise, or one per sample. Not used where gamma is 0.
             return_dict: return a `CTMSchedulerOutput` rather than a tuple.
-            project: replaces the image that the jump aims at, for editing. It is given (sigma_min/t) x_t + (1 - sigma_min/t) g and
-                what it returns, p, is the state at sigma_min: x_s = r x_t + (1 - r) p with r = (s - sigma_min) / (t - sigma_min).
-                The identity changes nothing. At gamma = 1 and in a last step to sigma_min, x_s is p, bit for bit. p is returned as
-                `pred_original_sample`. Not in a step that ends at 0.
+            project: replaces the image that the jump aims at, for editing. It is given (sigma_min/t) x_t + (1 -
+                sigma_min/t) g and what it returns, p, is the state at sigma_min: x_s = r x_t + (1 - r) p with r = (s -
+                sigma_min) / (t - sigma_min). The identity changes nothing. At gamma = 1 and in a last step to
+                sigma_min, x_s is p, bit for bit. p is returned as `pred_original_sample`. Not in a step that ends at 0.
 
         Raises:
             ValueError: an integer timestep, more steps than were set, or `project` in a step that ends below sigma_min.
         """
-        t = self._sigma_of_call(timestep)
+        t = self.sigma_of_call(timestep)
         index = self._step_index
         s = self.target_sigmas[index]
         x_t = sample.to(accumulation_dtype(sample))
 
-        g = self._denoised(model_output, x_t, t)
+        g = self.preconditioning.g_of_output(model_output, x_t, t.double())
         if self.config.clip_sample:
             g = g.clamp(-1, 1)
         t, s = t.double(), s.double()

@@ -28,8 +28,8 @@ class EDMHeunSchedulerOutput(BaseOutput):
 class EDMHeunScheduler(KarrasSchedulerMixin):
     """EDM's Heun sampler for denoisers: an EDM teacher, or a CTM asked for its exact score (target time = time).
 
-    N steps cost 2N - 1 network calls: `timesteps` lists the level of every call, two per step (predictor, corrector) and one in
-    the last step, which is an Euler step to 0. Second order in the step size.
+    N steps cost 2N - 1 network calls: `timesteps` lists the level of every call, two per step (predictor, corrector)
+    and one in the last step, which is an Euler step to 0. Second order in the step size.
 
     With `s_churn` > 0 it is Algorithm 2: before step i noise lifts t_i to t_i (1 + min(s_churn / N, sqrt(2) - 1)) if
     s_tmin <= t_i <= s_tmax. The noise of step i + 1 is added at the end of step i, and that of step 0 is part of
@@ -39,19 +39,13 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
         num_train_timesteps: N before `set_timesteps` is called.
         sigma_min: last level before 0.
         sigma_max: first level.
-        sigma_data: standard deviation of the data, for preconditioning.
         rho: exponent of the Karras schedule.
-        prediction_type: what the network predicts: "edm" (F of Karras et al. 2022, Table 1), "epsilon", "v_prediction", "sample",
-            "flow_prediction", "score" or "consistency"; see `trajectory.scalings`.
-        timestep_scale: the network is shown timestep_scale * ln(level) / 4 (see `CTMScheduler`).
+        sigma_data, prediction_type, timestep_scale, num_diffusion_timesteps, beta_start, beta_end, beta_schedule,
+            trained_betas, rescale_betas_zero_snr: the numbers of the network, see `preconditioning.Preconditioning`.
         s_churn: amount of noise per run; 0 is the deterministic Algorithm 1.
         s_tmin: lowest level at which noise is added.
         s_tmax: highest one; None is no limit.
         s_noise: standard deviation of the added noise, relative to what would keep the level.
-        num_diffusion_timesteps: of a network of discrete timesteps or of a flow: their number in its training.
-        beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: of a network of discrete timesteps, as in diffusers'
-            `DDPMScheduler`; beta_schedule or trained_betas is needed for "epsilon", "v_prediction" and "sample". `from_config`
-            reads them from the config of such a scheduler.
     """
 
     order = 2
@@ -99,8 +93,8 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
             sigmas: instead, these levels themselves, descending; 0 is added.
 
         Raises:
-            ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max], integer
-                timesteps.
+            ValueError: none or two of the three sources, levels that do not descend or leave (sigma_min, sigma_max],
+                integer timesteps.
         """
         levels = self._start_levels(num_inference_steps, timesteps, sigmas, end=0.0)
         config = self.config
@@ -141,10 +135,10 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
         Raises:
             ValueError: an integer timestep, more calls than were set, or a first call in the middle of a step.
         """
-        sigma = self._sigma_of_call(timestep)
+        sigma = self.sigma_of_call(timestep)
         call = self._step_index
         x = sample.to(accumulation_dtype(sample))
-        denoised = self._denoised(model_output, x, sigma)
+        denoised = self.preconditioning.g_of_output(model_output, x, sigma.double())
         slope = (x - denoised) / float(sigma)
 
         if call % 2 == 0:  # predictor: an Euler step, kept for the corrector

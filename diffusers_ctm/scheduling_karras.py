@@ -1,26 +1,36 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What both schedulers share; says what it can do: `jumps`, `projects`, `takes_gamma` (in place of 17 hasattr)."""
+"""What both schedulers share, and what a scheduler says that it can do."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .checks import as_float64, check_count, check_positive, check_steps, is_integer
+from .checks import as_float64, check_count, check_positive, is_integer
 from .preconditioning import Preconditioning
 from .scheduler_configs import own_config
-from .trajectory import append_dims, karras_sigmas, karras_starts
+from .trajectory import append_dims, karras_starts
 
 
 class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     """Base of `CTMScheduler` and `EDMHeunScheduler`.
 
-    A subclass registers `sigma_min, sigma_max, rho` and the numbers of `Preconditioning`, and its `set_timesteps` fills `timesteps` (what the network is shown at each call) and `call_sigmas` (the noise level of each).
+    A subclass registers `sigma_min, sigma_max, rho` and the numbers of `Preconditioning`, says what it can do by the
+    class attributes `jumps` and `schedule_options`, and its `set_timesteps` fills `timesteps` (what the network is
+    shown at each call) and `call_sigmas` (the noise level of each). diffusers' schedulers lack these attributes: they
+    do not jump, and choose their levels themselves.
     """
 
     # Names are looked up in diffusers, where `import diffusers_ctm` puts ours.
     _compatibles = ["CTMScheduler", "EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
+
+    # Whether the network is shown where each step ends too (`target_timesteps`). `step` then takes `project`.
+    jumps = False
+
+    # Arguments of `set_timesteps` beside the number of steps and the device.
+    schedule_options: tuple[str, ...] = ("timesteps", "sigmas")
 
     timesteps: torch.Tensor
     call_sigmas: torch.Tensor
@@ -34,27 +44,18 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def _init_state(self) -> None:
         """Check the registered numbers and make the scheduler usable before `set_timesteps`, as diffusers' are."""
         config = self.config
-        check_steps(
+        check_count(
             num_train_timesteps=config.num_train_timesteps, num_diffusion_timesteps=config.num_diffusion_timesteps
         )
-        check_positive(**{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho")})
-        check_positive(timestep_scale=config.timestep_scale)
+        names = ("sigma_min", "sigma_max", "sigma_data", "rho", "timestep_scale")
+        check_positive(**{name: config[name] for name in names})
         if config.sigma_min >= config.sigma_max:
             raise ValueError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}.")
-        try:
-            grid = karras_sigmas(max(config.num_train_timesteps, 2), config.sigma_min, config.sigma_max, config.rho)
-        except OverflowError:
-            grid = torch.zeros(1)
-        if not grid.isfinite().all() or grid[-1] <= 0 or (grid.diff() >= 0).any():
-            raise ValueError(
-                f"sigma_min={config.sigma_min:g}, sigma_max={config.sigma_max:g} and rho={config.rho:g} give no "
-                f"{max(config.num_train_timesteps, 2)} levels that float32 tells apart."
-            )
         low, high = self.preconditioning.level_range
         if config.sigma_min < low * (1 - 1e-4) or config.sigma_max > high * (1 + 1e-4):
             raise ValueError(
-                f"sigma_min={config.sigma_min:g} and sigma_max={config.sigma_max:g} must lie in [{low:.6g}, {high:.6g}], the levels of the "
-                "timesteps that the network was trained on."
+                f"sigma_min={config.sigma_min:g} and sigma_max={config.sigma_max:g} must lie in [{low:.6g}, "
+                f"{high:.6g}], the levels of the timesteps that the network was trained on."
             )
         self.set_timesteps(config.num_train_timesteps)
         self.num_inference_steps = None
@@ -104,8 +105,8 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         name = "timesteps" if timesteps is not None else "sigmas"
         if timesteps is not None and is_integer(timesteps):
             raise ValueError(
-                "timesteps are c_noise values (floats, e.g. `scheduler.sigma_to_t(sigma)`), not indices. To choose noise "
-                "levels pass `sigmas=[80.0, ...]`; to choose how many, `num_inference_steps`."
+                "timesteps are c_noise values (floats, e.g. `scheduler.sigma_to_t(sigma)`), not indices. To choose "
+                "noise levels pass `sigmas=[80.0, ...]`; to choose how many, `num_inference_steps`."
             )
         levels = as_float64(timesteps if timesteps is not None else sigmas, name)
         if levels.ndim != 1 or len(levels) == 0:
@@ -114,18 +115,20 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
             levels = self.t_to_sigma(levels)
         if not levels.isfinite().all() or (levels[1:] >= levels[:-1]).any():
             raise ValueError(
-                f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as noise levels."
+                f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as "
+                "noise levels."
             )
         if levels[-1] < (config.sigma_min * (1 - 1e-4) if end == 0 else end * (1 + 1e-4)):
             added = "sigma_min" if end == config.sigma_min else f"{end:g}"
             raise ValueError(
-                f"{name} ends at noise level {levels[-1].item():g}. It holds the level at which each step starts, none below "
-                f"sigma_min={config.sigma_min:g}; the end of the last step, {added}, is added for you: leave it out."
+                f"{name} ends at noise level {levels[-1].item():g}. It holds the level at which each step starts, none "
+                f"below sigma_min={config.sigma_min:g}. The end of the last step, {added}, is added for you: leave it "
+                "out."
             )
         if levels[0] > config.sigma_max * (1 + 1e-4):
             raise ValueError(
-                f"{name} starts at noise level {levels[0].item():g}, above sigma_max={config.sigma_max:g}, where the network "
-                "was not trained."
+                f"{name} starts at noise level {levels[0].item():g}, above sigma_max={config.sigma_max:g}, where the "
+                "network was not trained."
             )
         return levels.clamp(max=config.sigma_max)
 
@@ -143,31 +146,29 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         distance = (as_float64(schedule, "schedule_timesteps") - as_float64(timestep, "timestep")).abs()
         return int((distance == distance.min()).nonzero()[-1])
 
-    def _init_step_index(self, timestep) -> None:
-        self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-
-    def _sigma_of_call(self, timestep) -> torch.Tensor:
+    def sigma_of_call(self, timestep) -> torch.Tensor:
         """Noise level (0-d, CPU) of the current call; the first call of a run is found by its `timestep`."""
         if is_integer(timestep):
             raise ValueError(
-                "Integer timesteps, such as indices from `enumerate(scheduler.timesteps)`, are not supported: pass one of "
-                "`scheduler.timesteps`, or `scheduler.sigma_to_t(sigma)` for a noise level."
+                "Integer timesteps, such as indices from `enumerate(scheduler.timesteps)`, are not supported: pass "
+                "one of `scheduler.timesteps`, or `scheduler.sigma_to_t(sigma)` for a noise level."
             )
         if self._step_index is None:
-            self._init_step_index(timestep)
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if self._step_index >= len(self.call_sigmas):
             raise ValueError("All steps are done; call `set_timesteps` before sampling again.")
         return self.call_sigmas[self._step_index]
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
         """c_in(t) * sample (for "score" plus 1/2), the input of the network. Same shape and dtype as `sample`."""
-        sigma = self._sigma_of_call(timestep)
+        sigma = self.sigma_of_call(timestep)
         self.is_scale_input_called = True
         return self.preconditioning.network_input(sample, sigma.double())
 
-    def _denoised(self, model_output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """g (for s = t the denoiser's output) from the network's, in the dtype of `sample`."""
-        return self.preconditioning.g_of_output(model_output, sample, sigma.double())
+    def levels_of_call(self, timestep) -> tuple[float, float]:
+        """(t, s) of the current call: its noise level, and the one that it jumps to, t itself without jumps."""
+        t = self.sigma_of_call(timestep).item()
+        return t, self.target_sigmas[self._step_index].item() if self.jumps else t
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor | float | Sequence[float]
@@ -190,3 +191,18 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
 def accumulation_dtype(sample: torch.Tensor) -> torch.dtype:
     """The dtype of a step's arithmetic: float32, or float64 for a float64 sample."""
     return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def jumps(scheduler: Any) -> bool:
+    """Whether a scheduler samples by jumps, as `CTMScheduler` does. No scheduler of diffusers does."""
+    return getattr(scheduler, "jumps", False)
+
+
+def preconditioning_of(scheduler: Any) -> Preconditioning | None:
+    """The preconditioning of a scheduler of this package; None for one of diffusers."""
+    return getattr(scheduler, "preconditioning", None)
+
+
+def default_num_steps(scheduler: Any) -> int:
+    """How many steps a pipeline takes if nobody says: 1 with a scheduler that jumps, 18 with others."""
+    return 1 if jumps(scheduler) else 18

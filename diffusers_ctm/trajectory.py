@@ -12,7 +12,7 @@ def append_dims(level: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def as_level(value: torch.Tensor | float) -> torch.Tensor:
-    """`value` as a float tensor: a tensor stays where it is, a number is put on the CPU, whatever the default device."""
+    """`value` as a float tensor: a tensor stays where it is, a number goes to the CPU, whatever the default device."""
     value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     return value if value.is_floating_point() else value.float()
 
@@ -23,6 +23,12 @@ def karras_sigma(
     """Noise level at `ramp` in [0, 1]: 0 gives sigma_max, 1 gives sigma_min (Karras et al. 2022, Eq. 5)."""
     max_root, min_root = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (max_root + ramp * (min_root - max_root)) ** rho
+
+
+def karras_ramp(sigma: float, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> float:
+    """Where in [0, 1] the noise level `sigma` lies on the Karras ramp. Inverse of `karras_sigma`."""
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (top - sigma ** (1 / rho)) / (top - bottom)
 
 
 def karras_sigmas(
@@ -48,10 +54,11 @@ def karras_sigmas(
 def karras_starts(
     num_steps: int, end: float, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> torch.Tensor:
-    """Noise levels at which each of `num_steps` steps from sigma_max to the level `end` starts, shape (num_steps,), float64.
+    """Noise levels at which each of `num_steps` steps from sigma_max to `end` starts, shape (num_steps,), float64.
 
-    The steps are those of the Karras schedule from sigma_max to `end`. With `end = 0`, where that schedule has no levels, it ends at
-    sigma_min and the last step leads from there to 0, as in Karras et al. 2022, Algorithm 1; a single step leads from sigma_max.
+    The steps are those of the Karras schedule from sigma_max to `end`. With `end = 0`, where that schedule has no
+    levels, it ends at sigma_min and the last step leads from there to 0, as in Karras et al. 2022, Algorithm 1; a
+    single step leads from sigma_max.
     """
     if end == 0:
         return karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64)
@@ -61,17 +68,12 @@ def karras_starts(
 def jump(x_t: torch.Tensor, g: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """G(x_t, t, s) = (s/t) x_t + (1 - s/t) g, the state at level `s` <= `t` of the trajectory through x_t (CTM, Eq. 5).
 
-    s = t returns x_t, s = 0 returns g. With g(x_t, t, t), the denoiser, it is one Euler step of the probability-flow ODE.
+    s = t returns x_t, s = 0 returns g. With g(x_t, t, t), the denoiser, it is one Euler step of the probability-flow
+    ODE.
     """
     t, s = append_dims(t, x_t.ndim), append_dims(s, x_t.ndim)
     ratio = s / t
     return ratio * x_t + (1 - ratio) * g
-
-
-def g_of_jump(x_t: torch.Tensor, x_s: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """The g for which `jump(x_t, g, t, s)` is `x_s`; `s` < `t`. Inverse of `jump`."""
-    t, s = append_dims(t, x_t.ndim), append_dims(s, x_t.ndim)
-    return (t * x_s - s * x_t) / (t - s)
 
 
 def gamma_split(
@@ -79,9 +81,9 @@ def gamma_split(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Level s to jump to and standard deviation of the noise that leads from there up to `t_next` (CTM, Algorithm 3).
 
-    s = sigma_min + sqrt(1 - gamma^2) (t_next - sigma_min) and s^2 + std^2 = t_next^2. gamma = 0 jumps to t_next and adds
-    nothing (the ODE), gamma = 1 jumps to sigma_min and renoises (consistency-model multistep). The paper's text is the limit
-    sigma_min -> 0.
+    s = sigma_min + sqrt(1 - gamma^2) (t_next - sigma_min) and s^2 + std^2 = t_next^2. gamma = 0 jumps to t_next and
+    adds nothing (the ODE), gamma = 1 jumps to sigma_min and renoises (consistency-model multistep). The paper's text is
+    the limit sigma_min -> 0.
     """
     gamma = torch.as_tensor(gamma, dtype=t_next.dtype, device=t_next.device)
     s = sigma_min + (1 - gamma**2).sqrt() * (t_next - sigma_min)
@@ -90,7 +92,7 @@ def gamma_split(
 
 
 def gamma_of_split(t_next: torch.Tensor, s: torch.Tensor, sigma_min: float) -> torch.Tensor:
-    """The gamma in [0, 1] for which `gamma_split(t_next, gamma, sigma_min)` jumps to `s`, sigma_min <= s <= t_next. Its inverse.
+    """The gamma in [0, 1] for which `gamma_split` jumps to `s`, sigma_min <= s <= t_next. Its inverse.
 
     0 where t_next <= sigma_min, at which every gamma does the same.
     """

@@ -2,33 +2,11 @@
 """What both networks of two times share."""
 
 import torch
-from diffusers.utils import logging
 from torch import nn
 
 
-class QuietCastMixin:
-    """Base, before diffusers' own, of networks and pipelines whose casts do not warn of an empty list of modules.
-
-    diffusers 0.42.1 says "There are modules in ... that should be kept in float32: []" whenever a model without any is cast by `to`, as
-    `from_pipe` always does. A list that is not empty is still named.
-    """
-
-    def to(self, *args, **kwargs):
-        logger = logging.get_logger("diffusers.models.modeling_utils")
-        logger.addFilter(_names_modules)
-        try:
-            return super().to(*args, **kwargs)
-        finally:
-            logger.removeFilter(_names_modules)
-
-
-def _names_modules(record) -> bool:
-    """Whether a log record says more than that an empty list of modules should be kept in float32."""
-    return "should be kept in float32: []" not in record.getMessage()
-
-
 def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
-    """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError, with `name`, if it is an integer."""
+    """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError if it is an integer."""
     if not isinstance(timestep, torch.Tensor):
         timestep = torch.as_tensor(timestep, device=sample.device)
     if not timestep.is_floating_point():
@@ -39,14 +17,15 @@ def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) 
 
 
 def config_of(network: nn.Module) -> dict:
-    """The config that a network made from `network` starts with: without the place that it was loaded from."""
+    """The config of a network made from `network`: without the place that it was loaded from."""
     return {name: value for name, value in network.config.items() if name != "_name_or_path"}
 
 
 def start_as(student: nn.Module, teacher: nn.Module) -> nn.Module:
-    """Make `student`, the same network with a target time, equal `teacher` at every target; return it on its device, in its dtype and mode.
+    """Make `student`, the same network with a target time, equal `teacher` at every target, and return it.
 
-    The target's embedding becomes a copy of the time's, and the columns that read it zero.
+    It comes on the teacher's device, in its dtype and mode. The target's embedding becomes a copy of the time's, and
+    the columns that read it zero.
     """
     student = student.to(device=teacher.device, dtype=teacher.dtype)
     weights = dict(teacher.state_dict())
@@ -59,7 +38,7 @@ def start_as(student: nn.Module, teacher: nn.Module) -> nn.Module:
     return student.train(teacher.training)
 
 
-def _widened(linear: nn.Linear) -> nn.Linear:
+def widened(linear: nn.Linear) -> nn.Linear:
     """`linear` with as many input features again, whose weights are zero."""
     wide = nn.Linear(
         2 * linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype
@@ -71,7 +50,7 @@ def _widened(linear: nn.Linear) -> nn.Linear:
     return wide
 
 
-def image_size(network: nn.Module) -> tuple[int, int]:
-    """Height and width in pixels of the images of a network."""
+def image_size(network: nn.Module) -> tuple[int, int] | None:
+    """Height and width in pixels of the images of a network, None if its config does not say."""
     size = network.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else size and tuple(size)

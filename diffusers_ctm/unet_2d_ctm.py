@@ -12,19 +12,20 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from .two_times import QuietCastMixin, _widened, config_of, float_time, start_as
+from .two_times import config_of, float_time, start_as, widened
 
 
-class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMixin):
+class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
     """A `UNet2DModel` that is shown two times, where it stands and where it jumps to.
 
-    The target time has its own embedding, `target_time_embedding`, and enters every residual block beside the time: each
-    `time_emb_proj` reads the concatenation [time, target time] and is twice as wide. That equals one linear layer per time, added,
-    as in the authors' ImageNet-64 network (Kim et al. 2024, Appendix). The class embedding is added to the time only. The new
-    columns start at zero, so that before training the output does not depend on the target, and `from_unet` equals its teacher.
+    The target time has its own embedding, `target_time_embedding`, and enters every residual block beside the time:
+    each `time_emb_proj` reads the concatenation [time, target time] and is twice as wide. That equals one linear layer
+    per time, added, as in the authors' ImageNet-64 network (Kim et al. 2024, Appendix). The class embedding is added to
+    the time only. The new columns start at zero, so that before training the output does not depend on the target, and
+    `from_unet` equals its teacher.
 
-    Its arguments, config and weight names are those of `UNet2DModel`, with `target_time_embedding.*` added. `from_pretrained` reads what
-    this class saved; a saved `UNet2DModel` is loaded as such and passed to `from_unet`.
+    Its arguments, config and weight names are those of `UNet2DModel`, with `target_time_embedding.*` added.
+    `from_pretrained` reads what this class saved; a saved `UNet2DModel` is loaded as such and passed to `from_unet`.
     """
 
     _no_split_modules = ["ResnetBlock2D", "Attention"]
@@ -37,7 +38,7 @@ class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMix
         embedding = self.time_embedding
         self.target_time_embedding = TimestepEmbedding(embedding.linear_1.in_features, embedding.linear_1.out_features)
         for block in self._residual_blocks():
-            block.time_emb_proj = _widened(block.time_emb_proj)
+            block.time_emb_proj = widened(block.time_emb_proj)
 
     def _residual_blocks(self) -> list[ResnetBlock2D]:
         return [m for m in self.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
@@ -56,8 +57,9 @@ class CTMUNet2DModel(QuietCastMixin, UNet2DModel, AttentionMixin, PeftAdapterMix
     def from_unet(cls, unet: UNet2DModel) -> "CTMUNet2DModel":
         """A student that equals the teacher `unet` at every target time, on its device and in its dtype.
 
-        Copies every weight, class embeddings included; the target's embedding starts as a copy of the time's, and the columns
-        that read it at zero. The copy shares no storage with `unet`. Raises ValueError if `unet` is no UNet2DModel.
+        Copies every weight, class embeddings included; the target's embedding starts as a copy of the time's, and the
+        columns that read it at zero. The copy shares no storage with `unet`. Raises ValueError if `unet` is no
+        UNet2DModel.
         """
         if not isinstance(unet, UNet2DModel) or isinstance(unet, CTMUNet2DModel):
             raise ValueError(f"from_unet starts from a diffusers UNet2DModel, not from {type(unet).__name__}.")

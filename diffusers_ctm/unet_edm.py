@@ -18,19 +18,20 @@ from diffusers.models.upsampling import FirUpsample2D, upfirdn2d_native
 from torch import nn
 
 from .checks import check_choice
-from .two_times import QuietCastMixin, config_of, float_time, start_as
+from .two_times import config_of, float_time, start_as
 
 
-class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """F(x, t) of an EDM teacher, or F(x, t, s) of the CTM that is distilled from it (`target_time=True`).
 
-    It is the U-Net of Song et al. (2021) as EDM trains it on CIFAR-10, FFHQ and AFHQv2 ("SongUNet"): DDPM++ with the default
-    `time_embedding_type`, `encoder_type` and `resample_filter`, NCSN++ with "fourier", "residual", (1, 3, 3, 1) and
-    `time_proj_dim = 2 * model_channels`. Times are c_noise of noise levels with timestep_scale 1, ln(sigma) / 4.
+    It is the U-Net of Song et al. (2021) as EDM trains it on CIFAR-10, FFHQ and AFHQv2 ("SongUNet"): DDPM++ with the
+    default `time_embedding_type`, `encoder_type` and `resample_filter`, NCSN++ with "fourier", "residual", (1, 3, 3, 1)
+    and `time_proj_dim = 2 * model_channels`. Times are c_noise of noise levels with timestep_scale 1,
+    ln(sigma) / 4.
 
-    The target time passes the same projection (and the same class embedding), an embedding of its own and, in every residual block,
-    columns of its own in `time_emb_proj`, which reads [time, target time]. That equals one linear layer per time, added, as in the
-    authors' CIFAR-10 network (Kim et al. 2024). The columns of the target start at zero.
+    The target time passes the same projection (and the same class embedding), an embedding of its own and, in every
+    residual block, columns of its own in `time_emb_proj`, which reads [time, target time]. That equals one linear layer
+    per time, added, as in the authors' CIFAR-10 network (Kim et al. 2024). The columns of the target start at zero.
 
     Args:
         sample_size: height and width of the images, or (height, width). A multiple of 2 to the number of levels - 1.
@@ -39,11 +40,12 @@ class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, Pe
         model_channels: channels after the first convolution.
         block_out_channels: channels of each level, from the full resolution down; each level halves it.
         layers_per_block: residual blocks of a level on the way down; on the way up there is one more.
-        attention_levels: levels whose blocks are followed by self-attention, 0 the full resolution (on the way up the last block
-            only). The middle has attention always.
+        attention_levels: levels whose blocks are followed by self-attention, 0 the full resolution (on the way up the
+            last block only). The middle has attention always.
         attention_head_dim: channels of an attention head. None, as in EDM, is one head.
         dropout: probability of dropout in the residual blocks.
-        time_embedding_type: "positional" (sines of geometric frequencies) or "fourier" (of normal random ones, scale 16).
+        time_embedding_type: "positional" (sines of geometric frequencies) or "fourier" (of normal random ones, scale
+            16).
         time_proj_dim: number of sines and cosines. None is `model_channels`.
         time_embedding_dim: width of the time embedding. None is `4 * model_channels`.
         encoder_type: "standard", or how the image enters each lower level: "skip" (resampled, 1x1 convolution, added),
@@ -190,9 +192,9 @@ class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, Pe
     def from_unet(cls, unet: "EDMUNet2DModel") -> "EDMUNet2DModel":
         """A student that equals the teacher `unet` at every target time, on its device and in its dtype.
 
-        Every weight of the teacher is copied, under its name; the target's embedding starts as a copy of the time's, and the columns
-        that read it at zero. The copy shares no storage with `unet`. Raises ValueError if `unet` is no EDMUNet2DModel, or has a
-        target time already.
+        Every weight of the teacher is copied, under its name; the target's embedding starts as a copy of the time's,
+        and the columns that read it at zero. The copy shares no storage with `unet`. Raises ValueError if `unet` is no
+        EDMUNet2DModel, or has a target time already.
         """
         if not isinstance(unet, EDMUNet2DModel):
             raise ValueError(f"from_unet starts from an EDMUNet2DModel, not from {type(unet).__name__}.")
@@ -201,7 +203,7 @@ class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, Pe
         return start_as(cls.from_config(config_of(unet), target_time=True), unet)
 
     def _class_vector(self, class_labels: torch.Tensor | None, timestep: torch.Tensor) -> torch.Tensor:
-        """What the class embedding reads, shape (B, num_class_embeds): sqrt(num_class_embeds) * one-hot, zero for no class."""
+        """Input of the class embedding, (B, num_class_embeds): sqrt(num_class_embeds) * one-hot, zero for no class."""
         batch_size, count = timestep.shape[0], self.config.num_class_embeds
         if class_labels is None:
             vector = torch.zeros(batch_size, count, device=timestep.device)
@@ -255,12 +257,14 @@ class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, Pe
             sample: the scaled noisy sample, shape (B, C, H, W).
             timestep: c_noise(t) = ln(t) / 4, a float or a float tensor of shape (), (1,) or (B,).
             target_timestep: c_noise(s), likewise. None is s = t: the network is then a denoiser.
-            class_labels: (B,) integers, or floats of shape (B, num_class_embeds), a one-hot or a mixture. None is no class.
+            class_labels: (B,) integers, or floats of shape (B, num_class_embeds), a one-hot or a mixture. None is no
+                class.
             augment_labels: how the sample was augmented, shape (B, augment_dim). None is not at all.
             return_dict: return a `UNet2DOutput` rather than a tuple.
 
         Raises:
-            ValueError: integer times; a target time, labels or augment labels that the network does not have; labels of a wrong shape.
+            ValueError: integer times; a target time, labels or augment labels that the network does not have; labels of
+                a wrong shape.
         """
         timestep = float_time(timestep, sample, "timestep")
         if target_timestep is not None and not self.has_target_time:
@@ -292,7 +296,7 @@ class EDMUNet2DModel(QuietCastMixin, ModelMixin, ConfigMixin, AttentionMixin, Pe
 
 
 class EDMBlock2D(nn.Module):
-    """Residual blocks at one resolution, and self-attention behind some of them (`attentions`, by number of the block)."""
+    """Residual blocks at one resolution, and self-attention behind some of them (`attentions`, by block number)."""
 
     def __init__(
         self,
@@ -359,7 +363,7 @@ class EDMBlock2D(nn.Module):
 
 
 class EDMDownBlock2D(EDMBlock2D):
-    """A level of the way down. If it halves the resolution, its first residual block does, and the image may enter after that."""
+    """A level of the way down. Its first residual block may halve the resolution; the image may enter after that."""
 
     def __init__(
         self,
@@ -403,7 +407,7 @@ class EDMDownBlock2D(EDMBlock2D):
 
 
 class EDMUpBlock2D(EDMBlock2D):
-    """A level of the way up. If it doubles the resolution, its first residual block does; each other one receives a skip."""
+    """A level of the way up. Its first residual block may double the resolution; each other one receives a skip."""
 
     def __init__(
         self,
@@ -440,7 +444,8 @@ class EDMUpBlock2D(EDMBlock2D):
 class EDMFirConvDownsample2D(FirDownsample2D):
     """diffusers' filter and convolution that halve the resolution, with the convolution called as a module.
 
-    diffusers reads its weight past the module, where the hooks of offloading and of layerwise casting have not brought it.
+    diffusers reads its weight past the module, where the hooks of offloading and of layerwise casting have not brought
+    it.
     """
 
     def __init__(self, channels: int, out_channels: int, fir_kernel: tuple[int, ...]):
@@ -458,8 +463,8 @@ class EDMFirConvDownsample2D(FirDownsample2D):
 class EDMFourierProjection(nn.Module):
     """Sines, then cosines, of 2 pi times (16 * normal) random frequencies.
 
-    A frequency of 40 leaves nothing of a time if it is rounded to bfloat16. A network's dtype is cast in many ways, but never that of
-    whole numbers, so the buffer holds the bits of the float32 frequencies.
+    A frequency of 40 leaves nothing of a time if it is rounded to bfloat16. A network's dtype is cast in many ways, but
+    never that of whole numbers, so the buffer holds the bits of the float32 frequencies.
     """
 
     def __init__(self, channels: int, scale: float = 16.0):
@@ -475,5 +480,5 @@ class EDMFourierProjection(nn.Module):
 
 
 def edm_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation of EDM: 32 groups, or groups of 4 channels where that makes fewer."""
+    """Group normalization of EDM: 32 groups, or groups of 4 channels where that makes fewer."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)

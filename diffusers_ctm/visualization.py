@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of how a consistency trajectory model samples: its states on the way, and one latent at many gammas and seeds."""
+"""Pictures of how a CTM samples: its states on the way, and one latent at many gammas, seeds and steps."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,14 +8,19 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_count
+from .class_labels import labels_and_batch_size
 from .pipeline_ctm import CTMPipeline
+from .preconditioning import condition
+from .safety import without_unsafe
+from .scheduling_karras import jumps
 
 
 class TrajectoryStrip(NamedTuple):
-    """What `trajectory_strip` returns; entry i of each list belongs to level i, the last one to the end, sigma_min by default.
+    """What `trajectory_strip` returns. Entry i of each list belongs to level i, the last one to the end, sigma_min.
 
-    `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump to
-    sigma_min. Images are as `output_type` says, B of them in each entry. A safety checker of the pipeline sees each; what it flags is black.
+    `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump
+    to sigma_min. Images are as `output_type` says, B of them in each entry. A safety checker of the pipeline sees each;
+    what it flags is black.
     """
 
     levels: list[float]
@@ -36,18 +41,18 @@ def trajectory_strip(
 ) -> TrajectoryStrip:
     """Sample, and show every state x_t with its jump to the end, G(x_t, t, sigma_min).
 
-    2N network evaluations for N steps: N of the sampler and one per state that is not the last. The arguments are those of
-    `CTMPipeline`, which must have a `CTMScheduler`; x_t is shown times sigma_data / sqrt(sigma_data^2 + t^2).
+    2N network evaluations for N steps: N of the sampler and one per state that is not the last. The arguments are those
+    of `CTMPipeline`, which must have a `CTMScheduler`; x_t is shown times sigma_data / sqrt(sigma_data^2 + t^2).
 
     Raises:
         ValueError: for another scheduler, and as `CTMPipeline` does.
     """
-    if not hasattr(pipe.scheduler, "target_timesteps"):
+    if not jumps(pipe.scheduler):
         raise ValueError(f"trajectory_strip works with CTMScheduler, not with {type(pipe.scheduler).__name__}.")
-    batch_size, _ = pipe._check_call(batch_size, latents, generator, output_type, None, None)
+    batch_size, _ = pipe.check_call(batch_size, latents, generator, output_type)
     device = pipe._execution_device
-    class_labels, batch_size = pipe._class_labels(class_labels, batch_size, generator, device)
-    pipe._set_timesteps(num_inference_steps, device, None, sigmas, gamma)
+    class_labels, batch_size = labels_and_batch_size(pipe, class_labels, batch_size, generator, device)
+    pipe.set_timesteps(device, num_inference_steps, sigmas=sigmas, gamma=gamma)
     first = pipe.prepare_latents(batch_size, device, generator, latents)
     levels, states = pipe.scheduler.sigmas.tolist(), [first]
 
@@ -62,7 +67,7 @@ def trajectory_strip(
 
     targets, end = pipe.scheduler.target_sigmas.tolist(), pipe.scheduler.config.sigma_min
     sample(first, sigmas=levels[:-1], target_sigmas=targets, generator=generator, callback_on_step_end=keep)
-    jumps = [  # a run that ends at 0 comes by sigma_min itself
+    ends = [  # a run that ends at 0 comes by sigma_min itself
         sample(x_t, sigmas=[t], final_sigma=end) if t > end * (1 + 1e-4) else x_t
         for x_t, t in zip(states[:-1], levels[:-1], strict=True)
     ]
@@ -70,15 +75,15 @@ def trajectory_strip(
     def show(images, scale=1.0):
         scaled = scale * images
         if output_type == "latent":
-            return pipe._without_unsafe(images, shown=scaled)[0]
-        return pipe.image_processor.postprocess(pipe._without_unsafe(scaled)[0], output_type)
+            return without_unsafe(pipe, images, shown=scaled)[0]
+        return pipe.image_processor.postprocess(without_unsafe(pipe, scaled)[0], output_type)
 
     sigma_data = pipe.scheduler.config.sigma_data
     scales = [sigma_data / (sigma_data**2 + t**2) ** 0.5 for t in levels]
     return TrajectoryStrip(
         levels,
         [show(x_t, scale) for x_t, scale in zip(states, scales, strict=True)],
-        [show(x) for x in (*jumps, states[-1])],
+        [show(x) for x in (*ends, states[-1])],
     )
 
 
@@ -92,10 +97,10 @@ def gamma_seed_grid(
     latents: torch.Tensor | None = None,
     output_type: str = "pil",
 ) -> list:
-    """One latent sampled at every gamma with the noise of every seed: entry i holds the images of `gammas[i]`, one per seed.
+    """One latent at every gamma with the noise of every seed: entry i holds the images of `gammas[i]`, one per seed.
 
-    The first noise is the same in all, so that what differs comes from the noise of the steps; at gamma = 0, nothing does. One
-    batch of `len(seeds)` per gamma, `num_inference_steps` network evaluations each.
+    The first noise is the same in all, so that what differs comes from the noise of the steps; at gamma = 0, nothing
+    does. One batch of `len(seeds)` per gamma, `num_inference_steps` network evaluations each.
 
     Args:
         latents: the latent, unit normal noise of shape (1, C, H, W); default: drawn from `generator`.
@@ -107,9 +112,9 @@ def gamma_seed_grid(
     if not len(gammas) or not len(seeds):
         raise ValueError("gammas and seeds must each have at least one entry.")
     device = pipe._execution_device
-    class_labels, _ = pipe._class_labels(class_labels, 1, generator, device)
+    class_labels, _ = labels_and_batch_size(pipe, class_labels, 1, generator, device)
     if latents is None:
-        size = pipe._image_size()
+        size = pipe.image_size
         if size is None:
             raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
         shape = (1, pipe.unet.config.in_channels, *size)
@@ -135,31 +140,32 @@ def steps_gamma_grid(
     generator: torch.Generator | None = None,
     output_type: str = "pil",
 ) -> list:
-    """One latent at every number of steps and every gamma: entry i holds the images of `gammas[i]`, one per entry of `steps`.
+    """One latent at every gamma and number of steps: entry i holds the images of `gammas[i]`, one per entry of `steps`.
 
-    Each is what `pipe(num_inference_steps=..., gamma=..., generator=...)` gives with a generator in the state of this one, so all start
-    from the same noise and share that of the steps. They run side by side, each at its own noise level: max(steps) network
-    evaluations on at most `len(steps) * len(gammas)` images.
+    Each is what `pipe(num_inference_steps=..., gamma=..., generator=...)` gives with a generator in the state of
+    this one, so all start from the same noise and share that of the steps. They run side by side, each at its own noise
+    level: max(steps) network evaluations on at most `len(steps) * len(gammas)` images.
 
     Args:
         class_labels: one class for all; default: drawn from `generator`.
         generator: source of all noise. It is left after the first noise, as if there were one step.
 
     Raises:
-        ValueError: for no steps or no gamma, a list of generators, another scheduler than `CTMScheduler`, and as `CTMPipeline` does.
+        ValueError: for no steps or no gamma, a list of generators, another scheduler than `CTMScheduler`, and as
+            `CTMPipeline` does.
     """
     if not len(gammas) or not len(steps):
         raise ValueError("steps and gammas must each have at least one entry.")
-    if not hasattr(pipe.scheduler, "target_timesteps"):
+    if not jumps(pipe.scheduler):
         raise ValueError(f"steps_gamma_grid works with CTMScheduler, not with {type(pipe.scheduler).__name__}.")
     check_count(**{f"steps[{i}]": count for i, count in enumerate(steps)})
     if isinstance(generator, list):
         raise ValueError("steps_gamma_grid takes one generator, from which all images have the same noise.")
     if generator is None:
         generator = torch.Generator().manual_seed(torch.randint(2**62, (), device="cpu").item())
-    pipe._check_call(1, None, generator, output_type, None, None)
+    pipe.check_call(1, None, generator, output_type)
     device, unet, dtype = pipe._execution_device, pipe.unet, pipe.unet.dtype
-    class_labels, _ = pipe._class_labels(class_labels, 1, generator, device)
+    class_labels, _ = labels_and_batch_size(pipe, class_labels, 1, generator, device)
     runs = []
     for gamma in gammas:
         for count in steps:
@@ -175,13 +181,13 @@ def steps_gamma_grid(
         active = [k for k, scheduler in enumerate(runs) if i < scheduler.num_inference_steps]
         inputs = torch.cat([runs[k].scale_model_input(states[k], runs[k].timesteps[i]) for k in active]).to(dtype)
         times = [torch.stack([getattr(runs[k], name)[i] for k in active]) for name in ("timesteps", "target_timesteps")]
-        condition = {} if class_labels is None else {"class_labels": class_labels.expand(len(active))}
-        outputs = unet(inputs, *times, **condition, return_dict=False)[0].to(states[0].dtype)
+        labels = condition(None if class_labels is None else class_labels.expand(len(active)))
+        outputs = unet(inputs, *times, **labels, return_dict=False)[0].to(states[0].dtype)
         for k, output in zip(active, outputs.split(1), strict=True):
             step = runs[k].step(output, runs[k].timesteps[i], states[k], generator=noises[k], return_dict=False)
             states[k] = step[0]
 
-    images = pipe._without_unsafe(torch.cat(states))[0]
+    images = without_unsafe(pipe, torch.cat(states))[0]
     pipe.maybe_free_model_hooks()
     rows = images.unflatten(0, (len(gammas), len(steps)))
     return [row if output_type == "latent" else pipe.image_processor.postprocess(row, output_type) for row in rows]

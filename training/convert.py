@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
-from diffusers_ctm.preconditioning import c_noise, condition
+from diffusers_ctm.preconditioning import EDMPrediction, Preconditioning, condition
 from diffusers_ctm.two_times import image_size
 
 from .cli.errors import UserError, loading
@@ -210,9 +210,10 @@ def probe(network: UNet2DModel, timestep_scale: float) -> torch.Tensor:
     noise = torch.randn(
         (1, network.config.in_channels, *image_size(network)), generator=torch.Generator().manual_seed(0)
     )
-    times = [c_noise(torch.tensor([1.0]), timestep_scale)]
+    c_noise = Preconditioning(timestep_scale=timestep_scale).c_noise
+    times = [c_noise(torch.tensor([1.0]))]
     if is_ctm(network):
-        times.append(c_noise(torch.tensor([0.1]), timestep_scale))
+        times.append(c_noise(torch.tensor([0.1])))
     classes = network.config.num_class_embeds
     last_class = None if classes is None else torch.tensor([classes - 1])
     return network.eval()(noise.to(network.dtype), *times, **condition(last_class)).sample
@@ -243,7 +244,7 @@ def describe(pipe: CTMPipeline, family: Family) -> str:
     """One line on what a pipeline is."""
     network, numbers = pipe.unet, pipe.scheduler.config
     classes = network.config.num_class_embeds
-    edm = numbers.prediction_type != "epsilon"
+    edm = isinstance(pipe.scheduler.preconditioning.kind, EDMPrediction)
     kind = f"CTM with N = {numbers.num_train_timesteps}" if is_ctm(network) else "EDM teacher" if edm else "teacher"
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -251,7 +252,11 @@ def describe(pipe: CTMPipeline, family: Family) -> str:
     return (
         f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {count:,} parameters, "
         f"family {family.NAME}, class {type(network).__name__}, "
-        + (f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}" if edm else "epsilon")
+        + (
+            f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}"
+            if edm
+            else numbers.prediction_type
+        )
     )
 
 

@@ -118,7 +118,7 @@ def draw_dsm_sigma(config: ScoreMatchingOptions, scheduler: CTMScheduler, random
         sigma = draw_lognormal_sigma(noise)
     else:
         sigma = draw_half_lognormal_sigma(noise, ramp, *levels, random.own.start)
-    if numbers.prediction_type != "edm":  # its networks alone learnt every level of the log-normal distribution
+    if not scheduler.preconditioning.kind.learnt_every_level:
         sigma = sigma.clamp(numbers.sigma_min, numbers.sigma_max)
     return sigma
 

@@ -20,6 +20,12 @@ def levels_like(level, x: torch.Tensor) -> torch.Tensor:
     return level.reshape(-1, *[1] * (x.ndim - 1)) if level.ndim else level
 
 
+def g_of_jump(x_t, x_s, t, s) -> torch.Tensor:
+    """The g for which the jump from `t` to `s` < `t` leads from `x_t` to `x_s`."""
+    t, s = levels_like(t, x_t), levels_like(s, x_t)
+    return (t * x_s - s * x_t) / (t - s)
+
+
 class GaussianData:
     """Independent N(mean, std^2): everything is linear in x - mean.
 

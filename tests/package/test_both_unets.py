@@ -3,26 +3,17 @@
 
 import copy
 import json
-import logging
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoModel, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-import diffusers_ctm
 from diffusers_ctm import (
-    CTMImg2ImgPipeline,
-    CTMInversionPipeline,
-    CTMPipeline,
-    CTMScheduler,
     CTMUNet2DModel,
-    EDMHeunScheduler,
     EDMUNet2DModel,
-    steps_gamma_grid,
 )
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import jump
@@ -58,7 +49,7 @@ def test_a_new_student_is_its_teacher_at_every_target(family, changes):
     expected = teacher(sample, t, **condition).sample
     assert expected.abs().mean() > 1e-2
     for target in (s, t, 0.1 * s, None, torch.tensor(0.5)):
-        close(student(sample, t, target, **condition).sample, expected)
+        close(student(sample, t, target, **condition).sample, expected, atol=1e-4)  # "fourier" divides by t
     assert student.has_target_time and not getattr(teacher, "has_target_time", False)
 
 
@@ -154,16 +145,6 @@ def test_the_target_matters_once_its_columns_are_not_zero(family, changes):
         close(unet(sample[i : i + 1], t[i], s[i], **alone).sample, output[i : i + 1], atol=1e-4)
 
 
-@every_kind
-def test_before_training_the_target_does_not_matter(family, changes):
-    unet = family.make_student(random=False, **changes)
-    sample, t, s, condition = inputs(unet)
-    assert torch.equal(unet(sample, t, s, **condition).sample, unet(sample, t, **condition).sample)
-    for block in blocks(unet):
-        old, new = block.time_emb_proj.weight.chunk(2, dim=1)
-        assert (old != 0).all() and (new == 0).all()
-
-
 @every_family
 def test_training_reaches_every_weight_of_a_student(family):
     """No weight is without gradient, as distributed training demands."""
@@ -252,41 +233,6 @@ def test_a_teacher_saved_and_loaded_is_the_same(changes, tmp_path):
     check_saved_and_loaded(make_edm(**changes), changes, tmp_path)
 
 
-@every_family
-@pytest.mark.parametrize(
-    "options", [{"variant": "ema"}, {"max_shard_size": "60KB"}, {"variant": "ema", "max_shard_size": "60KB"}]
-)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_variants_and_shards(family, options, low_cpu_mem_usage, tmp_path):
-    unet = family.make_student(num_class_embeds=7)
-    unet.save_pretrained(tmp_path, **options)
-    files = {path.name for path in tmp_path.glob("*.safetensors")}
-    assert (len(files) > 1) == ("max_shard_size" in options)
-    assert all(("ema" in name) == ("variant" in options) for name in files)
-    loading = {"variant": options.get("variant"), "low_cpu_mem_usage": low_cpu_mem_usage}
-    check_the_same(family.student_class.from_pretrained(tmp_path, **loading), unet)
-
-
-@every_family
-def test_auto_model_finds_the_class(family, tmp_path):
-    unet = family.make_student(num_class_embeds=7)
-    unet.save_pretrained(tmp_path / "unet")
-    folder = str(tmp_path)  # AutoModel takes no Path
-    for again in (AutoModel.from_pretrained(folder + "/unet"), AutoModel.from_pretrained(folder, subfolder="unet")):
-        assert type(again) is family.student_class and type(again).__name__ in diffusers_ctm.__all__
-        check_the_same(again, unet)
-
-
-@every_family
-def test_a_copy_is_independent(family):
-    unet = family.make_student()
-    sample, t, s, _ = inputs(unet)
-    twin = copy.deepcopy(unet)
-    assert torch.equal(twin(sample, t, s).sample, unet(sample, t, s).sample)
-    twin.target_time_embedding.linear_2.weight.data.add_(1.0)
-    assert (twin(sample, t, s).sample - unet(sample, t, s).sample).abs().max() > 1e-3
-
-
 # Precision, memory, speed ---------------------------------------------------------------------------------------------
 
 
@@ -301,37 +247,6 @@ def test_half_precision(dtype, tolerance, family, changes, tmp_path):
         actual = low(sample.to(dtype), t, s, **condition).sample  # times stay float32
         assert low.dtype == actual.dtype == dtype
         assert (actual.float() - expected).abs().max() < tolerance * expected.abs().max()
-
-
-@pytest.fixture
-def warnings_of_casts():
-    """What diffusers' models log, as a list that grows; afterwards no filter must be left."""
-    records, handler = [], logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    filters = list(logger.filters)
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
-    assert logger.filters == filters
-
-
-@every_family
-def test_a_cast_warns_of_modules_in_float32_only_if_there_are_some(family, warnings_of_casts):
-    """diffusers 0.42.1 warns of an empty list too."""
-    unet = family.make_student().to(torch.float64)
-    assert unet.dtype == torch.float64 and not warnings_of_casts
-    unet._keep_in_fp32_modules = ["conv_out"]
-    unet.to(dtype=torch.float32)
-    assert len(warnings_of_casts) == 1 and "float32: ['conv_out']" in warnings_of_casts[0]
-    assert unet.dtype == torch.float32
-
-
-@every_family
-def test_from_pipe_does_not_warn(family, warnings_of_casts):
-    scheduler = EDMHeunScheduler(timestep_scale=family.timestep_scale)
-    pipe = CTMImg2ImgPipeline.from_pipe(CTMPipeline(family.make_teacher(), scheduler))
-    assert pipe.to(torch.bfloat16).unet.dtype == torch.bfloat16 and not warnings_of_casts
 
 
 @kinds("classes", "ADM", "NCSN++")
@@ -398,30 +313,6 @@ def test_compiles_in_one_graph(family):
         close(compiled(sample, t, s, **condition).sample, unet(sample, t, s, **condition).sample)
 
 
-@every_family
-def test_the_dtype_is_looked_up_once_per_evaluation(family, monkeypatch):
-    unet, looked_up = family.make_student(**family.small), []
-    sample, _, _, condition = inputs(unet)
-    dtype = type(unet).dtype
-    monkeypatch.setattr(type(unet), "dtype", property(lambda self: looked_up.append(1) or dtype.fget(self)))
-
-    def looks(function, *args, **options):
-        looked_up.clear()
-        function(*args, **options)
-        return len(looked_up)
-
-    # It walks through all modules. What is known before the first step is not asked again at each.
-    pipe = CTMInversionPipeline(unet, CTMScheduler(timestep_scale=family.timestep_scale))
-    pipe.set_progress_bar_config(disable=True)
-    labels = condition.get("class_labels")
-    few, many = (looks(CTMPipeline.__call__, pipe, class_labels=labels, num_inference_steps=n) for n in (1, 6))
-    assert many - few == 5
-    few, many = (looks(pipe, sample.sigmoid(), labels, num_inference_steps=n) for n in (1, 2))
-    assert many - few == 2
-    few, many = (looks(steps_gamma_grid, pipe, [n], [0.5], class_labels=1) for n in (1, 6))
-    assert many - few == 5
-
-
 # Adapters and attention -----------------------------------------------------------------------------------------------
 
 
@@ -455,28 +346,3 @@ def test_lora(family, tmp_path):
     width = 2 * unet.time_embedding.linear_2.out_features
     adapters = [parameter for name, parameter in unet.named_parameters() if "time_emb_proj.lora_A" in name]
     assert len(adapters) == len(blocks(unet)) and all(adapter.shape[1] == width for adapter in adapters)
-
-
-@every_family
-def test_attention_processors(family):
-    unet, calls = family.make_student(), []
-    sample, t, s, _ = inputs(unet)
-    expected = unet(sample, t, s).sample
-
-    class Counted(AttnProcessor):
-        def __call__(self, *args, **kwargs):
-            calls.append(1)
-            return super().__call__(*args, **kwargs)
-
-    processors = unet.attn_processors
-    assert len(processors) == family.num_attention
-    assert all(isinstance(processor, AttnProcessor2_0) for processor in processors.values())  # torch's SDPA
-    unet.set_attn_processor(Counted())
-    close(unet(sample, t, s).sample, expected)  # the same attention, written out
-    assert len(calls) == family.num_attention
-    unet.set_attn_processor({name: AttnProcessor2_0() for name in processors})
-    assert torch.equal(unet(sample, t, s).sample, expected)
-    unet.fuse_qkv_projections()
-    close(unet(sample, t, s).sample, expected)
-    unet.unfuse_qkv_projections()
-    assert torch.equal(unet(sample, t, s).sample, expected)

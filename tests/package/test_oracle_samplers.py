@@ -12,7 +12,6 @@ from training.official.song import to_diffusers
 
 
 KARRAS = [("exact", 0.0), ("gamma0.5", 0.5), ("cm", 1.0)]
-RUNS = {f"{kind}_{n}": (n, gamma) for kind, gamma in KARRAS for n in (1, 2, 4, 8) if (kind, n) != ("cm", 8)}
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +46,6 @@ def sample(oracle, make_pipeline, monkeypatch):
 
 def close(actual, expected):
     torch.testing.assert_close(actual, torch.from_numpy(expected).to(actual.dtype), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_karras_levels(name, sample, oracle):
-    steps, gamma = RUNS[name]
-    close(sample(num_inference_steps=steps, gamma=gamma), oracle("samplers_cifar_some.npz")[name])
 
 
 @pytest.mark.parametrize("name, gamma", [("exact_ts", 0.0), ("gamma0.5_ts", 0.5)])

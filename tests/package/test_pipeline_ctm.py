@@ -117,26 +117,6 @@ def test_other_samplers_put_in_place(name, network, scale, tmp_path):
         close(back(latents=x, output_type="latent").images, exact, rtol=0, atol=1e-4)
 
 
-def test_the_other_samplers_agree_with_each_other(make_unet):
-    pipe, x, images = pipeline(make_unet(), CTMScheduler()), randn(2, 3, 8, 8, dtype=torch.float32), {}
-    for name, (scheduler_class, steps, _) in OTHERS.items():
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
-        images[name] = pipe(latents=x, num_inference_steps=steps // 2, output_type="latent").images
-    # a random network is no denoiser, but it defines an ODE
-    spread = images["Heun"].std()
-    assert (images["DPM"] - images["Heun"]).abs().mean() < 0.02 * spread
-    assert (images["Euler"] - images["Heun"]).abs().mean() < 0.1 * spread
-
-
-def test_churn_reaches_the_pipeline():
-    pipe = pipeline(scheduler=EDMHeunScheduler(sigma_data=0.6, s_churn=20.0))
-    images = pipe(batch_size=100, num_inference_steps=64, generator=seeded(), output_type="latent").images
-    assert abs(images.std() / 0.3 - 1) < 0.05
-    assert not torch.equal(
-        images, pipe(batch_size=100, num_inference_steps=64, generator=seeded(1), output_type="latent").images
-    )
-
-
 def test_default_number_of_steps():
     pipe = pipeline(scheduler=EDMHeunScheduler(sigma_data=0.6))
     pipe(latents=latents())
@@ -242,18 +222,6 @@ def test_labels(labels, expected):
     assert classes_of(pipe(class_labels=labels, output_type="latent").images) == expected
 
 
-def test_labels_reach_a_real_network(make_unet):
-    pipe = pipeline(make_unet(num_class_embeds=4), CTMScheduler(), id2label=NAMES)
-    images = [
-        pipe(class_labels=labels, generator=seeded(), output_type="latent").images
-        for labels in ([1, 3], ["bee", "dog"], torch.tensor([1, 3]))
-    ]
-    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
-    other = pipe(class_labels=[1, 2], generator=seeded(), output_type="latent").images
-    close(other[0], images[0][0])
-    assert (other[1] - images[0][1]).abs().max() > 1e-3
-
-
 def test_random_labels_come_from_the_generator():
     pipe = of_classes()
     first = classes_of(pipe(batch_size=40, generator=seeded(1), output_type="latent").images)
@@ -264,43 +232,38 @@ def test_random_labels_come_from_the_generator():
     assert set(classes_of(pipe(batch_size=40, output_type="latent").images)) == {0, 1, 2, 3}
 
 
-def test_wrong_labels():
-    pipe = of_classes()
-    for wrong in ("cat", ["bee", "cat"]):
-        with pytest.raises(
-            ValueError, match="class_labels='cat' is not the name of a class. Known names: ant, bee, dog, sea cow"
-        ):
-            pipe(class_labels=wrong)
-    for wrong in (4, -1, [0, 7]):
-        with pytest.raises(ValueError, match="is not a class; this network knows 0 to 3"):
-            pipe(class_labels=wrong)
-    for wrong in (
-        [1.5],
-        1.0,
-        [None],
-        torch.tensor([1.0]),
-        np.array([0.0]),
-        True,
-        torch.tensor([True, False]),
-        [[1, 2]],
-    ):
-        with pytest.raises(ValueError, match="class_labels must be whole numbers or names"):
-            pipe(class_labels=wrong)
-    for wrong in ({1, 2}, {"bee": 1}, (k for k in range(2))):
-        with pytest.raises(ValueError, match="class_labels must be a number, a name or a list"):
-            pipe(class_labels=wrong)
-    for wrong in (["ant", "bee"], ["ab"], {"ant": 0}, 3):
-        with pytest.raises(ValueError, match="id2label must be a dict of names by number of the class"):
-            pipeline(id2label=wrong)
-    with pytest.raises(ValueError, match="class_labels is empty"):
-        pipe(class_labels=[])
-    with pytest.raises(ValueError, match="class_labels has 3 entries for batch_size=2; pass one or 2"):
-        pipe(class_labels=[0, 1, 2], batch_size=2)
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ("cat", "class_labels='cat' is not the name of a class. Known names: ant, bee, dog, sea cow"),
+        (["bee", "cat"], "class_labels='cat' is not the name of a class"),
+        (4, "is not a class; this network knows 0 to 3"),
+        ([0, -7], "is not a class; this network knows 0 to 3"),
+        ([1.5], "class_labels must be whole numbers or names"),
+        (1.0, "class_labels must be whole numbers or names"),
+        (torch.tensor([1.0]), "class_labels must be whole numbers or names"),
+        (np.array([0.0]), "class_labels must be whole numbers or names"),
+        (True, "class_labels must be whole numbers or names"),
+        ([[1, 2]], "class_labels must be whole numbers or names"),
+        ({1, 2}, "class_labels must be a number, a name or a list"),
+        ([], "class_labels is empty"),
+        ([0, 1, 2], "class_labels has 3 entries for batch_size=2; pass one or 2"),
+    ],
+)
+def test_labels_that_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        of_classes()(class_labels=labels, batch_size=2)
+
+
+def test_labels_without_classes_or_names():
     with pytest.raises(ValueError, match="this network is unconditional"):
         pipeline()(class_labels=1)
     no_names = pipeline(ExactNetwork(GaussianData(0.1), sigma_data=0.6, class_shift=SHIFTS))
     with pytest.raises(ValueError, match="carries no names, pass a number"):
         no_names(class_labels="bee")
+    for wrong in (["ant", "bee"], {"ant": 0}, 3):
+        with pytest.raises(ValueError, match="id2label must be a dict of names by number of the class"):
+            pipeline(id2label=wrong)
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------
@@ -319,20 +282,6 @@ def test_gamma_per_step_and_levels_of_ones_own():
     pipe.unet.calls.clear()
     pipe(latents=latents(), sigmas=levels)
     close(torch.tensor([float(t) for t, _ in pipe.unet.calls]), [80.0, 9.0, 9.0, 0.7, 0.7])
-
-
-def test_gamma_of_the_scheduler_config_is_the_default():
-    images = [
-        pipeline(scheduler=scheduler)(
-            latents=latents(), num_inference_steps=3, generator=seeded(), output_type="latent", **options
-        ).images
-        for scheduler, options in (
-            (CTMScheduler(sigma_data=0.6, gamma=0.9), {}),
-            (CTMScheduler(sigma_data=0.6), {"gamma": 0.9}),
-            (CTMScheduler(sigma_data=0.6), {}),
-        )
-    ]
-    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
 def test_target_levels_and_the_end_reach_the_scheduler():
@@ -400,11 +349,6 @@ def test_a_run_starts_at_its_first_step(cls, monkeypatch):
     assert pipe.scheduler.step_index == pipe.num_timesteps
 
 
-def test_levels_that_float32_does_not_tell_apart_are_steps_too():
-    images = [pipeline()(latents=latents(), sigmas=s, output_type="latent").images for s in ([80.0, 80 - 1e-7], [80.0])]
-    close(*images)
-
-
 def test_callback_sees_every_step():
     pipe, seen = pipeline(), []
 
@@ -469,15 +413,6 @@ def test_interrupt_stops_after_the_step(scheduler_class):
     assert not pipe.interrupt
 
 
-def test_progress_bar(capfd):
-    pipe = pipeline()
-    pipe(latents=latents(), num_inference_steps=3)
-    assert capfd.readouterr().err == ""
-    pipe.set_progress_bar_config(disable=False)
-    pipe(latents=latents(), num_inference_steps=3)
-    assert "3/3" in capfd.readouterr().err
-
-
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
@@ -536,10 +471,10 @@ def test_schedulers_that_do_not_fit():
         pipe(latents=latents())
     for other in (CTMScheduler(), EDMHeunScheduler(sigma_data=0.5), EDMEulerScheduler(sigma_data=0.5)):
         pipe.scheduler = other
-        with pytest.raises(ValueError, match=r"= \(0.5, 1.0\), but this network was loaded with \(0.6, 1.0\)"):
+        with pytest.raises(ValueError, match="sigma_data=0.5, .*, but this network was loaded with .*sigma_data=0.6, "):
             pipe(latents=latents())
     pipe.scheduler = CTMScheduler(sigma_data=0.6, timestep_scale=1000.0)
-    with pytest.raises(ValueError, match=r"= \(0.6, 1000.0\), but this network was loaded with \(0.6, 1.0\)"):
+    with pytest.raises(ValueError, match="timestep_scale=1000.0, but this network .*, timestep_scale=1.0. Make"):
         pipe(latents=latents())
     pipe.scheduler = CTMScheduler(sigma_data=0.6)  # the error does no harm
     close(pipe(latents=latents(), output_type="latent").images, DATA.jump(80 * latents(), 80.0, 0.002))
@@ -568,13 +503,6 @@ def test_networks_that_do_not_fit(make_unet):
     pipe.scheduler = CTMScheduler()
     with pytest.raises(ValueError, match="needs a network with two times"):
         pipe()
-
-
-def test_a_plain_teacher(exact_teacher):
-    pipe = pipeline(exact_teacher(), EDMHeunScheduler(sigma_data=0.6, timestep_scale=1000.0))
-    start = latents(size=8)
-    images = pipe(latents=start, num_inference_steps=60, output_type="latent").images
-    close(images, GaussianData(0.6).jump(80 * start, 80.0, 0.0), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("scheduler_class", [EDMHeunScheduler, EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
@@ -724,5 +652,5 @@ def test_saved_with_another_scheduler_in_place(make_unet, scale, tmp_path):
 def test_save_to_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file", ""):
-        with pytest.raises(ValueError, match="is no folder; pass one"):
+        with pytest.raises(ValueError, match="is not a folder; pass one"):
             pipeline().save_pretrained(wrong)

@@ -178,7 +178,7 @@ def test_grey_images_and_other_samplers_are_checked():
         output = pipe(class_labels=LABELS, output_type="pt")
         assert output.images.shape == (4, 1, 4, 4) and output.nsfw_content_detected == UNSAFE
     pipe = pipeline(unet=network(channels=4), safety_checker=Bright())
-    with pytest.raises(ValueError, match="takes grey or colour images, these have 4 channels"):
+    with pytest.raises(ValueError, match="takes gray or color images, these have 4 channels"):
         pipe(class_labels=LABELS, output_type="pt")
 
 
@@ -285,7 +285,7 @@ def test_from_pipe_takes_the_checker_along(make_unet):
 def warnings_of(caplog, call):
     caplog.clear()
     call()
-    return [record.getMessage() for record in caplog.records if record.name == "diffusers_ctm.pipeline_ctm"]
+    return [record.getMessage() for record in caplog.records if record.name == "diffusers_ctm.safety"]
 
 
 def test_a_checkpoint_that_requires_a_checker_warns_without(caplog, make_unet, tmp_path):

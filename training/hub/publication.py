@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.hub import write_loading_code
+from diffusers_ctm.scheduling_karras import jumps
 
 from ..cli.device import choose_device
 from ..cli.errors import UserError, error_text, loading
@@ -114,7 +115,7 @@ def load_checked(folder: str, name: str) -> CTMPipeline:
 
 def draw_samples(pipe: CTMPipeline, count: int, name: str, device: torch.device) -> tuple[list, str]:
     """Images, and words on how they were drawn. Raises UserError if the pipeline does not sample."""
-    is_ctm = hasattr(pipe.scheduler, "target_timesteps")
+    is_ctm = jumps(pipe.scheduler)
     settings: dict[str, Any] = {"num_inference_steps": 1 if is_ctm else 18, "output_type": "np"}
     if pipe.num_classes:
         settings["class_labels"] = [index % pipe.num_classes for index in range(count)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from diffusers_ctm import CTMScheduler
-from diffusers_ctm.trajectory import karras_sigma, karras_starts
+from diffusers_ctm.trajectory import karras_ramp, karras_sigma, karras_starts
 
 from .sampling import Setting
 
@@ -30,16 +30,13 @@ class Space:
         self.end = config.sigma_min if config.final_sigma is None else config.final_sigma
         self.range = (config.sigma_min, config.sigma_max, config.rho)
         # The last step starts above where it ends; a step to 0 may start at sigma_min.
-        self.highest = 1.0 if self.end == 0 else self.ramp(self.end) - LEAST_GAP
-
-    def ramp(self, sigma: float) -> float:
-        """The coordinate of a level."""
-        low, high, rho = self.range
-        return (high ** (1 / rho) - sigma ** (1 / rho)) / (high ** (1 / rho) - low ** (1 / rho))
+        self.highest = 1.0 if self.end == 0 else karras_ramp(self.end, *self.range) - LEAST_GAP
 
     def karras(self, gamma: float) -> tuple[float, ...]:
         """The Karras schedule at one gamma."""
-        levels = [self.ramp(level) for level in karras_starts(self.steps, self.end, *self.range).tolist()]
+        levels = [
+            karras_ramp(level, *self.range) for level in karras_starts(self.steps, self.end, *self.range).tolist()
+        ]
         return (*levels, *[gamma] * (self.steps - 1))
 
     def setting(self, point: Sequence[float]) -> Setting:

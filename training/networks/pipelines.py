@@ -9,6 +9,7 @@ from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
 
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.guidance import ClassAverage
+from diffusers_ctm.scheduling_karras import jumps
 from diffusers_ctm.two_times import image_size
 
 from ..cli.errors import UserError, loading
@@ -34,7 +35,7 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
                 "it with --gammas 1."
             )
         return ctm_of_consistency_model(pipe.unet, scheduler.config)
-    if not hasattr(scheduler, "target_timesteps"):
+    if not jumps(scheduler):
         kind = type(pipe).__name__ if scheduler is None else f"a {type(pipe).__name__} with {type(scheduler).__name__}"
         raise UserError(f"{label} is no CTM but {kind}. A diffusion model goes to --teacher.")
     return pipe

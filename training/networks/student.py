@@ -41,7 +41,7 @@ def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOpti
 
     g = x - sigma epsilon: one part in 256 of bfloat16 at sigma = 157 is 0.6, more than an image.
     """
-    if options.mixed_precision == "auto" and teacher.preconditioning.prediction_type in ("epsilon", "score"):
+    if options.mixed_precision == "auto" and teacher.preconditioning.kind.magnifies_rounding:
         return replace(options, mixed_precision="no")
     return options
 

@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from diffusers.utils import logging
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
-from diffusers_ctm.preconditioning import DISCRETE_TYPES, Preconditioning, condition
+from diffusers_ctm.preconditioning import PREDICTIONS, Preconditioning, condition
 from diffusers_ctm.scheduler_configs import own_config
 from diffusers_ctm.trajectory import jump
 
@@ -19,14 +19,6 @@ from .source import Source, join
 
 
 logger = logging.get_logger(__name__)
-
-# The scheduler of a network that comes without a scheduler's file, by what it predicts.
-DEFAULT_SCHEDULERS = {
-    **dict.fromkeys(DISCRETE_TYPES, "DDPMScheduler"),
-    "flow_prediction": "FlowMatchEulerDiscreteScheduler",
-    "score": "ScoreSdeVeScheduler",
-    "consistency": "CMStochasticIterativeScheduler",
-}
 
 
 @dataclass
@@ -55,7 +47,7 @@ class Teacher:
 
     @property
     def is_consistency_model(self) -> bool:
-        return self.preconditioning.prediction_type == "consistency"
+        return not self.preconditioning.kind.is_denoiser
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -172,12 +164,12 @@ def _make_scheduler(
                 f"{label} has no scheduler_config.json, which says what the network predicts. Say it with "
                 "--teacher_prediction_type; the rest is then as in diffusers' scheduler of that kind."
             )
-        if prediction_type == "edm" and timestep_scale is None:
+        if PREDICTIONS[prediction_type].edm_scheduler_type and timestep_scale is None:
             raise UserError(
                 f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 "
                 "for OpenAI's."
             )
-        config = {"_class_name": DEFAULT_SCHEDULERS.get(prediction_type, "EDMEulerScheduler")}
+        config = {"_class_name": PREDICTIONS[prediction_type].default_scheduler}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")
     options = {"prediction_type": prediction_type, "timestep_scale": timestep_scale}
     options = {name: value for name, value in options.items() if value is not None}

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusers_ctm.preconditioning import Preconditioning
+from diffusers_ctm.scheduling_karras import preconditioning_of
 
 from ..cli.errors import UserError, loading
 from ..cli.names import is_hub_id
@@ -130,7 +131,7 @@ def load_first_stage(folder: str) -> tuple[Weights, dict[str | None, Weights], P
         if not os.path.isfile(os.path.join(folder, STATE)):
             pipe = DiffusionPipeline.from_pretrained(folder)
             weights = pipe.unet.state_dict()
-            return weights, {None: weights}, getattr(pipe.scheduler, "preconditioning", None)
+            return weights, {None: weights}, preconditioning_of(pipe.scheduler)
         state = load_run_state(folder)
         averages = {decay: average["weights"] for decay, average in state["averages"].items()}
         averages[None] = averages[state["options"]["ema_decay"]]

@@ -1,0 +1,76 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Classes of a batch: by number or name, drawn at random, or none."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Number
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def label_ids(
+    labels: int | str | Sequence[int | str] | torch.Tensor, num_classes: int | None, id2label: Mapping | None
+) -> list[int]:
+    """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
+    if num_classes is None:
+        raise ValueError("class_labels were given, but this network is unconditional.")
+    labels = labels.tolist() if isinstance(labels, (torch.Tensor, np.ndarray)) else labels
+    labels = [labels] if isinstance(labels, (Number, str)) else labels
+    if not isinstance(labels, Sequence):
+        raise ValueError(f"class_labels must be a number, a name or a list of these, got {labels!r}.")
+    names = {str(name).lower(): int(index) for index, name in (id2label or {}).items()}
+    ids = []
+    for label in labels:
+        if isinstance(label, str):
+            if label.lower() not in names:
+                known = ", ".join(sorted(names)) or "none: this checkpoint carries no names, pass a number"
+                raise ValueError(f"class_labels={label!r} is not the name of a class. Known names: {known}.")
+            label = names[label.lower()]
+        if not isinstance(label, Integral) or isinstance(label, bool):
+            raise ValueError(f"class_labels must be whole numbers or names, got {label!r}.")
+        if not 0 <= int(label) < num_classes:
+            raise ValueError(f"class_labels={label} is not a class; this network knows 0 to {num_classes - 1}.")
+        ids.append(int(label))
+    return ids
+
+
+def labels_and_batch_size(
+    pipe: Any, class_labels, batch_size: int | None, generator, device
+) -> tuple[torch.Tensor | None, int]:
+    """Labels of shape (B,) on `device`, None for an unconditional network, and B.
+
+    Without `class_labels` they are drawn from `generator`. Raises ValueError for labels or generators that are not B.
+    """
+    ids = None if class_labels is None else pipe.get_label_ids(class_labels)
+    if ids is not None:
+        if not ids:
+            raise ValueError("class_labels is empty; pass None for random classes.")
+        ids = ids * (batch_size or 1) if len(ids) == 1 else ids
+        if batch_size is not None and len(ids) != batch_size:
+            raise ValueError(
+                f"class_labels has {len(ids)} entries for batch_size={batch_size}; pass one or {batch_size}."
+            )
+    batch_size = len(ids) if ids else batch_size or 1
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)} for batch_size={batch_size}; pass one or {batch_size}."
+        )
+    if ids is not None:
+        return torch.tensor(ids, device=device), batch_size
+    if pipe.num_classes is None:
+        return None, batch_size
+    sources, count = (generator, 1) if isinstance(generator, list) else ([generator], batch_size)
+    drawn = [
+        torch.randint(pipe.num_classes, (count,), generator=source, device=source.device if source else "cpu").cpu()
+        for source in sources
+    ]
+    return torch.cat(drawn).to(device), batch_size
+
+
+def null_labels(pipe: Any, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`class_labels`, labels that mean "no class"), in the form that the pipeline's network takes."""
+    if pipe.config.null_class is not None:
+        return class_labels, torch.full_like(class_labels, pipe.config.null_class)
+    one_hot = torch.nn.functional.one_hot(class_labels.long(), pipe.unet.config.num_class_embeds).float()
+    return one_hot, torch.zeros_like(one_hot)

@@ -755,7 +755,7 @@ def test_damaged_checkpoint_is_refused(teacher, tmp_path):
     distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
     path = folder / "checkpoint-2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be resumed"):
+    with pytest.raises(UserError, match="checkpoint-2 cannot be loaded"):
         distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest")
 
 
@@ -790,14 +790,14 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
 
 def test_interrupted_save_is_not_a_checkpoint(teacher, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    replace = os.replace
+    rename = os.rename
 
     def refuse(source, target):
         if "checkpoint" in str(target):
             raise OSError(28, "No space left on device")
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(run_module.os, "replace", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(UserError, match="No space left on device"):
         distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
     assert run_module.newest_checkpoint(str(folder)) is None and os.listdir(folder) == ["config.yaml"]

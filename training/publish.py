@@ -1,22 +1,16 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Publish a pipeline on the Hub with its card: `python -m training.publish runs/digits/pipeline user/name`."""
 
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffusers_ctm.hub import write_loading_code
-
-from .cli.errors import UserError, error_text
+from .cli.errors import UserError
 from .cli.names import HUB_ID
 from .cli.options import Checked, option, run_program
-from .hub.client import api, open_repo, retried
-from .hub.inheritance import check_licence_name, choose_licence
-from .hub.license import licence_of
-from .hub.publication import draw_samples, load_checked, upload
-from .hub.staging import stage
-from .report.pictures import enlarged_grid
+from .hub.license import check_license_name, license_of
+from .hub.publication import publish
 
 
 BRANCH = re.compile(r"[\w-][\w./-]*")
@@ -36,15 +30,16 @@ class PublishConfig(Checked):
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     private: bool = option(False, "Create a private repository.")
     license: str | None = option(
-        None, "Licence of the weights, as the Hub names it: 'mit', 'cc-by-nc-sa-4.0', ... Default: the teacher's."
+        None, "License of the weights, as the Hub names it: 'mit', 'cc-by-nc-sa-4.0', ... Default: the teacher's."
     )
-    license_name: str | None = option(None, "Name of the licence if --license is 'other'.")
-    license_link: str | None = option(None, "Address of the licence if --license is 'other'.")
+    license_name: str | None = option(None, "Name of the license if --license is 'other'.")
+    license_link: str | None = option(None, "Address of the license if --license is 'other'.")
     overwrite_card: bool = option(False, "Replace the card that is on the Hub even if someone has edited it.")
     revision: str | None = option(None, "Branch to publish on, created if it is not there. Default: main.")
     evaluation: str | None = option(
         None,
-        "Folder that training.evaluate, and maybe training.memorisation, wrote. Default: `evaluation` in FOLDER, or beside it if FOLDER is a run's `pipeline`.",
+        "Folder that training.evaluate, and maybe training.memorization, wrote. Default: `evaluation` in FOLDER, or "
+        "beside it if FOLDER is a run's `pipeline`.",
     )
     num_samples: int = option(16, "Samples in the card's picture; 0 is no picture. One is always drawn, as a check.")
     device: str = option("auto", "Where they are drawn: 'auto', 'cpu', 'cuda', 'mps'.")
@@ -56,70 +51,39 @@ class PublishConfig(Checked):
                 "FOLDER and NAME are needed: python -m training.publish runs/digits/pipeline user/name. See --help."
             )
         self.check(HUB_ID.fullmatch(self.name) is not None, "name", "a repository on the Hub as user/name")
-        revision = self.revision
-        self.check(revision is None or BRANCH.fullmatch(revision) is not None, "revision", "the name of a branch")
+        is_branch = self.revision is None or BRANCH.fullmatch(self.revision) is not None
+        self.check(is_branch, "revision", "the name of a branch")
         self.check_not_negative("num_samples")
-        check_licence_name(self.license, "license")
+        check_license_name(self.license, "license")
         if self.license == "other" and not (self.license_name and self.license_link):
             raise UserError("--license other needs --license_name and --license_link.")
 
 
 def main(config: PublishConfig) -> str:
-    """Check, then upload in one commit; return its address."""
-    folder, repo = os.path.normpath(config.folder), config.name
-    evaluation = config.evaluation
-    if evaluation is not None and not os.path.isfile(os.path.join(evaluation, "evaluation.json")):
-        raise UserError(f"--evaluation {evaluation} has no evaluation.json of training.evaluate.")
-    beside = os.path.join(os.path.dirname(os.path.abspath(folder)), "evaluation")
-    if (
-        evaluation is None
-        and not os.path.isdir(os.path.join(folder, "evaluation"))
-        and os.path.basename(folder) == "pipeline"
-    ):
-        evaluation = beside if os.path.isdir(beside) else None
-    with tempfile.TemporaryDirectory(prefix="publish-") as target:
-        left_out = stage(folder, target, evaluation)
-        pipe = load_checked(target, folder)
-        write_loading_code(target, pipe)
-        images, how = draw_samples(pipe, config.num_samples, folder, config.device)
-        wanted = licence_of(
-            {"license": config.license, "license_name": config.license_name, "license_link": config.license_link}
-        )
-        licence = choose_licence(target, wanted)
-        if config.num_samples:
-            columns = min(8, len(images))
-            rows = len(images) // columns
-            enlarged_grid(images[: rows * columns], rows, columns).save(os.path.join(target, "samples.png"))
-        if left_out:
-            print(f"Not uploaded: {', '.join(left_out)}")
-        try:
-            retried(lambda: open_repo(repo, config.private))
-            if config.revision not in (None, "main"):
-                retried(lambda: api().create_branch(repo, branch=config.revision, exist_ok=True))
-            address, new_card = retried(
-                lambda: upload(
-                    target,
-                    repo,
-                    licence,
-                    "Publish the pipeline",
-                    how if config.num_samples else None,
-                    config.overwrite_card,
-                    config.revision,
-                )
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{folder} could not be uploaded to {repo}: {error_text(error)}. The repository is as it was before; run the same command "
-                "again, and what has arrived is not sent twice."
-            ) from error
-    if not new_card:
+    """Publish, say what was done, and return the commit's address."""
+    if config.evaluation is not None and not os.path.isfile(os.path.join(config.evaluation, "evaluation.json")):
+        raise UserError(f"--evaluation {config.evaluation} has no evaluation.json of training.evaluate.")
+    folder = os.path.normpath(config.folder)
+    publication = publish(
+        folder,
+        config.name,
+        private=config.private,
+        license=license_of(vars(config)),
+        overwrite_card=config.overwrite_card,
+        revision=config.revision,
+        evaluation=config.evaluation,
+        num_samples=config.num_samples,
+        device=config.device,
+    )
+    if publication.left_out:
+        print(f"Not uploaded: {', '.join(publication.left_out)}")
+    if not publication.new_card:
         print(
-            f"Kept the card of {repo}, which was edited there; --overwrite_card replaces it. It must name the licence {licence}."
+            f"Kept the card of {config.name}, which was edited there; --overwrite_card replaces it. It must name the "
+            f"license {publication.license}."
         )
-    print(f"Published {folder} under {licence}: {address}")
-    return address
+    print(f"Published {folder} under {publication.license}: {publication.address}")
+    return publication.address
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ The client reads `HF_ENDPOINT` when it is imported, so it is used from subproces
     with LoopbackHub() as hub:
         subprocess.run(program, env=hub.environment(hf_home))
 
-Models and datasets, regular commits to branches; no LFS, no pull requests. A commit is the whole tree of files, in memory,
-and commits are numbered, those of all branches together. `datasets.load_dataset` works, `Dataset.push_to_hub` does not (it needs LFS).
+Models and datasets, regular commits to branches; no LFS, no pull requests. A commit is the whole tree of files, in
+memory, and commits are numbered, those of all branches together. `datasets.load_dataset` works, `Dataset.push_to_hub`
+does not (it needs LFS).
 """
 
 import base64
 import hashlib
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -36,7 +36,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 
 @dataclass
 class Repo:
-    """Commits of a repo, each the whole tree. The first is empty. `branches` holds the number of the last one of each."""
+    """Commits of a repo, each the whole tree. `branches` holds the number of the last one of each branch."""
 
     commits: list[Files] = field(default_factory=lambda: [{}])
     messages: list[str] = field(default_factory=lambda: ["initial commit"])
@@ -85,19 +85,16 @@ class LoopbackHub:
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         api, repo = "/api/{kind}/{owner}/{name}", "/{owner}/{name}"
         routes = [
-            Route("/api/whoami-v2", self._endpoint(self._whoami)),
-            Route("/api/validate-yaml", self._endpoint(self._validate), methods=["POST"]),
+            Route("/api/validate-yaml", self._endpoint(lambda *_: JSONResponse({"errors": []})), methods=["POST"]),
             Route("/api/repos/create", self._endpoint(self._create), methods=["POST"]),
-            Route("/api/repos/delete", self._endpoint(self._delete), methods=["DELETE"]),
             Route(api, self._endpoint(self._info)),
-            Route(api + "/auth-check/write", self._endpoint(self._may_write)),
+            Route(api + "/auth-check/write", self._endpoint(lambda *_: JSONResponse({}))),
             Route(api + "/revision/{rev:path}", self._endpoint(self._info)),
             Route(api + "/tree/{rev}", self._endpoint(self._tree)),
             Route(api + "/tree/{rev}/{path:path}", self._endpoint(self._tree)),
-            Route(api + "/paths-info/{rev}", self._endpoint(self._paths), methods=["POST"]),
             Route(api + "/preupload/{rev}", self._endpoint(self._preupload), methods=["POST"]),
             Route(api + "/commit/{rev}", self._endpoint(self._commit), methods=["POST"]),
-            Route(api + "/branch/{rev}", self._endpoint(self._branch), methods=["POST"]),
+            Route(api + "/branch/{branch}", self._endpoint(self._branch), methods=["POST"]),
             Route("/datasets" + repo + "/resolve/{rev}/{path:path}", self._endpoint(self._resolve)),
             Route(repo + "/resolve/{rev}/{path:path}", self._endpoint(self._resolve)),
         ]
@@ -131,84 +128,58 @@ class LoopbackHub:
     # What the routes share --------------------------------------------------------------------------------------------
 
     def _endpoint(self, answer: Callable) -> Callable:
+        """Call `answer(request, body)`, with the repo and the number of the commit where the path names them."""
+
         async def endpoint(request: Request) -> Response:
             self.requests.append((request.method, request.url.path))
             status = await run_in_threadpool(self.intercept, request.method, request.url.path)
             try:
                 if status is not None:
                     raise Refused(status)
-                if request.method in ("POST", "DELETE") and "Authorization" not in request.headers:
+                if request.method == "POST" and "Authorization" not in request.headers:
                     raise Refused(401)
                 body = await request.body()
-                return answer(request, body)
+                return answer(request, body, *(self._repo(request) if "owner" in request.path_params else ()))
             except Refused as refused:
                 return refused.response
 
         return endpoint
 
-    def _repo(self, request: Request) -> tuple[str, Repo]:
-        """Name and content of the repo that a path names."""
+    def _repo(self, request: Request) -> tuple[Repo, int]:
+        """The repo that a path names, and the number of the commit that it names."""
         path = request.path_params
         kind = path.get("kind", "datasets" if request.url.path.startswith("/datasets/") else "models")
         repo = self.repos.get(f"{kind}/{path['owner']}/{path['name']}")
         if repo is None:
             raise Refused(404, "RepoNotFound")
-        return f"{path['owner']}/{path['name']}", repo
-
-    @staticmethod
-    def _index(repo: Repo, rev: str) -> int:
-        """Number of the commit that a revision names."""
-        if rev in repo.branches:
-            return repo.branches[rev]
-        shas = [repo.sha(index) for index in range(len(repo.commits))]
-        if rev not in shas:
+        names = {repo.sha(index): index for index in range(len(repo.commits))} | repo.branches
+        revision = path.get("rev", "main")
+        if revision not in names:
             raise Refused(404, "RevisionNotFound")
-        return shas.index(rev)
+        return repo, names[revision]
 
     # The routes -------------------------------------------------------------------------------------------------------
 
-    def _whoami(self, request: Request, body: bytes) -> Response:
-        return JSONResponse({"type": "user", "name": "loopback", "orgs": [], "auth": {"type": "access_token"}})
-
-    def _validate(self, request: Request, body: bytes) -> Response:
-        return JSONResponse({"errors": [], "warnings": []})
-
     def _create(self, request: Request, body: bytes) -> Response:
         wanted = json.loads(body)
-        name = f"{wanted.get('organization') or 'loopback'}/{wanted['name']}"
-        kind = f"{wanted.get('type') or 'model'}s"
+        name, kind = f"{wanted.get('organization') or 'loopback'}/{wanted['name']}", f"{wanted.get('type') or 'model'}s"
         url = f"{self.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if f"{kind}/{name}" in self.repos:
             raise Refused(409, url=url)
-        self.repos[f"{kind}/{name}"] = Repo(
-            private=wanted.get("private") is True or wanted.get("visibility") == "private"
-        )
+        private = wanted.get("private") is True or wanted.get("visibility") == "private"
+        self.repos[f"{kind}/{name}"] = Repo(private=private)
         return JSONResponse({"url": url, "name": name})
 
-    def _delete(self, request: Request, body: bytes) -> Response:
-        wanted = json.loads(body)
-        key = f"{wanted.get('type') or 'model'}s/{wanted.get('organization') or 'loopback'}/{wanted['name']}"
-        if self.repos.pop(key, None) is None:
-            raise Refused(404, "RepoNotFound")
-        return JSONResponse({})
-
-    def _info(self, request: Request, body: bytes) -> Response:
-        name, repo = self._repo(request)
-        index = self._index(repo, request.path_params.get("rev", "main"))
+    def _info(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
+        owner, name = request.path_params["owner"], request.path_params["name"]
         files = [{"rfilename": path, "size": len(content)} for path, content in sorted(repo.commits[index].items())]
-        info = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": repo.sha(index), "siblings": files}
+        info = {"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "author": owner, "sha": repo.sha(index)}
         info |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
-        return JSONResponse(info | {"lastModified": DATE, "createdAt": DATE})
+        return JSONResponse(info | {"siblings": files, "lastModified": DATE, "createdAt": DATE})
 
-    def _may_write(self, request: Request, body: bytes) -> Response:
-        self._repo(request)
-        return JSONResponse({})
-
-    def _tree(self, request: Request, body: bytes) -> Response:
-        _, repo = self._repo(request)
-        entries = tree(repo.commits[self._index(repo, request.path_params["rev"])])
+    def _tree(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
         folder = request.path_params.get("path", "").strip("/")
-        below = [entry for entry in entries if not folder or entry["path"].startswith(f"{folder}/")]
+        below = [entry for entry in tree(repo.commits[index]) if not folder or entry["path"].startswith(f"{folder}/")]
         if folder and not below:
             raise Refused(404, "EntryNotFound")
         if request.query_params.get("recursive", "").lower() not in ("true", "1"):
@@ -216,71 +187,47 @@ class LoopbackHub:
             below = [entry for entry in below if entry["path"].count("/") == depth]
         return JSONResponse(below)
 
-    def _paths(self, request: Request, body: bytes) -> Response:
-        _, repo = self._repo(request)
-        wanted = json.loads(body)["paths"]
-        entries = tree(repo.commits[self._index(repo, request.path_params["rev"])])
-        return JSONResponse([entry for entry in entries if entry["path"] in wanted])
-
-    def _preupload(self, request: Request, body: bytes) -> Response:
-        _, repo = self._repo(request)
-        answer, files = [], repo.commits[self._index(repo, request.path_params["rev"])]
+    def _preupload(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
+        answer, oids = [], {path: git_oid(content) for path, content in repo.commits[index].items()}
         for file in json.loads(body)["files"]:
-            present = files.get(file["path"])
-            oid = None if present is None else git_oid(present)  # the client leaves out files that did not change
+            oid = oids.get(file["path"])  # the client leaves out files that did not change
             answer.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
         return JSONResponse({"files": answer})
 
-    def _commit(self, request: Request, body: bytes) -> Response:
-        name, repo = self._repo(request)
-        branch = request.path_params["rev"]
+    def _commit(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
+        branch, name = request.path_params["rev"], "{owner}/{name}".format(**request.path_params)
         if branch not in repo.branches or request.query_params.get("create_pr"):
             raise Refused(404, "RevisionNotFound", error="commits go to branches only")
-        head = repo.branches[branch]
-        files, message = dict(repo.commits[head]), ""
+        files, message = dict(repo.commits[index]), ""
         for line in body.splitlines():
             operation = json.loads(line)
             key, value = operation["key"], operation["value"]
             if key == "header":
                 message = value["summary"]
-                if value.get("parentCommit") not in (None, repo.sha(head)):
+                if value.get("parentCommit") not in (None, repo.sha(index)):
                     raise Refused(412)
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "deletedFile":
                 del files[value["path"]]
-            elif key == "deletedFolder":
-                folder = value["path"].rstrip("/") + "/"
-                files = {path: content for path, content in files.items() if not path.startswith(folder)}
             else:
                 raise Refused(400, error=f"{key} is not served")
         sha = repo.commit(files, message, branch)
         return JSONResponse({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"})
 
-    def _branch(self, request: Request, body: bytes) -> Response:
-        _, repo = self._repo(request)
-        branch = request.path_params["rev"]
+    def _branch(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
+        branch = request.path_params["branch"]
         if branch in repo.branches:
             raise Refused(409)
-        repo.branches[branch] = self._index(repo, json.loads(body or b"{}").get("startingPoint") or "main")
+        repo.branches[branch] = index
         return JSONResponse({})
 
-    def _resolve(self, request: Request, body: bytes) -> Response:
-        _, repo = self._repo(request)
-        index = self._index(repo, request.path_params["rev"])
+    def _resolve(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
         content = repo.commits[index].get(request.path_params["path"])
         if content is None:
             raise Refused(404, "EntryNotFound")
-        headers = {"X-Repo-Commit": repo.sha(index), "ETag": f'"{git_oid(content)}"', "Accept-Ranges": "bytes"}
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-        if part is None:
-            return Response(content, headers=headers, media_type="application/octet-stream")
-        start, size = int(part[1]), len(content)
-        end = min(int(part[2]) if part[2] else size - 1, size - 1)
-        if start > end:
-            return Response(status_code=416, headers={"Content-Range": f"bytes */{size}"})
-        headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-        return Response(content[start : end + 1], 206, headers, "application/octet-stream")
+        headers = {"X-Repo-Commit": repo.sha(index), "ETag": f'"{git_oid(content)}"'}
+        return Response(content, headers=headers, media_type="application/octet-stream")
 
 
 def git_oid(content: bytes) -> str:

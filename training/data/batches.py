@@ -2,6 +2,7 @@
 """The images of a training run, and its batches by seed and step."""
 
 import contextlib
+import functools
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -36,7 +37,7 @@ def run_batches(
 ) -> Iterator[LoadedBatch]:
     """(images, labels, position) for one process: uint8 (n, C, H, W), int64 (n,) or None, and the place in a stream.
 
-    The images of a step are the same however it is split into parts (`StepSampler`). Raises UserError if an image
+    The images of a step are the same however it is split into parts (`step_indices`). Raises UserError if an image
     cannot be read.
 
     Args:
@@ -48,53 +49,40 @@ def run_batches(
     split = (options.train_batch_size, options.seed, first_step, options.max_train_steps, parts, num_parts)
     if isinstance(dataset, ImageStream):
         return stream_batches(dataset, *split, position, options.dataloader_num_workers)
-    return load_batches(dataset, StepSampler(len(dataset), *split), options.dataloader_num_workers, pin_memory)
+    return load_batches(dataset, step_indices(len(dataset), *split), options.dataloader_num_workers, pin_memory)
 
 
-class StepSampler:
+def step_indices(
+    length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: list[int], num_parts: int
+) -> Iterator[list[int]]:
     """Batches of indices for one process, a function of seed and step: a run resumes by saying where it stands.
 
     Each epoch is a permutation of the data set and batches run across its ends. The images of a step are the same for
     every split of `total = batch_size * num_parts` into batches; a part is one process in one accumulation step.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, seed: int, first_step: int, last_step: int, parts: list[int], num_parts: int
-    ):
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.steps = range(first_step, last_step)
-        self.parts, self.num_parts = parts, num_parts
+    @functools.lru_cache(2)  # a batch may run across an end
+    def order(epoch: int) -> torch.Tensor:
+        return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.parts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        orders: dict[int, torch.Tensor] = {}
-        for step in self.steps:
-            for part in self.parts:
-                begin = (step * self.num_parts + part) * self.batch_size
-                batch = []
-                for position in range(begin, begin + self.batch_size):
-                    epoch, index = divmod(position, self.length)
-                    if epoch not in orders:
-                        orders = {e: order for e, order in orders.items() if e >= epoch - 1}
-                        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                        orders[epoch] = torch.randperm(self.length, generator=generator)
-                    batch.append(int(orders[epoch][index]))
-                yield batch
+    for step in range(first_step, last_step):
+        for part in parts:
+            begin = (step * num_parts + part) * batch_size
+            places = range(begin, begin + batch_size)
+            yield [int(order(place // length)[place % length]) for place in places]
 
 
 def load_batches(
-    dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int, pin_memory: bool
+    dataset: ImageDataset, indices: Iterable[list[int]], num_workers: int, pin_memory: bool
 ) -> Iterator[LoadedBatch]:
-    """The batches that `sampler` names, decoded by `num_workers` processes ahead of time, or by this one if it is 0.
+    """The batches of `indices`, decoded by `num_workers` processes ahead of time, or by this one if it is 0.
 
     Raises UserError if one of the processes dies or an image cannot be read.
     """
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=sampler,
-        collate_fn=_identity,
+        batch_sampler=indices,
+        collate_fn=tuple,
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # without it the loader would draw from the generator that dropout uses
@@ -108,33 +96,20 @@ def load_batches(
             stack.callback(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         if num_workers:  # without this a traceback that refers to them would keep the processes running
             stack.callback(loaded._shutdown_workers)
-        while True:
-            try:
-                images, labels = next(loaded)
-            except StopIteration:
-                return
-            except UserError as error:  # with the other process's traceback before it
-                raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-            except (RuntimeError, OSError, EOFError) as error:
-                if not num_workers or not _tells_of_a_dead_process(error):
-                    raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(
-                    f"A process that reads images died ({reason}), mostly for want of memory, or of shared memory in a "
-                    f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
-                    "--resume_from_checkpoint latest."
-                ) from error
-            yield images, labels, None
-
-
-def _tells_of_a_dead_process(error: Exception) -> bool:
-    """Whether torch noticed the death, or this process was fetching a batch of the dead one."""
-    fetching = isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and "Caught " not in str(error)
-    return fetching or "DataLoader worker (" in str(error)
-
-
-def _identity(batch):
-    return batch
+        try:
+            for images, labels in loaded:
+                yield images, labels, None
+        except UserError as error:  # with the other process's traceback before it
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        except (RuntimeError, OSError, EOFError) as error:
+            if not num_workers or "Caught " in str(error):  # by a process that lives
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"A process that reads images died ({reason}), mostly for want of memory, or of shared memory in a "
+                f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
+                "--resume_from_checkpoint latest."
+            ) from error
 
 
 def leave_signals_to_the_main_process(worker: int = 0) -> None:

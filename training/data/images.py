@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
-from .sources import find_image_column, find_label_column, load_source
+from .sources import find_columns, load_source
 
 
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -25,6 +25,7 @@ class Images:
         first: its first row, or None if it is empty.
 
     Attributes:
+        columns: the columns to read.
         num_classes, id2label: None without classes; `id2label` also where the classes are plain numbers.
 
     Raises UserError if the data set is empty, or a column is missing or of the wrong kind.
@@ -35,8 +36,8 @@ class Images:
             raise UserError(
                 f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
             )
-        self.image_column = find_image_column(options, features)
-        self.label_column = find_label_column(options, features)
+        self.image_column, self.label_column = find_columns(options, features)
+        self.columns = [column for column in (self.image_column, self.label_column) if column is not None]
         self.num_classes, self.id2label = None, None
         if self.label_column is not None and isinstance(features[self.label_column], ClassLabel):
             self.num_classes = features[self.label_column].num_classes
@@ -48,11 +49,6 @@ class Images:
     @property
     def channels(self) -> int:
         return 1 if self.mode == "L" else 3
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns to read."""
-        return [self.image_column] + ([self.label_column] if self.label_column else [])
 
     def check_labels(self, labels: list[int | None]) -> None:
         """Raise UserError if an image has no class."""

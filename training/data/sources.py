@@ -25,12 +25,13 @@ def digits() -> Dataset:
 def load_source(options: DataOptions, streaming: bool = False) -> Dataset | IterableDataset:
     """The data set that the options name. Raises UserError if it is not there."""
     name, split = options.dataset_name, options.dataset_split
-    if name == "digits" and not os.path.exists(name):
-        if options.dataset_config_name is not None:
-            raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
-        part = _part(digits(), split)
-        return part.to_iterable_dataset() if streaming else part
+    is_digits = name == "digits" and not os.path.exists(name)
+    if is_digits and options.dataset_config_name is not None:
+        raise UserError("--dataset_name digits has no configurations; leave --dataset_config_name out.")
     with loading(f"--dataset_name {name}"):
+        if is_digits:
+            part = _part(digits(), split)
+            return part.to_iterable_dataset() if streaming else part
         if name.endswith(".parquet"):  # the file counts as the split that is asked for
             files = {split.partition("[")[0]: name}
             return load_dataset("parquet", data_files=files, split=split, streaming=streaming)
@@ -49,35 +50,25 @@ def _part(dataset: Dataset, split: str) -> Dataset:
     return dataset.select([index for part in parts for index in range(part.from_, part.to)])
 
 
-def _column(features: Features, option: str, name: str) -> str:
-    if name not in features:
-        raise UserError(f"--{option} {name} is not a column of the data set; it has {', '.join(features)}.")
-    return name
+def find_columns(options: DataOptions, features: Features) -> tuple[str, str | None]:
+    """The columns of the images and of the classes, if those are asked for.
 
-
-def find_image_column(options: DataOptions, features: Features) -> str:
-    """The column of the images. Raises UserError if it is missing, holds no images, or several could be meant."""
+    Raises UserError if one is missing or holds something else, or if several could hold the images.
+    """
+    image, label = options.image_column, options.label_column
+    for name, column in (("image_column", image), ("label_column", label)):
+        if column is not None and column not in features:
+            raise UserError(f"--{name} {column} is not a column of the data set; it has {', '.join(features)}.")
     image_columns = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if options.image_column is not None:
-        name = _column(features, "image_column", options.image_column)
-        if name not in image_columns:
-            raise UserError(f"--image_column {name} holds no images; image columns: {image_columns}.")
-        return name
-    if len(image_columns) == 1:
-        return image_columns[0]
-    if image_columns:
+    if not image_columns:
+        raise UserError(
+            f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns "
+            f"are {', '.join(features)}."
+        )
+    if image is None and len(image_columns) > 1:
         raise UserError(f"--image_column is needed: the data set has the image columns {', '.join(image_columns)}.")
-    raise UserError(
-        f"--dataset_name {options.dataset_name} has no column of images (feature `Image` of datasets); its columns "
-        f"are {', '.join(features)}."
-    )
-
-
-def find_label_column(options: DataOptions, features: Features) -> str | None:
-    """The column of the classes, or None. Raises UserError if it is missing or holds no whole numbers."""
-    if options.label_column is None:
-        return None
-    name = _column(features, "label_column", options.label_column)
-    if not str(getattr(features[name], "dtype", "")).startswith(("int", "uint")):
-        raise UserError(f"--label_column {name} must hold classes or whole numbers, it holds {features[name]}.")
-    return name
+    if image is not None and image not in image_columns:
+        raise UserError(f"--image_column {image} holds no images; image columns: {image_columns}.")
+    if label is not None and not str(getattr(features[label], "dtype", "")).startswith(("int", "uint")):
+        raise UserError(f"--label_column {label} must hold classes or whole numbers, it holds {features[label]}.")
+    return image or image_columns[0], label

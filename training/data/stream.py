@@ -68,33 +68,32 @@ class ImageStream(Images):
 
         `position` is a window that begins at `begin` or before.
         """
-        while True:
-            for place, window in self._windows(position):
-                if place.first + len(window) > begin:
-                    numbers = (seed * 1_000_003 + place.epoch) * 1_000_003 + place.window
-                    order = torch.randperm(len(window), generator=torch.Generator().manual_seed(numbers)).tolist()
-                    for number, index in enumerate(order, place.first):
-                        if number >= begin:
-                            yield number, window[index], place
-                position = Position(epoch=place.epoch + 1, first=place.first + len(window))
-            if position.window:  # it was the end of an epoch
-                position = Position(epoch=position.epoch + 1, first=position.first)
+        for place, window in self._windows(position):
+            if place.first + len(window) > begin:
+                numbers = (seed * 1_000_003 + place.epoch) * 1_000_003 + place.window
+                order = torch.randperm(len(window), generator=torch.Generator().manual_seed(numbers)).tolist()
+                for number, index in enumerate(order, place.first):
+                    if number >= begin:
+                        yield number, window[index], place
 
     def _windows(self, position: Position) -> Iterator[tuple[Position, list[Row]]]:
-        """The windows of an epoch, from `position` on."""
+        """The windows from `position` on, epoch after epoch."""
         source = self.source
-        source.set_epoch(position.epoch)  # datasets then also sees that a state to load is not one that it has loaded
-        source.load_state_dict(position.stream)
-        iterator, first, stream = iter(source), position.first, position.stream
-        for number in itertools.count(position.window):
-            with loading("The rest of the data set", "Resume with --resume_from_checkpoint latest."):
-                window = list(itertools.islice(iterator, self.window))
-            if not window:
-                if number == 0:
-                    raise UserError("The streamed data set holds no images any more.")
-                return
-            yield Position(position.epoch, number, first, stream), window
-            first, stream = first + len(window), source.state_dict()
+        while True:
+            source.set_epoch(position.epoch)  # datasets then also sees that a state to load is not one that it loaded
+            source.load_state_dict(position.stream)
+            iterator = iter(source)
+            while True:
+                with loading("The rest of the data set", "Resume with --resume_from_checkpoint latest."):
+                    window = list(itertools.islice(iterator, self.window))
+                if not window:
+                    break
+                yield position, window
+                first = position.first + len(window)
+                position = Position(position.epoch, position.window + 1, first, source.state_dict())
+            if position.window == 0:
+                raise UserError("The streamed data set holds no images any more.")
+            position = Position(position.epoch + 1, first=position.first)
 
     def decode(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """uint8 images of shape (n, C, H, W) and int64 classes of shape (n,), or None. Raises UserError."""
@@ -121,7 +120,7 @@ def stream_batches(
     position: dict[str, Any] | None,
     num_workers: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]]:
-    """(images, labels, position) for one process, split as in `StepSampler`.
+    """(images, labels, position) for one process, split as in `step_indices`.
 
     Every process reads the whole stream and decodes its own part of it. `position`, also another process's, is where
     to go on; None is the beginning. With `num_workers`, so many threads decode ahead of time.
@@ -155,15 +154,11 @@ def stream_batches(
 def ahead(iterator: Iterator[T], depth: int) -> Iterator[T]:
     """The pieces of `iterator`, made by another thread up to `depth` ahead. Its errors are raised here."""
     end = object()
-    made: collections.deque[concurrent.futures.Future] = collections.deque()
     with contextlib.closing(iterator), concurrent.futures.ThreadPoolExecutor(1, "reading ahead") as reader:
+        made = collections.deque(reader.submit(next, iterator, end) for _ in range(depth + 1))
         try:
-            while True:
-                while len(made) <= depth:
-                    made.append(reader.submit(next, iterator, end))
-                piece = made.popleft().result()
-                if piece is end:
-                    return
+            while (piece := made.popleft().result()) is not end:
+                made.append(reader.submit(next, iterator, end))
                 yield piece
         finally:
             reader.shutdown(cancel_futures=True)

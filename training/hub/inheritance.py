@@ -1,61 +1,53 @@
-"""Under which licence weights may be published; asks records, not folders."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The license under which weights may be published, from the records of how they came to be."""
 
 import re
+from typing import Any
 
 from ..cli.errors import UserError
-from ..cli.files import read_json
-from .client import card_licence
-from .license import PERMISSIVE, Licence, licence_of, strictest
-from .record import CONVERSION, ORIGINS, RECORD, conversion_repo
+from .client import card_license
+from .license import PERMISSIVE, License, license_of, strictest
+from .record import CONVERSION, RECORD, origins_of
 
 
-def check_licence_name(name: str | None, field: str) -> None:
-    if name is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name) is None:
+def inherited_license(record: dict[str, Any], conversion: dict[str, Any]) -> tuple[License | None, str]:
+    """The strictest license that weights inherit, by their records and by cards on the Hub, and from whom."""
+    licenses = []
+    for title, origin in origins_of(record, conversion).items():
+        license = license_of(origin)
+        if license is None and origin.get("on_hub"):
+            license = card_license(origin["name"], origin.get("revision"))
+        licenses.append((license, f"its {title} {origin.get('name')} has that"))
+    strict = strictest(license for license, _ in licenses)
+    return next((license, reason) for license, reason in licenses if license is strict)
+
+
+def choose_license(
+    record: dict[str, Any], conversion: dict[str, Any], wanted: License | None = None, option_name: str = "license"
+) -> License:
+    """The license to publish under. Raises UserError if `wanted` contradicts an inherited one, or if none is known.
+
+    Args:
+        record, conversion: contents of `training.json` and `conversion.json`, {} if there is none.
+    """
+    inherited, reason = inherited_license(record, conversion)
+    license = wanted or license_of(record) or inherited
+    if license is None:
         raise UserError(
-            f"--{field} must be a licence as the Hub names it, e.g. 'mit' or 'cc-by-nc-sa-4.0', got {name!r}."
+            f"--{option_name} is needed: neither {RECORD} nor {CONVERSION} nor a card on the Hub says the license of "
+            "these weights or of their teacher. Weights that were distilled from others must keep that license."
         )
-
-
-def teachers_licence(folder: str) -> tuple[Licence | None, str]:
-    """The strictest of what the weights in `folder` inherit, and where that is said: records of the run or the conversion, or a card."""
-    record, conversion = read_json(folder, RECORD), read_json(folder, CONVERSION)
-    origins = []
-    for role, title in ORIGINS.items():
-        origin = record.get(role) or {}
-        repo = origin["name"] if origin.get("on_hub") else None
-        origins.append((origin, repo, f"its {title} {origin.get('name')} has that"))
-    origins.append((conversion, conversion_repo(conversion), f"{CONVERSION} says so of {conversion.get('source')}"))
-    reasons = []
-    for origin, repo, reason in origins:
-        if (found := licence_of(origin)) is not None:
-            reasons.append((found, reason))
-        elif repo is not None and (found := card_licence(repo, origin.get("revision"))) is not None:
-            reasons.append((found, f"the card of {repo} says so"))
-    inherited = strictest(found for found, _ in reasons)
-    return next(((found, reason) for found, reason in reasons if found is inherited), (None, ""))
-
-
-def choose_licence(folder: str, wanted: Licence | None, option_name: str = "license") -> Licence:
-    """The licence to publish under. Raises UserError if `wanted` is not what the teacher's allows, or if none is known."""
-    inherited, reason = teachers_licence(folder)
-    wanted = wanted or licence_of(read_json(folder, RECORD)) or inherited
-    if wanted is None:
+    if not may_be_published(inherited, license):
+        non_commercial = " (non-commercial)" if re.search(r"(^|-)nc(-|$)", inherited.id) else ""
         raise UserError(
-            f"--{option_name} is needed: neither {RECORD} nor {CONVERSION} nor a card on the Hub says the licence of these weights or "
-            "of their teacher. Weights that were distilled from others must keep that licence."
+            f"The license {license} contradicts {inherited}{non_commercial}, which these weights have: {reason}. "
+            f"Publish them under {inherited}: leave the license out or give that one."
         )
-    check_inheritance(inherited, reason, wanted)
-    return wanted
+    return license
 
 
-def check_inheritance(inherited: Licence | None, reason: str, wanted: Licence) -> None:
-    """Raise UserError if weights that inherit one licence may not be published under the other."""
+def may_be_published(inherited: License | None, license: License) -> bool:
+    """Whether weights that inherit one license may be published under the other."""
     if inherited is None or inherited.id in PERMISSIVE:
-        return
-    if wanted.id == inherited.id and wanted.name in (None, inherited.name):  # several are "other"
-        return
-    kind = " (non-commercial)" if re.search(r"(^|-)nc(-|$)", inherited.id) else ""
-    raise UserError(
-        f"The licence {wanted} contradicts {inherited}{kind}, which these weights have: {reason}. Publish them under {inherited}: leave the "
-        "licence out or give that one."
-    )
+        return True
+    return license.id == inherited.id and license.name in (None, inherited.name)  # several are "other"

@@ -1,5 +1,7 @@
-"""A licence as the Hub names it, and the strictest of several."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""A license as the Hub names it, and the strictest of several."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,17 +9,20 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from ..cli.errors import UserError
 
-# Who may be republished under another licence, as these allow. Whatever is not here is inherited as it is.
+
+# These allow republishing under another license. Any license that is not here is inherited as it is.
 PERMISSIVE = {
-    "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "unlicense", "wtfpl", "zlib", "0bsd",
-    "cc0-1.0", "pddl", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "afl-3.0", "bsl-1.0", "ecl-2.0", "ncsa", "postgresql",
+    "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "unlicense", "wtfpl",
+    "zlib", "0bsd", "cc0-1.0", "pddl", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "afl-3.0", "bsl-1.0",
+    "ecl-2.0", "ncsa", "postgresql",
 }  # fmt: skip
 
 
 @dataclass
-class Licence:
-    """A licence as the Hub names it.
+class License:
+    """A license as the Hub names it.
 
     Args:
         id: e.g. "mit", "cc-by-nc-sa-4.0", or "other".
@@ -32,36 +37,48 @@ class Licence:
         return f"{self.id} ({self.name})" if self.name else self.id
 
 
-def licence_of(values: Any) -> Licence | None:
-    """The licence in a card's metadata, or in a record: keys `license`, `license_name`, `license_link`. None in what is no dict."""
-    found = values.get("license") if isinstance(values, dict) else None
-    if isinstance(found, list) and len(found) == 1:
-        found = found[0]
-    if not isinstance(found, str) or not found.strip() or found.strip().lower() == "unknown":
+def check_license_name(name: str | None, option_name: str) -> None:
+    if name is not None and re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name) is None:
+        raise UserError(
+            f"--{option_name} must be a license as the Hub names it, e.g. 'mit' or 'cc-by-nc-sa-4.0', got {name!r}."
+        )
+
+
+def license_of(values: Any) -> License | None:
+    """The license in a card's metadata or in a record: keys `license`, `license_name`, `license_link`.
+
+    None if it is missing or unknown, or if `values`, which someone else may have written, is no dict.
+    """
+    values = values if isinstance(values, dict) else {}
+    license_id = values.get("license")
+    if isinstance(license_id, list) and len(license_id) == 1:
+        license_id = license_id[0]
+    if not isinstance(license_id, str) or license_id.strip().lower() in ("", "unknown"):
         return None
     name, link = (
         text if isinstance(text := values.get(key), str) else None for key in ("license_name", "license_link")
     )
-    return Licence(found.strip().lower(), name, link)
+    return License(license_id.strip().lower(), name, link)
 
 
-def licence_in(card: str) -> Licence | None:
-    """The licence in the text of a card; None if there is none, or metadata that is no YAML."""
+def license_in(card: str) -> License | None:
+    """The license in the text of a card; None if there is none, or if its metadata is no YAML."""
     try:
-        return licence_of(ModelCard(card, ignore_metadata_errors=True).data.to_dict())
+        return license_of(ModelCard(card, ignore_metadata_errors=True).data.to_dict())
     except (ValueError, yaml.YAMLError, RecursionError):
         return None
 
 
-def strictest(licences: Iterable[Licence | None]) -> Licence | None:
-    """Of the licences that are known the first that is not permissive, else the first. (Two such conditions are not weighed.)"""
-    known = [licence for licence in licences if licence is not None]
-    return next((licence for licence in known if licence.id not in PERMISSIVE), known[0] if known else None)
+def strictest(licenses: Iterable[License | None]) -> License | None:
+    """The first license that is not permissive, else the first. (Two that are not permissive are not compared.)"""
+    licenses = [license for license in licenses if license is not None]
+    strict = [license for license in licenses if license.id not in PERMISSIVE]
+    return next(iter(strict + licenses), None)
 
 
-def licence_fields(licence: Licence | None) -> dict[str, str]:
-    """The licence as entries of a record or a card."""
-    if licence is None:
+def license_fields(license: License | None) -> dict[str, str]:
+    """The license as entries of a record or a card."""
+    if license is None:
         return {}
-    values = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
-    return {name: value for name, value in values.items() if value}
+    values = {"license": license.id, "license_name": license.name, "license_link": license.link}
+    return {key: value for key, value in values.items() if value}

@@ -1,95 +1,159 @@
-"""`publish(folder, repo, ...)`: check, sample, card, upload."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Publish a pipeline: check it, draw samples, write its card, upload."""
 
 import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.hub import write_loading_code
 
-from ..cli.errors import UserError
+from ..cli.device import choose_device
+from ..cli.errors import UserError, error_text, loading
 from ..cli.files import read_json
+from ..report.pictures import enlarged_grid
 from .card import is_generated, make_card
-from .client import commit_folder, present_card
-from .inheritance import check_inheritance
-from .license import Licence, licence_in
-from .staging import components
+from .client import api, commit_folder, open_repo, read_card, retried
+from .inheritance import choose_license, may_be_published
+from .license import License, license_in
+from .record import CONVERSION, RECORD
+from .staging import stage
+
+
+@dataclass
+class Publication:
+    """A pipeline that is on the Hub.
+
+    Args:
+        address: of the commit.
+        license: under which it is published.
+        new_card: whether its card is new. If not, the Hub has one that someone edited.
+        left_out: files and folders that were not uploaded.
+    """
+
+    address: str
+    license: License
+    new_card: bool
+    left_out: list[str]
+
+
+def publish(
+    folder: str,
+    repo: str,
+    *,
+    private: bool = False,
+    license: License | None = None,
+    overwrite_card: bool = False,
+    revision: str | None = None,
+    evaluation: str | None = None,
+    num_samples: int = 16,
+    device: str = "auto",
+) -> Publication:
+    """Check the pipeline in `folder`, draw samples, write its card, and upload all in one commit. Raises UserError.
+
+    Args:
+        repo: user/name on the Hub. It is created if it is not there.
+        license: of the weights. Default: the one that their records name.
+        overwrite_card: replace the card that is on the Hub even if someone has edited it.
+        revision: branch, created if it is not there. Default: main.
+        evaluation: folder of its measurements, as in `stage`.
+        num_samples: samples in the card's picture; 0 is no picture. One is always drawn, as a check.
+        device: where they are drawn.
+    """
+    with tempfile.TemporaryDirectory(prefix="publish-") as target:
+        left_out = stage(folder, target, evaluation)
+        pipe = load_checked(target, folder)
+        write_loading_code(target, pipe)
+        images, how = draw_samples(pipe, max(1, num_samples), folder, choose_device(device))
+        record, conversion = read_json(target, RECORD), read_json(target, CONVERSION)
+        license = choose_license(record, conversion, license)
+        if num_samples:
+            columns = min(8, len(images))
+            rows = len(images) // columns
+            enlarged_grid(images[: rows * columns], rows, columns).save(os.path.join(target, "samples.png"))
+        try:
+            retried(lambda: open_repo(repo, private))
+            if revision not in (None, "main"):
+                retried(lambda: api().create_branch(repo, branch=revision, exist_ok=True))
+            new_card = retried(
+                lambda: add_card(
+                    target, repo, license, record, conversion, how if num_samples else None, overwrite_card, revision
+                )
+            )
+            address = retried(lambda: commit_folder(repo, target, "Publish the pipeline", revision))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{folder} could not be uploaded to {repo}: {error_text(error)}. The repository is as it was before; "
+                "run the same command again, and what has arrived is not sent twice."
+            ) from error
+    return Publication(address, license, new_card, left_out)
 
 
 def load_checked(folder: str, name: str) -> CTMPipeline:
-    """Load the pipeline that will be uploaded, without running code of it. `name` is what to call it in a message."""
-    try:
+    """Load the pipeline that will be uploaded, without running code in it. Messages call it `name`."""
+    with loading(f"The pipeline {name}", "Nothing was published."):
         network_class = getattr(diffusers, read_json(folder, "unet/config.json").get("_class_name", "UNet2DModel"))
         _, report = network_class.from_pretrained(folder, subfolder="unet", output_loading_info=True)
         pipe = DiffusionPipeline.from_pretrained(folder)  # which is silent only if it loads the network itself
-    except Exception as error:  # diffusers, safetensors and json each raise their own
-        raise UserError(
-            f"{name} does not load as a pipeline, so nothing was published: {type(error).__name__}: {str(error).replace(folder, name)}"
-        ) from error
     if not isinstance(pipe, CTMPipeline):
         raise UserError(f"{name} is a {type(pipe).__name__}; this program publishes CTMPipeline only.")
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            raise UserError(
-                f"{name} does not load as a pipeline, so nothing was published: unet has {kind.replace('_', ' ')}: {list(report[kind])[:3]}."
-            )
+    wrong = {kind: list(report[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise UserError(f"The weights of {name} do not fit its unet: {wrong}. Nothing was published.")
     return pipe
 
 
-def draw_samples(pipe: CTMPipeline, count: int, name: str, device: str) -> tuple[list, str]:
-    """At least one image, and how they were drawn. Raises UserError if the pipeline does not sample."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def draw_samples(pipe: CTMPipeline, count: int, name: str, device: torch.device) -> tuple[list, str]:
+    """Images, and words on how they were drawn. Raises UserError if the pipeline does not sample."""
     is_ctm = hasattr(pipe.scheduler, "target_timesteps")
-    num_classes = pipe.num_classes
-    settings: dict = {"num_inference_steps": 1 if is_ctm else 18, "output_type": "np"}
-    if num_classes:
-        settings["class_labels"] = [index % num_classes for index in range(max(1, count))]
+    settings: dict[str, Any] = {"num_inference_steps": 1 if is_ctm else 18, "output_type": "np"}
+    if pipe.num_classes:
+        settings["class_labels"] = [index % pipe.num_classes for index in range(count)]
     try:
         pipe = pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
-        images = pipe(batch_size=max(1, count), generator=torch.Generator(device).manual_seed(0), **settings).images
+        images = pipe(batch_size=count, generator=torch.Generator(device).manual_seed(0), **settings).images
     except Exception as error:
-        raise UserError(f"{name} loads but does not sample: {type(error).__name__}: {error}") from error
-    if images.min() != images.min() or float(images.std()) == 0.0:
+        raise UserError(f"{name} loads but does not sample: {error_text(error)}") from error
+    if not np.isfinite(images).all() or images.std() == 0:
         raise UserError(f"{name} samples images that are not finite or all alike; nothing was published.")
     how = "one step" if is_ctm else "18 steps of Heun's method"
     return pipe.numpy_to_pil(images), how
 
 
 def add_card(
-    target: str, repo: str, licence: Licence, samples: str | None, overwrite: bool, revision: str | None
-) -> bool:
-    """Write README.md unless the Hub has one that someone has edited; return whether it was written.
-
-    Raises UserError if the card that is kept names a licence that the weights may not have.
-    """
-    present = present_card(repo, revision)
-    if present is not None and not overwrite and not is_generated(present):
-        kept = licence_in(present)
-        if kept is not None:
-            try:
-                check_inheritance(licence, "you publish them so, or their teacher has it", kept)
-            except UserError as error:
-                raise UserError(
-                    f"The card of {repo} would be kept, and says otherwise: {error} Correct it there, or give --overwrite_card."
-                ) from error
-        return False
-    with open(os.path.join(target, "README.md"), "w", encoding="utf-8", newline="\n") as file:
-        file.write(make_card(target, repo, licence, samples, revision))
-    return True
-
-
-def upload(
     target: str,
     repo: str,
-    licence: Licence,
-    message: str,
+    license: License,
+    record: dict[str, Any],
+    conversion: dict[str, Any],
     samples: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
-) -> tuple[str, bool]:
-    """Add the card to the staged pipeline and commit all; return the commit's address and whether the card is new."""
-    written = add_card(target, repo, licence, samples, overwrite, revision)
-    return commit_folder(repo, target, message, components(target), revision), written
+) -> bool:
+    """Write README.md to the staged pipeline unless the Hub has one that someone has edited; return whether it is new.
+
+    Raises UserError if the card that stays names a license that the weights may not have.
+    """
+    commit = api().model_info(repo, revision=revision).sha  # the cache may hold an older card than the one of now
+    present = read_card(repo, commit)
+    if present is None or overwrite or is_generated(present):
+        card = make_card(target, repo, license, record, conversion, samples, revision)
+        Path(target, "README.md").write_text(card, encoding="utf-8", newline="\n")
+        return True
+    kept = license_in(present)
+    if kept is not None and not may_be_published(license, kept):
+        raise UserError(
+            f"The card of {repo} was edited there and would be kept, but its license {kept} contradicts {license}, "
+            "which these weights have. Correct it there, or give --overwrite_card."
+        )
+    return False

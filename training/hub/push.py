@@ -1,59 +1,58 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Uploads in the background of a run."""
 
+import functools
 import os
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from huggingface_hub import utils
 from tqdm.auto import tqdm
 
 from ..cli.errors import UserError, error_text
-from ..cli.files import WRITE_ERRORS
+from ..cli.files import WRITE_ERRORS, write_json
 from ..cli.training_options import RunOptions
-from ..publish import PublishConfig
-from ..publish import main as publish
-from .client import LAST_CHECKPOINT, files_below, open_repo, retried, write_manifest
-from .inheritance import check_licence_name, choose_licence
-from .publication import upload
-from .record import write_record
-from .staging import stage
+from .client import LAST_CHECKPOINT, MANIFEST, commit_folder, manifest, open_repo, retried
+from .inheritance import choose_license
+from .license import check_license_name
+from .publication import add_card, publish
+from .staging import link_or_copy, stage
 
 
 def say(text: str) -> None:
-    """A line on standard error that does not break the progress bar."""
+    """Write a line to standard error that does not break the progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
 class Pusher:
-    """Uploads what a run saves. A thread sends one save at a time; while it does, a newer save replaces the one that waits.
+    """Uploads what a run saves, one save at a time; while it does, a newer save replaces the one that waits.
 
-    Raises UserError at once if the Hub refuses the token or the name, or if the licence is unknown or contradicts the teacher's.
-    A Hub that cannot be reached is a warning, then and later: it is said once and tried again with each save and at the end.
+    Raises UserError at once if the Hub refuses the token or the name, or if the license is unknown or contradicts the
+    teacher's. A Hub that cannot be reached is a warning, then and later: it is said once and tried again with each save
+    and at the end.
 
     Args:
         options: of the run.
-        record: its `training_record`.
+        record: its `training_record`, which the run may complete later.
     """
 
     def __init__(self, options: RunOptions, record: dict[str, Any]):
-        self.options, self.repo = options, options.hub_model_id
+        self.options, self.record, self.repo = options, record, options.hub_model_id
         self.room = os.path.join(options.output_dir, ".push")  # what is being uploaded
-        check_licence_name(options.hub_license, "hub_license")
+        check_license_name(options.hub_license, "hub_license")
         if options.hub_license == "other":
             raise UserError(
-                "--hub_license other has no name and address. Leave --push_to_hub out and publish the finished pipeline: python -m "
-                "training.publish FOLDER NAME --license other --license_name ... --license_link ..."
+                "--hub_license other has no name and address. Leave --push_to_hub out and publish the finished "
+                "pipeline: python -m training.publish FOLDER NAME --license other --license_name ... --license_link ..."
             )
-        with tempfile.TemporaryDirectory() as folder:
-            write_record(record, 0, folder)
-            choose_licence(folder, None, "hub_license")
-        self.opened, self.failing = False, False
+        choose_license(record, {}, option_name="hub_license")
+        self.failing = False
         try:
-            self._open()
+            open_repo(self.repo, options.hub_private)
         except UserError as error:
             raise UserError(f"--push_to_hub: {error}") from error
         except Exception as error:
@@ -61,21 +60,15 @@ class Pusher:
         utils.disable_progress_bars()  # they would tear the training's own
         utils.logging.set_verbosity_error()
         shutil.rmtree(self.room, ignore_errors=True)  # of a run that was killed
-        self._waiting: tuple[str, int] | None = None
-        self._changed = threading.Condition()
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def _open(self) -> None:
-        if not self.opened:
-            open_repo(self.repo, self.options.hub_private)
-            self.opened = True
+        self._uploads = ThreadPoolExecutor(1, "push")
+        self._newest: Future | None = None
+        self._superseded = threading.Event()  # whether a newer save waits for the newest upload
 
     def _failed(self, error: BaseException) -> None:
         if not self.failing:
             say(
-                f"Warning: {self.repo} on the Hub: {error_text(error)}. The training goes on; the upload is tried again with each save and at the "
-                "end."
+                f"Warning: {self.repo} on the Hub: {error_text(error)}. The training goes on; the upload is tried "
+                "again with each save and at the end."
             )
         self.failing = True
 
@@ -90,90 +83,59 @@ class Pusher:
             shutil.rmtree(folder, ignore_errors=True)
             save_pipeline(os.path.join(folder, "pipeline"))
             if self.options.hub_strategy == "checkpoint":
-                link_folder(checkpoint, os.path.join(folder, LAST_CHECKPOINT))
+                kept = os.path.join(folder, "upload", LAST_CHECKPOINT)  # also when the checkpoint is rotated away
+                shutil.copytree(checkpoint, kept, copy_function=functools.partial(link_or_copy, os.link))
         except WRITE_ERRORS as error:
             shutil.rmtree(folder, ignore_errors=True)
             self._failed(error)
             return
-        with self._changed:
-            if self._waiting is not None:
-                shutil.rmtree(self._waiting[0], ignore_errors=True)
-            self._waiting = (folder, step)
-            self._changed.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="push", daemon=True)
-                self._thread.start()
+        self._superseded.set()
+        if self._newest is not None:
+            self._newest.cancel()  # unless it has begun
+        self._superseded = threading.Event()
+        self._newest = self._uploads.submit(self._upload, folder, step, self._superseded)
+        self._newest.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closing.is_set())
-                if self._waiting is None:
-                    return
-                (folder, step), self._waiting = self._waiting, None
-            try:
-                retried(lambda folder=folder, step=step: self._upload(folder, step), self._wait)
-                if self.failing:
-                    say(f"{self.repo} on the Hub is up to date again: step {step}.")
-                self.failing = False
-            except Exception as error:
-                self._failed(error)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _upload(self, folder: str, step: int, superseded: threading.Event) -> None:
+        target = os.path.join(folder, "upload")
 
-    def _wait(self, seconds: float) -> bool:
-        """Wait before another attempt; true if something newer is to be uploaded instead."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._waiting is not None or self._closing.is_set(), seconds)
+        def send() -> None:
+            open_repo(self.repo, self.options.hub_private)
+            license = choose_license(self.record, {}, option_name="hub_license")
+            add_card(target, self.repo, license, {**self.record, "steps": step}, {})
+            commit_folder(self.repo, target, f"Training in progress, step {step}")
 
-    def _upload(self, folder: str, step: int) -> None:
-        self._open()
-        with tempfile.TemporaryDirectory(prefix="push-") as target:
-            pipeline, checkpoint = os.path.join(folder, "pipeline"), os.path.join(folder, LAST_CHECKPOINT)
-            stage(pipeline, target)
-            for path, source in files_below(pipeline).items():
-                if path.endswith(".py"):  # the loading code, just written
-                    shutil.copyfile(source, os.path.join(target, path))
+        try:
+            stage(os.path.join(folder, "pipeline"), target, with_code=True)
+            checkpoint = os.path.join(target, LAST_CHECKPOINT)
             if os.path.isdir(checkpoint):
-                write_manifest(checkpoint)
-                link_folder(checkpoint, os.path.join(target, LAST_CHECKPOINT))
-            upload(target, self.repo, choose_licence(target, None, "hub_license"), f"Training in progress, step {step}")
+                write_json(manifest(checkpoint), MANIFEST, checkpoint)
+            retried(send, superseded.wait)
+            if self.failing:
+                say(f"{self.repo} on the Hub is up to date again: step {step}.")
+            self.failing = False
+        except Exception as error:
+            self._failed(error)
 
     # At the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, folder: str) -> None:
         """Publish the finished pipeline, after what is being uploaded.
 
-        A failure is said, with the command that tries again, and is no error: the training is done and lies in `folder`, and
-        what starts a program anew if it fails would train again.
+        A failure is said, with the command that tries again, and is no error: the training is done and lies in
+        `folder`, and whoever starts a program anew when it fails would train again.
         """
-        with self._changed:
-            if self.options.hub_strategy != "checkpoint":  # whose checkpoint is not in what comes now
-                self._waiting = None
-            self._closing.set()
-            self._changed.notify()
         say(f"Uploading the finished pipeline to {self.repo} ...")
-        if self._thread is not None:
-            self._thread.join()
+        self._superseded.set()
+        if self._newest is not None and self.options.hub_strategy != "checkpoint":
+            self._newest.cancel()  # the finished pipeline is newer, but brings no checkpoint
+        self._uploads.shutdown()
         shutil.rmtree(self.room, ignore_errors=True)
-        config = PublishConfig(folder=folder, name=self.repo, private=self.options.hub_private)
         try:
-            publish(config)
+            say(f"Published: {publish(folder, self.repo, private=self.options.hub_private).address}")
         except Exception as error:
             private = " --private" if self.options.hub_private else ""
             say(
                 f"Warning: the pipeline is finished in {folder}, but it could not be published: {error_text(error)}\n"
                 f"Publish it with: python -m training.publish {folder} {self.repo}{private}"
             )
-
-
-def link_folder(source: str, target: str) -> None:
-    """Copy a folder, by links where the disk allows it: the copy stays when the source is rotated away."""
-
-    def link(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copyfile(a, b)
-
-    shutil.copytree(source, target, copy_function=link)

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """training.json: how a pipeline came to be."""
 
 import os
@@ -14,76 +15,78 @@ import diffusers_ctm
 from ..cli.files import read_json, write_json
 from ..cli.names import is_hub_id, public_name, without_folders
 from ..cli.training_options import RunOptions
-from .client import card_licence, commit_of
-from .license import Licence, licence_fields, licence_in, licence_of, strictest
+from .client import card_license, commit_of
+from .license import License, license_fields, license_in, license_of, strictest
 
 
 RECORD = "training.json"
 
-CONVERSION = "conversion.json"  # what training.convert knows
+CONVERSION = "conversion.json"  # written by training.convert
 
 NOTICE = "NOTICE.md"  # attribution, which the page shows too
 
-# Whose licence the weights of a run inherit, as `training.json` names them, and as a reader does.
+# The weights of a run inherit the licenses of these: keys of `training.json`, and words for a reader.
 ORIGINS = {"teacher": "teacher", "first_stage": "first stage"}
 
 
-def recorded_licence(folder: str) -> Licence | None:
-    """The licence that a student inherits from a local pipeline's folder, or from a checkpoint.
+def recorded_license(folder: str) -> License | None:
+    """The license that a student inherits from a local pipeline's folder, or from a checkpoint.
 
-    It is said in the run's record, of the weights, their teacher and their first stage, in the conversion's, and in the card.
+    The run's record says it of the weights, their teacher and their first stage; the conversion's record and the card
+    say it of the weights.
     """
     record = read_json(folder, RECORD)
-    said = [licence_of(x) for x in (record, *map(record.get, ORIGINS), read_json(folder, CONVERSION))]
+    records = (record, *map(record.get, ORIGINS), read_json(folder, CONVERSION))
     card = Path(folder, "README.md")
-    if card.is_file():
-        said.append(licence_in(card.read_text(encoding="utf-8", errors="replace")))
-    return strictest(said)
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return strictest([*map(license_of, records), license_in(text)])
 
 
 def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Name, commit and licence of a teacher or a first stage, as far as they can be found out."""
-    commit, licence = None, None
+    """Name, commit and license of a teacher or a first stage, as far as they are known.
+
+    The Hub is asked for the commit unless `revision` is one.
+    """
+    license = None
     if os.path.isdir(name):
-        licence = recorded_licence(name)
+        license = recorded_license(name)
     elif is_hub_id(name):
-        commit = commit_of(name, revision)
-        licence = card_licence(name, revision)
-    record: dict[str, Any] = {"name": public_name(name), "on_hub": is_hub_id(name), "revision": commit or revision}
-    return {**record, **licence_fields(licence)}
+        revision = commit_of(name, revision) or revision
+        license = card_license(name, revision)
+    record = {"name": public_name(name), "on_hub": is_hub_id(name), "revision": revision}
+    return {**record, **license_fields(license)}
 
 
 def changed_options(options: RunOptions) -> dict[str, Any]:
-    """The options that differ from the defaults and decide what the weights are, paths by their last part."""
-    values = asdict(options)
-    changed = {}
+    """The recorded options that differ from the defaults, paths by their last part."""
+    values, changed = asdict(options), {}
     for entry in fields(options):
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         value = values[entry.name]
-        if not entry.metadata["recorded"] or value == default:
-            continue
-        changed[entry.name] = (
-            [without_folders(item) for item in value] if isinstance(value, list) else without_folders(value)
-        )
+        if entry.metadata["recorded"] and value != default:
+            is_list = isinstance(value, list)
+            changed[entry.name] = [without_folders(item) for item in value] if is_list else without_folders(value)
     return changed
 
 
 def training_record(
     options: RunOptions, num_processes: int, first_stage: str | None = None, teacher_revision: str | None = None
 ) -> dict[str, Any]:
-    """What `training.json` says of a run, but for the number of steps done. Names no folder of this machine and no secret.
+    """The content of `training.json` except for the number of steps. Names no folder of this machine and no secret.
 
     Args:
-        first_stage: what `find_first_stage` found.
-        teacher_revision: the commit of the teacher that was loaded.
+        first_stage: the result of `find_first_stage`.
+        teacher_revision: the commit of the teacher that was loaded. The Hub may have moved on since.
     """
-    teacher = getattr(options, "teacher", None)
-    revision = teacher_revision or getattr(options, "teacher_revision", None)
-    dataset = options.dataset_name
-    record: dict[str, Any] = {
+    teacher, dataset = getattr(options, "teacher", None), options.dataset_name
+    origins = {
+        "teacher": teacher and origin_record(teacher, teacher_revision or options.teacher_revision),
+        "first_stage": first_stage and origin_record(first_stage),
+    }
+    license = license_of({"license": options.hub_license}) or strictest(map(license_of, origins.values()))
+    return {
         "program": options.PROGRAM,
-        "teacher": None if teacher is None else origin_record(teacher, revision),
-        "first_stage": None if first_stage is None else origin_record(first_stage),
+        **origins,
         "dataset": {
             "name": public_name(dataset),
             "on_hub": dataset != "digits" and not dataset.endswith(".parquet") and is_hub_id(dataset),
@@ -98,9 +101,8 @@ def training_record(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        **license_fields(license),
     }
-    own = licence_of({"license": options.hub_license})
-    return {**record, **licence_fields(own or strictest(licence_of(record[role] or {}) for role in ORIGINS))}
 
 
 def write_record(record: dict[str, Any], steps: int, folder: str) -> None:
@@ -108,8 +110,15 @@ def write_record(record: dict[str, Any], steps: int, folder: str) -> None:
     write_json({**record, "steps": steps}, RECORD, folder)
 
 
-def conversion_repo(conversion: dict) -> str | None:
-    """user/repo of a conversion's source user/repo/path/to/file."""
+def origins_of(record: dict[str, Any], conversion: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Where weights come from, by what it is to them, each as in `origin_record`; {} where there is none.
+
+    Args:
+        record: content of `training.json`.
+        conversion: content of `conversion.json`, whose source may be user/repo/path/to/file.
+    """
     source = str(conversion.get("source") or "")
-    start = "/".join(source.split("/")[:2])
-    return start if source.count("/") >= 2 and "://" not in source and is_hub_id(start) else None
+    repo = "/".join(source.split("/")[:2])
+    on_hub = source.count("/") >= 2 and "://" not in source and is_hub_id(repo)
+    converted = {**conversion, "name": repo if on_hub else source, "on_hub": on_hub}
+    return {**{title: record.get(role) or {} for role, title in ORIGINS.items()}, "original": converted}

@@ -1,34 +1,41 @@
-"""What of a folder is uploaded; the loading code stays in."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The files of a pipeline's folder that are uploaded, without local paths."""
 
-import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from ..cli.errors import UserError
-from ..cli.files import read_json
+from ..cli.files import read_json, write_json
 from ..cli.names import public_name
+from .client import files_below
 from .record import CONVERSION, NOTICE, RECORD
 
 
-# What of a folder is the pipeline: files of a component, and files beside the components.
 COMPONENT_FILES = re.compile(
-    r"(config|scheduler_config|preprocessor_config)\.json|(diffusion_pytorch_model|model)[\w.-]*\.safetensors(\.index\.json)?"
+    r"(config|scheduler_config|preprocessor_config)\.json"
+    r"|(diffusion_pytorch_model|model)[\w.-]*\.safetensors(\.index\.json)?"
 )
 
 TOP_FILES = ("model_index.json", RECORD, CONVERSION, NOTICE)
 
-PICTURES = ("evaluation.png", "gammas.png", "memorisation.png")
+PICTURES = ("evaluation.png", "gammas.png", "memorization.png")
 
-REPORTS = ("evaluation.json", "memorisation.json", "likelihood.json")
+REPORTS = ("evaluation.json", "memorization.json", "likelihood.json")
 
 
-def stage(folder: str, target: str, evaluation: str | None = None) -> list[str]:
-    """Make `target` a pipeline folder with nothing else in it: links to the files of `folder`; return what was left out.
+def stage(folder: str, target: str, evaluation: str | None = None, with_code: bool = False) -> list[str]:
+    """Make `target` a pipeline folder with nothing else in it, of links to files of `folder`; return the others' names.
 
-    JSON files are copied without local paths: what diffusers notes in them, and where measurements were made and kept. Raises UserError
-    if it is no pipeline.
+    JSON files are copied without local paths: diffusers notes some, and reports name where measurements were made.
+    Raises UserError if `folder` is no pipeline.
+
+    Args:
+        evaluation: folder of its measurements. Default: `evaluation` in it, or beside it if it is a run's `pipeline`.
+        with_code: keep the loading code too. Only for a folder that this program has just written: code of others is
+            never published.
     """
     index = read_json(folder, "model_index.json")
     if not index:
@@ -38,37 +45,38 @@ def stage(folder: str, target: str, evaluation: str | None = None) -> list[str]:
     parts = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
     if not all(re.fullmatch(r"\w+", name) for name in parts):
         raise UserError(f"{folder} is no pipeline: its model_index.json names {parts}, which are no folders in it.")
-    taken = {name for name in TOP_FILES if os.path.isfile(os.path.join(folder, name))}
-    for part in parts:
-        inside = os.path.join(folder, part)
-        names = os.listdir(inside) if os.path.isdir(inside) else []
-        taken |= {f"{part}/{name}" for name in names if COMPONENT_FILES.fullmatch(name)}
-    sources = {path: os.path.join(folder, path) for path in taken}
-    evaluation = evaluation or os.path.join(folder, "evaluation")
+    files = files_below(folder)
+    code = {"pipeline.py", *(f"{part}/diffusers_ctm.py" for part in parts)}
+    kept = {path for path in files if path in TOP_FILES or _is_of_component(path, parts)} | (
+        code if with_code else set()
+    )
+    sources = {path: files[path] for path in kept & files.keys()}
+    evaluation = evaluation or _evaluation_of(folder)
     sources |= {f"evaluation/{name}": os.path.join(evaluation, name) for name in (*PICTURES, *REPORTS)}
     for path, source in sources.items():
         if os.path.isfile(source):
             _check_link(path, source)
             _put(source, os.path.join(target, path))
-    code = {"pipeline.py", *(f"{part}/diffusers_ctm.py" for part in parts)}  # written anew from the installed package
-    return [name for name in _entries(folder, parts) if name not in taken | code | {"evaluation/"}]
+    others = files.keys() - kept - code
+    shown = {path if os.path.dirname(path) in ("", *parts) else f"{path.split('/')[0]}/" for path in others}
+    return sorted(shown - {"evaluation/"})
 
 
-def _entries(folder: str, parts: list[str]) -> list[str]:
-    """What lies in the folder and its components; other folders by their name."""
-    found = []
-    for name in sorted(os.listdir(folder)):
-        if name in parts:
-            found += [f"{name}/{inner}" for inner in sorted(os.listdir(os.path.join(folder, name)))]
-        else:
-            found.append(f"{name}/" if os.path.isdir(os.path.join(folder, name)) else name)
-    return found
+def _is_of_component(path: str, parts: list[str]) -> bool:
+    part, name = os.path.split(path)
+    return part in parts and COMPONENT_FILES.fullmatch(name) is not None
+
+
+def _evaluation_of(folder: str) -> str:
+    parent, name = os.path.split(os.path.abspath(folder))
+    inside = os.path.join(folder, "evaluation")
+    return os.path.join(parent, "evaluation") if name == "pipeline" and not os.path.isdir(inside) else inside
 
 
 def _check_link(path: str, source: str) -> None:
-    """Raise UserError for a link that leads out of its folder: what came with a folder would publish any file of this disk.
+    """Raise UserError for a link out of its folder: a folder from elsewhere could publish any file of this disk.
 
-    Weights are read before they are uploaded, and the cache of the Hub is made of links to `blobs`.
+    Weights are read before they are uploaded, and the cache of the Hub consists of links to `blobs`.
     """
     if not os.path.islink(source) or source.endswith(".safetensors"):
         return
@@ -80,27 +88,27 @@ def _check_link(path: str, source: str) -> None:
 
 
 def _put(source: str, target: str) -> None:
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    name = os.path.basename(source)
+    folder, name = os.path.split(target)
+    os.makedirs(folder, exist_ok=True)
     if name in ("config.json", "model_index.json", *REPORTS):
         values = read_json(*os.path.split(source))
         values.pop("_name_or_path", None)
-        if name in REPORTS:
-            if not values:
-                return
-            values = public_report(values)
-        with open(target, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2)
-            file.write("\n")
-        return
+        if values or name not in REPORTS:
+            write_json(public_report(values) if name in REPORTS else values, name, folder)
+    else:
+        link_or_copy(os.symlink, os.path.abspath(source), target)
+
+
+def link_or_copy(link: Callable[[str, str], None], source: str, target: str) -> None:
+    """Link `target` to `source`, or copy it on a system or a disk without links."""
     try:
-        os.symlink(os.path.abspath(source), target)
-    except OSError:  # a system without links
+        link(source, target)
+    except OSError:
         shutil.copyfile(source, target)
 
 
 def public_report(report: dict[str, Any]) -> dict[str, Any]:
-    """A report of a measurement as it may be published: models, data and features by `public_name`, no folder that was written to."""
+    """A report of a measurement with models, data and features by `public_name`, and without output folders."""
 
     def public(value: Any) -> Any:
         if isinstance(value, dict):
@@ -112,12 +120,3 @@ def public_report(report: dict[str, Any]) -> dict[str, Any]:
     return {
         key: public(value) if key in ("options", "features", "reference") else value for key, value in report.items()
     }
-
-
-def components(target: str) -> tuple[str, ...]:
-    """The folders of a pipeline's components."""
-    return tuple(
-        name
-        for name in sorted(os.listdir(target))
-        if name != "evaluation" and os.path.isdir(os.path.join(target, name))
-    )

@@ -1,3 +1,6 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Images of any source and mode at one size, and the order in which a run reads them."""
+
 import datasets
 import numpy as np
 import pytest
@@ -5,11 +8,12 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageFilter
+from sklearn.datasets import load_digits
 
 from training.cli.errors import UserError
 from training.cli.shared_options import DataOptions
-from training.data.batches import StepSampler
-from training.data.images import ImageDataset, to_sample
+from training.data.batches import step_indices
+from training.data.images import ImageDataset, mirrored, to_sample
 from training.data.sources import digits
 from training.data.stream import ImageStream, ahead, stream_batches
 
@@ -36,9 +40,7 @@ def parquet(tmp_path):
     return write
 
 
-def test_digits_are_all_there_with_their_grey_levels():
-    from sklearn.datasets import load_digits
-
+def test_digits_are_all_there_with_their_levels_of_gray():
     data = ImageDataset(DataOptions(label_column="label"))
     images, labels = data[list(range(len(data)))]
     source = load_digits()
@@ -58,30 +60,19 @@ def test_parquet_pixels_and_classes(parquet):
     assert (data.mode, data.resolution, data.channels) == ("RGB", 6, 3)
 
 
-def test_local_folder_of_images(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "train" / name).mkdir(parents=True)
-        picture((5, 5)).save(tmp_path / "train" / name / "1.png")
-    data = ImageDataset(DataOptions(dataset_name=str(tmp_path), label_column="label"))
-    assert len(data) == 2 and data.id2label == {0: "a", 1: "b"}
-
-
-def test_images_are_scaled_and_cropped_to_the_centre(parquet):
-    wide = PILImage.new("RGB", (14, 6), "black")
-    wide.paste((255, 255, 255), (4, 0, 10, 6))  # the centre square is white
-    data = ImageDataset(DataOptions(dataset_name=parquet([wide]), resolution=3, image_mode="L"))
-    images, labels = data[[0]]
-    assert images.shape == (1, 1, 3, 3) and images.min() == 255 and labels is None
-
-
 def test_images_are_made_smaller_as_those_of_imagenet(parquet):
     pixels = np.random.default_rng(0).integers(0, 256, (100, 150, 3), dtype=np.uint8)
     photo = PILImage.fromarray(pixels).filter(ImageFilter.GaussianBlur(2))
-    found, _ = ImageDataset(DataOptions(dataset_name=parquet([photo]), resolution=32))[[0]]
+    small, _ = ImageDataset(DataOptions(dataset_name=parquet([photo]), resolution=32))[[0]]
     pairs = np.asarray(photo).reshape(100, 75, 2, 3).mean(2)
     halved = (np.floor(pairs + 0.5).reshape(50, 2, 75, 3).mean(1) + 0.5).astype(np.uint8)  # PIL rounds twice
     expected = PILImage.fromarray(halved).resize((48, 32), PILImage.Resampling.BICUBIC).crop((8, 0, 40, 32))
-    np.testing.assert_array_equal(found[0].permute(1, 2, 0), np.asarray(expected))
+    np.testing.assert_array_equal(small[0].permute(1, 2, 0), np.asarray(expected))
+
+
+def test_images_are_mirrored_by_the_numbers_drawn():
+    images = torch.arange(8).reshape(2, 1, 2, 2)
+    assert mirrored(images, torch.tensor([0.49, 0.5])).flatten().tolist() == [1, 0, 3, 2, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -91,23 +82,21 @@ def test_images_are_made_smaller_as_those_of_imagenet(parquet):
         ({"image_column": "note"}, "--image_column note holds no images"),
         ({"label_column": "species"}, "--label_column species is not a column.*kind"),
         ({"label_column": "note"}, "--label_column note must hold"),
-        ({"dataset_split": "test"}, "--dataset_name"),
-        (
-            {"dataset_name": "digits", "dataset_split": "valid"},
-            r"--dataset_split valid: .*'train\[-10%:\]'.*Unknown split",
-        ),
+        ({"dataset_name": "nowhere/at-all"}, "--dataset_name nowhere/at-all cannot be loaded"),
+        ({"dataset_name": "digits", "dataset_split": "valid"}, r"--dataset_split valid: .*'train\[-10%:\]'.*Unknown"),
         ({"dataset_name": "digits", "dataset_split": "train[1,2]"}, r"--dataset_split train\[1,2\]: the digits have"),
-        ({"dataset_name": "digits", "dataset_split": "train[2000:]"}, r"no images in --dataset_split train\[2000:\]"),
+        (
+            {"dataset_name": "digits", "dataset_split": "train[2000:]"},
+            r"no images in --dataset_split train\[2000:\]|size 0",
+        ),
         ({"dataset_name": "digits", "dataset_config_name": "small"}, "no configurations"),
     ],
 )
-def test_wrong_columns_are_named(parquet, options, message):
-    path = parquet([picture((4, 4))], [1], note=["x"])
-    options = {"dataset_name": path, **options}
-    if options.get("dataset_split") == "test":
-        options["dataset_name"] = "nowhere/at-all"
-    with pytest.raises(UserError, match=message):
-        ImageDataset(DataOptions(**options))
+def test_wrong_columns_and_parts_are_named(parquet, options, message):
+    options = {"dataset_name": parquet([picture((4, 4))], [1], note=["x"]), **options}
+    for read in (ImageDataset, lambda options: ImageStream(options, 5)):
+        with pytest.raises(UserError, match=message):
+            read(DataOptions(**options))
 
 
 @pytest.mark.parametrize("split", ["train[:1500]", "train[1500:]", "train[-25%:]", "train[3:7]+train[:2]"])
@@ -136,13 +125,16 @@ def test_data_without_images_and_labels_of_any_whole_type(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, -1])
-def test_images_without_a_class_are_refused(tmp_path, value):
-    path = str(tmp_path / "data.parquet")
-    for kind in (Value("int64"), ClassLabel(names=["cat", "dog"])):
-        features = Features({"img": Image(), "kind": kind})
-        Dataset.from_dict({"img": [picture((4, 4))] * 3, "kind": [0, value, 1]}, features=features).to_parquet(path)
-        with pytest.raises(UserError, match="--label_column kind has no class .* for 1 of 3 images"):
-            ImageDataset(DataOptions(dataset_name=path, label_column="kind"))
+@pytest.mark.parametrize("kind", [Value("int64"), ClassLabel(names=["cat", "dog"])])
+def test_images_without_a_class_are_refused(value, kind, tmp_path):
+    path, features = str(tmp_path / "data.parquet"), Features({"img": Image(), "kind": kind})
+    Dataset.from_dict({"img": [picture((4, 4))] * 3, "kind": [0, value, 1]}, features=features).to_parquet(path)
+    options = DataOptions(dataset_name=path, label_column="kind")
+    with pytest.raises(UserError, match="--label_column kind has no class .* for 1 of 3 images"):
+        ImageDataset(options)
+    message = "has no class .* for 1 of 3" if isinstance(kind, ClassLabel) else "holds plain numbers.*ClassLabel"
+    with pytest.raises(UserError, match=f"--label_column kind {message}"):
+        next(stream_batches(ImageStream(options, 5), 3, 0, 0, 1, [0], 1, None, 0))
 
 
 def test_sixteen_bits_are_scaled_and_transparency_is_white(parquet):
@@ -157,31 +149,30 @@ def test_sixteen_bits_are_scaled_and_transparency_is_white(parquet):
     floats = PILImage.fromarray(np.zeros((2, 2), dtype=np.float32))
     data = ImageDataset(DataOptions(dataset_name=parquet([picture((2, 2))]), image_mode="L"))
     assert [data._fit(palette).getpixel((x, 0)) for x in (0, 1)] == [0, 255]
-    with pytest.raises(UserError, match="32-bit grey"):
+    with pytest.raises(UserError, match="32-bit gray"):
         data._fit(floats)
 
 
 def test_order_depends_on_seed_and_step_alone():
-    def indices(batch_size, num_parts, first=0, last=6, seed=0):
-        parts = list(range(num_parts))
-        batches = list(StepSampler(10, batch_size, seed, first, last, parts, num_parts))
-        return [i for batch in batches for i in batch]
+    def indices(batch_size, num_parts, first=0, seed=0):
+        batches = step_indices(10, batch_size, seed, first, 6, list(range(num_parts)), num_parts)
+        return [index for batch in batches for index in batch]
 
     whole = indices(8, 1)
     assert indices(4, 2) == whole  # two processes or two accumulation steps
     assert indices(8, 1, first=3) == whole[24:]  # resumed
     assert sorted(whole[:10]) == list(range(10)) and sorted(whole[10:20]) == list(range(10))  # epochs, none left out
     assert whole[:10] != whole[10:20] and indices(8, 1, seed=1) != whole
-    own = list(StepSampler(10, 4, 0, 0, 2, [1], 2))  # what the second of two processes gets
-    assert own[0] == whole[4:8] and own[1] == whole[12:16]
+    share = list(step_indices(10, 4, 0, 0, 2, [1], 2))  # of the second of two processes
+    assert share == [whole[4:8], whole[12:16]]
 
 
-# Streams ----------------------------------------------------------------------------------------------------------------
+# Streams --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def numbered(parquet):
-    """Options of 23 images whose grey says which they are; their class is that modulo 3."""
+    """Options of 23 images whose gray is their number; their class is that modulo 3."""
     path = parquet([PILImage.new("L", (2, 2), index) for index in range(23)], [index % 3 for index in range(23)])
     return DataOptions(dataset_name=path, label_column="kind")
 
@@ -232,34 +223,31 @@ def test_processes_accumulation_and_threads_share_a_stream(numbered):
     assert resumed == shares[1][0][5:]
 
 
-def test_a_folder_is_streamed(tmp_path):
+def test_a_folder_is_read_and_streamed(tmp_path):
     for index in range(7):
-        folder = tmp_path / "images" / ("cat", "dog")[index % 2]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = tmp_path / ("cat", "dog")[index % 2]
+        folder.mkdir(exist_ok=True)
         PILImage.new("L", (2, 2), index).save(folder / f"{index}.png")
-    stream = ImageStream(DataOptions(dataset_name=str(tmp_path / "images"), label_column="label"), 100)
-    assert stream.id2label == {0: "cat", 1: "dog"}
-    ((images, labels, _),) = stream_batches(stream, 7, 0, 0, 1, [0], 1, None, 0)
-    numbers = images[:, 0, 0, 0].tolist()
-    assert sorted(numbers) == list(range(7)) and labels.tolist() == [number % 2 for number in numbers]
+    options = DataOptions(dataset_name=str(tmp_path), label_column="label")
+    dataset, stream = ImageDataset(options), ImageStream(options, 100)
+    (streamed,) = stream_batches(stream, 7, 0, 0, 1, [0], 1, None, 0)
+    for images, labels in (streamed[:2], dataset[list(range(7))]):
+        numbers = images[:, 0, 0, 0].tolist()
+        assert sorted(numbers) == list(range(7)) and labels.tolist() == [number % 2 for number in numbers]
+    assert dataset.id2label == stream.id2label == {0: "cat", 1: "dog"}
 
 
-def test_what_a_stream_cannot_be(parquet, tmp_path):
-    path = parquet([picture((4, 4))] * 2, [0, None], note=["x", "y"])
-    with pytest.raises(UserError, match="--image_column photo is not a column.*img"):
-        ImageStream(DataOptions(dataset_name=path, image_column="photo"), 5)
-    with pytest.raises(UserError, match="--label_column kind has no class"):
-        drawn(DataOptions(dataset_name=path, label_column="kind"))
-    plain = str(tmp_path / "plain.parquet")
-    features = Features({"img": Image(), "kind": Value("int64")})
-    Dataset.from_dict({"img": [picture((4, 4))], "kind": [0]}, features=features).to_parquet(plain)
-    with pytest.raises(UserError, match="--label_column kind holds plain numbers.*ClassLabel"):
-        ImageStream(DataOptions(dataset_name=plain, label_column="kind"), 5)
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    path, files = str(tmp_path / "broken.parquet"), [{"bytes": b"no image", "path": f"{name}.png"} for name in "ab"]
+    picture((4, 4)).save(tmp_path / "a.png")
+    files[0]["bytes"] = (tmp_path / "a.png").read_bytes()
     features = Features({"img": Image(decode=False)})
-    broken = {"img": [{"bytes": b"no image", "path": "a.png"}]}
-    Dataset.from_dict(broken, features=features).cast_column("img", Image()).to_parquet(plain)
-    with pytest.raises(UserError, match="cannot be read"):
-        ImageStream(DataOptions(dataset_name=plain), 5)
+    Dataset.from_dict({"img": files}, features=features).cast_column("img", Image()).to_parquet(path)
+    options = DataOptions(dataset_name=path)
+    with pytest.raises(UserError, match="Image 1 of the data set cannot be loaded"):
+        ImageDataset(options)[[0, 1]]
+    with pytest.raises(UserError, match=r"An image of the data set \(b.png\) cannot be loaded"):
+        next(stream_batches(ImageStream(options, 5), 2, 0, 0, 1, [0], 1, None, 0))
 
 
 def test_reading_ahead_passes_errors_on_and_ends_its_thread():

@@ -23,7 +23,7 @@ from diffusers_ctm import CTMPipeline
 from training import evaluate, train_edm
 from training.cli.errors import UserError
 from training.cli.training_options import EDMConfig
-from training.data.batches import StepSampler, load_images
+from training.data.batches import load_images, step_indices
 from training.data.images import ImageDataset
 from training.evaluate import EvaluateConfig
 from training.networks.build import build_scheduler, build_unet
@@ -445,7 +445,7 @@ def break_data(monkeypatch, what):
     read = ImageDataset.__getitem__
 
     def broken(self, indices):
-        if indices == list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0]:
+        if indices == list(step_indices(1797, 4, 0, 2, 3, [0], 1))[0]:
             what(self)
         return read(self, indices)
 
@@ -489,7 +489,7 @@ def test_a_reading_process_that_died_with_images_to_fetch(tmp_path, monkeypatch,
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, workers):
     """This process reads it, or another one."""
-    bad = list(StepSampler(1797, 4, 0, 2, 3, [0], 1))[0][1]
+    bad = list(step_indices(1797, 4, 0, 2, 3, [0], 1))[0][1]
 
     class Source(list):
         def __getitem__(self, index):

@@ -1,0 +1,100 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The card of a pipeline, by its records and reports."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from diffusers_ctm import CTMPipeline, CTMScheduler
+from training.hub.card import make_card
+from training.hub.license import License
+from training.hub.publication import draw_samples
+
+
+def card_of(folder, license=License("mit"), record=None, conversion=None, **files):  # noqa: B008
+    """The card of a folder with `files`: JSON objects or bytes, by path with __ for / and without .json."""
+    for name, content in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.with_suffix(".json").write_text(json.dumps(content))
+    return make_card(str(folder), "a/b", license, record or {}, conversion or {})
+
+
+@pytest.mark.parametrize("teacher", [None, {"name": "t", "license": "mit"}])
+def test_a_first_stage_and_its_license_are_named(teacher, tmp_path):
+    record = {"teacher": teacher, "first_stage": {"name": "first", "license": "openrail"}}
+    card = card_of(tmp_path, record=record)
+    assert re.search("started from the weights of `first`, whose licen[cs]e is openrail", card)
+    assert ("Distilled from `t`." in card) == (teacher is not None) and "from scratch" not in card
+
+
+def test_memorization_attribution_and_the_classes_that_can_be_asked(tmp_path):
+    rows = [
+        {"name": "1 step", "num_images": 1000, "pixels": {"median": 31.26, "copies": 0.012}},
+        {"name": "held-out images", "num_images": 50, "pixels": {"median": 40.0, "copies": 0.0}},
+    ]
+    record = {"program": "training.train_ctm", "dataset": {"name": "twemoji.parquet"}, "steps": 9, "images_per_step": 4}
+    card = card_of(
+        tmp_path,
+        record=record,
+        evaluation__memorization={"results": rows, "num_training_images": 1865},
+        unet__config={"num_class_embeds": 3, "sample_size": 16},
+        model_index={"null_class": 2, "id2label": {"0": "a", "1": "b"}},
+    )
+    assert "| Classes | 2 |" in card and "from 0 to 1" in card
+    assert "1 step: 31.3, 1.2% of 1,000; held-out images: 40.0, 0.0% of 50." in card and "1,865 training images" in card
+    assert "Twitter, Inc and other contributors" in card and "made smaller" in card and "](evaluation/" not in card
+    (tmp_path / "evaluation" / "memorization.png").write_bytes(b"0")
+    assert "](evaluation/memori" in card_of(tmp_path)
+    (tmp_path / "evaluation" / "memorization.json").unlink()
+    assert "nearest to" not in card_of(tmp_path)
+
+
+def test_what_others_wrote_stays_text(tmp_path):
+    """A teacher's license, classes and records come from its author, but no line, link or heading of the card."""
+    evil = "a`b|c\n---\nlicense: mit\n# Run [this](https://evil.example)\n<script>"
+    origin = {"name": evil, "revision": evil, "license": "other", "license_name": evil, "license_link": "javascript:x"}
+    record = {"program": evil, "teacher": origin, "first_stage": origin, "steps": 1, "images_per_step": 1}
+    record |= {"dataset": {"name": evil, "split": evil}, "options": {evil: evil}, "versions": {evil: evil}}
+    record |= {"distance": {"name": evil, evil: evil}}
+    license, conversion = License("other", evil, "javascript:x"), {"source": evil, "family": evil}
+    card = card_of(tmp_path, license, record, conversion, model_index={"id2label": {"0": evil}})
+    assert ModelCard(card).data.to_dict()["license"] == "other"
+    body = card.split("\n---\n", 1)[1]
+    assert "\n# Run" not in body and "\n---" not in body and "javascript:" not in body
+    assert not re.search(r"(?<!\\)(<script|\[this\])", re.sub(r"`[^`\n]*`", "", body))
+    for line in body.splitlines():
+        if line.startswith("| ") and "---" not in line:
+            assert len(re.findall(r"(?<!\\)\|", line)) == 3, line
+
+
+@pytest.mark.parametrize(
+    "link, written", [("https://a.example/x", True), ("LICENSE", True), ("ftp://a", False), ("x) [y](https://z", False)]
+)
+def test_a_license_links_to_the_web_or_into_the_repository(link, written, tmp_path):
+    assert (f"[My terms]({link})" in card_of(tmp_path, License("other", "My terms", link))) == written
+
+
+def test_presets_are_named(tmp_path):
+    scheduler = {"_class_name": "CTMScheduler"}
+    plain = card_of(tmp_path, scheduler__scheduler_config=scheduler)
+    presets = {"10": {"gamma": 0.2}, "2": {"sigmas": [80.0, 1.0]}}
+    tuned = card_of(tmp_path, scheduler__scheduler_config={**scheduler, "presets": presets})
+    assert "presets" not in plain and "\n- 2, 10 steps have schedules of their own" in tuned
+
+
+def test_a_null_class_is_not_sampled(make_unet, monkeypatch):
+    asked, call = [], CTMPipeline.__call__
+
+    def listening(self, **options):
+        asked.append(options["class_labels"])
+        return call(self, **options)
+
+    monkeypatch.setattr(CTMPipeline, "__call__", listening)
+    draw_samples(CTMPipeline(make_unet(num_class_embeds=3), CTMScheduler(), null_class=2), 4, "x", "cpu")
+    assert asked == [[0, 1, 0, 1]]

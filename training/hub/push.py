@@ -83,7 +83,8 @@ class Pusher:
             shutil.rmtree(folder, ignore_errors=True)
             save_pipeline(os.path.join(folder, "pipeline"))
             if self.options.hub_strategy == "checkpoint":
-                link_folder(checkpoint, os.path.join(folder, "upload", LAST_CHECKPOINT))
+                kept = os.path.join(folder, "upload", LAST_CHECKPOINT)  # also when the checkpoint is rotated away
+                shutil.copytree(checkpoint, kept, copy_function=functools.partial(link_or_copy, os.link))
         except WRITE_ERRORS as error:
             shutil.rmtree(folder, ignore_errors=True)
             self._failed(error)
@@ -138,8 +139,3 @@ class Pusher:
                 f"Warning: the pipeline is finished in {folder}, but it could not be published: {error_text(error)}\n"
                 f"Publish it with: python -m training.publish {folder} {self.repo}{private}"
             )
-
-
-def link_folder(source: str, target: str) -> None:
-    """Copy a folder, by links where the disk allows it: the copy stays when the source is rotated away."""
-    shutil.copytree(source, target, copy_function=functools.partial(link_or_copy, os.link))

@@ -78,12 +78,11 @@ def training_record(
         first_stage: the result of `find_first_stage`.
         teacher_revision: the commit of the teacher that was loaded. The Hub may have moved on since.
     """
-    origins: dict[str, Any] = {"teacher": None, "first_stage": None}
     teacher, dataset = getattr(options, "teacher", None), options.dataset_name
-    if teacher is not None:
-        origins["teacher"] = origin_record(teacher, teacher_revision or options.teacher_revision)
-    if first_stage is not None:
-        origins["first_stage"] = origin_record(first_stage)
+    origins = {
+        "teacher": teacher and origin_record(teacher, teacher_revision or options.teacher_revision),
+        "first_stage": first_stage and origin_record(first_stage),
+    }
     license = license_of({"license": options.hub_license}) or strictest(map(license_of, origins.values()))
     return {
         "program": options.PROGRAM,

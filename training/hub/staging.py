@@ -95,8 +95,8 @@ def _put(source: str, target: str) -> None:
         values.pop("_name_or_path", None)
         if values or name not in REPORTS:
             write_json(public_report(values) if name in REPORTS else values, name, folder)
-        return
-    link_or_copy(os.symlink, os.path.abspath(source), target)
+    else:
+        link_or_copy(os.symlink, os.path.abspath(source), target)
 
 
 def link_or_copy(link: Callable[[str, str], None], source: str, target: str) -> None:

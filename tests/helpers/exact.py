@@ -89,7 +89,7 @@ class PixelMixture:
         as_row = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
         self.weights, self.means, self.stds = as_row(weights), as_row(means), as_row(stds)
 
-    def _standardised(self, x, t):
+    def _standardized(self, x, t):
         spread = (self.stds**2 + levels_like(t, x.double())[..., None] ** 2).sqrt()
         return (x.double()[..., None] - self.means) / spread, spread
 
@@ -100,11 +100,11 @@ class PixelMixture:
         return (self.means[part] + self.stds[part] * noise).reshape(shape)
 
     def cdf(self, x, t=0.0):
-        z, _ = self._standardised(x, t)
+        z, _ = self._standardized(x, t)
         return (self.weights * torch.special.ndtr(z)).sum(-1)
 
     def denoiser(self, x, t):
-        z, spread = self._standardised(x, t)
+        z, spread = self._standardized(x, t)
         posterior = torch.softmax(self.weights.log() - spread.log() - z**2 / 2, dim=-1)
         return (posterior * (self.means + z * self.stds**2 / spread)).sum(-1).to(x.dtype)
 
@@ -191,12 +191,13 @@ class ExactNetwork(ExactDenoiserNetwork):
     has_target_time = True  # by this a pipeline knows a network with two times
 
 
-class ParametrisedNetwork(nn.Module):
+class ParametrizedNetwork(nn.Module):
     """What a network of another family gives for exact data, in that family's own words. It may have two times.
 
     Args:
-        kind: "epsilon", "v_prediction" or "sample" (x = sqrt(abar) x_0 + sqrt(1 - abar) n, shown the timestep), "flow_prediction"
-            (x = (1 - tau) x_0 + tau n, shown 1000 tau), "score" (images in [0, 1], shown their sigma) or "consistency" (shown 250 ln sigma).
+        kind: "epsilon", "v_prediction" or "sample" (x = sqrt(abar) x_0 + sqrt(1 - abar) n, shown the timestep),
+            "flow_prediction" (x = (1 - tau) x_0 + tau n, shown 1000 tau), "score" (images in [0, 1], shown their sigma)
+            or "consistency" (shown 250 ln sigma).
         data: with `g`, and for "consistency" `jump`.
         alphas_cumprod: abar of each timestep. Between two, ln((1 - abar) / abar) is linear in the timestep.
         sigma_data, sigma_min: of "consistency".
@@ -250,8 +251,8 @@ class ParametrisedNetwork(nn.Module):
         return (output.to(sample.dtype),)
 
 
-class ParametrisedCTM(ParametrisedNetwork):
-    """Likewise with two times: the exact CTM in that parametrisation."""
+class ParametrizedCTM(ParametrizedNetwork):
+    """Likewise with two times: the exact CTM in that parametrization."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -11,6 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from diffusers_ctm import CTMUNet2DModel, EDMUNet2DModel
+from diffusers_ctm.two_times import image_size
+from helpers.comparing import close
 from helpers.exact import randn
 
 
@@ -47,7 +49,7 @@ UNET_2D_KINDS = {
     },
     "no middle": {"mid_block_type": None},
     "no attention": {"add_attention": False, "attention_head_dim": None},
-    "centred": {"center_input_sample": True},
+    "centered": {"center_input_sample": True},
     "ADM": {
         "resnet_time_scale_shift": "scale_shift",
         "downsample_type": "resnet",
@@ -151,16 +153,10 @@ FAMILIES = {
 }
 
 
-def close(actual, expected, rtol=1e-5, atol=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
 def inputs(unet, batch=3):
     """Sample, t, s and all conditions that `unet` knows."""
     config = unet.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    sample = randn(batch, config.in_channels, height, width, dtype=torch.float32)
+    sample = randn(batch, config.in_channels, *image_size(unet), dtype=torch.float32)
     t, s = torch.tensor([1.1, 0.3, 0.02])[:batch], torch.tensor([0.8, 0.01, 0.015])[:batch]
     condition = {}
     if config.num_class_embeds is not None:
@@ -175,7 +171,7 @@ def inputs(unet, batch=3):
 
 
 def times(unet, t, s):
-    """What of (t, s) the network is shown."""
+    """The times of (t, s) that the network is shown."""
     return (t, s) if unet.has_target_time else (t,)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What both networks with two times have in common: growing from a teacher, the second time, and what diffusers offers for any model."""
+"""Both networks of two times: growing from a teacher, the second time, and what diffusers offers for any model."""
 
 import copy
 import json
@@ -17,8 +17,9 @@ from diffusers_ctm import (
 )
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import jump
+from helpers.comparing import close
 from helpers.exact import GaussianData, randn
-from helpers.tiny_networks import FAMILIES, blocks, check_the_same, close, inputs, make_edm, make_unet_2d, times
+from helpers.tiny_networks import FAMILIES, blocks, check_the_same, inputs, make_edm, make_unet_2d, times
 
 
 def kinds(*names):

@@ -64,7 +64,7 @@ RUNS = {
             IMAGE[..., ::2, ::2], BlockAverageOperator(2), num_inference_steps=2, **once(g)
         ).images
     ),
-    "colour": lambda g: (
+    "color": lambda g: (
         pipeline(CTMRestorationPipeline)(IMAGE[:, :1], GrayscaleOperator(), num_inference_steps=2, **once(g)).images
     ),
     "encoding": lambda g: pipeline(CTMInversionPipeline)(IMAGE, 1, num_inference_steps=2).latents,

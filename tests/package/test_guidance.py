@@ -52,7 +52,7 @@ def ratio(t, s, variance=V):
 
 
 class Observed(Guidance):
-    """y = x_0 + r noise: -log p(y | x_0), or exactly -log p(y | x_t) as a function of D or of x_t, if it is `aware` of the noise."""
+    """y = x_0 + r noise: -log p(y | x_0), or if it is `aware` of the noise -log p(y | x_t) as a function of D or x_t."""
 
     y, r = torch.tensor([[1.0, -0.5], [0.3, 0.0]]), 0.4
 
@@ -130,7 +130,7 @@ def test_a_linear_loss_is_exact_in_any_number_of_jumps(steps, on):
 
 @pytest.mark.parametrize("on", ["prediction", "image"])
 def test_a_linear_loss_ends_at_zero_through_the_denoiser(on):
-    """The last step leads from sigma_min to 0, is shown sigma_min, and is weighted for that: the loss moves it as it moves the flow."""
+    """The last step leads from sigma_min to 0 and is shown sigma_min: the loss moves it as it moves the flow."""
     end = 0.2
     pipe = pipeline(scheduler=CTMScheduler(sigma_data=STD, sigma_min=end, final_sigma=0.0))
     images = pipe(latents=latents(), num_inference_steps=2, output_type="latent", guidance=linear(on=on)).images
@@ -165,24 +165,21 @@ def order_of(found, steps):
 
 
 @pytest.mark.parametrize("on", ["noisy", "prediction"])
-def test_exact_guidance_of_the_score_is_of_second_order(on):
+@pytest.mark.parametrize("make_pipe, end, order, most", [(heun, 0.0, 1.8, 2e-3), (pipeline, 0.002, 0.9, 6e-3)])
+def test_exact_guidance_is_of_second_order_in_the_score_and_of_first_in_jumps(make_pipe, end, order, most, on):
     steps = (40, 80)
-    found = errors(heun, Observed(on=on), steps, 0.0)
-    assert order_of(found, steps) > 1.8 and found[-1] < 2e-3, found
-
-
-@pytest.mark.parametrize("on", ["noisy", "prediction"])
-def test_exact_guidance_of_jumps_is_of_first_order(on):
-    steps = (40, 80)
-    found = errors(pipeline, Observed(on=on), steps, 0.002)
-    assert order_of(found, steps) > 0.9 and found[-1] < 6e-3, found
+    found = errors(make_pipe, Observed(on=on), steps, end)
+    assert order_of(found, steps) > order and found[-1] < most, found
 
 
 @pytest.mark.parametrize(
     "make_pipe, options, spread",
-    [(heun, {"num_inference_steps": 60}, 0.01), (pipeline, {"num_inference_steps": 40, "gamma": 0.0}, 0.05),
-     (pipeline, {"num_inference_steps": 40, "gamma": 1.0}, 0.07)],
-)  # fmt: skip
+    [
+        (heun, {"num_inference_steps": 60}, 0.01),
+        (pipeline, {"num_inference_steps": 40, "gamma": 0.0}, 0.05),
+        (pipeline, {"num_inference_steps": 40, "gamma": 1.0}, 0.07),
+    ],
+)
 def test_guided_samples_have_the_mean_and_covariance_of_the_posterior(make_pipe, options, spread):
     guidance, x = Observed(on="noisy"), latents(10_000)
     images = make_pipe()(latents=x, generator=seeded(1), output_type="latent", guidance=guidance, **options).images
@@ -754,10 +751,13 @@ def test_rejection_passes_the_samplers_arguments_on():
         ({"threshold": 0.5, "latents": 1}, "takes no latents"),
         ({"threshold": 0.5, "class_labels": [0, 1]}, "class_labels has 2 entries for batch_size=4"),
         ({"threshold": 0.5, "class_labels": 9}, "is not a class"),
-        ({"threshold": 0.5, "classifier": lambda x: by_mean(x)[:, :1], "class_labels": 2}, "knows 1 classes and the network 3"),
+        (
+            {"threshold": 0.5, "classifier": lambda x: by_mean(x)[:, :1], "class_labels": 2},
+            "knows 1 classes and the network 3",
+        ),
         ({"threshold": 0.5, "classifier": lambda x: by_mean(x) * torch.nan}, "NaN"),
     ],
-)  # fmt: skip
+)
 def test_rejection_that_does_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         rejection_sample(of_classes(), **{"classifier": by_mean, "num_images": 4, **arguments})

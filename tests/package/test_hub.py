@@ -415,36 +415,6 @@ def test_every_pipeline_fits_in_one_file(name, tmp_path):
     assert check_imports(path) == []
 
 
-def test_one_file_says_what_it_is(one_file):
-    import diffusers_ctm
-
-    head = one_file[0].read_text()[:600]
-    assert f"diffusers-ctm {diffusers_ctm.__version__}" in head and "Apache License" in head
-    assert str(ROOT) not in one_file[0].read_text()
-
-
-def test_a_pipeline_that_builds_on_another_is_the_one_found(tmp_path, monkeypatch):
-    from diffusers.utils.dynamic_modules_utils import find_pipeline_class
-
-    import diffusers_ctm
-    from diffusers_ctm.hub import bundle
-
-    path = tmp_path / "pipeline_later.py"
-    path.write_text("from .pipeline_ctm import CTMPipeline\n\n\nclass CTMLaterPipeline(CTMPipeline):\n    pass\n")
-    spec = importlib.util.spec_from_file_location("diffusers_ctm.pipeline_later", path)
-    later = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, later)
-    spec.loader.exec_module(later)
-    monkeypatch.setattr(diffusers_ctm, "CTMLaterPipeline", later.CTMLaterPipeline, raising=False)
-
-    written = tmp_path / "ctm_later_in_one_file.py"
-    written.write_text(bundle(later.CTMLaterPipeline))
-    module = run_file(written)
-    monkeypatch.delitem(sys.modules, written.stem)
-    assert find_pipeline_class(module) is module.CTMLaterPipeline
-    assert "CTMLaterPipeline" not in bundle(diffusers_ctm.CTMPipeline)
-
-
 def test_the_modules_fit_in_one_namespace():
     """What `bundle` cannot express: two meanings of one name, relative imports that are renamed or not at the top."""
     import ast
@@ -501,8 +471,6 @@ def test_registration_replaces_nothing_of_diffusers(monkeypatch):
     assert diffusers.CTMPipeline is diffusers_ctm.CTMPipeline
     assert diffusers.UNet2DModel.__module__.startswith("diffusers.")
 
-
-# The Hub itself  ------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     name, folder, package = sys.argv[1:]

@@ -43,7 +43,10 @@ def test_an_array_stays_as_it_is():
 @pytest.mark.parametrize(
     "given, message",
     [
-        (Image.new("L", (4, 4)), r"photo has mode 'L'; this network makes images of mode 'RGB'. Pass `image.convert\('RGB'\)"),
+        (
+            Image.new("L", (4, 4)),
+            r"photo has mode 'L'; this network makes images of mode 'RGB'. Pass `image.convert\('RGB'\)",
+        ),
         (Image.new("RGBA", (4, 4)), "mode 'RGBA'"),
         (Image.new("P", (4, 4)), "mode 'P'"),
         (Image.new("RGB", (5, 4)), r"photo is 4x5 pixels \(height x width\); this network makes 4x4"),
@@ -63,7 +66,7 @@ def test_an_array_stays_as_it_is():
         ("photo.png", "got str"),
         (None, "got NoneType"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit(given, message):
     with pytest.raises(ValueError, match=message):
         read_images(given, 3, (4, 4), "photo")

@@ -55,7 +55,7 @@ def test_a_mask_keeps_pixels_bit_for_bit():
     assert torch.equal(image, torch.where(KNOWN == 1, other, x))
 
 
-def test_colourisation_is_a_change_of_basis():
+def test_colorization_is_a_change_of_basis():
     # Song et al. 2023, Algorithm 4: x <- Q [(Q^T y) in the first coordinate, (Q^T x) in the others]
     weights = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
     basis, _ = torch.linalg.qr(torch.stack([weights, *randn(2, 3)]).T)

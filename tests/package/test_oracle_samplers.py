@@ -11,9 +11,6 @@ from helpers.places import ORACLE
 from training.official.song import to_diffusers
 
 
-KARRAS = [("exact", 0.0), ("gamma0.5", 0.5), ("cm", 1.0)]
-
-
 @pytest.fixture(scope="module")
 def make_pipeline():
     """A pipeline with one of the oracle's networks."""

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """CTMPipeline on exact networks, where the right image is known, and on tiny real ones."""
 
-import inspect
 import math
 
 import numpy as np
@@ -553,17 +552,6 @@ def test_arguments_that_do_not_fit(arguments, message):
     assert not pipe.unet.calls  # before any work
 
 
-def test_numbers_of_numpy_and_torch():
-    pipe, options = of_classes(), {"class_labels": 1, "gamma": 0.5, "output_type": "latent"}
-    expected = pipe(batch_size=2, num_inference_steps=3, generator=seeded(), **options).images
-    for two, three in ((np.int64(2), np.int32(3)), (torch.tensor(2), torch.tensor(3))):
-        images = pipe(batch_size=two, num_inference_steps=three, generator=seeded(), **options).images
-        assert torch.equal(images, expected)
-    for gamma in (np.float32(0.5), torch.tensor(0.5), np.full(3, 0.5)):
-        given = {**options, "gamma": gamma, "num_inference_steps": 3, "generator": seeded()}
-        assert torch.equal(pipe(batch_size=2, **given).images, expected)
-
-
 def test_network_without_a_size():
     pipe = pipeline(exact_network(size=None))
     with pytest.raises(ValueError, match="no sample_size; pass `latents`"):
@@ -573,22 +561,6 @@ def test_network_without_a_size():
 
 
 # A pipeline of diffusers ----------------------------------------------------------------------------------------------
-
-
-def test_signature_holds_what_users_of_diffusers_expect():
-    parameters = inspect.signature(CTMPipeline.__call__).parameters
-    expected = {
-        "batch_size",
-        "num_inference_steps",
-        "generator",
-        "latents",
-        "output_type",
-        "return_dict",
-        "class_labels",
-    }
-    expected |= {"gamma", "sigmas", "timesteps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
-    expected |= {"guidance", "guidance_scale", "target_sigmas", "final_sigma"}
-    assert set(parameters) == {"self"} | expected
 
 
 def test_components_and_from_pipe(make_unet):

@@ -96,10 +96,13 @@ def test_the_run_that_was_made_is_what_is_said(pipe):
     [
         (CTMImg2ImgPipeline, lambda pipe, image: pipe(image, class_labels=0)),
         (CTMInpaintPipeline, lambda pipe, image: pipe(image, torch.ones(8, 8), 1, class_labels=0)),
-        (CTMRestorationPipeline, lambda pipe, image: pipe(image[:, :1], GrayscaleOperator(), num_inference_steps=1, class_labels=0)),
+        (
+            CTMRestorationPipeline,
+            lambda pipe, image: pipe(image[:, :1], GrayscaleOperator(), num_inference_steps=1, class_labels=0),
+        ),
         (CTMInversionPipeline, lambda pipe, image: pipe.decode(image, 0, num_inference_steps=1)),
     ],
-)  # fmt: skip
+)
 def test_what_was_made_from_given_images_is_composite(pipe, cls, call):
     pipe = cls.from_pipe(pipe)
     pipe.set_progress_bar_config(disable=True)

@@ -9,7 +9,8 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from diffusers_ctm import CTMUNet2DModel
-from helpers.tiny_networks import UNET_2D_KINDS, blocks, close, inputs
+from helpers.comparing import close
+from helpers.tiny_networks import UNET_2D_KINDS, blocks, inputs
 
 
 @pytest.mark.parametrize("changes", [UNET_2D_KINDS["classes"], UNET_2D_KINDS["ADM"]], ids=["classes", "ADM"])
@@ -59,6 +60,3 @@ def test_learned_embedding_is_refused(make_unet):
         make_unet(**changes)
     with pytest.raises(ValueError, match="knows whole timesteps only"):
         CTMUNet2DModel.from_unet(make_unet(UNet2DModel, **changes))
-
-
-# Precision, memory, speed ---------------------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ def download(address: str, folder: str) -> str:
     try:
         answer = urllib.request.build_opener(_OnlySecure).open(address, timeout=60)
         expected = answer.length
-        with tqdm.wrapattr(answer, "read", total=expected, desc=os.path.basename(name)) as stream, open(path, "wb") as file:
+        with (
+            tqdm.wrapattr(answer, "read", total=expected, desc=os.path.basename(name)) as stream,
+            open(path, "wb") as file,
+        ):
             shutil.copyfileobj(stream, file)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = (

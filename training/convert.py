@@ -17,7 +17,7 @@ from diffusers_ctm.preconditioning import EDMPrediction, Preconditioning, condit
 from diffusers_ctm.two_times import image_size
 
 from .cli.errors import UserError, loading
-from .cli.files import atomic_file, atomic_folder, sha256
+from .cli.files import atomic_file, atomic_folder, sha256, write_json
 from .cli.options import Checked, option, run_program
 from .official.download import fetch, shown
 from .official.families import Family, family_of, find_family, said_by
@@ -195,11 +195,9 @@ def read_labels(path: str | None, count: int | None) -> dict[int, str] | None:
         labels = dict(enumerate(labels)) if isinstance(labels, list) else {int(i): name for i, name in labels.items()}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f'--id2label {path} must be a JSON file like {{"0": "airplane"}}: {error}') from error
-    if not all(isinstance(name, str) for name in labels.values()):
-        raise UserError(f"--id2label {path} must give every class a name.")
     if count is None:
         raise UserError(f"--id2label {path} was given, but the network is unconditional.")
-    if sorted(labels) != list(range(count)):
+    if sorted(labels) != list(range(count)) or not all(isinstance(name, str) for name in labels.values()):
         raise UserError(f"--id2label {path} must name the classes 0 to {count - 1}; it has {len(labels)} names.")
     return labels
 
@@ -260,13 +258,6 @@ def describe(pipe: CTMPipeline, family: Family) -> str:
     )
 
 
-def left_out(checkpoint: Any, entry: str) -> list[str]:
-    """Other entries of the file, beside that of the weights."""
-    if not entry or not isinstance(checkpoint, dict):
-        return []
-    return [str(name)[:40] for name in checkpoint if str(name) != entry.partition(".")[0]][:20]
-
-
 def to_diffusers(config: ConvertConfig, path: str) -> str:
     """Convert the checkpoint at `path` to the folder OUT, check it, and say what was found."""
     checkpoint = read_checkpoint(path)
@@ -293,9 +284,9 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     )
     if said:
         print(f"The file itself says: {', '.join(f'{name} {value:g}' for name, value in said.items())}")
-    others = left_out(checkpoint, entry)
+    others = [str(name)[:40] for name in checkpoint if str(name) != entry.partition(".")[0]] if entry else []
     if others:
-        print(f"Left out: {', '.join(others)}")
+        print(f"Left out: {', '.join(others[:20])}")
     if config.prediction_type == "edm" and not is_ctm(pipe.unet) and pipe.scheduler.config.timestep_scale == 1000:
         print("Note: a consistency model has the same tensors as an EDM teacher; for one, pass --consistency_model.")
     record = {
@@ -308,9 +299,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     }
     with atomic_folder(config.out) as draft:
         pipe.save_pretrained(draft)
-        with open(os.path.join(draft, "conversion.json"), "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
-            file.write("\n")
+        write_json(record, "conversion.json", draft)
         again = CTMPipeline.from_pretrained(draft)
         check_same(pipe.unet, again.unet, pipe.scheduler.config.timestep_scale, "The written folder")
     print("Checked: loaded again, it gives the same output. The source has no outputs of its own to compare with.")
@@ -360,17 +349,14 @@ def to_official(config: ConvertConfig) -> str:
 
 def check_out(config: ConvertConfig) -> None:
     """Raise UserError if OUT is there and may not be replaced."""
-    path, folder = config.out, config.to == "diffusers"
-    if not os.path.lexists(path):
-        return
-    if folder and os.path.isdir(path) and not os.listdir(path):
+    path, is_folder = config.out, config.to == "diffusers"
+    if not os.path.lexists(path) or (is_folder and os.path.isdir(path) and not os.listdir(path)):
         return
     if not config.overwrite:
         raise UserError(f"OUT {path} is there already; pass --overwrite to replace it, or another name.")
-    if folder and not os.path.isfile(os.path.join(path, "model_index.json")):
-        raise UserError(f"OUT {path} is no pipeline's folder and is not replaced, --overwrite or not.")
-    if not folder and not os.path.isfile(path):
-        raise UserError(f"OUT {path} is no file and is not replaced, --overwrite or not.")
+    if not os.path.isfile(os.path.join(path, "model_index.json") if is_folder else path):
+        kind = "pipeline's folder" if is_folder else "file"
+        raise UserError(f"OUT {path} is no {kind} and is not replaced, --overwrite or not.")
 
 
 def main(config: ConvertConfig) -> str:

@@ -2,6 +2,7 @@
 """The family of ADM, under OpenAI's, the CTM authors' and NVIDIA's names."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DModel
@@ -30,7 +31,7 @@ from .layers import (
     resolutions,
     shape_of,
     shapes_of,
-    side_of,
+    sides_of,
     two_times,
 )
 
@@ -40,14 +41,15 @@ CLASSES = (UNet2DModel, CTMUNet2DModel)
 
 # What names and shapes do not tell. Consistency models have the names and shapes of the EDM teacher, too.
 DEFAULTS = {
-    "openai": {"timestep_scale": 1000.0, "sigma_data": 0.5},
-    "ctm": {"timestep_scale": 1000.0, "sigma_data": 0.5},
-    "nvidia": {"timestep_scale": 1.0, "sigma_data": 0.5},
+    "openai": {"timestep_scale": 1000.0, "sigma_data": 0.5, "dropout": 0.0},
+    "ctm": {"timestep_scale": 1000.0, "sigma_data": 0.5, "dropout": 0.0},
+    "nvidia": {"timestep_scale": 1.0, "sigma_data": 0.5, "dropout": 0.1},
 }
-DROPOUT = {"openai": 0.0, "ctm": 0.0, "nvidia": 0.1}
 HEAD_DIM = 64
-BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D"}
-BLOCKS |= {"UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
+BLOCKS = {
+    *("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UNetMidBlock2D"),
+    *("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+}
 QKV_ORDER = {"openai": "three_head_dim", "ctm": "three_head_dim", "nvidia": "head_dim_three"}
 
 
@@ -80,7 +82,7 @@ def network_of(shapes: Shapes, **overrides) -> UNet2DModel | CTMUNet2DModel:
     flavour = flavour_of(shapes)
     shapes = {name: (*shape, 1) if _is_one_dimensional(name, shape) else shape for name, shape in bare(shapes).items()}
     config = _nvidia_config(shapes) if flavour == "nvidia" else _openai_config(shapes)
-    config |= {"attention_head_dim": HEAD_DIM, "dropout": DROPOUT[flavour]}
+    config |= {"attention_head_dim": HEAD_DIM, "dropout": DEFAULTS[flavour]["dropout"]}
     head_dim = overrides.get("attention_head_dim", HEAD_DIM)
     for name, shape in shapes.items():
         if name.endswith(".qkv.weight") and shape and shape[0] % (3 * head_dim):
@@ -140,24 +142,20 @@ def to_official(network: UNet2DModel | CTMUNet2DModel, flavour: str | None = Non
         raise UserError(f"--flavour must be one of {', '.join(DEFAULTS)}, got {flavour!r}.")
     if (flavour == "ctm") != isinstance(network, CTMUNet2DModel):
         raise UserError(f"A {type(network).__name__} has no official form of flavour {flavour!r}.")
-    config = network.config
-    others = {*config.down_block_types, *config.up_block_types, config.mid_block_type} - BLOCKS
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in network.config.items()}
+    others = {*config["down_block_types"], *config["up_block_types"], config["mid_block_type"]} - BLOCKS
     if others:
         raise UserError(f"The network has blocks {others}; an ADM network has none such.")
     official = official_tensors(network, _layers(network, flavour))
     free = ("sample_size", "dropout", "attention_head_dim")
     converted = network_of(shapes_of(official), **{name: config[name] for name in free}).config
-    unused = {"num_train_timesteps"} | ({"downsample_padding"} if config.downsample_type == "resnet" else set())
+    unused = {"num_train_timesteps"} | ({"downsample_padding"} if config["downsample_type"] == "resnet" else set())
     for name, value in converted.items():
-        if not name.startswith("_") and name not in unused and _plain(config[name]) != _plain(value):
+        if not name.startswith("_") and name not in unused and config[name] != value:
             raise UserError(
                 f"The network has {name}={config[name]!r}; an ADM network of flavour {flavour!r} has {value!r}."
             )
     return copied(official, PREFIX if flavour == "nvidia" else "")
-
-
-def _plain(value):
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _is_one_dimensional(name: str, shape: tuple[int, ...]) -> bool:
@@ -177,118 +175,101 @@ RESNET_NAMES = {  # own: (OpenAI's, NVIDIA's)
 }
 
 
+@dataclass(frozen=True)
 class _Names:
-    """Collects the layers of `network` under both names, the official ones without prefix."""
+    """Official names, without prefix. Lists have an entry per level of the side, from the start of the network to its end.
 
-    def __init__(self, network: UNet2DModel, flavour: str, qkv_order: str | None):
-        self.network, self.flavour, self.is_nvidia = network, flavour, flavour == "nvidia"
-        self.qkv = qkv(network.config.attention_head_dim, qkv_order or QKV_ORDER[flavour])
-        self.layers: list[Layer] = []
+    Args:
+        outer: layers outside of the blocks, with their own names.
+        blocks: the residual blocks of both sides, "down" and "up".
+        samplers: what halves or doubles the resolution behind a level.
+        middle: residual block, attention, residual block.
+        ends: what stands behind a block's name for its residual part and for its attention.
+    """
 
-    def add(self, official: str, own: str, kind=COPY) -> None:
-        self.layers.append(Layer(official, own, kind))
+    outer: dict[str, str]
+    blocks: dict[str, list[list[str]]]
+    samplers: dict[str, list[str]]
+    middle: tuple[str, str, str]
+    ends: tuple[str, str]
 
-    def add_resnet(self, official: str, own: str) -> None:
-        resnet = self.network.get_submodule(own)
-        for part, names in RESNET_NAMES.items():
-            if getattr(resnet, part, None) is None:
-                continue
-            if self.flavour == "ctm" and part == "time_emb_proj":
-                self.add(f"{official}.emb_layers", f"{own}.{part}", two_times(".1"))
-            else:
-                self.add(f"{official}.{names[self.is_nvidia]}", f"{own}.{part}")
-        if self.is_nvidia and official.endswith(("_up", "_down")):
-            self.layers += [resample_filter(f"{official}.{name}") for name in ("conv0", "skip")]
 
-    def add_attention(self, official: str, own: str) -> None:
-        norm, projection = ("norm2", "proj") if self.is_nvidia else ("norm", "proj_out")
-        self.add(f"{official}.{norm}", f"{own}.group_norm")
-        self.add(f"{official}.qkv", own, self.qkv)
-        self.add(f"{official}.{projection}", f"{own}.to_out.0", LINEAR)
+def _openai_names(network: UNet2DModel) -> _Names:
+    """`input_blocks` and `output_blocks` number blocks through all levels. An upsampler has the last number of its level."""
+    per_level, levels = network.config.layers_per_block + 1, range(len(network.down_blocks))
+    outer = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+    if isinstance(network, CTMUNet2DModel):
+        outer |= {
+            "time_embed_s.0": "target_time_embedding.linear_1",
+            "time_embed_s.2": "target_time_embedding.linear_2",
+        }
+    outer |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+    down = [[f"input_blocks.{1 + level * per_level + i}" for i in range(per_level)] for level in levels]
+    up = [[f"output_blocks.{level * per_level + i}" for i in range(per_level)] for level in levels]
+    places = [2 if hasattr(block, "attentions") else 1 for block in network.up_blocks]
+    samplers = {"down": [f"{names[-1]}.0" for names in down]}
+    samplers["up"] = [f"{names[-1]}.{place}" for names, place in zip(up, places)]
+    middle = ("middle_block.0", "middle_block.1", "middle_block.2")
+    return _Names(outer, {"down": down, "up": up}, samplers, middle, (".0", ".1"))
 
-    def add_block(self, own: str, resnets: list[str], attentions: list[str]) -> None:
-        """The residual blocks of `own`, and its attentions if it has any, whose official names these are."""
-        for i, (resnet, attention) in enumerate(zip(resnets, attentions, strict=True)):
-            self.add_resnet(resnet, f"{own}.resnets.{i}")
-            if hasattr(self.network.get_submodule(own), "attentions"):
-                self.add_attention(attention, f"{own}.attentions.{i}")
+
+def _nvidia_names(network: UNet2DModel) -> _Names:
+    """A block is named by its resolution, and its attention is part of it."""
+    sizes, count = sides_of(network), range(network.config.layers_per_block + 1)
+    outer = {"map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2"}
+    outer |= {f"enc.{sizes[0]}_conv": "conv_in", "out_norm": "conv_norm_out", "out_conv": "conv_out"}
+    blocks = {"down": [[f"enc.{size}_block{i}" for i in count] for size in sizes]}
+    blocks["up"] = [[f"dec.{size}_block{i}" for i in count] for size in reversed(sizes)]
+    samplers = {"down": [f"enc.{size}_down" for size in sizes[1:]], "up": [f"dec.{size}_up" for size in sizes[-2::-1]]}
+    middle = (f"dec.{sizes[-1]}_in0", f"dec.{sizes[-1]}_in0", f"dec.{sizes[-1]}_in1")
+    return _Names(outer, blocks, samplers, middle, ("", ""))
 
 
 def _layers(network: UNet2DModel, flavour: str, qkv_order: str | None = None) -> list[Layer]:
-    names = _Names(network, flavour, qkv_order)
-    if flavour == "nvidia":
-        _add_nvidia(names, network)
-    else:
-        _add_openai(names, network)
-    return names.layers
-
-
-def _add_openai(names: _Names, network: UNet2DModel) -> None:
-    """`input_blocks` and `output_blocks` number blocks through all levels."""
-    for official, own in (("time_embed", "time_embedding"), ("time_embed_s", "target_time_embedding")):
-        if hasattr(network, own):
-            names.add(f"{official}.0", f"{own}.linear_1")
-            names.add(f"{official}.2", f"{own}.linear_2")
+    is_nvidia = flavour == "nvidia"
+    names = _nvidia_names(network) if is_nvidia else _openai_names(network)
+    attention_kind = qkv(network.config.attention_head_dim, qkv_order or QKV_ORDER[flavour])
+    layers = [Layer(official, own, COPY) for official, own in names.outer.items()]
     if network.class_embedding is not None:
-        names.add("label_emb", "class_embedding", EMBEDDING)
-    names.add("input_blocks.0.0", "conv_in")
-    number = 1
-    for level, block in enumerate(network.down_blocks):
-        own, official = f"down_blocks.{level}", [f"input_blocks.{number + i}" for i in range(len(block.resnets))]
-        names.add_block(own, [f"{name}.0" for name in official], [f"{name}.1" for name in official])
-        number += len(block.resnets)
-        if block.downsamplers is not None:
-            if network.config.downsample_type == "resnet":
-                names.add_resnet(f"input_blocks.{number}.0", f"{own}.downsamplers.0")
+        layers.append(
+            Layer("map_label" if is_nvidia else "label_emb", "class_embedding", ONE_HOT if is_nvidia else EMBEDDING)
+        )
+
+    def add_resnet(official: str, own: str) -> None:
+        resnet = network.get_submodule(own)
+        for part, officials in RESNET_NAMES.items():
+            if flavour == "ctm" and part == "time_emb_proj":
+                layers.append(Layer(f"{official}.emb_layers", f"{own}.{part}", two_times(".1")))
+            elif getattr(resnet, part, None) is not None:
+                layers.append(Layer(f"{official}.{officials[is_nvidia]}", f"{own}.{part}", COPY))
+        if is_nvidia and official.endswith(("_up", "_down")):
+            layers.extend(resample_filter(f"{official}.{name}") for name in ("conv0", "skip"))
+
+    def add_attention(official: str, own: str) -> None:
+        norm, projection = ("norm2", "proj") if is_nvidia else ("norm", "proj_out")
+        layers.append(Layer(f"{official}.{norm}", f"{own}.group_norm", COPY))
+        layers.append(Layer(f"{official}.qkv", own, attention_kind))
+        layers.append(Layer(f"{official}.{projection}", f"{own}.to_out.0", LINEAR))
+
+    for side, convolution in (("down", "op"), ("up", "conv")):
+        for level, block in enumerate(network.get_submodule(f"{side}_blocks")):
+            own = f"{side}_blocks.{level}"
+            for i, official in enumerate(names.blocks[side][level][: len(block.resnets)]):
+                add_resnet(official + names.ends[0], f"{own}.resnets.{i}")
+                if hasattr(block, "attentions"):
+                    add_attention(official + names.ends[1], f"{own}.attentions.{i}")
+            own = f"{own}.{side}samplers.0"
+            if getattr(block, f"{side}samplers") is None:
+                continue
+            if network.config[f"{side}sample_type"] == "resnet":
+                add_resnet(names.samplers[side][level], own)
             else:
-                names.add(f"input_blocks.{number}.0.op", f"{own}.downsamplers.0.conv")
-            number += 1
-
-    names.add_resnet("middle_block.0", "mid_block.resnets.0")
-    names.add_attention("middle_block.1", "mid_block.attentions.0")
-    names.add_resnet("middle_block.2", "mid_block.resnets.1")
-
-    number = 0
-    for level, block in enumerate(network.up_blocks):
-        own, official = f"up_blocks.{level}", [f"output_blocks.{number + i}" for i in range(len(block.resnets))]
-        names.add_block(own, [f"{name}.0" for name in official], [f"{name}.1" for name in official])
-        number += len(block.resnets)
-        if block.upsamplers is not None:  # behind the last block of the level, under its number
-            last = f"{official[-1]}.{2 if hasattr(block, 'attentions') else 1}"
-            if network.config.upsample_type == "resnet":
-                names.add_resnet(last, f"{own}.upsamplers.0")
-            else:
-                names.add(f"{last}.conv", f"{own}.upsamplers.0.conv")
-    names.add("out.0", "conv_norm_out")
-    names.add("out.2", "conv_out")
-
-
-def _add_nvidia(names: _Names, network: UNet2DModel) -> None:
-    """A block is named by its resolution, its attention is part of it, `in0` and `in1` are the middle."""
-    names.add("map_layer0", "time_embedding.linear_1")
-    names.add("map_layer1", "time_embedding.linear_2")
-    if network.class_embedding is not None:
-        names.add("map_label", "class_embedding", ONE_HOT)
-    levels = len(network.down_blocks)
-    sizes = [f"{size}x{size}" for size in (side_of(network) >> level for level in range(levels))]
-    names.add(f"enc.{sizes[0]}_conv", "conv_in")
-    for level, block in enumerate(network.down_blocks):
-        official = [f"enc.{sizes[level]}_block{i}" for i in range(len(block.resnets))]
-        names.add_block(f"down_blocks.{level}", official, official)
-        if block.downsamplers is not None:
-            names.add_resnet(f"enc.{sizes[level + 1]}_down", f"down_blocks.{level}.downsamplers.0")
-    names.add_resnet(f"dec.{sizes[-1]}_in0", "mid_block.resnets.0")
-    if network.config.add_attention:
-        names.add_attention(f"dec.{sizes[-1]}_in0", "mid_block.attentions.0")
-    names.add_resnet(f"dec.{sizes[-1]}_in1", "mid_block.resnets.1")
-    for i, block in enumerate(network.up_blocks):
-        level = levels - 1 - i
-        official = [f"dec.{sizes[level]}_block{j}" for j in range(len(block.resnets))]
-        names.add_block(f"up_blocks.{i}", official, official)
-        if block.upsamplers is not None:
-            names.add_resnet(f"dec.{sizes[level - 1]}_up", f"up_blocks.{i}.upsamplers.0")
-    names.add("out_norm", "conv_norm_out")
-    names.add("out_conv", "conv_out")
+                layers.append(Layer(f"{names.samplers[side][level]}.{convolution}", f"{own}.conv", COPY))
+    add_resnet(names.middle[0], "mid_block.resnets.0")
+    if network.config.add_attention or not is_nvidia:
+        add_attention(names.middle[1], "mid_block.attentions.0")
+    add_resnet(names.middle[2], "mid_block.resnets.1")
+    return layers
 
 
 # Names and shapes to arguments ----------------------------------------------------------------------------------------

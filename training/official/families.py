@@ -76,10 +76,10 @@ def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[st
 
 
 def family_of(network: torch.nn.Module) -> Family:
-    for family in FAMILIES:
-        if isinstance(network, family.CLASSES):
-            return family
-    raise UserError(f"A {type(network).__name__} has no official form.")
+    family = next((family for family in FAMILIES if isinstance(network, family.CLASSES)), None)
+    if family is None:
+        raise UserError(f"A {type(network).__name__} has no official form.")
+    return family
 
 
 def said_by(part: Any) -> dict[str, float]:

@@ -84,13 +84,6 @@ class _Zip:
         return torch.empty(0, dtype=dtype).set_(data)
 
 
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise Refused(f"it is no whole safetensors file ({error})") from error
-
-
 def _read(path: str) -> Any:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -100,7 +93,7 @@ def _read(path: str) -> Any:
         if head.startswith(b"PK"):
             return _Zip(path).load()
         if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
-            return _read_safetensors(path)
+            return safetensors.torch.load_file(path)
         if head[257:262] == b"ustar":
             raise Refused("it is a tar archive")
         if head.startswith(b"version https://git-lfs"):

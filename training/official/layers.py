@@ -68,14 +68,6 @@ class Layer:
         return dict(zip(self.official_names(), values, strict=True))
 
 
-def _transposed(weight: torch.Tensor) -> tuple[torch.Tensor]:
-    return (weight.T,)
-
-
-def _flattened(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return weight.flatten(1), bias
-
-
 def _as_convolution(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return weight[:, :, None, None], bias
 
@@ -83,8 +75,12 @@ def _as_convolution(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Ten
 WEIGHT, BOTH = (".weight",), (".weight", ".bias")
 COPY = Kind(BOTH, BOTH)
 EMBEDDING = Kind(WEIGHT, WEIGHT)
-ONE_HOT = Kind(WEIGHT, WEIGHT, _transposed, _transposed)  # an embedding as a linear layer on one-hot vectors
-LINEAR = Kind(BOTH, BOTH, _flattened, _as_convolution)  # a linear layer as a 1x1 convolution
+ONE_HOT = Kind(
+    WEIGHT, WEIGHT, lambda weight: (weight.T,), lambda weight: (weight.T,)
+)  # an embedding as a linear layer on one-hot vectors
+LINEAR = Kind(
+    BOTH, BOTH, lambda weight, bias: (weight.flatten(1), bias), _as_convolution
+)  # a linear layer as a 1x1 convolution
 BITS = Kind(  # frequencies that no cast may round
     (".freqs",),
     (".frequency_bits",),
@@ -198,12 +194,12 @@ def resolutions(shapes: Shapes) -> tuple[list[int], int]:
     return sizes, blocks
 
 
-def side_of(network: torch.nn.Module) -> int:
-    """The side of the network's images, which NVIDIA's names contain."""
+def sides_of(network: torch.nn.Module) -> list[str]:
+    """The resolutions of the network's levels as NVIDIA's names contain them: "32x32", "16x16", ..."""
     size = network.config.sample_size
     if not isinstance(size, int):
         raise UserError(f"The official names contain the side of the image; this network has sample_size={size}.")
-    return size
+    return [f"{size >> level}x{size >> level}" for level in range(len(network.down_blocks))]
 
 
 def empty_network(kind: Callable[..., Network], inferred: dict, overrides: dict) -> Network:

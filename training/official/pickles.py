@@ -16,7 +16,6 @@ refused; nothing is imported. What the standard library alone does not hold, and
 import io
 import math
 import pickle
-import struct
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,7 +73,7 @@ class Budget:
     def copy_all(self, values: tuple) -> None:
         """The arguments of a call, as if the call copied them. Tuples are left out: the functions of CALLS keep short ones only."""
         for value in values:
-            if type(value) in (str, bytes, bytearray):
+            if type(value) in (str, bytes):
                 self.copy(len(value))
             elif type(value) in (list, dict, set):
                 self.copy(100 * len(value))
@@ -100,11 +99,14 @@ def integers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A view of the storage of the tensor `storage`. Expanded tensors (stride 0) may be 1 MB larger than what they repeat."""
-    dtype = dtype or getattr(storage, "dtype", None)
-    if type(storage) is not torch.Tensor or type(dtype) is not torch.dtype:
-        raise Refused("a tensor has no storage")
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, *rest) -> torch.Tensor:
+    """A view of the storage of the tensor `storage`. Expanded tensors (stride 0) may be 1 MB larger than what they repeat.
+
+    `rest` may hold another type and what else torch notes: whether the tensor is conjugated or negated.
+    """
+    if type(storage) is not torch.Tensor or any(note for note in rest if type(note) is not torch.dtype):
+        raise Refused("a tensor has no storage, or is conjugated or negated")
+    dtype = next((note for note in rest if type(note) is torch.dtype), storage.dtype)
     (offset,), size, stride, data = integers((offset,)), integers(size), integers(stride), storage.untyped_storage()
     count, available = math.prod(size), data.nbytes() // dtype.itemsize
     last = offset + sum((length - 1) * step for length, step in zip(size, stride))
@@ -115,35 +117,19 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtyp
     return torch.empty(0, dtype=dtype).set_(data, offset, size, stride)
 
 
-def _rebuild_v2(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
-    return _rebuild_v3(storage, offset, size, stride, requires_grad, hooks, None, metadata)
-
-
-def _rebuild_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> torch.Tensor:
-    if metadata:
-        raise Refused("a tensor is conjugated or negated")
-    return _tensor(storage, offset, size, stride, dtype)
-
-
-def _rebuild_parameter(data, requires_grad=False, hooks=None, state=None) -> torch.Tensor:
-    if type(data) is not torch.Tensor:
-        raise Refused("a parameter is no tensor")
-    return data
-
-
 def _rebuild_from_type(function, kind, arguments, state=None) -> torch.Tensor:
-    if getattr(function, "make", None) not in (_rebuild_v2, _rebuild_v3) or type(arguments) is not tuple:
+    if getattr(function, "make", None) is not _tensor or type(arguments) is not tuple:
         raise Refused(f"a tensor is made by {short(function)}")
-    return function.make(*arguments)
+    return _tensor(*arguments)
 
 
 # numpy and plain values -----------------------------------------------------------------------------------------------
 
 
-def _bytes(value: Any) -> bytes | bytearray:
+def _bytes(value: Any) -> bytes:
     if type(value) is str:  # Python 2 wrote bytes so
         return value.encode("latin-1")
-    if type(value) not in (bytes, bytearray):
+    if type(value) is not bytes:
         raise Refused("something else stands where bytes should be")
     return value
 
@@ -205,17 +191,6 @@ def _dict(pairs: list | tuple = ()) -> dict:
     return {_key(key): value for key, value in pairs}
 
 
-def _encode(text, encoding) -> bytes:
-    """How protocol 2 writes bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise Refused("something else stands where bytes should be")
-    return bytes(_bytes(text))
-
-
-def _device(kind, index=None) -> str:
-    return short(kind) if index is None else f"{short(kind)}:{short(index)}"
-
-
 def _persistent_object(meta) -> Record:
     """An object of NVIDIA's `torch_utils.persistence`; the source text that comes with it is dropped."""
     if type(meta) is not dict or type(meta.get("class_name")) is not str:
@@ -225,14 +200,14 @@ def _persistent_object(meta) -> Record:
 
 # The names that may be called, and what is called instead.
 CALLS: dict[str, Callable] = {
-    "torch._utils._rebuild_tensor": _rebuild_v2,
-    "torch._utils._rebuild_tensor_v2": _rebuild_v2,
-    "torch._utils._rebuild_tensor_v3": _rebuild_v3,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, requires_grad, hooks, state: data,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch.Size": integers,
-    "torch.device": _device,
+    "torch.device": lambda kind, index=None: short(kind),
     "numpy.core.multiarray._reconstruct": _unfilled_array,
     "numpy._core.multiarray._reconstruct": _unfilled_array,
     "numpy.core.multiarray.scalar": lambda dtype, data: _array(data, dtype, ()).item(),
@@ -245,10 +220,10 @@ CALLS: dict[str, Callable] = {
     "dnnlib.util.EasyDict": lambda: {},
     "builtins.set": _set,
     "builtins.frozenset": _set,
-    "builtins.bytearray": lambda data=b"", encoding=None: bytearray(_bytes(data)),
+    "builtins.bytearray": lambda data=b"", encoding=None: _bytes(data),
     "builtins.bytes": lambda: b"",
     "builtins.complex": complex,
-    "_codecs.encode": _encode,
+    "_codecs.encode": lambda text, encoding: _bytes(text),  # how protocol 2 writes bytes
     "copyreg._reconstructor": lambda kind, base, state: kind.make(),  # how protocols 0 and 1 write objects
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
 }
@@ -256,9 +231,10 @@ CALLS: dict[str, Callable] = {
 LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
 
 # Names that stand beside others and are never called.
-NAMES = {f"builtins.{name}" for name in ("object", "dict", "list", "int", "float")}
-NAMES |= {"numpy.ndarray", "torch.Tensor", "torch._tensor.Tensor"}
-NAMES |= {"torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
+NAMES = {
+    *("builtins.object", "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "numpy.ndarray"),
+    *("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"),
+}
 
 DTYPES = {
     f"torch.{name}": value
@@ -276,16 +252,13 @@ DTYPES |= {  # a storage's class says the type of its elements
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
-def _is_record(name: str) -> bool:
-    """Whether objects of the class `name` become Records."""
-    return name == "argparse.Namespace" or (name.startswith("torch.nn.modules.") and name.count(".") == 4)
-
-
 # The unpickler --------------------------------------------------------------------------------------------------------
 
 # Instructions that no checkpoint needs: other ways to call and to refer to something outside.
-UNUSED = (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID)
-UNUSED += (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+UNUSED = (
+    *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID),
+    *(pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+)
 
 
 class Reader(pickle._Unpickler):
@@ -317,10 +290,6 @@ class Reader(pickle._Unpickler):
         """Only the length of a frame: the standard library would copy the whole of it."""
         self.read(8)
 
-    def load_bytearray8(self) -> None:
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(length)))
-
     def find_class(self, module: str, name: str) -> Name | torch.dtype:
         full = f"{PYTHON_2.get(module, module)}.{name}"
         if full in DTYPES:
@@ -331,7 +300,7 @@ class Reader(pickle._Unpickler):
             return Name(full, CALLS[full])
         if full == LOAD_FROM_BYTES:
             return Name(full, self.load_from_bytes)
-        if _is_record(full):
+        if full == "argparse.Namespace" or (full.startswith("torch.nn.modules.") and full.count(".") == 4):
             return Name(full, lambda: Record(full))
         raise Refused(
             f"it names {short(module)}.{short(name)}, and a checkpoint may name only tensors, arrays and plain values"
@@ -401,7 +370,8 @@ class Reader(pickle._Unpickler):
             raise Refused("it refers to something outside of it")
         return self.storage(dtype, key, *integers((count,)))
 
-    dispatch |= {pickle.FRAME[0]: load_frame, pickle.BYTEARRAY8[0]: load_bytearray8}
+    # Read as bytes, because the standard library would take memory for the length that the file claims.
+    dispatch |= {pickle.FRAME[0]: load_frame, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
     dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build}
     dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict}
     dispatch |= {pickle.FROZENSET[0]: load_frozenset, pickle.ADDITEMS[0]: load_additems}

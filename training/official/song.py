@@ -29,7 +29,7 @@ from .layers import (
     resolutions,
     shape_of,
     shapes_of,
-    side_of,
+    sides_of,
     two_times,
 )
 
@@ -134,8 +134,7 @@ def _inferred(shapes: Shapes) -> dict:
 def _layers(network: EDMUNet2DModel) -> list[Layer]:
     """All layers under both names, the official ones without prefix."""
     config, taps = network.config, network.config.resample_filter
-    levels = len(network.down_blocks)
-    enc, dec = ([f"{side}.{s}x{s}" for s in (side_of(network) >> i for i in range(levels))] for side in ("enc", "dec"))
+    enc, dec = ([f"{side}.{size}" for size in sides_of(network)] for side in ("enc", "dec"))
     layers = [
         Layer("map_layer0", "time_embedding.linear_1", COPY),
         Layer("map_layer1", "time_embedding.linear_2", COPY),
@@ -163,7 +162,7 @@ def _layers(network: EDMUNet2DModel) -> list[Layer]:
             layers.append(resample_filter(f"{size}_aux_residual", taps))
     layers += _blocks(network, "mid_block", [f"{dec[-1]}_in0", f"{dec[-1]}_in1"])
     for index, block in enumerate(network.up_blocks):
-        level, own = levels - 1 - index, f"up_blocks.{index}"
+        level, own = len(enc) - 1 - index, f"up_blocks.{index}"
         size = dec[level]
         names = [f"{size}_up"] * (index > 0) + [f"{size}_block{i}" for i in range(config.layers_per_block + 1)]
         layers += _blocks(network, own, names)

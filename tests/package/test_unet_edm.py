@@ -17,8 +17,6 @@ from helpers.comparing import close
 from helpers.exact import randn
 from helpers.tiny_networks import EDM_KINDS, NCSNPP, inputs, make_edm, times
 from training.networks.student import make_student, set_dropout
-from training.networks.teacher import load_teacher
-from training.train_ctm import CTMConfig, main
 
 
 both_times = pytest.mark.parametrize("target_time", [False, True], ids=["one time", "two times"])

@@ -345,7 +345,7 @@ def draw_safety(pipe: CTMPipeline) -> Image.Image:
     classes = [3, 7, 1, 7, 5, 0, 7, 8, 2, 9]
     output = checked(class_labels=classes, generator=seeded(), output_type="pt")
     flags = ", ".join(str(flag) for flag in output.nsfw_content_detected)
-    return captioned([strips({"no safety checker": sample(pipe, classes), flags: output.images})], gap=6)
+    return captioned([strips({"no safety checker": sample(pipe, classes)}), strips({flags: output.images})], gap=6)
 
 
 # Pictures of emoji ----------------------------------------------------------------------------------------------------

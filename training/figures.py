@@ -243,8 +243,8 @@ def draw_editing(pipe: CTMPipeline) -> Image.Image:
 
     rows = [image, torch.where(lower_half == 1, 0.5, image), run(inpaint, image, lower_half)]
     for operator in (BlockAverageOperator(2), RandomSums(24)):
-        known = operator(2 * image - 1)
-        rows += [operator.pseudo_inverse(known) / 2 + 0.5, run(repair, known, operator)]
+        kept = operator(2 * image - 1)
+        rows += [operator.pseudo_inverse(kept) / 2 + 0.5, run(repair, kept, operator)]
     next_classes = [(k + 1) % 10 for k in DIGITS]
     rows += [noisy, run(edit, noisy, sigma=0.5, add_noise=False)]
     rows.append(run(edit, image, 0.5, num_inference_steps=4, classes=next_classes))
@@ -364,10 +364,10 @@ def draw_emoji_editing(pipe: CTMPipeline) -> Image.Image:
     classes, gray = list(range(pipe.num_classes)), GrayscaleOperator()
     options = {"class_labels": classes, "output_type": "pt"}
     image = sample(pipe, classes, 1, num_inference_steps=18, gamma=0.0)
-    known = gray(2 * image - 1)
-    left = {"samples in 18 steps": image, "their gray": (known / 2 + 0.5).expand_as(image)}
+    kept = gray(2 * image - 1)
+    left = {"samples in 18 steps": image, "their gray": (kept / 2 + 0.5).expand_as(image)}
     for seed, name in enumerate(("colored, 18 evaluations", "colored, from other noise")):
-        left[name] = repair(known, gray, generator=seeded(seed), **options).images
+        left[name] = repair(kept, gray, generator=seeded(seed), **options).images
     drawn = strokes()[[k % 9 for k in classes]]
     right = {"strokes": drawn}
     for strength in (0.3, 0.4, 0.5):

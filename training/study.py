@@ -186,7 +186,7 @@ def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]
         parts.append((start, {**options, "discriminator_start": max(iterations, 2 * config.timing_steps)}))
     if start < iterations:
         parts.append((iterations - start, {**options, "discriminator_start": 0} if start else options))
-    return [{"iterations": n, "options": {**own, "seed": typical_seed(config, own)}, "seconds": []} for n, own in parts]
+    return [{"iterations": n, "options": {**o, "seed": typical_seed(config, o)}, "seconds": []} for n, o in parts]
 
 
 def typical_seed(config: StudyConfig, options: dict[str, Any]) -> int:

@@ -51,7 +51,7 @@ def test_exact_turns_of_the_adversarial_stage_are_the_plain_ones_and_less_work(t
     # The student's turn has both losses; the discriminator's has its fake, with an unused graph on the plain side.
     assert plain["student"] == {"without_graph": 0, "with_graph": 3, "backward": 2}
     assert exact["student"] == {"without_graph": 1, "with_graph": 2, "backward": 2}
-    # Each of two weights asks for a pass of either loss, but score matching does not go through the average; and one update.
+    # Each of two weights asks for a pass of either loss, but score matching does not need the average; then the update.
     assert plain["average"] == {"without_graph": 2, "with_graph": 2, "backward": 4}
     assert 0 < exact["average"]["backward"] == 2 * exact["average"]["with_graph"] < 2
     assert exact["average"]["without_graph"] < 3

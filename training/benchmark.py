@@ -236,9 +236,10 @@ def markdown(report: dict) -> str:
     if "training" in report:
         training, side = report["training"], options["resolution"]
         lines += [
-            f"Training step: DDPM++ with {options['channels']} channels at {side}x{side}, batch "
-            f"{options['batch_size']}, N = {options['num_train_timesteps']}, k = {', '.join(map(str, training['solver_steps']))}. The plain step "
-            "computes everything in the authors' order. The columns of passes count images per image of the batch:",
+            f"Training step: DDPM++ with {options['channels']} channels at {side}x{side}, "
+            f"batch {options['batch_size']}, N = {options['num_train_timesteps']}, "
+            f"k = {', '.join(map(str, training['solver_steps']))}. The plain step computes everything in the authors' "
+            "order. The columns of passes count images per image of the batch:",
             "",
             *step_table(training),
             "",

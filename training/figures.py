@@ -49,10 +49,6 @@ class FiguresConfig(Checked):
     output_dir: str = option("assets/figures", "Folder for the pictures.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_folder("output_dir")
-
 
 # The toy problem ------------------------------------------------------------------------------------------------------
 
@@ -90,10 +86,7 @@ def draw_how_it_works():
             axis.plot(
                 *flow(torch.tensor([start], dtype=torch.float64), HIGH, LOW), color="0.88", linewidth=0.8, zorder=0
             )
-        axis.set_xscale("log")
-        axis.set_xlim(HIGH * 1.15, LOW * 0.8)
-        axis.set_ylim(-6, 6)
-        axis.set_xlabel("noise level")
+        axis.set(xscale="log", xlim=(HIGH * 1.15, LOW * 0.8), ylim=(-6, 6), xlabel="noise level")
     axes[0].set_ylabel("state")
     draw_loss(axes[0])
     generator = seeded(7)
@@ -121,8 +114,8 @@ def draw_loss(axis) -> None:
     axis.plot(*flow(torch.tensor(x_t, dtype=torch.float64), t, u), color=TEACHER, linewidth=2.2)
     arrow(axis, (t, x_t), (s, x_s), STUDENT, connectionstyle="arc3,rad=-0.25")
     arrow(axis, (u, x_u), (s, x_s_target), TARGET, connectionstyle="arc3,rad=0.25")
-    arrow(axis, (s, x_s), (LOW, estimate), TARGET, linestyle="--")
-    arrow(axis, (s, x_s_target), (LOW, target), TARGET, linestyle="--")
+    for start, end in ((x_s, estimate), (x_s_target, target)):
+        arrow(axis, (s, start), (LOW, end), TARGET, linestyle="--")
     for level, state, name, offset in ((t, x_t, "$x_t$", 0.5), (u, x_u, "$x_u$", -1.0), (s, x_s, "$x_s$", 0.5)):
         axis.plot(level, state, "o", color="black", markersize=4)
         axis.text(level, state + offset, name, ha="center")
@@ -274,8 +267,7 @@ def draw_encoding(pipe: CTMPipeline):
     left.axhline(rms(jumps - clean), color=NOISE, linestyle=":", label="image, encoded in 18, decoded in 1 jump")
     left.set_xticks(counts, [str(n) for n in counts])
     left.minorticks_off()
-    left.set_xlabel("Heun steps N (2N evaluations each way)")
-    left.set_ylabel("RMS error")
+    left.set(xlabel="Heun steps N (2N evaluations each way)", ylabel="RMS error")
     left.grid(alpha=0.3)
     left.legend(fontsize=8, frameon=False)
     right.imshow(np.asarray(tiles(torch.cat(between), 9)))

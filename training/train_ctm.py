@@ -55,14 +55,15 @@ class CTMConfig(
     RunOptions,
     TeacherOptions,
 ):
-    """Distil a diffusion model into a consistency trajectory model (Kim et al. 2024), or train one without a teacher."""
+    """Distil a diffusion model into a CTM (Kim et al. 2024), or train one without a teacher."""
 
     PROGRAM = "training.train_ctm"
 
     output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
     teacher: str | None = option(
         None,
-        "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its scheduler: EDM, DDPM, "
+        "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its "
+        "scheduler: EDM, DDPM, "
         "flow matching, variance-exploding scores; a consistency model with --matching global --dsm_adaptive false.",
         recorded=False,
     )
@@ -72,7 +73,8 @@ class CTMConfig(
         super().__post_init__()
         if self.teacher is None and self.solver_model == "teacher":
             raise UserError(
-                "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train without one, give "
+                "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train "
+                "without one, give "
                 "--solver_model ema."
             )
         if self.teacher is None:
@@ -94,13 +96,15 @@ def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
     name = f"--teacher {config.teacher} is a consistency model"
     if config.matching != "global":
         raise UserError(
-            f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global, which then learns those jumps, or "
+            f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global, which then learns "
+            "those jumps, or "
             "distil the diffusion model that it came from."
         )
     config.refuse(["solver", "solver_model", "max_solver_steps"], f"has no use: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
-            f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score matching by, and "
+            f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score "
+            "matching by, and "
             "without score matching nothing would be learnt. Give --dsm_adaptive false and a --dsm_weight above 0."
         )
 
@@ -132,7 +136,7 @@ def time_sampler(config: TimeOptions, scheduler: CTMScheduler) -> TimeSampler:
 
 
 def make_solver(config: TargetOptions, teacher: Teacher, student_ema: torch.nn.Module) -> TeacherSolver:
-    """The solver of `ctm_loss`: along the score of teacher or average, or the jump to the end of a consistency model."""
+    """The solver of `ctm_loss`: along a score, or the jump to the end of a consistency model."""
     if teacher.is_consistency_model:
         return lambda x, levels, labels: teacher.jump_to_end(x, levels[0], labels)
 
@@ -159,7 +163,7 @@ def make_adversary(
 
 
 def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str:
-    """Distil, and save the averaged student as a pipeline; return its folder. `on_step(step)` is called after each step."""
+    """Distil, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(step)`."""
     dataset = load_images(config)
     torch.manual_seed(config.seed)
     teacher = untrained(config, dataset) if config.teacher is None else teacher_of(config)
@@ -168,7 +172,8 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
     config = choose_precision(config, teacher)
     scheduler = student_scheduler(teacher, config)
     drop_labels = label_dropout(teacher, config)
-    # A feature network that cannot be loaded is an error before the run's folder exists. Loading may draw random numbers: seed after it.
+    # A feature network that cannot be loaded is an error before the run's folder exists. Loading may draw random
+    # numbers: seed after it.
     distance = make_distance(config)
     judge = make_discriminator(config, dataset.channels, config.seed) if config.discriminator_weight > 0 else None
     if judge is not None and config.train_batch_size == 1:

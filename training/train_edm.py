@@ -32,7 +32,8 @@ class EDMConfig(NetworkOptions, RunOptions):
     dropout: float = option(0.0, "Dropout probability.", must_be=BELOW_ONE)
     label_dropout: float = option(
         0.0,
-        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is usual. Above 0 "
+        "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is "
+        "usual. Above 0 "
         "the network gets one label more, 'no class'.",
         must_be=BELOW_ONE,
     )

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The stand-ins for feature networks and discriminators with which the authors' adversarial steps were recorded."""
 
 import torch

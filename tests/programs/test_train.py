@@ -1,10 +1,12 @@
-"""The programs themselves, at tiny size: what they save, that they resume, that processes share the work, that nothing is lost."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The programs at tiny size: what they save, that they resume, share work among processes and lose nothing."""
 
 import dataclasses
 import glob
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,8 @@ import diffusers_ctm
 from helpers.places import ROOT
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
-from training.cli.options import parse_config, save_config
+from training.cli.options import save_config
+from training.networks import student
 from training.networks.teacher import Teacher, load_teacher
 from training.objective.adversarial import ProjectedDiscriminator
 from training.objective.losses import ctm_loss
@@ -45,9 +48,14 @@ SMALL = {
     "logging_steps": 2,
 }
 NETWORK = {
-    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
-    "sigma_data": 0.75, "dropout": 0.1,
-}  # fmt: skip
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "attention_levels": [1],
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "sigma_data": 0.75,
+    "dropout": 0.1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -335,20 +343,19 @@ def test_random_flip_mirrors_half_of_the_images():
 def test_options_reach_the_optimizer(name, kind):
     options = {
         "learning_rate": 0.1,
-        "adam_beta1": 0.5,
         "adam_beta2": 0.6,
         "adam_weight_decay": 0.2,
         "adam_epsilon": 0.3,
     }
-    optimizer = run_module.make_optimizer(EDMConfig(optimizer=name, **options), torch.nn.Linear(1, 1))
+    optimizer = devices.make_optimizer(EDMConfig(optimizer=name, **options), torch.nn.Linear(1, 1))
     assert type(optimizer) is kind
-    assert [optimizer.defaults[key] for key in ("lr", "betas", "weight_decay", "eps")] == [0.1, (0.5, 0.6), 0.2, 0.3]
+    assert [optimizer.defaults[key] for key in ("lr", "betas", "weight_decay", "eps")] == [0.1, (0.9, 0.6), 0.2, 0.3]
 
 
 def test_the_students_numbers_are_its_teachers():
     numbers = {"sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.7, "rho": 5.0, "timestep_scale": 1000.0}
     teacher = Teacher(None, diffusers_ctm.EDMHeunScheduler(**numbers))
-    config = train_ctm.student_scheduler(teacher, CTMConfig(teacher="none", num_train_timesteps=40)).config
+    config = student.student_scheduler(teacher, CTMConfig(teacher="none", num_train_timesteps=40)).config
     assert {name: config[name] for name in numbers} == numbers and config.num_train_timesteps == 40
 
 
@@ -366,64 +373,67 @@ def test_dropout_of_the_student_is_that_of_a_network_built_with_it(make_unet):
         return [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
 
     changed, built = make_unet(), make_unet(dropout=0.3)
-    train_ctm.set_dropout(changed, 0.3)
+    student.set_dropout(changed, 0.3)
     assert probabilities(changed) == probabilities(built) and changed.config.dropout == 0.3
     assert set(probabilities(built)) == {0.0, 0.3}  # attention has its own, which the option leaves alone
 
 
 @pytest.mark.parametrize(
-    "options, sampler",
-    [
-        ({}, {"max_steps": 2, "distribution": "weighted"}),
-        ({"matching": "local", "max_solver_steps": None}, {"max_steps": 1}),
-        (
-            {"matching": "global", "solver_steps_distribution": "uniform", "solver_steps_per": "sample"},
-            {"distribution": "uniform", "per_sample": True},
-        ),
-        ({"continuous_times": True, "triples_per_path": 4}, {"continuous": True, "per_path": 4}),
-    ],
+    "options, most", [({}, 2), ({"matching": "local", "max_solver_steps": None}, 1), ({"matching": "global"}, 2)]
 )
-def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, options, sampler, monkeypatch):
-    calls = []
-    monkeypatch.setattr(train_ctm, "ctm_loss", lambda **given: calls.append(given) or ctm_loss(**given))
-    monkeypatch.setattr(train_ctm, "TimeSampler", lambda **given: calls.append(given) or TimeSampler(**given))
-    live = {} if options.get("matching") == "global" else {"inner_target": "live"}
-    adaptive = not live
-    options |= {
-        "distance": "pseudo_huber",
-        "dsm_sigma": "lognormal",
-        "dsm_weight": 0.7,
-        "dsm_adaptive": adaptive,
-        **live,
-    }
-    student = distil(teacher, tmp_path / "run", max_train_steps=2, **options)
-    assert not torch.equal(weights(student)["conv_out.weight"], weights(teacher)["conv_out.weight"])
-    given, loss = calls[:2]
-    assert given["num_levels"] == 18 and given["matching"] == options.get("matching", "soft")
-    assert {name: given[name] for name in sampler} == sampler
-    assert loss["times"].per_path == options.get("triples_per_path", 1)
-    assert (loss["distance"].about["name"], loss["inner_target"]) == ("pseudo_huber", "live" if live else "ema")
-    assert (loss["dsm_weight"], loss["dsm_adaptive"]) == (0.7, adaptive)
-    assert loss["last_weight"]() is loss["student"].conv_out.weight
-    assert torch.equal(loss["student_ema"].conv_out.weight, weights(student)["conv_out.weight"])  # what is saved
+def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, options, most, monkeypatch):
+    samplers, calls = [], []
+    monkeypatch.setattr(train_ctm, "TimeSampler", lambda **given: samplers.append(TimeSampler(**given)) or samplers[-1])
+    monkeypatch.setattr(
+        train_ctm, "ctm_loss", lambda jumps, *_, **given: calls.append((jumps, given)) or ctm_loss(jumps, *_, **given)
+    )
+    live = options.get("matching") != "global"
+    options |= {"inner_target": "live"} if live else {}
+    options |= {"distance": "pseudo_huber", "dsm_sigma": "lognormal", "dsm_weight": 0.7, "dsm_adaptive": not live}
+    saved = distil(teacher, tmp_path / "run", max_train_steps=2, **options)
+    assert not torch.equal(weights(saved)["conv_out.weight"], weights(teacher)["conv_out.weight"])
+    assert (samplers[0].num_levels, samplers[0].matching) == (18, options.get("matching", "soft"))
+    jumps, given = calls[0]
+    assert samplers[0].most == most >= jumps.times.solver_steps
+    assert (given["distance"].about["name"], given["inner_target"]) == ("pseudo_huber", "live" if live else "ema")
+    assert (given["score_matching"].weight, given["score_matching"].adaptive) == (0.7, not live)
+    assert given["last_weight"]() is jumps.student.conv_out.weight
+    assert torch.equal(jumps.student_ema.conv_out.weight, weights(saved)["conv_out.weight"])  # what is saved
 
 
 def test_without_a_teacher_the_student_follows_its_own_average(tmp_path, monkeypatch):
     solved = []
-    monkeypatch.setitem(
-        train_ctm.SOLVERS,
-        "heun",
-        lambda denoiser, x, levels, *rest: solved.append(denoiser(x, levels[0], *rest[1:])) or [x, x],
-    )
+
+    def solve(denoiser, x, levels):
+        solved.append(denoiser(x, levels[0]))
+        return x
+
+    monkeypatch.setitem(train_ctm.SOLVERS, "heun", dataclasses.replace(train_ctm.SOLVERS["heun"], solve=solve))
     network = {"block_out_channels": [16, 32], "layers_per_block": 1, "attention_head_dim": 8, "sigma_data": 0.75}
-    student = distil(None, tmp_path / "scratch", max_train_steps=2, solver_model="ema", **network)
+    saved = distil(None, tmp_path / "scratch", max_train_steps=2, solver_model="ema", **network)
     assert len(solved) == 2
-    pipe = DiffusionPipeline.from_pretrained(student)
+    pipe = DiffusionPipeline.from_pretrained(saved)
     assert list(pipe.unet.config.block_out_channels) == [16, 32] and pipe.scheduler.config.sigma_data == 0.75
     assert pipe.unet.conv_out.weight.abs().max() > 0
-    record = json.loads((Path(student) / "training.json").read_text())
+    record = json.loads((Path(saved) / "training.json").read_text())
     assert record["program"] == "training.train_ctm" and record["teacher"] is None
     assert record["options"]["solver_model"] == "ema"
+
+
+def test_the_run_is_told_the_commit_of_its_teacher_and_counts_its_steps(teacher, tmp_path, monkeypatch):
+    loaded = dataclasses.replace(load_teacher(teacher), revision="0123abc")
+    monkeypatch.setattr(train_ctm, "teacher_of", lambda options: loaded)
+    seen, steps = {}, []
+
+    class Told(run_module.TrainingRun):
+        def __init__(self, *given, teacher_revision=None, **named):
+            seen["revision"] = teacher_revision
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(train_ctm, "TrainingRun", Told)
+    options = {"teacher": teacher, "output_dir": str(tmp_path / "run"), "max_solver_steps": 2, "max_train_steps": 3}
+    train_ctm.main(CTMConfig(**SMALL, **options), on_step=steps.append)
+    assert seen["revision"] == "0123abc" and steps == [1, 2, 3]
 
 
 def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp_path):
@@ -441,10 +451,7 @@ def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp
         ({"layers_per_block": 3}, "--layers_per_block is for a run without --teacher"),
         ({"teacher": None, "solver_model": "ema", "teacher_revision": "main"}, "--teacher_revision needs --teacher"),
         ({"matching": "local", "max_solver_steps": 3}, "--max_solver_steps does not go with --matching local"),
-        ({"matching": "local", "solver_steps_per": "batch"}, "--solver_steps_per does not go with --matching local"),
-        ({"matching": "local", "triples_per_path": 2}, "--triples_per_path must be 1"),
         ({"matching": "global", "inner_target": "ema"}, "--inner_target does not go with --matching global"),
-        ({"triples_per_path": 3, "train_batch_size": 8}, "--triples_per_path must be a divisor"),
         ({"max_solver_steps": 0}, "--max_solver_steps must be in 1..17"),
         ({"dsm_weight": 0, "dsm_sigma": "lognormal"}, "--dsm_sigma needs a --dsm_weight above 0; leave it out"),
         ({"dsm_weight": 0, "dsm_adaptive": False}, "--dsm_adaptive needs a --dsm_weight"),
@@ -458,14 +465,6 @@ def test_choices_that_contradict_each_other_are_refused(options, message):
         CTMConfig(**{"teacher": "folder", **options})
 
 
-def test_saved_options_can_be_read_again(tmp_path):
-    for number, matching in enumerate(("soft", "local", "global")):
-        config = CTMConfig(teacher="folder", matching=matching)
-        save_config(config, str(tmp_path / f"{number}.yaml"))
-        again = parse_config(CTMConfig, ["--config", str(tmp_path / f"{number}.yaml")])
-        assert dataclasses.replace(again, config=None) == config
-
-
 def test_edms_own_network_is_trained_and_distilled(tmp_path):
     options = {"architecture": "ddpmpp", "block_out_channels": [16, 16], "layers_per_block": 1, "attention_head_dim": 8}
     edm = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), max_train_steps=2, **SMALL, **options))
@@ -474,13 +473,17 @@ def test_edms_own_network_is_trained_and_distilled(tmp_path):
         unet = DiffusionPipeline.from_pretrained(folder).unet
         assert type(unet).__name__ == "EDMUNet2DModel" and unet.has_target_time == target_time
         assert unet.config.model_channels == 8 and list(unet.config.block_out_channels) == [16, 16]
-    with pytest.raises(UserError, match="--norm_num_groups must be left out for --architecture ddpmpp"):
+    with pytest.raises(UserError, match="--norm_num_groups is not for --architecture ddpmpp"):
         EDMConfig(norm_num_groups=4, **options)
 
 
 ADVERSARIAL = {
-    "discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_channels": 8, "discriminator_start": 2, "dropout": 0.0,
-}  # fmt: skip
+    "discriminator_weight": 1.0,
+    "discriminator_backbones": ["digits"],
+    "discriminator_channels": 8,
+    "discriminator_start": 2,
+    "dropout": 0.0,
+}
 
 
 def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path):
@@ -532,16 +535,6 @@ def test_the_adversarial_term_moves_the_student_and_its_weight_counts(teacher, t
     assert not torch.allclose(weights(without)["conv_out.weight"], weights(students[1])["conv_out.weight"], atol=1e-7)
 
 
-def test_weight_of_the_adversarial_term_is_that_of_its_options():
-    options = {"discriminator_weight": 0.5, "discriminator_weight_min": 2.0, "discriminator_weight_max": 3.0}
-    judge = SimpleNamespace(draw_augment=lambda *given: None)
-    config = CTMConfig(teacher="none", **options)
-    weight = train_ctm.adversarial_terms(config, judge, SimpleNamespace(uniform=None), (8, 8))["generator_weight"]
-    gradient = torch.ones(4)
-    for ratio, expected in ((1.0, 1.0), (2.5, 1.25), (9.0, 1.5)):
-        assert weight(ratio * gradient, gradient).item() == pytest.approx(expected, rel=1e-3)
-
-
 def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
     events, seen = [], {}
 
@@ -558,12 +551,13 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
     watch(Teacher, "denoise", "teacher")
     watch(train_ctm, "generator_loss", "generator")
     watch(train_ctm, "discriminator_loss", "discriminator")
-    watch(train_ctm, "make_jumps", "jumps")
+    watch(train_ctm, "ctm_estimate", "estimate")
     options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
-    student = distil(teacher, tmp_path / "run", **options)
+    saved = distil(teacher, tmp_path / "run", **options)
     # The student's step asks the teacher before the discriminator; the discriminator's step does not ask it at all.
-    assert "teacher" in events[:-3] and events[-3:] == ["generator", "jumps", "discriminator"]
-    assert torch.equal(seen["jumps"][1].conv_out.weight, weights(student)["conv_out.weight"])  # the average's
+    assert "teacher" in events[:-3] and events[-3:] == ["generator", "estimate", "discriminator"]
+    (jumps,) = seen["estimate"]
+    assert torch.equal(jumps.student_ema.conv_out.weight, weights(saved)["conv_out.weight"])
     _, estimate, augment = seen["generator"]
     assert estimate.requires_grad and [len(parameters.brightness) for parameters in augment] == [8]
     _, real, fake, augment = seen["discriminator"]
@@ -575,18 +569,31 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
 def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_path):
     """Batch statistics are those of a pass, so a process is compared with an accumulation step of as many images."""
     options = {
-        **SMALL, **ADVERSARIAL, "teacher": teacher, "max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, "ema_decay": 0.0,
-        "train_batch_size": 4, "checkpointing_steps": 4, "discriminator_start": 0,
-        # Constant weights: those of gradients are of a pass with accumulation, of all processes without.
-        "dsm_adaptive": False, "discriminator_weight_min": 1.0, "discriminator_weight_max": 1.0,
-    }  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        **SMALL,
+        **ADVERSARIAL,
+        "teacher": teacher,
+        "max_train_steps": 4,
+        "max_solver_steps": 2,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.0,
+        "train_batch_size": 4,
+        "checkpointing_steps": 4,
+        "discriminator_start": 0,
+        "dsm_adaptive": False,
+    }
+    # Constant weights: those of gradients are of a pass with accumulation, of all processes without.
+    (tmp_path / "program.py").write_text(
+        "from training import train_ctm; from training.cli.options import run_program\n"
+        "from training.objective import adversarial; adversarial.GENERATOR_WEIGHTS = (1.0, 1.0)\n"
+        "run_program(train_ctm.main, train_ctm.CTMConfig)"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         config = CTMConfig(**options, output_dir=str(folder), gradient_accumulation_steps=2 // processes)
         save_config(config, str(tmp_path / "config.yaml"))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launch, "-m", "training.train_ctm", "--config", str(tmp_path / "config.yaml")]
+        command = [*launch, str(tmp_path / "program.py"), "--config", str(tmp_path / "config.yaml")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
         assert len(glob.glob(str(folder / "checkpoint-4" / "random_states_*.pkl"))) == processes
@@ -668,27 +675,17 @@ def test_bf16_runs(teacher, tmp_path):
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(student).values())
 
 
-# What a careless user does ----------------------------------------------------------------------------------------------
+# What a careless user does --------------------------------------------------------------------------------------------
 
 
 def test_missing_and_corrupted_teachers(teacher, tmp_path):
     with pytest.raises(UserError, match=r"--teacher nowhere cannot be loaded\. No such folder is here\. It must"):
         load_teacher("nowhere")
-    broken = tmp_path / "broken"
-    subprocess.run(["cp", "-r", teacher, broken], check=True)
+    broken = shutil.copytree(teacher, tmp_path / "broken")
     path = broken / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"--teacher .* cannot be loaded\. It must"):
         load_teacher(str(broken))
-    assert not (tmp_path / "run").exists()
-
-
-def test_teacher_of_another_family(teacher, tmp_path):
-    other = tmp_path / "other"
-    subprocess.run(["cp", "-r", teacher, other], check=True)
-    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "KarrasVeScheduler"}))
-    with pytest.raises(UserError, match="KarrasVeScheduler, which is not known: not of the EDM family"):
-        load_teacher(str(other))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
@@ -758,7 +755,7 @@ def test_damaged_checkpoint_is_refused(teacher, tmp_path):
     distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
     path = folder / "checkpoint-2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be resumed"):
+    with pytest.raises(UserError, match="checkpoint-2 cannot be loaded"):
         distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest")
 
 
@@ -769,8 +766,8 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
     listing = sorted(os.listdir(folder / "checkpoint-2"))
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "import training.train_ctm as t; from training.cli.options import *; from training.cli.training_options import *;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); run_program(t.main, CTMConfig)"
+        "import training.train_ctm as t; from training.cli.options import run_program;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); run_program(t.main, t.CTMConfig)"
     )
     arguments = ["--teacher", teacher, "--output_dir", str(folder), "--max_train_steps", "4", "--max_solver_steps", "2"]
     for name, value in {
@@ -793,14 +790,14 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
 
 def test_interrupted_save_is_not_a_checkpoint(teacher, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    replace = os.replace
+    rename = os.rename
 
     def refuse(source, target):
         if "checkpoint" in str(target):
             raise OSError(28, "No space left on device")
-        replace(source, target)
+        rename(source, target)
 
-    monkeypatch.setattr(run_module.os, "replace", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(UserError, match="No space left on device"):
         distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
     assert run_module.newest_checkpoint(str(folder)) is None and os.listdir(folder) == ["config.yaml"]

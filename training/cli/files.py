@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Files and folders that are whole or not there; JSON that may be missing; a digest of a file or of weights."""
 
 import contextlib
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from .errors import UserError
 
 
-# What torch, safetensors and the system raise when a disk refuses a write.
+# Errors of torch, safetensors and the system for a disk that refuses a write.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -23,7 +24,8 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 def atomic_folder(path: str) -> Iterator[str]:
     """Yield a new folder beside `path`; when the block ends well it becomes `path`, replacing a former one as a whole.
 
-    If the block fails, nothing stays behind and the former folder is untouched. A disk that refuses the write is a UserError.
+    If the block fails, nothing stays behind and the former folder is untouched. A disk that refuses the write is a
+    UserError.
     """
     path = os.path.normpath(path)
     if os.path.isfile(path):
@@ -39,7 +41,7 @@ def atomic_folder(path: str) -> Iterator[str]:
         yield draft
         replace_folder(draft, path, former)
     except WRITE_ERRORS as error:
-        raise UserError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+        raise UserError(f"{path} could not be written: {error}. Its former content is unchanged.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -81,7 +83,7 @@ def atomic_file(path: str) -> Iterator[str]:
         yield draft
         os.replace(draft, path)
     except WRITE_ERRORS as error:
-        raise UserError(f"{path} could not be written: {error}. What was there before is unchanged.") from error
+        raise UserError(f"{path} could not be written: {error}. Its former content is unchanged.") from error
     finally:
         if os.path.exists(draft):
             os.remove(draft)

@@ -1,4 +1,5 @@
-"""What may be shown of a path, an id on the Hub or an address."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The part that may be shown of a path, an id on the Hub or an address."""
 
 import os
 import re
@@ -21,8 +22,8 @@ def is_hub_id(name: str | None) -> bool:
 def public_name(name: str) -> str:
     """`name` as it may be published.
 
-    A Hub id stays as it is, an address loses user, password and query, and a path keeps its last part; of `run/pipeline` and
-    `run/checkpoint-5` that is the run.
+    A Hub id stays as it is, an address loses user, password and query, and a path keeps its last part; of
+    `run/pipeline` and `run/checkpoint-5` that is the run.
     """
     if is_hub_id(name):
         return name

@@ -24,7 +24,7 @@ Config = TypeVar("Config")
 
 Limit = tuple[str, Callable[[Any], bool]]
 
-# What `must_be` of an option may be: words, and whether a value is so.
+# Limits for `must_be` of an option: words, and whether a value is so.
 POSITIVE: Limit = ("positive", lambda value: value > 0)
 NOT_NEGATIVE: Limit = ("0 or more", lambda value: value >= 0)
 TWO_OR_MORE: Limit = ("2 or more", lambda value: value >= 2)
@@ -44,7 +44,8 @@ def option(
     Args:
         help: one sentence for `--help`.
         choices: the values that it may take. Default: any.
-        recorded: whether it is part of a result, and therefore of `training.json`; otherwise it says where, how often and what is shown.
+        recorded: whether it is part of a result, and therefore of `training.json`; otherwise it says where, how often
+            and what is shown.
         free: whether a resumed run may have another value. An option that is not recorded may always differ.
         must_be: a limit of its value, or of each value of a list. None is always allowed.
     """
@@ -110,7 +111,8 @@ class OptionHelp(argparse.HelpFormatter):
 class OptionParser(HfArgumentParser):
     """A command line with the fields of an option class, under a heading for each class that it is made of.
 
-    The heading is the first line of that class's docstring. The options that `config_class` adds itself come first, without a heading.
+    The heading is the first line of that class's docstring. The options that `config_class` adds itself come first,
+    without a heading.
     """
 
     def _add_dataclass_arguments(self, config_class: type) -> None:
@@ -133,7 +135,8 @@ class OptionParser(HfArgumentParser):
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read `config_class` from the command line `argv` and from the YAML file that its `--config` names.
 
-    The options that its class attribute POSITIONAL lists may also be given without their names, in that order. An option that may be
+    The options that its class attribute POSITIONAL lists may also be given without their names, in that order. An
+    option that may be
     None becomes None by an empty value: `--teacher ""`.
 
     Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
@@ -204,7 +207,7 @@ def _yaml_arguments(path: str | None) -> list[str]:
 
 
 def save_config(config: Any, path: str) -> None:
-    """Write the options as YAML, readable by `--config`. Defaults that were filled in stand there as if they were given."""
+    """Write the options as YAML, readable by `--config`, with the defaults that were filled in."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
     with open(path, "w") as file:
         yaml.safe_dump(values, file, sort_keys=False)
@@ -213,7 +216,8 @@ def save_config(config: Any, path: str) -> None:
 def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:
     """Parse the command line and call `main`.
 
-    A UserError becomes one line on standard error, without a token, and exit status 1. With CTM_TRACEBACK its traceback is shown too.
+    A UserError becomes one line on standard error, without a token, and exit status 1. With CTM_TRACEBACK its traceback
+    is shown too.
     """
     config = parse_config(config_class)
     try:

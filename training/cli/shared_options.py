@@ -39,7 +39,8 @@ class DataOptions(Checked):
 class TeacherOptions(Checked):
     """The teacher.
 
-    The options say which network of a folder or repository it is, and what it predicts if its files do not say so. A private repository
+    The options say which network of a folder or repository it is, and what it predicts if its files do not say so. A
+    private repository
     needs `hf auth login` or HF_TOKEN: a token is not an option, so that none is recorded.
     """
 
@@ -52,13 +53,16 @@ class TeacherOptions(Checked):
     teacher_revision: str | None = option(None, "Branch, tag or commit of the teacher's repository. Default: main.")
     teacher_prediction_type: str | None = option(
         None,
-        "What the teacher predicts: 'edm', 'epsilon', 'v_prediction', 'sample' (those three with the betas of its scheduler), "
-        "'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: what its scheduler says.",
+        "What the teacher predicts: 'edm', 'epsilon', 'v_prediction', 'sample' (those three with the betas of its "
+        "scheduler), "
+        "'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: what its "
+        "scheduler says.",
         [None, *PREDICTION_TYPES],
     )
     teacher_timestep_scale: float | None = option(
         None,
-        "An EDM teacher or consistency model is shown this times ln(sigma) / 4: 1 for NVIDIA's EDM, 1000 for OpenAI's. Default: "
+        "An EDM teacher or consistency model is shown this times ln(sigma) / 4: 1 for NVIDIA's EDM, 1000 for "
+        "OpenAI's. Default: "
         "what its scheduler says.",
         must_be=POSITIVE,
     )
@@ -70,7 +74,8 @@ class NetworkOptions(Checked):
 
     architecture: str = option(
         "unet_2d",
-        "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose first convolution has half the first of "
+        "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose first "
+        "convolution has half the first of "
         "--block_out_channels.",
         ["unet_2d", "ddpmpp"],
     )
@@ -106,5 +111,6 @@ class NetworkOptions(Checked):
         self.check(
             self.attention_head_dim <= narrowest,
             "attention_head_dim",
-            f"at most {narrowest}, the fewest --block_out_channels that have attention (--attention_levels, --mid_attention)",
+            f"at most {narrowest}, the fewest --block_out_channels that have attention (--attention_levels, "
+            "--mid_attention)",
         )

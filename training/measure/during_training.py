@@ -31,8 +31,8 @@ MOST_REFERENCE = 50_000  # real images; a larger data set gives so many, evenly 
 class DistanceToData:
     """The Frechet distance of samples to the data set's images, measured by all processes together.
 
-    The numbers do not depend on how many processes there are. Measuring changes nothing in the training: its noise comes
-    from generators of its own.
+    The numbers do not depend on how many processes there are. Measuring changes nothing in the training: its noise
+    comes from other generators.
 
     Args:
         options: of the run.

@@ -14,12 +14,13 @@ from ..data.images import ImageDataset
 def build_unet(
     config: NetworkOptions, dataset: ImageDataset, dropout: float, label_dropout: float
 ) -> UNet2DModel | EDMUNet2DModel:
-    """The network that the options describe; untrained it predicts nothing, so that D is the best linear denoiser, as in EDM."""
+    """The network that the options describe. Untrained, its D is the best linear denoiser, as in EDM."""
     levels = range(len(config.block_out_channels))
     halvings = 2 ** (len(levels) - 1)
     if dataset.resolution % halvings:
         raise UserError(
-            f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got {dataset.resolution}."
+            f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got "
+            f"{dataset.resolution}."
         )
     kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
     shared = {

@@ -15,7 +15,8 @@ from ..cli.errors import UserError
 
 NETWORKS = ("UNet2DModel", "CTMUNet2DModel", "EDMUNet2DModel")  # attributes of diffusers, ours too
 
-# Files of a network's weights, the best kind first. `.bin` is a pickle, which diffusers opens with torch's `weights_only`.
+# Files of a network's weights, the best kind first. `.bin` is a pickle, which diffusers opens with torch's
+# `weights_only`.
 WEIGHTS = {
     "whole": [
         "diffusion_pytorch_model.safetensors",
@@ -98,7 +99,8 @@ class Source:
             beside = folder and os.path.dirname(other) == os.path.dirname(folder)
             if beside and class_name.startswith(("VQModel", "Autoencoder")):
                 raise UserError(
-                    f"{name}: {folder} works on the latents of {other} ({class_name}), not on pixels, which is not supported."
+                    f"{name}: {folder} works on the latents of {other} ({class_name}), not on pixels, which is not "
+                    "supported."
                 )
         return folder
 
@@ -109,7 +111,8 @@ class Source:
         kind, files = next(((kind, files) for kind, files in kinds if files), (None, []))
         if kind is None:
             raise UserError(
-                f"{name}: {folder or 'the top'} has a config.json, but no weights (diffusion_pytorch_model.safetensors or .bin)."
+                f"{name}: {folder or 'the top'} has a config.json, but no weights "
+                "(diffusion_pytorch_model.safetensors or .bin)."
             )
         network_class = getattr(diffusers, self.json(join(folder, "config.json")).get("_class_name", "UNet2DModel"))
         network, report = network_class.from_pretrained(

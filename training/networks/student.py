@@ -23,7 +23,8 @@ def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
     given = (dataset.channels, dataset.resolution, dataset.resolution)
     if given != expected:
         raise UserError(
-            f"--dataset_name gives images of shape {given}, the teacher takes {expected}; set --resolution and --image_mode."
+            f"--dataset_name gives images of shape {given}, the teacher takes {expected}; set --resolution and "
+            "--image_mode."
         )
     if config.num_class_embeds is not None and dataset.num_classes is None:
         raise UserError(f"--label_column is needed: the teacher is conditional on {config.num_class_embeds} classes.")
@@ -35,7 +36,8 @@ def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
 
 
 def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOptions:
-    """`options` with float32 in place of "auto" if the network's rounding would reach the image magnified by the noise level.
+    """`options` with float32 in place of "auto" if the network's rounding would reach the image magnified by the noise
+    level.
 
     g = x - sigma epsilon: one part in 256 of bfloat16 at sigma = 157 is 0.6, more than an image.
     """
@@ -60,7 +62,7 @@ def student_scheduler(teacher: Teacher, options: GridOptions) -> CTMScheduler:
 
 
 def make_student(teacher: Teacher, dropout: float | None = None) -> CTMUNet2DModel | EDMUNet2DModel:
-    """The network with target time that equals the teacher's at every target. `dropout` is another than the teacher's."""
+    """The teacher's network with a target time, equal to it at every target. `dropout` replaces the teacher's."""
     student_class = EDMUNet2DModel if isinstance(teacher.network, EDMUNet2DModel) else CTMUNet2DModel
     try:
         student = student_class.from_unet(teacher.network)
@@ -95,7 +97,8 @@ def label_dropout(teacher: Teacher, options: StudentOptions) -> float:
     """The probability of leaving a class out, checked against the teacher."""
     if teacher.null_class is None and options.label_dropout:
         raise UserError(
-            "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); this one has no label "
+            "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); "
+            "this one has no label "
             "for 'no class'."
         )
     if teacher.null_class is None:

@@ -103,7 +103,9 @@ def load_teacher(
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})
     scheduler = _make_scheduler(label, scheduler_config, prediction_type, timestep_scale)
-    network = network.to(torch.float32).requires_grad_(False).eval()
+    if network.dtype != torch.float32:
+        network = network.to(torch.float32)
+    network = network.requires_grad_(False).eval()
     return Teacher(network, scheduler, id2label, name, source.revision, null_class)
 
 
@@ -125,7 +127,8 @@ def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> 
     faults = [
         (
             config.in_channels != config.out_channels,
-            f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts variances. "
+            f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts "
+            "variances. "
             "It must predict one value per pixel",
         ),
         (
@@ -134,7 +137,8 @@ def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> 
         ),
         (
             embedding is not None,
-            f"has class_embed_type {embedding!r}: it is conditional on numbers that are no classes, which is not supported",
+            f"has class_embed_type {embedding!r}: it is conditional on numbers that are no classes, which is not "
+            "supported",
         ),
         (
             config.sample_size is None,
@@ -170,7 +174,8 @@ def _make_scheduler(
             )
         if prediction_type == "edm" and timestep_scale is None:
             raise UserError(
-                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for OpenAI's."
+                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 "
+                "for OpenAI's."
             )
         config = {"_class_name": DEFAULT_SCHEDULERS.get(prediction_type, "EDMEulerScheduler")}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")
@@ -180,7 +185,8 @@ def _make_scheduler(
         own = own_config(config)
         if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in options:
             raise UserError(
-                f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without betas, flow "
+                f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without "
+                "betas, flow "
                 "or scores. Say --teacher_prediction_type."
             )
         return EDMHeunScheduler.from_config({**own, **options})

@@ -31,7 +31,8 @@ class DiscriminatorOptions(Checked):
 
     discriminator_weight: float = option(
         0.0,
-        "Weight of the adversarial loss, which is also scaled to pull at the last layer as the trajectory loss does; 0 is no "
+        "Weight of the adversarial loss, which is also scaled to pull at the last layer as the trajectory loss does; "
+        "0 is no "
         "adversarial stage, 1 the authors'.",
         must_be=NOT_NEGATIVE,
     )
@@ -44,7 +45,8 @@ class DiscriminatorOptions(Checked):
     discriminator_backbones: list[str] = option(
         ["efficientnet_lite0"],
         "Frozen networks whose features the discriminator sees, each 'efficientnet_lite0', 'digits', a folder of "
-        "training.features, or an image model of transformers by its folder or Hub id. The authors' are efficientnet_lite0 and "
+        "training.features, or an image model of transformers by its folder or Hub id. The authors' are "
+        "efficientnet_lite0 and "
         "facebook/deit-base-distilled-patch16-224.",
     )
     discriminator_resolution: int | None = option(
@@ -74,16 +76,20 @@ class DiscriminatorOptions(Checked):
 
 
 class RandomProjection(nn.Module):
-    """Fixed random mixing of feature maps (Sauer et al. 2021, Section 3.2), so that no channel and no scale stands alone.
+    """Fixed random mixing of feature maps (Sauer et al. 2021, Section 3.2), so that no channel and no scale stands
+    alone.
 
-    Across channels a 1x1 convolution takes map i to 2^i * `channels`. Across scales, from the coarsest map to the finest, the sum
-    of a map and what comes from below passes a 3x3 convolution that halves the channels (but for the finest) and is enlarged
-    bilinearly to the size of the next map; the finest is doubled. Nothing here learns.
+    Across channels a 1x1 convolution takes map i to 2^i * `channels`. Across scales, from the coarsest map to the
+    finest, the sum of a map and what comes from below passes a 3x3 convolution that halves the channels (but for the
+    finest) and is enlarged bilinearly to the size of the next map; the finest is doubled. Nothing here learns.
 
-    If all maps have one size, as those of a plain vision transformer, the first step also makes a pyramid of them, as the authors'
-    does: of four maps, each pixel of the first becomes 4x4 and of the second 2x2 by a transposed convolution, and the last is halved.
+    If all maps have one size, as those of a plain vision transformer, the first step also makes a pyramid of them, as
+    the authors'
+    does: of four maps, each pixel of the first becomes 4x4 and of the second 2x2 by a transposed convolution, and the
+    last is halved.
 
-    The 3x3 is the paper's; the code published with it has 1x1 there. It is applied before enlarging, at a quarter of the cost.
+    The 3x3 is the paper's; the code published with it has 1x1 there. It is applied before enlarging, at a quarter of
+    the cost.
 
     Args:
         in_channels: of the maps, the finest first.
@@ -107,7 +113,7 @@ class RandomProjection(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Maps (B, C_i, H_i, W_i), the finest first, to maps (B, channels[i], ...), each as large as the map before it was."""
+        """Maps (B, C_i, H_i, W_i), the finest first, to maps (B, channels[i], ...), each as large as the one before."""
         pyramid = [mix(x) for mix, x in zip(self.across_channels, features)]
         mixed: list[torch.Tensor] = []
         for index in reversed(range(len(pyramid))):
@@ -129,7 +135,8 @@ def _mix_channels(in_channels: int, channels: int, scale: float) -> nn.Module:
 
 
 def discriminator_head(in_channels: int, size: int, channels: int = 64) -> nn.Sequential:
-    """Convolutions that halve a map of `size` x `size` down to 8 or less (at least once), then a 4x4 convolution to logits.
+    """Convolutions that halve a map of `size` x `size` down to 8 or less (at least once), then a 4x4 convolution to
+    logits.
 
     The last but one has 8 * `channels` channels, those before it half as many each, but not below `channels`.
     """
@@ -152,11 +159,12 @@ def discriminator_head(in_channels: int, size: int, channels: int = 64) -> nn.Se
 class MultiScaleDiscriminator(nn.Module):
     """One head per feature map (Sauer et al. 2021), with spectral norm, batch norm and LeakyReLU.
 
-    Batch statistics are those of one forward pass on one process, as the authors' are: a global batch that is split otherwise trains
-    slightly otherwise. The running averages are kept but not used in training.
+    Batch statistics are those of one forward pass on one process, as the authors' are: a global batch that is split
+    otherwise trains slightly otherwise. The running averages are kept but not used in training.
 
-    The estimate of the largest singular values moves by `update_spectral_norm` only, not by forward passes. So between two updates
-    of its weights this is one function, however many passes accumulation, two batches or the generator's step take.
+    The estimate of the largest singular values moves by `update_spectral_norm` only, not by forward passes. So between
+    two updates of its weights this is one function, however many passes accumulation, two batches or the generator's
+    step take.
 
     Args:
         in_channels, sizes: channels and height of the maps.
@@ -199,9 +207,9 @@ def fingerprint(backbone: Backbone) -> torch.Tensor:
 class ProjectedDiscriminator(nn.Module):
     """Projected GAN's discriminators (Sauer et al. 2021), one on the features of each frozen network.
 
-    The feature networks follow `to(...)`, but stay in evaluation mode and are neither among the parameters nor in the state dict. The
-    state dict has their fingerprints instead, which must be the same when it is loaded again. It also has the random projections,
-    which never change, and the heads, which learn.
+    The feature networks follow `to(...)`, but stay in evaluation mode and are neither among the parameters nor in the
+    state dict. The state dict has their fingerprints instead, which must be the same when it is loaded again. It also
+    has the random projections, which never change, and the heads, which learn.
 
     Args:
         backbones: feature networks by name, in the order of the logits.
@@ -245,9 +253,11 @@ class ProjectedDiscriminator(nn.Module):
             for name, before, now in zip(self.backbones, saved.tolist(), self.fingerprints.tolist()):
                 if before != now:
                     raise UserError(
-                        f"The feature network {name} is not the one that the saved discriminator was trained on: its weights or "
+                        f"The feature network {name} is not the one that the saved discriminator was trained on: its "
+                        "weights or "
                         "the size that it is shown differ. Give the same --discriminator_backbones and "
-                        "--discriminator_resolution, and the same versions of the packages or files that they come from."
+                        "--discriminator_resolution, and the same versions of the packages or files that they come "
+                        "from."
                     )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -262,7 +272,8 @@ class ProjectedDiscriminator(nn.Module):
     ) -> list[torch.Tensor]:
         """Logits of each backbone, float32 of shape (B, L), positive for data.
 
-        Images are augmented at their own size, then the backbone scales them. Heads run in float32, whatever autocast says.
+        Images are augmented at their own size, then the backbone scales them. Heads run in float32, whatever autocast
+        says.
 
         Args:
             images: in [-1, 1], shape (B, C, H, W).
@@ -282,7 +293,8 @@ class ProjectedDiscriminator(nn.Module):
     def frozen(self) -> Iterator[None]:
         """Freeze this module for the generator's step; batch norm still uses the batch.
 
-        Within, calls of this module (not of a wrapper of it) change nothing here and need no memory for gradients of its parameters.
+        Within, calls of this module (not of a wrapper of it) change nothing here and need no memory for gradients of
+        its parameters.
         """
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
 
@@ -320,13 +332,14 @@ def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed:
 
 
 def check_single_images(discriminator: ProjectedDiscriminator, image_channels: int, size: int) -> None:
-    """Raise UserError if one image a pass cannot train it: batch norm needs several numbers, and the coarsest maps may have one pixel."""
+    """Raise UserError if passes of one image cannot train it: batch norm needs several numbers of a channel."""
     try:
         with torch.no_grad(), discriminator.frozen():
             discriminator(torch.zeros(1, image_channels, size, size))
     except ValueError as error:
         raise UserError(
-            f"--train_batch_size must be 2 or more with these discriminators, whose coarsest maps have one pixel ({error}), or "
+            "--train_batch_size must be 2 or more with these discriminators, whose coarsest maps have one pixel "
+            f"({error}), or "
             "--discriminator_resolution larger."
         ) from error
 
@@ -342,7 +355,7 @@ def discriminator_optimizer(
 
 
 def is_discriminator_step(options: DiscriminatorOptions, step: int) -> bool:
-    """Whether step `step` (from 0) trains the discriminator: from `discriminator_start` on the last of every `discriminator_period`."""
+    """Whether step `step` (from 0) trains the discriminator: the last of every `discriminator_period` steps."""
     since, period = step - options.discriminator_start, options.discriminator_period
     return options.discriminator_weight > 0 and since >= 0 and since % period == period - 1
 
@@ -398,5 +411,5 @@ def discriminator_loss(
 
 
 def generator_weight(trajectory_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
-    """Weight of the generator's loss: `adaptive_weight` of the gradients at the last layer, between the authors' limits."""
+    """Weight of the generator's loss: `adaptive_weight`, between the authors' limits."""
     return adaptive_weight(trajectory_gradient, generator_gradient).clamp(*GENERATOR_WEIGHTS)

@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """DiffAugment, its numbers drawn outside."""
 
 from collections.abc import Callable
@@ -21,10 +22,11 @@ class DiffAugmentParameters:
 
     Args:
         brightness: added to all values; 0 changes nothing.
-        saturation: distance of the channels from their mean is multiplied by it; 1 changes nothing, 0 makes grey.
+        saturation: distance of the channels from their mean is multiplied by it; 1 changes nothing, 0 makes gray.
         contrast: distance of all values from the image's mean is multiplied by it; 1 changes nothing, 0 makes constant.
-        shift_rows, shift_columns: int64; pixel (i, j) is taken from (i + shift_rows, j + shift_columns), 0 from outside.
-        cutout_row, cutout_column: int64, centre of the box that is set to 0.
+        shift_rows, shift_columns: int64; pixel (i, j) is taken from (i + shift_rows, j + shift_columns), 0 from
+            outside.
+        cutout_row, cutout_column: int64, center of the box that is set to 0.
     """
 
     brightness: torch.Tensor
@@ -41,12 +43,12 @@ def draw_diff_augment(
 ) -> DiffAugmentParameters:
     """Parameters of `diff_augment` in the ranges of CTM's training, for images of `height` x `width` pixels.
 
-    Brightness is in [-0.5, 0.5), saturation in [0, 2), contrast in [0.5, 1.5), shifts of up to an eighth of the side and the place of
-    the cut-out box are uniform over whole pixels.
+    Brightness is in [-0.5, 0.5), saturation in [0, 2), contrast in [0.5, 1.5), shifts of up to an eighth of the side
+    and the place of the cut-out box are uniform over whole pixels.
 
     Args:
-        uniform: gives numbers uniform in [0, 1), shape (B,), anew at each call; `StepRandom.uniform` in a training run. Called
-            7 * parts times.
+        uniform: gives numbers uniform in [0, 1), shape (B,), anew at each call; `StepRandom.uniform` in a training run.
+            Called 7 * parts times.
         parts: as many batches of B images, one after the other, each with its own numbers.
     """
 
@@ -60,7 +62,7 @@ def draw_diff_augment(
         most = _pixels(LARGEST_SHIFT, length)
         return integer(-most, most)
 
-    def centre(length: int) -> torch.Tensor:
+    def center(length: int) -> torch.Tensor:
         return integer(0, length - _pixels(CUTOUT, length) % 2)
 
     return DiffAugmentParameters(
@@ -69,13 +71,13 @@ def draw_diff_augment(
         contrast=number() + 0.5,
         shift_rows=shift(height),
         shift_columns=shift(width),
-        cutout_row=centre(height),
-        cutout_column=centre(width),
+        cutout_row=center(height),
+        cutout_column=center(width),
     )
 
 
 def diff_augment(images: torch.Tensor, parameters: DiffAugmentParameters) -> torch.Tensor:
-    """DiffAugment (Zhao et al. 2020): colour, translation and cutout, differentiable. Nothing waits for the device.
+    """DiffAugment (Zhao et al. 2020): color, translation and cutout, differentiable. Nothing waits for the device.
 
     The box that is cut out has a fifth of the sides, less at the border. Values may leave [-1, 1].
 
@@ -87,17 +89,19 @@ def diff_augment(images: torch.Tensor, parameters: DiffAugmentParameters) -> tor
         value.view(-1, 1, 1, 1) for value in (parameters.brightness, parameters.saturation, parameters.contrast)
     )
     x = images + brightness
-    grey = x.mean(1, keepdim=True)
-    x = grey + saturation * (x - grey)
+    gray = x.mean(1, keepdim=True)
+    x = gray + saturation * (x - gray)
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + contrast * (x - mean)
 
-    def axis(length: int, shift: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of each pixel along an axis, shape (B, length): whence it comes, whether from inside, whether it is cut out."""
+    def axis(length: int, shift: torch.Tensor, center: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """For each pixel along an axis, shape (B, length): whence it comes, whether from inside, whether it is cut
+        out.
+        """
         place = torch.arange(length, device=images.device)
         source = place + shift[:, None]
         size = _pixels(CUTOUT, length)
-        start = centre[:, None] - size // 2
+        start = center[:, None] - size // 2
         return (
             source.clamp(0, length - 1),
             source == source.clamp(0, length - 1),

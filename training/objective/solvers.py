@@ -30,7 +30,8 @@ def heun_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> tor
 def dpm_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """The state at levels[-1] by DPM-Solver++(2M), one evaluation a step (Lu et al. 2022, Algorithm 2).
 
-    The order is 2 from the second step on: D along a step is extrapolated from the last two evaluations, linearly in ln(level).
+    The order is 2 from the second step on: D along a step is extrapolated from the last two evaluations, linearly in
+        ln(level).
     The first step is the jump with D. Arguments as of `heun_solve`.
     """
     denoised = denoiser(x, levels[0])
@@ -45,9 +46,10 @@ def dpm_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> torc
 def unipc_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """The state at levels[-1] by UniPC of order 3, one evaluation a step and one more (Zhao et al. 2023, Algorithm 1).
 
-    A step is predicted as by `dpm_solve`, D is evaluated at the prediction, and the step is done once more with D interpolated
-    through it. The next step uses that evaluation too. The first step is Heun's: students of UniPC's own first step, which errs the
-    other way on a coarse grid, were worse in several steps (docs/study.md). Arguments as of `heun_solve`.
+    A step is predicted as by `dpm_solve`, D is evaluated at the prediction, and the step is done once more with D
+    interpolated through it. The next step uses that evaluation too. The first step is Heun's: students of UniPC's own
+    first step, which errs the other way on a coarse grid, were worse in several steps (docs/study.md). Arguments as of
+    `heun_solve`.
     """
     evaluations = []
 
@@ -98,14 +100,16 @@ class TargetOptions(Checked):
 
     solver_model: str = option(
         "teacher",
-        "Whose score the solver follows: 'teacher', or 'ema', the student's own average (CTM without a teacher). With 'ema' a "
+        "Whose score the solver follows: 'teacher', or 'ema', the student's own average (CTM without a teacher). With "
+        "'ema' a "
         "--teacher is what the student starts from; without one it starts from nothing, with the network that "
         "--block_out_channels and the like describe.",
         ["teacher", "ema"],
     )
     solver: str = option(
         "heun",
-        "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3 after a first step of "
+        "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3 after a "
+        "first step of "
         "Heun's, k + 1 evaluations) or 'dpm' (DPM-Solver++(2M), order 2 but for its first step, k evaluations).",
         SOLVERS,
     )

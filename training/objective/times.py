@@ -22,7 +22,8 @@ class TimeOptions(GridOptions):
     )
     max_solver_steps: int | None = option(
         None,
-        "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' learns no "
+        "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' "
+        "learns no "
         "longer jump. Default: N - 1.",
     )
 
@@ -39,7 +40,8 @@ class TimeOptions(GridOptions):
 class Times:
     """The times of a batch: t and u are the ends of the paths that the solver goes, s is where the student jumps to.
 
-    They lie on the CPU, so that the host knows which jumps are identities without waiting for a device; levels in float64.
+    They lie on the CPU, so that the host knows which jumps are identities without waiting for a device; levels in
+    float64.
 
     Args:
         path: levels of each sample from t down to u in k steps, shape (k + 1, B).
@@ -82,8 +84,9 @@ class Times:
 class TimeSampler:
     """Draws the times of training steps (CTM, Section 3.1).
 
-    Places are counted in steps of the Karras grid: 0 is sigma_max, num_levels - 1 is sigma_min. The solver goes k steps from t down
-    to u, with P(k) ~ k as the authors draw it, one k for the whole batch. t is uniform over the places from which that stays on the grid.
+    Places are counted in steps of the Karras grid: 0 is sigma_max, num_levels - 1 is sigma_min. The solver goes k steps
+    from t down to u, with P(k) ~ k as the authors draw it, one k for the whole batch. t is uniform over the places from
+    which that stays on the grid.
 
     - "soft": s is uniform over the places from u down to sigma_min, both included;
     - "local": the same with k = 1;
@@ -106,6 +109,11 @@ class TimeSampler:
     def last_place(self) -> int:
         return self.num_levels - 1
 
+    @property
+    def most(self) -> int:
+        """M, the largest k."""
+        return 1 if self.matching == "local" else self.max_steps or self.last_place
+
     def level(self, place: torch.Tensor) -> torch.Tensor:
         """The noise level at a place, float64; the ends are exact."""
         level = karras_sigma(place.double() / self.last_place, self.sigma_min, self.sigma_max, self.rho)
@@ -114,8 +122,7 @@ class TimeSampler:
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Times:
         """The times of `batch_size` samples."""
-        most = 1 if self.matching == "local" else self.max_steps or self.last_place
-        weights = torch.arange(1, most + 1).float()
+        weights = torch.arange(1, self.most + 1).float()
         k = torch.multinomial(weights, 1, generator=generator) + 1
         start = self._draw_places(torch.zeros(batch_size), self.last_place - k, generator)
         path = self.level(start + torch.arange(int(k) + 1)[:, None])
@@ -148,10 +155,11 @@ def draw_lognormal_sigma(noise: torch.Tensor, p_mean: float = -1.2, p_std: float
 def draw_half_lognormal_sigma(
     noise: torch.Tensor, ramp: torch.Tensor, sigma_min: float, sigma_max: float, rho: float, first: int = 0
 ) -> torch.Tensor:
-    """Every other sample log-normal, the others on the Karras ramp at 0.7 * `ramp`, `ramp` uniform in [0, 1], shape (B,).
+    """Every other sample log-normal, the others on the Karras ramp at 0.7 * `ramp`, `ramp` uniform in [0, 1], shape
+    (B,).
 
-    The authors' mixture: with sigma_max = 80 the others lie in [0.32, 80]. `first` is the place of sample 0 in the global
-    batch, so that every split of it draws the same.
+    The authors' mixture: with sigma_max = 80 the others lie in [0.32, 80]. `first` is the place of sample 0 in the
+    global batch, so that every split of it draws the same.
     """
     high = karras_sigma(0.7 * ramp, sigma_min, sigma_max, rho)
     odd = torch.arange(first, first + len(noise), device=noise.device) % 2 == 1

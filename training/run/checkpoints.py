@@ -3,7 +3,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -62,8 +62,8 @@ def start_output_dir(options: OutputOptions) -> str | None:
         resume = download_checkpoint(resume)
     if not os.path.isfile(os.path.join(resume, STATE)):
         raise UserError(
-            f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor user/name "
-            "on the Hub."
+            f"--resume_from_checkpoint {resume} is not a checkpoint folder of this program, nor 'latest', nor "
+            "user/name on the Hub."
         )
     if newest is not None and not os.path.samefile(resume, newest):
         raise UserError(
@@ -74,7 +74,7 @@ def start_output_dir(options: OutputOptions) -> str | None:
 
 
 def load_run_state(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint holds beside Accelerate's files. No code in it runs."""
+    """The part of a checkpoint that is not Accelerate's. No code in it runs."""
     return torch.load(os.path.join(checkpoint, STATE), map_location="cpu", weights_only=True)
 
 
@@ -101,23 +101,11 @@ def check_same_run(
 # A first stage --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class FirstStage:
-    """Weights that a run starts from.
-
-    Args:
-        network: weights of the network that learns.
-        averages: weights of its moving averages, by the decay; None is the one for any other decay.
-        preconditioning: how the network was trained; None if its pipeline has a scheduler that does not say it.
-    """
-
-    network: dict[str, torch.Tensor]
-    averages: dict[str | None, dict[str, torch.Tensor]]
-    preconditioning: Preconditioning | None
+Weights = dict[str, torch.Tensor]
 
 
 def find_first_stage(name: str) -> str:
-    """The checkpoint, the pipeline's folder or the repository on the Hub that --init_from means; UserError if none."""
+    """The checkpoint, pipeline's folder or Hub repository that --init_from means. Raises UserError if there is none."""
     if is_hub_id(name):
         return name
     for folder in (name, newest_checkpoint(name), os.path.join(name, "pipeline")):
@@ -131,13 +119,18 @@ def find_first_stage(name: str) -> str:
     )
 
 
-def load_first_stage(folder: str) -> FirstStage:
-    """The weights in what `find_first_stage` returned. Raises UserError if they cannot be read."""
+def load_first_stage(folder: str) -> tuple[Weights, dict[str | None, Weights], Preconditioning | None]:
+    """Read what `find_first_stage` returned. Raises UserError if that fails.
+
+    Returns:
+        The weights of the network; those of its moving averages, by the decay, where None is any other decay; and the
+        preconditioning that it was trained with, or None if the scheduler of its pipeline does not say it.
+    """
     with loading(f"--init_from {folder}"):
         if not os.path.isfile(os.path.join(folder, STATE)):
             pipe = DiffusionPipeline.from_pretrained(folder)
             weights = pipe.unet.state_dict()
-            return FirstStage(weights, {None: weights}, getattr(pipe.scheduler, "preconditioning", None))
+            return weights, {None: weights}, getattr(pipe.scheduler, "preconditioning", None)
         state = load_run_state(folder)
         averages = {decay: average["weights"] for decay, average in state["averages"].items()}
         averages[None] = averages[state["options"]["ema_decay"]]
@@ -146,7 +139,7 @@ def load_first_stage(folder: str) -> FirstStage:
             weights = torch.load(sharded, map_location="cpu", weights_only=True)
         else:
             weights = load_file(os.path.join(folder, "model.safetensors"))
-        return FirstStage(weights, averages, Preconditioning(**state["preconditioning"]))
+        return weights, averages, Preconditioning(**state["preconditioning"])
 
 
 def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, source: str) -> None:
@@ -160,6 +153,6 @@ def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, s
     changed = [f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         raise UserError(
-            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of that "
-            "run, or without one its --sigma_data and --timestep_scale."
+            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of "
+            "that run, or without one its --sigma_data and --timestep_scale."
         )

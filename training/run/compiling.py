@@ -13,8 +13,8 @@ def compile_network(network: torch.nn.Module, backend: str = "inductor") -> None
     """Let calls of `network` run compiled, in place: it stays the same module, with the same names of weights.
 
     The batch size is symbolic: sub-batches of any size share their code (torch treats a single sample apart). The
-    network's `last_layer`, if it has one, stays uncompiled: for autograd a compiled region is one node, and the gradient
-    at the last layer's weight, which adaptive weights read, would cost a pass through the whole network.
+    network's `last_layer`, if it has one, stays uncompiled: for autograd a compiled region is one node, and the
+    gradient at the last layer's weight, which adaptive weights read, would cost a pass through the whole network.
 
     Copy a network before compiling it: a later copy calls the original.
     """

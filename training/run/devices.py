@@ -21,12 +21,13 @@ def _asked(name: str) -> bool:
 
 def check_launch() -> None:
     """Raise UserError if the launcher asks for a backend that this training cannot use."""
-    if _asked("DEEPSPEED"):
-        raise UserError(
-            f"DeepSpeed resumes from pickles, which can run code, and does clipping and the step itself. {WHAT_WORKS}"
-        )
-    if _asked("MEGATRON_LM"):
-        raise UserError(f"Megatron-LM trains its own networks only. {WHAT_WORKS}")
+    reasons = {
+        "DEEPSPEED": "DeepSpeed resumes from pickles, which can run code, and does clipping and the step itself.",
+        "MEGATRON_LM": "Megatron-LM trains its own networks only.",
+    }
+    for name, reason in reasons.items():
+        if _asked(name):
+            raise UserError(f"{reason} {WHAT_WORKS}")
 
 
 def check_sharding(accelerator: Accelerator, options: HardwareOptions) -> None:

@@ -1,12 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""A network with its optimizer and loss scale; steps that are skipped; weights that are broken."""
-
-from collections.abc import Iterable
+"""A network with its optimizer and loss scale; steps that are skipped."""
 
 import torch
 from accelerate import Accelerator
 
-from ..cli.errors import UserError
 from .devices import whole
 
 
@@ -102,18 +99,8 @@ class TrainedNetwork:
 
 
 def clip_gradient(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d. Never waits for the device."""
+    """Scale the gradient to at most `max_norm` (0: leave it); return its norm before, 0-d; never wait for a GPU."""
     if max_norm > 0:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.stack(torch._foreach_norm(gradients)).norm()
-
-
-def check_weights(networks: Iterable[torch.nn.Module], step: int) -> None:
-    """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
-    norms = [whole(parameter.detach().norm()) for network in networks for parameter in network.parameters()]
-    if not torch.stack(norms).isfinite().all():
-        raise UserError(
-            f"The weights became infinite or NaN by step {step}. Lower --learning_rate, set --max_grad_norm 1, or use "
-            "--mixed_precision no; the checkpoints of earlier steps are intact."
-        )

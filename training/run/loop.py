@@ -22,9 +22,9 @@ from .averages import make_averages
 from .batch import Batch, StepRandom
 from .checkpoints import newest_checkpoint
 from .compiling import compile_network
-from .devices import make_accelerator, make_optimizer
+from .devices import make_accelerator, make_optimizer, whole
 from .interruption import Interruption
-from .learner import TrainedNetwork, check_weights
+from .learner import TrainedNetwork
 from .monitor import Monitor
 from .saving import RunFolder
 
@@ -37,7 +37,7 @@ class TrainingRun:
     Args:
         options: of the run.
         dataset: images.
-        network: what is trained; moved to the device and wrapped.
+        network: learns; it is moved to the device and wrapped.
         make_pipeline: builds the pipeline that is saved and sampled from a network.
         sample_settings: name and `CTMPipeline.__call__` options of each grid drawn during training.
         teacher_revision: the commit of the teacher that was loaded, for the record.
@@ -45,8 +45,7 @@ class TrainingRun:
 
     Attributes:
         network: the wrapped network. `bare_network` is the same without wrapping.
-        averages: moving averages of it, by name. `ema`, one of them, is what the losses call, what is sampled and
-            what is saved.
+        averages: moving averages of it, by name. The losses call `ema`, one of them, and it is sampled and saved.
         networks: all that learn, by name; `network` is "main".
         step: number of steps done.
         record: the contents of `training.json`; empty in all but the main process.
@@ -109,12 +108,12 @@ class TrainingRun:
         return network
 
     def add_network(self, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainedNetwork:
-        """Train a further network, such as a discriminator, by `update(..., network=name)`. Before the first batch.
+        """Train a further network, such as a discriminator, by `update(..., network=name)`.
 
-        Checkpoints hold its weights, buffers, optimizer state and, in fp16, the scale of its loss. The learning rate
-        and the averages are those of the first network alone. Call its `network` (wrapped for several processes) where
-        it learns, and `bare` where it only judges: the gradient of another network's loss passes through it and is
-        not kept.
+        Call this before the first batch. Checkpoints hold its weights, buffers, optimizer state and, in fp16, the scale
+        of its loss. The learning rate and the averages are those of the first network alone. Call its `network`
+        (wrapped for several processes) where it learns, and `bare` where it only judges: the gradient of another
+        network's loss passes through it and is not kept.
 
         Args:
             module: on the device (`place`).
@@ -278,10 +277,17 @@ class TrainingRun:
         return path
 
     def _check_weights(self) -> None:
-        check_weights([self.bare_network, *(average.module for average in self.averages.values())], self.step)
+        """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
+        networks = [self.bare_network, *(average.module for average in self.averages.values())]
+        norms = [whole(parameter.detach().norm()) for network in networks for parameter in network.parameters()]
+        if not torch.stack(norms).isfinite().all():
+            raise UserError(
+                f"The weights became infinite or NaN by step {self.step}. Lower --learning_rate, set "
+                "--max_grad_norm 1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds beside Accelerate's files. All processes call it."""
+        """The part of a checkpoint that is not Accelerate's. All processes call it."""
         return {
             "step": self.step,
             "position": self._position,

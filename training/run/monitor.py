@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What a run shows: means of its losses, samples, distances, skipped steps, log lines."""
+"""Everything that a run shows: means of its losses, samples, distances, skipped steps, log lines."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from .checkpoints import newest_checkpoint
 from .tracking import Expendable, Stopwatch, Tracking
 
 
-# Between them the levels whose score-matching losses are told apart; about a factor of 3 each.
+# Bounds between the noise levels whose score-matching losses are logged apart; about a factor of 3 each.
 SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 SIGMA_BINS = ("below_0.1", *(f"{low:g}_to_{high:g}" for low, high in zip(SIGMA_EDGES, SIGMA_EDGES[1:])), "from_10")
@@ -64,9 +64,11 @@ class Means:
 
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         """The means, and the names that were not always finite. Waits for the device, and starts anew."""
+        names = [name for group in self.sums for name in group]
         means, broken = {}, []
-        for names, rows in self.sums.items():
-            for name, total, finite, count in zip(names, *accelerator.reduce(rows, "sum").tolist(), strict=True):
+        if names:
+            sums = accelerator.reduce(torch.cat(list(self.sums.values()), dim=1), "sum")
+            for name, total, finite, count in zip(names, *sums.tolist(), strict=True):
                 if finite > 0:
                     means[name] = total / finite
                 if finite < count:

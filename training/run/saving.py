@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What a run starts from and what it saves: checkpoints, snapshots of averages, pipelines."""
+"""The folder of a run: its start from a checkpoint or a first stage, and all that it saves."""
 
 import contextlib
 import glob
@@ -37,7 +37,7 @@ from .devices import load_whole
 
 
 class RunFolder:
-    """The folder of a run. What is saved in it is whole or not there, and goes to the Hub if the options say so.
+    """The folder of a run. All that is saved in it is whole or not there, and goes to the Hub if the options say so.
 
     Args:
         options: of the run.
@@ -93,13 +93,13 @@ class RunFolder:
     def start_from_first_stage(self, network: torch.nn.Module, averages: dict[str, EMA]) -> None:
         """Take weights of the first stage. Averages go on at their full decay; power-function averages start anew."""
         source = self.first_stage
-        stage = load_first_stage(source)
+        weights, of_averages, preconditioning = load_first_stage(source)
         with loading(f"--init_from {source}", "It is not of the network that this run trains."):
-            load_whole(network, stage.network)
-        check_preconditioning(self.make_pipeline(network).scheduler.preconditioning, stage.preconditioning, source)
+            load_whole(network, weights)
+        check_preconditioning(self.make_pipeline(network).scheduler.preconditioning, preconditioning, source)
         for name, average in averages.items():
             if not name.startswith("sigma_rel"):
-                average.start_from(stage.averages.get(name, stage.averages[None]))
+                average.start_from(of_averages.get(name, of_averages[None]))
         self.accelerator.print(f"Started from the weights of {source}.")
 
     def save_options(self) -> None:
@@ -140,7 +140,7 @@ class RunFolder:
             self._save_pipeline(folder, average, step, {"sigma_rel": width, "updates": average.updates})
 
     def finish(self, step: int, averages: dict[str, EMA]) -> str:
-        """Save the average of --ema_decay as output_dir/pipeline, further ones as `pipeline-ema-DECAY`; return the path."""
+        """Save the main average as output_dir/pipeline and further ones as `pipeline-ema-DECAY`; return the path."""
         options, path = self.options, os.path.join(self.options.output_dir, "pipeline")
         self.accelerator.wait_for_everyone()
         self._save_pipeline(path, averages[str(options.ema_decay)], step)

@@ -67,7 +67,9 @@ class Tracking:
         elif tracker == "wandb":
             name = os.path.basename(os.path.abspath(folder))
             settings = {tracker: {"dir": folder, "name": name, "id": self.run_id, "resume": "allow"}}
-            with loading("--report_to wandb", "Log in with `wandb login`, or set WANDB_MODE=offline."):
+            with loading(
+                "The tracker wandb", "Log in with `wandb login`, set WANDB_MODE=offline, or give --report_to none."
+            ):
                 self.accelerator.init_trackers("diffusers-ctm", values, settings)
 
     def log(self, values: dict[str, float], step: int) -> None:

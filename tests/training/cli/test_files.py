@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Folders and files are whole or not there, whatever stops the writing."""
 
 import os

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Teachers of every family: the layouts that the Hub holds, what is refused, and students that start as their teacher."""
+"""Teachers of every family: the Hub's layouts, what is refused, and students that start as their teacher."""
 
 import json
 import os
@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_ctm import CTMPipeline, CTMUNet2DModel, EDMHeunScheduler
 from diffusers_ctm.preconditioning import Preconditioning
+from helpers.comparing import seeded
 from helpers.exact import randn
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.places import ROOT
@@ -39,8 +40,9 @@ from helpers.tiny_networks import TINY
 from training import train_ctm
 from training.cli.errors import UserError
 from training.networks import pipelines
+from training.networks.student import choose_precision, student_scheduler
 from training.networks.teacher import Teacher, load_teacher
-from training.objective.losses import ctm_loss, l2_distance
+from training.objective.losses import Jumps, ScoreMatching, ctm_loss
 from training.objective.times import TimeSampler
 from training.train_ctm import CTMConfig
 
@@ -58,9 +60,12 @@ SKIPS = {
     "attention_head_dim": None,
 }
 OPENAI = {
-    "downsample_type": "resnet", "upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift", "num_class_embeds": 10,
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "num_class_embeds": 10,
     "attn_norm_num_groups": 8,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +100,7 @@ def old_attention_names(path: Path) -> None:
 
 
 class Layouts:
-    """Folders as the Hub's repositories are laid out, tiny; `network[name]` and `expected[name]` say what must be read."""
+    """Tiny folders as the Hub's repositories are laid out; `network` and `expected` say what must be read."""
 
     def __init__(self, root: Path, make_unet):
         self.root, self.network, self.expected = root, {}, {}
@@ -180,7 +185,7 @@ def labels_for(network, batch):
     return None if count is None else torch.arange(batch) % count
 
 
-# Layouts ----------------------------------------------------------------------------------------------------------------
+# Layouts --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,9 +200,9 @@ def test_every_layout_is_read(layouts, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
-    """Equal to the teacher's denoiser at s = t, and one step of the loss gives a finite gradient; saved, it samples in one step."""
+    """The student equals the teacher's denoiser at s = t, learns, and when saved samples in one step."""
     teacher = load_teacher(str(layouts.root / name))
-    scheduler = train_ctm.student_scheduler(teacher, CTMConfig(teacher="none"))
+    scheduler = student_scheduler(teacher, CTMConfig(teacher="none"))
     preconditioning = scheduler.preconditioning
     assert preconditioning == teacher.preconditioning
     assert scheduler.config.sigma_max == teacher.scheduler.config.sigma_max
@@ -217,29 +222,23 @@ def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
             anywhere = preconditioning.g(student, x, t, 0.5 * t, **condition)
             torch.testing.assert_close(anywhere, g, rtol=1e-5, atol=1e-5 * high)
 
-    config = CTMConfig(teacher="none", num_train_timesteps=18)
+    config = CTMConfig(teacher="none")
     sampler = TimeSampler(18, low, high, max_steps=2)
     draw = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
     average = CTMUNet2DModel.from_unet(teacher.network)
     with torch.no_grad():
         average.conv_out.weight.mul_(0.9)
+    x_0, noise, dsm_noise = (randn(4, 3, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2, 3))
+    jumps = Jumps(student, average, preconditioning, draw(4, seeded()), 0.5 * x_0, noise, labels)
+    sigma = torch.tensor([low, 0.5, 1.0, high])
     loss = ctm_loss(
-        student=student,
-        student_ema=average,
-        solver=train_ctm.make_solver(config, teacher, average),
-        preconditioning=preconditioning,
-        times=draw(4, torch.Generator().manual_seed(0)),
-        x_0=0.5 * randn(4, 3, 8, 8, seed=1, dtype=torch.float32),
-        noise=randn(4, 3, 8, 8, seed=2, dtype=torch.float32),
-        dsm_sigma=torch.tensor([low, 0.5, 1.0, high]),
-        dsm_noise=randn(4, 3, 8, 8, seed=3, dtype=torch.float32),
-        last_weight=student.last_layer.weight,
-        class_labels=labels,
-        distance=l2_distance,
-        dsm_adaptive=not teacher.is_consistency_model,
+        jumps,
+        train_ctm.make_solver(config, teacher, average),
+        lambda: student.last_layer.weight,
+        ScoreMatching(sigma, dsm_noise, adaptive=not teacher.is_consistency_model),
     )
-    loss.backward.backward()
-    assert loss.dsm > 0 and torch.isfinite(loss.trajectory) and config.matching == "soft"
+    loss.total.backward()
+    assert loss.dsm > 0 and torch.isfinite(loss.trajectory)
     gradient = student.time_embedding.linear_1.weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
@@ -267,8 +266,6 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
     with torch.no_grad():
         output = teacher.network(scaled, 250 * t.log(), class_labels=labels).sample
     torch.testing.assert_close(teacher.jump_to_end(x, t, labels), c_skip * x + c_out * output, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="consistency model is no denoiser"):
-        teacher.denoise(x, t, labels)
     for options, message in (
         ({}, "--matching global"),
         ({"matching": "global"}, "--dsm_adaptive false"),
@@ -280,7 +277,7 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
     train_ctm.check_consistency_teacher(teacher, config)
     with pytest.raises(UserError, match="--sigma_min cannot differ"):
         config.sigma_min = 0.01
-        train_ctm.student_scheduler(teacher, config)
+        student_scheduler(teacher, config)
 
 
 def test_a_consistency_model_is_evaluated_as_diffusers_samples_it(layouts):
@@ -310,7 +307,7 @@ def test_images_in_0_1_are_brought_to_minus_1_1(layouts):
     assert teacher.scheduler.config.sigma_min == 0.02 and teacher.scheduler.config.sigma_max == 2696.0
 
 
-# Options and what is refused --------------------------------------------------------------------------------------------
+# Options and what is refused ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -363,7 +360,7 @@ def test_networks_of_latents_are_refused(copy):
 
 def test_empty_and_half_copied_folders(copy, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no network.*Found: no model at all"):
+    with pytest.raises(UserError, match="holds no network.*It holds: no model at all"):
         load_teacher(str(tmp_path / "empty"))
     folder = copy("user/edm")
     (folder / "unet" / WEIGHTS).unlink()
@@ -421,11 +418,11 @@ def test_teachers_may_have_any_number_of_timesteps(copy):
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("scheduler/scheduler_config.json", [1], "scheduler_config.json of .* is no JSON object"),
-        ("model_index.json", [1], "model_index.json of .* is no JSON object"),
+        ("scheduler/scheduler_config.json", [1], "scheduler_config.json of .* is not a JSON object"),
+        ("model_index.json", [1], "model_index.json of .* is not a JSON object"),
         ("model_index.json", {"id2label": ["cat"]}, "id2label"),
         ("model_index.json", {"id2label": {"cat": 0}}, "id2label"),
-        ("model_index.json", {"null_class": "none"}, "null_class 'none' in model_index.json must be the last"),
+        ("model_index.json", {"null_class": "none"}, "null_class 'none' in model_index.json: it must be the last"),
     ],
 )
 def test_files_that_hold_something_else_are_named(file, content, message, copy):
@@ -473,11 +470,11 @@ def test_pickled_weights_are_data_only(layouts, copy, tmp_path):
 def test_the_range_of_levels_can_be_narrowed(layouts):
     teacher = load_teacher(str(layouts.root / "google/ddpm-cifar10-32"))
     config = CTMConfig(teacher="google/ddpm-cifar10-32", sigma_min=0.02, sigma_max=80.0)
-    scheduler = train_ctm.student_scheduler(teacher, config)
+    scheduler = student_scheduler(teacher, config)
     assert (scheduler.config.sigma_min, scheduler.config.sigma_max) == (0.02, 80.0)
     config.sigma_max = 1000.0
     with pytest.raises(UserError, match="--sigma_max does not fit.*157.407"):
-        train_ctm.student_scheduler(teacher, config)
+        student_scheduler(teacher, config)
 
 
 def test_levels_of_score_matching_stay_where_the_network_learnt(layouts):
@@ -485,22 +482,20 @@ def test_levels_of_score_matching_stay_where_the_network_learnt(layouts):
     teacher = Teacher(None, scheduler)
     config = CTMConfig(teacher="none", dsm_sigma="lognormal")
     random = train_ctm.StepRandom(0, 0, 20000, slice(0, 20000), torch.device("cpu"))
-    sigma = train_ctm.draw_dsm_sigma(config, train_ctm.student_scheduler(teacher, config), random)
+    sigma = train_ctm.draw_dsm_sigma(config, student_scheduler(teacher, config), random)
     numbers = scheduler.config
     assert sigma.min().item() == pytest.approx(numbers.sigma_min, rel=1e-6) and sigma.max() < numbers.sigma_max
 
 
 def test_precision_is_left_alone_where_rounding_is_not_magnified(layouts):
     for name, expected in zip(NAMES, ["no", "auto", "no", "auto", "auto", "auto", "auto"], strict=True):
-        config = CTMConfig(teacher=name)
-        train_ctm.choose_precision(load_teacher(str(layouts.root / name)), config)
-        assert config.mixed_precision == expected
-        config.mixed_precision = "bf16"
-        train_ctm.choose_precision(load_teacher(str(layouts.root / name)), config)
-        assert config.mixed_precision == "bf16"  # asked for
+        teacher = load_teacher(str(layouts.root / name))
+        for asked, chosen in (("auto", expected), ("bf16", "bf16")):
+            config = CTMConfig(teacher=name, mixed_precision=asked)
+            assert choose_precision(config, teacher).mixed_precision == chosen and config.mixed_precision == asked
 
 
-# The program ------------------------------------------------------------------------------------------------------------
+# The program ----------------------------------------------------------------------------------------------------------
 
 TO_END = {"matching": "global", "dsm_adaptive": False}
 
@@ -508,13 +503,20 @@ TO_END = {"matching": "global", "dsm_adaptive": False}
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("google/ddpm-cifar10-32", {}), ("user/ddpm-v", {}), ("user/ddpm-v", {"teacher_prediction_type": "sample"}), ("google/ncsnpp", {}),
-        ("user/flow", {}), ("user/edm", {}), ("dg845/diffusers-cm_edm_imagenet64_ema", {}), ("openai/diffusers-cd_imagenet64_l2", TO_END),
+        ("google/ddpm-cifar10-32", {}),
+        ("user/ddpm-v", {}),
+        ("user/ddpm-v", {"teacher_prediction_type": "sample"}),
+        ("google/ncsnpp", {}),
+        ("user/flow", {}),
+        ("user/edm", {}),
+        ("dg845/diffusers-cm_edm_imagenet64_ema", {}),
+        ("openai/diffusers-cd_imagenet64_l2", TO_END),
     ],
     ids=["epsilon", "v", "sample", "score", "flow", "edm 1", "edm 1000", "consistency"],
-)  # fmt: skip
+)
 def test_the_program_distils_every_kind(layouts, name, options, tmp_path):
-    """Two small steps: what is saved is near the teacher's denoiser, has begun to look at the target time, and samples in one step.
+    """Two small steps: what is saved is near the teacher's denoiser, has begun to look at the target time, and samples
+    in one step.
 
     Near: the error of the teacher's denoiser where it leaves the image as it is (F = 0) is its measure.
     """
@@ -561,21 +563,23 @@ def test_the_program_distils_every_kind(layouts, name, options, tmp_path):
 
 
 def few_classes(path: Path) -> str:
-    """Three small grey images of three classes."""
+    """Three small gray images of three classes."""
     images = [PILImage.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 100, 200)] * 2
     columns = {"image": images, "label": [0, 1, 2] * 2}
     Dataset.from_dict(columns, features=Features({"image": Image(), "label": Value("int64")})).to_parquet(path)
     return str(path)
 
 
-# The Hub and the real command -------------------------------------------------------------------------------------------
+# The Hub and the real command -----------------------------------------------------------------------------------------
 
 PROGRAM = """
 import json, sys
 from diffusers import DiffusionPipeline
 import diffusers_ctm
-from training import evaluate, teacher, train_ctm
-from training.config import CTMConfig, UserError, parse_config
+from training import train_ctm
+from training.cli.errors import UserError
+from training.cli.options import parse_config
+from training.networks import teacher
 
 work, names = sys.argv[1], sys.argv[2].split(",")
 results = {}
@@ -593,7 +597,7 @@ for arguments in (["nobody/nothing"], [names[0], None, "no-branch"], ["team/two"
 results["subfolder"] = teacher.load_teacher("team/two", "b/unet").preconditioning.prediction_type
 for index, arguments in enumerate(json.loads(sys.argv[3])):
     folder = f"{work}/run-{index}"
-    path = train_ctm.main(parse_config(CTMConfig, [*arguments, "--output_dir", folder]))
+    path = train_ctm.main(parse_config(train_ctm.CTMConfig, [*arguments, "--output_dir", folder]))
     pipe = DiffusionPipeline.from_pretrained(path)
     image = pipe(output_type="latent").images
     results[f"run-{index}"] = [pipe.scheduler.config.prediction_type, list(image.shape), bool(image.isfinite().all())]
@@ -652,11 +656,11 @@ def test_real_commands_against_the_layouts_on_a_hub(layouts, tmp_path):
     assert "teacher_subfolder: b" in options and "hf_loopback" not in options
 
 
-# A real distillation ----------------------------------------------------------------------------------------------------
+# A real distillation --------------------------------------------------------------------------------------------------
 
 
 def energy_distance(a, b):
-    """Squared energy distance of two sets of images; 0 if and only if their distributions are equal (Szekely & Rizzo 2013)."""
+    """Squared energy distance of two sets of images, 0 for equal distributions (Szekely & Rizzo 2013)."""
     a, b = a.flatten(1), b.flatten(1)
     within = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b)]
     return (2 * torch.cdist(a, b).mean() - sum(within)).item()
@@ -679,7 +683,7 @@ def train_ddpm(network, images, steps):
 
 
 def four_modes(path):
-    """1,000 images of 4x4: the left and the right half are each -0.6 or 0.6, with a little noise. Written, and as a tensor."""
+    """1,000 images of 4x4, written and as a tensor: each half is -0.6 or 0.6, with a little noise."""
     rng = np.random.default_rng(0)
     halves = rng.choice([-0.6, 0.6], (1000, 1, 2)).repeat(2, 2)
     pixels = np.round((halves + rng.normal(0, 0.1, (1000, 4, 4)) + 1) * 127.5).clip(0, 255).astype(np.uint8)
@@ -692,8 +696,8 @@ def four_modes(path):
 def test_a_ddpm_becomes_a_ctm(make_unet, tmp_path):
     """A teacher trained here with DDPM's own loss on epsilon, distilled by the real program.
 
-    One-step samples of the student are closer to the data than those of the untrained student, the teacher's denoiser; measured
-    0.477 against 0.316 in energy distance, a factor of 1.5; asserted 1.25.
+    One-step samples of the student are closer to the data than those of the untrained student, the teacher's denoiser;
+    measured 0.477 against 0.316 in energy distance, a factor of 1.5; asserted 1.25.
     """
     images = four_modes(str(tmp_path / "images.parquet"))
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}

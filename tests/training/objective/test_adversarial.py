@@ -1,10 +1,11 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""DiffAugment, discriminators and their losses: closed forms, the authors' numbers, what a step may change."""
+
 import copy
 import dataclasses
 import itertools
 import json
 import re
-import sys
-import types
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_model, save_file
 from torch import nn
 
+from helpers.comparing import seeded
 from helpers.places import ORACLE
 from helpers.stub_gan import augment_of, stub_discriminator
 from training.cli.errors import UserError
-from training.cli.shared_options import DiscriminatorOptions
+from training.objective import adversarial
 from training.objective.adversarial import (
+    DiscriminatorOptions,
     MultiScaleDiscriminator,
     ProjectedDiscriminator,
     RandomProjection,
@@ -65,12 +68,11 @@ def make(seed=0, names=("a", "b"), **settings):
 
 
 def images(batch=4, channels=3, height=16, width=16, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, channels, height, width, generator=generator, dtype=dtype) * 2 - 1
+    return torch.rand(batch, channels, height, width, generator=seeded(seed), dtype=dtype) * 2 - 1
 
 
 def uniform(batch=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return lambda: torch.rand(batch, generator=generator)
 
 
@@ -100,28 +102,28 @@ def test_diff_augment_equals_the_authors(oracle, prefix):
     torch.testing.assert_close(augmented, torch.from_numpy(arrays[prefix + "y"]), atol=1e-5, rtol=0)
 
 
-def test_each_colour_change_has_its_closed_form():
+def test_each_color_change_has_its_closed_form():
     x = images(3, height=20, width=15)
     rest = (slice(None), slice(None), slice(2, None), slice(2, None))  # outside of the box
     b = torch.tensor([0.3, -0.5, 0.0])
     brighter = diff_augment(x, unchanged(3, brightness=b))
     torch.testing.assert_close(brighter[rest], x[rest] + b[:, None, None, None])
-    grey = diff_augment(x, unchanged(3, saturation=[0.0, 1.0, 2.0]))
-    torch.testing.assert_close(grey[0][:, 2:, 2:], x[0].mean(0)[None, 2:, 2:].expand(3, -1, -1))
-    torch.testing.assert_close(grey[1][:, 2:, 2:], x[1][:, 2:, 2:])
-    torch.testing.assert_close(grey[2].mean(0)[2:, 2:], x[2].mean(0)[2:, 2:])
-    torch.testing.assert_close(grey[2].var(0)[2:, 2:], 4 * x[2].var(0)[2:, 2:])
+    gray = diff_augment(x, unchanged(3, saturation=[0.0, 1.0, 2.0]))
+    torch.testing.assert_close(gray[0][:, 2:, 2:], x[0].mean(0)[None, 2:, 2:].expand(3, -1, -1))
+    torch.testing.assert_close(gray[1][:, 2:, 2:], x[1][:, 2:, 2:])
+    torch.testing.assert_close(gray[2].mean(0)[2:, 2:], x[2].mean(0)[2:, 2:])
+    torch.testing.assert_close(gray[2].var(0)[2:, 2:], 4 * x[2].var(0)[2:, 2:])
     flat = diff_augment(x, unchanged(3, contrast=[0.0, 1.0, 1.5]))
     torch.testing.assert_close(flat[0][:, 2:, 2:], x[0].mean().expand(3, 18, 13))
     torch.testing.assert_close(flat[2][:, 2:, 2:], (x[2] + 0.5 * (x[2] - x[2].mean()))[:, 2:, 2:])
 
 
-def test_order_of_the_colour_changes():
-    # Contrast is about the mean of the brighter image, so that brightness moves the result by just itself.
+def test_order_of_the_color_changes():
+    """Contrast is about the mean of the brighter image, so that brightness moves the result by just itself."""
     x = images(1)
     changed = diff_augment(x, unchanged(1, brightness=[0.25], saturation=[0.5], contrast=[1.5]))
-    half_grey = 0.5 * (x + x.mean(1, keepdim=True))
-    expected = x.mean() + 1.5 * (half_grey - x.mean()) + 0.25
+    half_gray = 0.5 * (x + x.mean(1, keepdim=True))
+    expected = x.mean() + 1.5 * (half_gray - x.mean()) + 0.25
     torch.testing.assert_close(changed[..., 2:, 2:], expected[..., 2:, 2:])
 
 
@@ -182,9 +184,7 @@ def test_drawing_does_not_depend_on_how_the_batch_is_split():
 
 def test_diff_augment_is_differentiable_and_leaves_its_input():
     x = images(2, height=7, width=5, dtype=torch.float64).requires_grad_()
-    drawn = draw_diff_augment(
-        lambda: torch.rand(2, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 7, 5
-    )
+    drawn = draw_diff_augment(lambda: torch.rand(2, generator=seeded(1), dtype=torch.float64), 7, 5)
     before = x.detach().clone()
     assert torch.autograd.gradcheck(lambda x: diff_augment(x, drawn), x)
     assert torch.equal(before, x)
@@ -398,8 +398,6 @@ def test_logits_are_of_augmented_images_and_each_part_has_its_own_statistics():
             torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
     assert not torch.allclose(both[0], discriminator(x, augment)[0], atol=1e-3)
     assert make(augment=False).draw_augment(uniform(3), 16, 16) is None
-    with pytest.raises(ValueError, match="`parts`"):
-        discriminator(x, parts=4)
 
 
 def test_the_generators_step_changes_nothing_and_has_the_gradient_of_the_images():
@@ -424,18 +422,9 @@ def test_the_generators_step_changes_nothing_and_has_the_gradient_of_the_images(
     assert all(parameter.requires_grad for parameter in discriminator.discriminators.parameters())
 
 
-def test_the_discriminators_step_reaches_the_heads_only():
+def test_the_discriminators_step_is_the_loss_of_both_batches_and_reaches_the_heads_only():
     discriminator = make()
     fake, real = images(seed=1).requires_grad_(), images(seed=2)
-    discriminator_loss(discriminator, real, fake).backward()
-    assert fake.grad is None
-    for name, parameter in discriminator.named_parameters():
-        assert (parameter.grad is not None) == name.startswith("discriminators."), name
-
-
-def test_loss_of_both_batches():
-    discriminator = make()
-    fake, real = images(seed=1), images(seed=2)
     augment = discriminator.draw_augment(uniform(), 16, 16, parts=2)
     loss = discriminator_loss(discriminator, real, fake, augment)
 
@@ -448,6 +437,10 @@ def test_loss_of_both_batches():
     fake_logits = discriminator(fake, part(slice(0, 4)))
     real_logits = discriminator(real, part(slice(4, 8)))
     torch.testing.assert_close(loss, discriminator_hinge_loss(real_logits, fake_logits), atol=1e-5, rtol=1e-5)
+    loss.backward()
+    assert fake.grad is None
+    for name, parameter in discriminator.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("discriminators."), name
 
 
 def test_training_separates_two_distributions_and_leaves_the_rest_alone():
@@ -479,11 +472,10 @@ def test_training_separates_two_distributions_and_leaves_the_rest_alone():
 
 
 def test_optimizer_updates_the_spectral_norm():
-    options = DiscriminatorOptions(discriminator_learning_rate=0.1, discriminator_beta1=0.25, discriminator_beta2=0.75)
     discriminator = make(names="a")
-    optimizer = discriminator_optimizer(options, discriminator)
+    optimizer = discriminator_optimizer(DiscriminatorOptions(discriminator_learning_rate=0.1), discriminator)
     assert isinstance(optimizer, torch.optim.RAdam)
-    assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (0.1, (0.25, 0.75))
+    assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (0.1, (0.5, 0.9))
     other = copy.deepcopy(discriminator)
     for parameter in discriminator.discriminators.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -498,7 +490,7 @@ def test_optimizer_updates_the_spectral_norm():
 
 
 @pytest.mark.parametrize("channels, height, width", [(1, 8, 8), (3, 13, 29), (1, 3, 2)])
-def test_grey_images_and_odd_sizes(channels, height, width):
+def test_gray_images_and_odd_sizes(channels, height, width):
     discriminator = make(image_channels=channels)
     x = images(4, channels, height, width)
     logits = discriminator(x, discriminator.draw_augment(uniform(), height, width))
@@ -566,8 +558,6 @@ def test_weight_of_the_generators_loss():
     assert generator_weight(gradient, 5 * gradient).item() == pytest.approx(0.2, abs=1e-4)
     assert generator_weight(0 * gradient, gradient).item() == pytest.approx(0.01)
     assert generator_weight(gradient, 0 * gradient).item() == 10
-    assert generator_weight(gradient, gradient / 4, largest=2).item() == 2
-    assert generator_weight(gradient, gradient * 4, smallest=0.5).item() == 0.5
 
 
 # The authors' step
@@ -624,27 +614,15 @@ def test_discriminator_step_equals_the_authors(authors):
     "name, value",
     [
         ("discriminator_weight", -1.0),
-        ("discriminator_start", -1),
         ("discriminator_period", 1),
         ("discriminator_backbones", []),
         ("discriminator_backbones", ["a", "a"]),
         ("discriminator_resolution", 0),
-        ("discriminator_channels", 0),
-        ("discriminator_learning_rate", 0.0),
-        ("discriminator_beta1", 1.0),
-        ("discriminator_beta2", -0.1),
-        ("discriminator_weight_min", -0.01),
-        ("discriminator_weight_max", 0.001),
     ],
 )
 def test_impossible_options_are_named(name, value):
     with pytest.raises(UserError, match=f"--{name} must be"):
         DiscriminatorOptions(**{name: value})
-
-
-def test_every_option_has_a_sentence():
-    for field in dataclasses.fields(DiscriminatorOptions):
-        assert field.metadata["help"].endswith((".", "'.")) and len(field.metadata["help"]) > 10, field.name
 
 
 def test_turns():
@@ -662,7 +640,7 @@ def test_options_make_the_discriminator(monkeypatch):
         asked.append((name, resolution))
         return TinyBackbone(resolution or 32)
 
-    monkeypatch.setitem(sys.modules, "training.backbones", types.SimpleNamespace(load_backbone=load_backbone))
+    monkeypatch.setattr(adversarial, "load_backbone", load_backbone)
     options = DiscriminatorOptions(
         discriminator_backbones=["one", "two"],
         discriminator_resolution=48,

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from diffusers_ctm.preconditioning import Preconditioning
+from diffusers_ctm.preconditioning import Preconditioning, condition
 from diffusers_ctm.trajectory import karras_sigma
 from helpers.exact import grid_times
 from helpers.places import ORACLE
 from helpers.stub_gan import augment_of, stub_discriminator
 from training.objective.adversarial import generator_loss, generator_weight
-from training.objective.losses import ctm_estimate, ctm_loss, l2_distance, make_jumps
+from training.objective.distances import l2_distance
+from training.objective.losses import Adversary, Jumps, ScoreMatching, ctm_estimate, ctm_loss
 from training.objective.solvers import heun_solve
 from training.official import adm as convert_adm
 from training.official import song as convert_edm
@@ -40,7 +41,7 @@ def resized_l2(a, b):
 
 
 def tiny_perceptual(a, b):
-    """A perceptual distance in small: unit-normalised features of two convolutions, squared differences."""
+    """A perceptual distance in small: unit-normalized features of two convolutions, squared differences."""
     weights = {name: torch.from_numpy(value) for name, value in np.load(ORACLE / "stub_tinyperceptual.npz").items()}
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -161,7 +162,8 @@ def step(request):
     teacher.requires_grad_(False)
 
     preconditioning = Preconditioning(0.5, case.timestep_scale)
-    # In float32, and with the authors' very numbers: the network is shown 250 ln(level), where the last digit of a level tells.
+    # In float32, and with the authors' very numbers: the network is shown 250 ln(level), where the last digit of a
+    # level tells.
     grid = karras_sigma(torch.linspace(0, 1, case.num_levels))
     grid[-1] = 0.002
     k = int(arrays["num_heun_step"])
@@ -173,14 +175,11 @@ def step(request):
     labels = arrays.get("y")
     seen = {"gradients": []}
 
-    def denoiser(x, sigma, *labels):
-        condition = {"class_labels": labels[0]} if labels else {}
-        return preconditioning.denoise(teacher, x, sigma, **condition)
-
-    def solver(x, levels, steps, labels):
-        states = heun_solve(denoiser, x, levels, steps, labels)
-        seen["x_u"] = states[-1]
-        return states
+    def solver(x, levels, labels):
+        seen["x_u"] = heun_solve(
+            lambda x, sigma: preconditioning.denoise(teacher, x, sigma, **condition(labels)), x, levels
+        )
+        return seen["x_u"]
 
     def distance(estimate, target):
         seen["estimate"], seen["target"] = estimate.detach(), target
@@ -191,32 +190,23 @@ def step(request):
         seen["gradients"].append(gradient)
         return gradient
 
-    adversarial = {}
+    adversary = None
     if case.adversarial:
         judge = stub_discriminator(np.load(ORACLE / "stub_gan_nets.npz"))
         augment = [augment_of(arrays, f"aug{index}_") for index in range(2)]
-        adversarial = {
-            "generator_loss": lambda estimate: generator_loss(judge, estimate, augment),
-            "generator_weight": generator_weight,
-        }
+        adversary = Adversary(lambda estimate: generator_loss(judge, estimate, augment), generator_weight)
+    times = grid_times(grid, index_t, index_t + k, index_s)
     loss = ctm_loss(
-        student,
-        average,
+        Jumps(student, average, preconditioning, times, arrays["x_start"], arrays["noise"], labels),
         solver,
-        preconditioning,
-        grid_times(grid, index_t, index_t + k, index_s),
-        arrays["x_start"],
-        arrays["noise"],
-        arrays["dsm_sigmas"],
-        arrays["dsm_noise"],
-        student.get_parameter(case.last_weight),
-        labels,
-        distance=distance,
+        lambda: student.get_parameter(case.last_weight),
+        ScoreMatching(arrays["dsm_sigmas"], arrays["dsm_noise"]),
+        adversary,
+        distance,
         inner_target="live",
         reduce_gradient=reduce_gradient,
-        **adversarial,
     )
-    loss.backward.backward()
+    loss.total.backward()
     return case, arrays, loss, seen, student
 
 
@@ -241,14 +231,12 @@ def test_losses_and_adaptive_weights(step):
         assert close(gradient.norm(), arrays[name]), name
     assert close(loss.dsm_weight, arrays["adapt_dsm_w_raw"])
     assert close(loss.dsm_weight * loss.dsm, arrays["denoising_loss"].mean())
-    total = loss.trajectory + loss.dsm_weight * loss.dsm
     if case.adversarial:
         assert close(loss.generator_weight, arrays["adapt_gan_w_raw"].clamp(0.01, 10))
         assert close(loss.generator_weight * loss.generator, arrays["d_loss"])
-        total = total + loss.generator_weight * loss.generator
     else:
         assert close(loss.dsm, arrays["dsm_loss_raw"].mean())
-    assert close(total, arrays["total_loss"])
+    assert close(loss.total.detach(), arrays["total_loss"])
 
 
 def test_gradients(step):
@@ -279,5 +267,5 @@ def test_the_discriminator_is_shown_the_authors_fake(oracle):
     grid[-1] = 0.002
     index_t, index_s, k = arrays["d_index_t"], arrays["d_index_s"], int(arrays["d_num_heun_step"])
     times = grid_times(grid, index_t, index_t + k, index_s)
-    jumps = make_jumps(student, average, Preconditioning(0.5), times, arrays["d_x_start"], None)
-    assert close(ctm_estimate(jumps, arrays["d_x_start"], arrays["d_noise"]), arrays["d_estimate"])
+    jumps = Jumps(student, average, Preconditioning(0.5), times, arrays["d_x_start"], arrays["d_noise"])
+    assert close(ctm_estimate(jumps), arrays["d_estimate"])

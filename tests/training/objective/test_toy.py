@@ -1,6 +1,5 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """A CTM of a mixture of normals in the plane, whose flow is known, trained by the real loss and network."""
-
-import functools
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from diffusers_ctm import CTMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import heun_step, karras_sigmas
 from helpers.exact import GaussianMixture, randn
-from training.objective.losses import ctm_loss
+from training.objective.losses import Jumps, ScoreMatching, ctm_loss
 from training.objective.solvers import heun_solve
 from training.objective.times import TimeSampler, draw_half_lognormal_sigma
 from training.run.averages import EMA
@@ -49,7 +48,7 @@ def train(data, steps, report):
     ema = EMA(student, 0.99, warmup=True)
     optimizer = torch.optim.RAdam(student.parameters(), lr=2e-3)
     preconditioning = Preconditioning(SIGMA_DATA)
-    sampler = TimeSampler(18, max_steps=17)
+    sampler = TimeSampler(18)
     generator = torch.Generator().manual_seed(0)
 
     def denoise(x, sigma):
@@ -67,19 +66,13 @@ def train(data, steps, report):
         ramp = torch.rand(256, generator=generator)
         sigma = draw_half_lognormal_sigma(torch.randn(256, generator=generator), ramp, 0.002, 80.0, 7.0)
         loss = ctm_loss(
-            student,
-            ema.module,
-            functools.partial(heun_solve, denoise),
-            preconditioning,
-            sampler.draw(256, generator),
-            x_0,
-            noise,
-            sigma,
-            dsm_noise,
-            student.last_layer.weight,
+            Jumps(student, ema.module, preconditioning, sampler.draw(256, generator), x_0, noise),
+            lambda x, levels, labels: heun_solve(denoise, x, levels),
+            lambda: student.last_layer.weight,
+            ScoreMatching(sigma, dsm_noise),
         )
         optimizer.zero_grad()
-        loss.backward.backward()
+        loss.total.backward()
         optimizer.step()
         ema.step(student)
         if step + 1 in steps:

@@ -1,4 +1,5 @@
-"""Averages of weights: their recursion, and the reconstruction of those that were not kept."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Averages of weights: their recursion, and the reconstruction of averages that were not kept."""
 
 import os
 
@@ -31,20 +32,13 @@ def move(ema, values):
     return ema.module.weight[0, 0].item()
 
 
-def test_constant_decay():
-    ema = EMA(network(1.0), decay=0.9)
-    expected = 1.0
-    for number, value in enumerate([2.0, 3.0, -1.0]):
-        decay = 0.9 if number else 0.0  # the first step copies
-        expected = decay * expected + (1 - decay) * value
-        assert abs(move(ema, [value]) - expected) < 1e-6
-
-
-def test_warmup_rises_to_the_decay():
-    ema = EMA(network(0.0), decay=0.5, warmup=True)
+@pytest.mark.parametrize("warmup", [False, True])
+def test_decay_is_constant_or_rises_to_its_value(warmup):
+    ema = EMA(network(0.0), decay=0.5, warmup=warmup)
     expected = 0.0
     for step in range(12):
-        decay = min((1 + step) / (10 + step), 0.5) if step else 0.0
+        decay = min((1 + step) / (10 + step), 0.5) if warmup else 0.5
+        decay = decay if step else 0.0  # the first step copies
         expected = decay * expected + (1 - decay) * (step + 1.0)
         assert abs(move(ema, [step + 1.0]) - expected) < 1e-5
     assert decay == 0.5
@@ -73,7 +67,7 @@ def test_a_step_that_the_device_has_not_applied_leaves_the_average():
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
 def test_power_function_weighs_time_as_its_name_says(sigma_rel):
-    """The weights that the recursion gives to a long training have the asked standard deviation, and the density ~ t^gamma."""
+    """The recursion's weights over a long training have the asked standard deviation, and the density ~ t^gamma."""
     steps, decay = 4000, power_decay(sigma_rel)
     weights = torch.zeros(steps, dtype=torch.float64)
     for step in range(1, steps + 1):
@@ -87,7 +81,7 @@ def test_power_function_weighs_time_as_its_name_says(sigma_rel):
 
 
 def test_an_average_that_was_not_kept_is_reconstructed():
-    """Of a random walk, as that which was."""
+    """The reconstruction equals the average that was kept, for a random walk."""
     generator = torch.Generator().manual_seed(0)
     walk = torch.randn(2000, generator=generator, dtype=torch.float64).cumsum(0)
     kept = {width: 0.0 for width in (0.05, 0.1, 0.07, 0.14)}
@@ -103,7 +97,7 @@ def test_an_average_that_was_not_kept_is_reconstructed():
         weights, error = reconstruction(widths, steps, width, 2000)
         assert (weights @ torch.tensor(values, dtype=torch.float64)).item() == pytest.approx(kept[width], abs=tolerance)
         assert error < 0.003 and weights.sum().item() == pytest.approx(1, abs=1e-3)
-    assert reconstruction([0.05, 0.1], [2000, 2000], 0.25, 2000)[1] > 0.2  # and says when it cannot
+    assert reconstruction([0.05, 0.1], [2000, 2000], 0.25, 2000)[1] > 0.2  # and it tells when it fails
 
 
 @pytest.fixture
@@ -143,7 +137,7 @@ def test_program_makes_a_pipeline(run_with_snapshots, capsys):
     assert record["average"]["sigma_rel"] == 0.07 and record["steps"] == 20
 
 
-def test_what_cannot_be_reconstructed(run_with_snapshots, tmp_path_factory):
+def test_averages_that_cannot_be_reconstructed(run_with_snapshots, tmp_path_factory):
     folder, _ = run_with_snapshots
     with pytest.raises(UserError, match="--step 21 has no snapshot; there are some of the steps 4, 8"):
         ema_module.main(PostHocConfig(run=str(folder), sigma_rel=0.1, step=21))

@@ -1,4 +1,5 @@
-"""Weights spread over processes by FSDP: the same training; what cannot be launched is refused; the shipped configs say what they should."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Weights spread over processes by FSDP learn the same; launches that cannot train are refused; shipped configs fit."""
 
 import os
 import shutil
@@ -20,15 +21,15 @@ from helpers.places import ROOT
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
 from training.run.checkpoints import load_first_stage
-from training.run.sharding import check_sharding
+from training.run.devices import check_sharding
 from training.train_ctm import CTMConfig
 from training.train_edm import EDMConfig
 
 
 CONFIGS = sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))
 NETWORK = {
-    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8, "norm_num_groups": 4,
-    "sigma_data": 0.75,
+    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8,
+    "norm_num_groups": 4, "sigma_data": 0.75,
 }  # fmt: skip
 SMALL = {"label_column": "label", "report_to": "none", "sample_every": 0, "logging_steps": 1, "max_train_steps": 3}
 
@@ -45,7 +46,7 @@ def weights(pipeline):
 
 
 @pytest.mark.slow
-def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
+def test_spread_weights_learn_as_whole_ones_and_are_resumed(tmp_path):
     """Two processes on a CPU, where a launcher stands in for the line of Accelerate that wants GPUs."""
     small = {**SMALL, "train_batch_size": 8}
     teacher = train_edm.main(EDMConfig(output_dir=str(tmp_path / "teacher"), checkpointing_steps=0, **small, **NETWORK))
@@ -62,7 +63,7 @@ def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
         for name, value in {**small, **options, "train_batch_size": 4, "output_dir": folder}.items():
             command += [f"--{name}", str(value)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr  # the launcher's own comes last
+        assert done.returncode == 0, done.stderr  # the launcher's own message comes last
         return str(folder / "pipeline")
 
     first = spread(tmp_path / "spread")
@@ -74,17 +75,17 @@ def test_spread_weights_learn_what_whole_ones_do_and_are_resumed(tmp_path):
     checkpoint = shutil.copytree(tmp_path / "spread" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
     second = spread(tmp_path / "part", "--resume_from_checkpoint", "latest")
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
-    stage, other = load_first_stage(str(checkpoint)), load_first_stage(str(tmp_path / "whole" / "checkpoint-2"))
-    assert stage.network.keys() == other.network.keys()
-    for name, value in stage.network.items():
-        torch.testing.assert_close(value, other.network[name], rtol=1e-4, atol=2e-5)
+    stage, other = (load_first_stage(str(path))[0] for path in (checkpoint, tmp_path / "whole" / "checkpoint-2"))
+    assert stage.keys() == other.keys()
+    for name, value in stage.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     "name, message",
     [
         ("DEEPSPEED", "DeepSpeed resumes from pickles.*ddp.yaml and fsdp.yaml"),
-        ("MEGATRON_LM", "Megatron-LM trains networks of its own.*ddp.yaml"),
+        ("MEGATRON_LM", "Megatron-LM trains its own networks only.*ddp.yaml"),
         ("FSDP", "FSDP for several processes on GPUs only"),
     ],
 )
@@ -96,7 +97,7 @@ def test_launches_that_cannot_train_are_refused(tmp_path, monkeypatch, name, mes
 
 
 def launched(config, monkeypatch):
-    """What `accelerate launch` makes of a config file, as environment."""
+    """The environment that `accelerate launch` makes from a config file."""
     arguments = launch_command_parser().parse_args(["--config_file", str(config), "-m", "training.train_ctm"])
     arguments, _, _ = _validate_launch_command(arguments)
     environment = prepare_multi_gpu_env(arguments)
@@ -112,7 +113,7 @@ def fake(plugin, precision="bf16"):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_are_what_the_training_takes(config, monkeypatch):
+def test_the_training_takes_the_shipped_configs(config, monkeypatch):
     environment = launched(config, monkeypatch)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (config.stem == "fsdp")
@@ -123,16 +124,14 @@ def test_shipped_configs_are_what_the_training_takes(config, monkeypatch):
         assert plugin.mixed_precision_policy is None  # of noise levels too
 
 
-def test_what_does_not_go_with_spread_weights(monkeypatch):
+def test_options_that_do_not_go_with_spread_weights(monkeypatch):
     launched(ROOT / "training" / "configs" / "accelerate" / "fsdp.yaml", monkeypatch)
     plugin = FullyShardedDataParallelPlugin()
-    with pytest.raises(UserError, match="--compile cannot"):
-        check_sharding(fake(plugin), EDMConfig(compile=True))
-    with pytest.raises(UserError, match="--mixed_precision fp16 cannot"):
-        check_sharding(fake(plugin, "fp16"), EDMConfig())
-    plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
-    with pytest.raises(UserError, match="FULL_STATE_DICT"):
-        check_sharding(fake(plugin), EDMConfig())
-    plugin.fsdp_version = 1
-    with pytest.raises(UserError, match="fsdp_version: 2"):
-        check_sharding(fake(plugin), EDMConfig())
+    for precision, options in (("bf16", EDMConfig(compile=True)), ("fp16", EDMConfig())):
+        with pytest.raises(UserError, match="--compile and --mixed_precision fp16 cannot"):
+            check_sharding(fake(plugin, precision), options)
+    for name, value in (("state_dict_type", StateDictType.SHARDED_STATE_DICT), ("fsdp_version", 1)):
+        wrong = FullyShardedDataParallelPlugin()
+        setattr(wrong, name, value)
+        with pytest.raises(UserError, match="fsdp_version: 2.*FULL_STATE_DICT"):
+            check_sharding(fake(wrong), EDMConfig())

@@ -5,6 +5,7 @@ python -m training.memorization --model assets/emoji-ctm --dataset_name runs/twe
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from .cli.options import option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .measure.distances import features_for
-from .measure.neighbors import COPY_RATIO, Neighbors, Pixels, find_neighbors
+from .measure.neighbors import COPY_RATIO, Neighbors, find_neighbors, pixels
 from .measure.options import PairOptions
 from .measure.reports import facts, write_report
 from .measure.sampling import Sampling, settings_of
@@ -39,7 +40,7 @@ class MemorizationConfig(PairOptions):
         "runs/memorization", "Folder for memorization.json, memorization.md and memorization.png; others stay."
     )
     held_out_split: str | None = option(
-        None, "Split of the data set that the model was not trained on, measured likewise. Default: none."
+        None, "Split of the data set that the model was not trained on, to be measured too. Default: none."
     )
     steps: list[int] = option([1, 18], "Numbers of steps of the CTM.")
     gamma: float = option(0.0, "gamma of the CTM in [0, 1], from two steps on.")
@@ -72,7 +73,7 @@ def main(config: MemorizationConfig) -> dict:
     dataset = ImageDataset(config)
     if len(dataset) < 3:
         raise UserError(f"--dataset_name {config.dataset_name} holds {len(dataset)} images; 3 or more are needed.")
-    networks: dict[str, nn.Module] = {"pixels": Pixels()}
+    networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"pixels": pixels}
     if config.features is not None:
         networks["features"] = features_for(dataset, config.features, device)
     held_out = None
@@ -104,7 +105,7 @@ def main(config: MemorizationConfig) -> dict:
     report = {
         **facts(config, device),
         "num_training_images": len(dataset),
-        "features": networks["features"].about if "features" in networks else None,
+        "features": networks["features"].about if config.features is not None else None,
         "copy_ratio": COPY_RATIO,
         "results": results,
     }

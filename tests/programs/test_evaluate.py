@@ -125,7 +125,7 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model": None}, "--model is needed"),
+        ({"model": None}, "--model or --teacher is needed"),
         ({"gammas": [0.0, 1.5]}, r"--gammas must be in \[0, 1\]"),
         ({"steps": [0, 1]}, "--steps must be 1 or more"),
         ({"seeds": []}, "--seeds must be one value"),

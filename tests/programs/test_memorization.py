@@ -59,7 +59,7 @@ def test_features_are_measured_beside_pixels(data, tmp_path):
 def test_options_that_do_not_fit(data, tmp_path):
     two = save_parquet(tmp_path / "two.parquet", gaussian_pixels(2, 8, 8, 3), [0, 1])
     for options, message in (
-        ({"dataset_name": data}, "--model is needed"),
+        ({"dataset_name": data}, "--model or --teacher is needed"),
         ({"model": "m", "gamma": 2.0}, r"--gamma must be in \[0, 1\]"),
         ({"model": "m", "steps": [0]}, "--steps must be 1 or more"),
         ({"model": "m", "dataset_name": two}, "3 or more are needed"),

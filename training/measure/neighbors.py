@@ -2,10 +2,10 @@
 """Nearest training images."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.images import ImageDataset
@@ -14,14 +14,12 @@ from ..data.images import ImageDataset
 COPY_RATIO = 1 / 3  # Yoon et al. 2023, "Diffusion Probabilistic Models Generalize when They Fail to Memorize"
 
 
-class Pixels(nn.Module):
+def pixels(images: torch.Tensor) -> torch.Tensor:
     """Features that are the pixels: uint8 (B, C, H, W) to float32 (B, CHW).
 
     They are scaled so that distances are root mean squares of 0..255.
     """
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1).float() / math.sqrt(images[0].numel())
+    return images.flatten(1).float() / math.sqrt(images[0].numel())
 
 
 @dataclass
@@ -70,7 +68,7 @@ class Neighbors:
 def find_neighbors(
     groups: dict[str, tuple[torch.Tensor, torch.Tensor | None]],
     dataset: ImageDataset,
-    network: nn.Module,
+    network: Callable[[torch.Tensor], torch.Tensor],
     mirror: bool,
     batch_size: int = 250,
     device: torch.device | str = "cpu",

@@ -43,4 +43,4 @@ class PairOptions(TeacherOptions, ModelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model is None and self.teacher is None:
-            raise UserError("--model is needed (or --teacher): a folder or a repository on the Hub.")
+            raise UserError("--model or --teacher is needed: a folder or a repository on the Hub.")

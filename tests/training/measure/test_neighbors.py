@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Nearest training images against brute force."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from helpers.comparing import close
 from helpers.gaussian_models import gaussian_pixels, save_parquet
 from training.cli.shared_options import DataOptions
 from training.data.images import ImageDataset
-from training.measure.neighbors import Neighbors, Pixels, find_neighbors
+from training.measure.neighbors import Neighbors, find_neighbors, pixels
 
 
 @pytest.mark.parametrize("mirror", [False, True])
@@ -21,19 +23,19 @@ def test_nearest_two_are_those_of_brute_force(tmp_path, mirror, batch_size):
     queries = torch.cat([images[[3, 50]], images[[9]].flip(-1), ramp])
     itself = torch.tensor([3, 50, 9, 17])
     groups = {"free": (queries, None), "others": (queries, itself)}
-    neighbors = find_neighbors(groups, dataset, Pixels(), mirror, batch_size)
+    neighbors = find_neighbors(groups, dataset, pixels, mirror, batch_size)
+    plain, flipped = (
+        (queries.double()[:, None] - each.double()).square().mean((2, 3, 4)).sqrt()
+        for each in (images, images.flip(-1))
+    )
     for name, group in neighbors.items():
-        for i, query in enumerate(queries.double()):
-            distances = []
-            for j, image in enumerate(images.double()):
-                both = [(query - image).square().mean().sqrt().item()]
-                both += [(query - image.flip(-1)).square().mean().sqrt().item()] if mirror else []
-                distances.append((min(both), j, both.index(min(both)) == 1))
-            if name == "others":
-                del distances[itself[i]]
-            first, second = sorted(distances)[:2]
-            close(group.distances[i], [first[0], second[0]], 1e-6, 1e-5)
-            assert (group.indices[i], group.mirrored[i]) == first[1:]
+        distances = torch.minimum(plain, flipped) if mirror else plain.clone()
+        if name == "others":
+            distances[range(4), itself] = math.inf
+        nearest = distances.topk(2, largest=False)
+        close(group.distances, nearest.values, 1e-6, 1e-5)
+        assert torch.equal(group.indices, nearest.indices[:, 0])
+        assert torch.equal(group.mirrored, (flipped < plain)[range(4), group.indices] & mirror)
     free, others = neighbors["free"], neighbors["others"]
     assert free.indices[:2].tolist() == [3, 50] and free.copies[:2].all()
     assert (free.indices[2] == 9 and free.copies[2]) == mirror and not others.copies[:3].any()

@@ -90,8 +90,8 @@ def load_teacher(
     """
     label, here = f"--teacher {name}", "" if os.path.isdir(name) else "No such folder is here. "
     advice = (
-        f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs "
-        "`hf auth login` or HF_TOKEN."
+        f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs `hf "
+        "auth login` or HF_TOKEN."
     )
     with loading(label, advice):
         source = Source(name, revision)
@@ -128,8 +128,7 @@ def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> 
         (
             config.in_channels != config.out_channels,
             f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts "
-            "variances. "
-            "It must predict one value per pixel",
+            "variances. It must predict one value per pixel",
         ),
         (
             config.get("time_embedding_type") == "learned",
@@ -174,8 +173,8 @@ def _make_scheduler(
             )
         if prediction_type == "edm" and timestep_scale is None:
             raise UserError(
-                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 "
-                "for OpenAI's."
+                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for "
+                "OpenAI's."
             )
         config = {"_class_name": DEFAULT_SCHEDULERS.get(prediction_type, "EDMEulerScheduler")}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")
@@ -186,8 +185,7 @@ def _make_scheduler(
         if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in options:
             raise UserError(
                 f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without "
-                "betas, flow "
-                "or scores. Say --teacher_prediction_type."
+                "betas, flow or scores. Say --teacher_prediction_type."
             )
         return EDMHeunScheduler.from_config({**own, **options})
     except ValueError as error:

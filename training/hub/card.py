@@ -18,7 +18,7 @@ from .license import Licence, licence_fields, licence_of
 from .record import CONVERSION, ORIGINS, RECORD, conversion_repo
 
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "model_card.md"
+TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 
 MARK = re.compile(r"\n<!-- diffusers-ctm card ([0-9a-f]{16}): replaced when published again, kept if edited -->\n$")
 

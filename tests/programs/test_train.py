@@ -67,6 +67,7 @@ def fresh_accelerate():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A tiny teacher, trained for a few steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another module may have left its precision
     folder = tmp_path_factory.mktemp("teacher") / "run"
     return train_edm.main(EDMConfig(output_dir=str(folder), max_train_steps=6, ema_warmup=True, **SMALL, **NETWORK))
 

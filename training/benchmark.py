@@ -268,7 +268,8 @@ def markdown(report: dict) -> str:
         lines += [f"| {name} | {cell(values)} |" for name, values in report["sampling"]["ratios"].items()] + [""]
     lines.append(
         f"Ratios: mean ± standard deviation of {options['rounds']} rounds, both sides in turn, on "
-        f"{report['hardware']['device']}, {report['hardware']['cpu_threads']} thread(s), mixed precision {options['mixed_precision']}"
+        f"{report['hardware']['device']}, {report['hardware']['cpu_threads']} thread(s), "
+        f"mixed precision {options['mixed_precision']}"
         f"{', compiled' if options['compile'] else ''}, torch {report['versions']['torch']}."
     )
     return "\n".join(lines) + "\n"

@@ -88,13 +88,14 @@ def measure_training(config: BenchmarkConfig, device: torch.device, steps: dict[
     def run(name: str, k: int, seed: int, meter: Callable = lambda step: step()):
         inputs = problem.inputs(k, seed)
         with restored(problem), config.autocast(device):
-            return meter(lambda: steps[name](problem, inputs))
+            return meter(lambda: steps[name](problem, *inputs))
 
     for name in steps:  # once for caches, compilation and the allocator
         run(name, strata[-1], 0)
     seconds = {name: [] for name in steps}
-    kind = "Adversarial" if problem.adversarial else "Training"
-    for round_number in tqdm(range(config.rounds), desc=f"{kind} steps", unit="round"):
+    for round_number in tqdm(
+        range(config.rounds), desc="Adversarial steps" if problem.adversarial else "Training steps", unit="round"
+    ):
         spent = dict.fromkeys(steps, 0.0)
         for number, k in enumerate(strata):
             names = list(steps) if (round_number + number) % 2 else list(steps)[::-1]

@@ -170,7 +170,7 @@ class GradientAtJump:
     The estimate is the average's jump from x_s to the end. The adaptive weights ask for a term's gradient at the
     student's last layer, the update for its gradient at all weights of the student. Both go through x_s. So each term
     goes backward through the average once, as far as x_s; from there, the last layer is near, and the weighted sum of
-    the gradients goes through the student once (`with_gradient`).
+    the gradients goes through the student once.
 
     Args:
         x_s: the student's jump, with graph.

@@ -26,20 +26,9 @@ from ..objective.adversarial import (
 from ..objective.distances import l2_distance
 from ..objective.losses import Adversary, Jumps, ScoreMatching, ctm_estimate, ctm_loss
 from ..objective.solvers import SOLVERS
-from ..objective.times import Times, TimeSampler, draw_half_lognormal_sigma
+from ..objective.times import TimeSampler, draw_half_lognormal_sigma
 from ..run.averages import EMA
 from ..run.compiling import compile_network
-
-
-@dataclass
-class Inputs:
-    """The inputs of a step: times, and tensors of shape (B, C, H, W), or (B,) for `dsm_sigma`, on the device."""
-
-    times: Times
-    x_0: torch.Tensor
-    noise: torch.Tensor
-    dsm_noise: torch.Tensor
-    dsm_sigma: torch.Tensor
 
 
 @dataclass
@@ -86,12 +75,11 @@ class Problem:
                 DiscriminatorOptions(discriminator_learning_rate=1e-6), self.judge
             )
         self.preconditioning = Preconditioning()
-        self.call = {"student": self.student, "ema": self.target.module, "teacher": self.teacher}
         if self.compile:
-            for network in self.call.values():
+            for network in (self.student, self.target.module, self.teacher):
                 compile_network(network)
 
-    def inputs(self, k: int, seed: int) -> Inputs:
+    def inputs(self, k: int, seed: int) -> tuple[Jumps, ScoreMatching]:
         """The inputs of a step whose solver takes `k` steps."""
         sampler = TimeSampler(self.num_train_timesteps, max_steps=k)
         generator = torch.Generator().manual_seed(seed)
@@ -99,10 +87,12 @@ class Problem:
         while times.solver_steps < k:
             times = sampler.draw(self.batch_size, generator)
         size = (self.batch_size, 3, self.resolution, self.resolution)
-        x_0, noise, dsm_noise = (torch.randn(size, generator=generator) for _ in range(3))
+        generator = torch.Generator().manual_seed(seed)
+        x_0, noise, dsm_noise = (torch.randn(size, generator=generator).to(self.device) for _ in range(3))
         normal, uniform = torch.randn(size[0], generator=generator), torch.rand(size[0], generator=generator)
         sigma = draw_half_lognormal_sigma(normal, uniform, 0.002, 80.0, 7.0)
-        return Inputs(times, *(value.to(self.device) for value in (0.5 * x_0, noise, dsm_noise, sigma)))
+        jumps = Jumps(self.student, self.target.module, self.preconditioning, times, 0.5 * x_0, noise)
+        return jumps, ScoreMatching(sigma.to(self.device), dsm_noise)
 
     def strata(self, count: int) -> list[int]:
         """The numbers of solver steps in the middle of `count` equally probable parts of P(k) ~ k."""
@@ -113,7 +103,7 @@ class Problem:
 
     @torch.no_grad()
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return self.preconditioning.denoise(self.call["teacher"], x, sigma)
+        return self.preconditioning.denoise(self.teacher, x, sigma)
 
     def update(self, averages: list[EMA]) -> None:
         """One step of the optimizer and the averages. Gradients stay for the comparison.
@@ -125,7 +115,8 @@ class Problem:
             average.step(self.student)
 
 
-Step = Callable[[Problem, Inputs], dict[str, torch.Tensor | float]]  # gives the terms of its losses by name
+# Gives the terms of its losses by name.
+Step = Callable[[Problem, Jumps, ScoreMatching], dict[str, torch.Tensor | float]]
 
 
 def _fill(network: torch.nn.Module) -> None:
@@ -135,39 +126,36 @@ def _fill(network: torch.nn.Module) -> None:
             torch.nn.init.normal_(parameter, std=0.05)
 
 
-def plain_estimate(problem: Problem, inputs: Inputs) -> torch.Tensor:
+def plain_estimate(problem: Problem, jumps: Jumps) -> torch.Tensor:
     """Both jumps of every sample, with graph."""
-    jump, call, times, x_0 = problem.preconditioning.jump, problem.call, inputs.times, inputs.x_0
-    t, s = times.t.to(x_0), times.s.to(x_0)
-    x_t = x_0 + append_dims(t, 4) * inputs.noise
-    return jump(call["ema"], jump(call["student"], x_t, t, s), s, torch.full_like(s, times.end))
+    jump, end = problem.preconditioning.jump, torch.full_like(jumps.s, jumps.times.end)
+    return jump(jumps.student_ema, jump(jumps.student, jumps.x_t, jumps.t, jumps.s), jumps.s, end)
 
 
-def plain_target(problem: Problem, inputs: Inputs) -> torch.Tensor:
+def plain_target(problem: Problem, jumps: Jumps) -> torch.Tensor:
     """Heun's method down the path, then both jumps of every sample, without graph."""
-    jump, average, times, x_0 = problem.preconditioning.jump, problem.call["ema"], inputs.times, inputs.x_0
-    path, s = times.path.to(x_0), times.s.to(x_0)
-    x_u = x_0 + append_dims(path[0], 4) * inputs.noise
-    for level, next_level in zip(path, path[1:]):
+    jump, average, x_u = problem.preconditioning.jump, jumps.student_ema, jumps.x_t
+    for level, next_level in zip(jumps.path, jumps.path[1:]):
         slope = (x_u - problem.denoise(x_u, level)) / append_dims(level, 4)
         euler = x_u + append_dims(next_level - level, 4) * slope
         next_slope = (euler - problem.denoise(euler, next_level)) / append_dims(next_level, 4)
         x_u = x_u + append_dims(next_level - level, 4) * (slope + next_slope) / 2
     with torch.no_grad():
-        return jump(average, jump(average, x_u, path[-1], s), s, torch.full_like(s, times.end))
+        x_s = jump(average, x_u, jumps.u, jumps.s)
+        return jump(average, x_s, jumps.s, torch.full_like(jumps.s, jumps.times.end))
 
 
-def plain_step(problem: Problem, inputs: Inputs) -> dict[str, float]:
+def plain_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, float]:
     """A step in the authors' order: every jump is computed, and each weight and the update has passes of its own.
 
     Teacher, student and average are called as there: 2k times, twice, and three times (once with graph); there are
     three averages.
     """
-    precondition, x_0, sigma = problem.preconditioning, inputs.x_0, inputs.dsm_sigma
-    target = plain_target(problem, inputs)
-    estimate = plain_estimate(problem, inputs)
+    precondition, x_0, sigma = problem.preconditioning, jumps.x_0, score_matching.sigma
+    target = plain_target(problem, jumps)
+    estimate = plain_estimate(problem, jumps)
     trajectory = l2_distance(estimate, target).mean()
-    denoised = precondition.g(problem.call["student"], x_0 + append_dims(sigma, 4) * inputs.dsm_noise, sigma, sigma)
+    denoised = precondition.g(problem.student, x_0 + append_dims(sigma, 4) * score_matching.noise, sigma, sigma)
     dsm = (precondition.loss_weight(sigma) * l2_distance(denoised, x_0)).mean()
 
     def weigh(loss: torch.Tensor, smallest: float, largest: float) -> torch.Tensor:
@@ -189,37 +177,27 @@ def plain_step(problem: Problem, inputs: Inputs) -> dict[str, float]:
     return terms
 
 
-def plain_discriminator_step(problem: Problem, inputs: Inputs) -> dict[str, float]:
+def plain_discriminator_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, float]:
     """The discriminator's turn in that order: fakes have an unused graph, fakes and data have passes of their own."""
-    fake = plain_estimate(problem, inputs).detach()
-    fake_logits, real_logits = problem.judge(fake), problem.judge(inputs.x_0)
-    loss = discriminator_hinge_loss(real_logits, fake_logits)
+    fake_logits = problem.judge(plain_estimate(problem, jumps).detach())
+    loss = discriminator_hinge_loss(problem.judge(jumps.x_0), fake_logits)
     loss.backward()
     problem.judge_optimizer.step()
     return {"discriminator": loss.item()}
 
 
-def our_jumps(problem: Problem, inputs: Inputs) -> Jumps:
-    return Jumps(
-        problem.call["student"],
-        problem.call["ema"],
-        problem.preconditioning,
-        inputs.times,
-        inputs.x_0,
-        inputs.noise,
-    )
-
-
-def our_step(problem: Problem, inputs: Inputs, solver: str = "heun") -> dict[str, torch.Tensor]:
+def our_step(
+    problem: Problem, jumps: Jumps, score_matching: ScoreMatching, solver: str = "heun"
+) -> dict[str, torch.Tensor]:
     """The step of `training.train_ctm`."""
     adversary = None
     if problem.judge is not None:
         adversary = Adversary(functools.partial(generator_loss, problem.judge), generator_weight)
     loss = ctm_loss(
-        our_jumps(problem, inputs),
+        jumps,
         lambda x, levels, labels: SOLVERS[solver].solve(problem.denoise, x, levels),
         last_weight=lambda: problem.student.last_layer.weight,
-        score_matching=ScoreMatching(inputs.dsm_sigma, inputs.dsm_noise),
+        score_matching=score_matching,
         adversary=adversary,
     )
     loss.total.backward()
@@ -230,9 +208,9 @@ def our_step(problem: Problem, inputs: Inputs, solver: str = "heun") -> dict[str
     return terms
 
 
-def our_discriminator_step(problem: Problem, inputs: Inputs) -> dict[str, torch.Tensor]:
+def our_discriminator_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, torch.Tensor]:
     """The discriminator's turn of `training.train_ctm`."""
-    loss = discriminator_loss(problem.judge, inputs.x_0, ctm_estimate(our_jumps(problem, inputs)))
+    loss = discriminator_loss(problem.judge, jumps.x_0, ctm_estimate(jumps))
     loss.backward()
     problem.judge_optimizer.step()
     return {"discriminator": loss.detach()}
@@ -240,7 +218,7 @@ def our_discriminator_step(problem: Problem, inputs: Inputs) -> dict[str, torch.
 
 def both(student_step: Step, discriminator_step: Step) -> Step:
     """A turn of the student and one of the discriminator."""
-    return lambda problem, inputs: {**student_step(problem, inputs), **discriminator_step(problem, inputs)}
+    return lambda *inputs: {**student_step(*inputs), **discriminator_step(*inputs)}
 
 
 # The steps that are compared, "plain" first.
@@ -274,7 +252,7 @@ def same_result(problem: Problem, steps: dict[str, Step], k: int) -> dict[str, f
     for name in ("plain", "exact"):
         inputs = problem.inputs(k, 0)
         with restored(problem):
-            terms[name] = torch.tensor([float(value) for value in steps[name](problem, inputs).values()])
+            terms[name] = torch.tensor([float(value) for value in steps[name](problem, *inputs).values()])
             gradients[name] = [
                 [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
                 for network in (problem.student, problem.judge)

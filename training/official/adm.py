@@ -278,8 +278,8 @@ def _layers(network: UNet2DModel, flavour: str, qkv_order: str | None = None) ->
 
 
 def _openai_config(shapes: Shapes) -> dict:
-    count = len(numbers(shapes, r"output_blocks\.(\d+)\."))
-    ups = numbers(shapes, r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight$")
+    count = len(numbers(shapes, r"output_blocks\.(\d{1,4})\."))
+    ups = numbers(shapes, r"output_blocks\.(\d{1,4})\.[12]\.(?:in_layers\.0|conv)\.weight$")
     levels = len(ups) + 1
     layers = count // levels - 1
     if layers < 1 or count % levels or ups != [(i + 1) * (layers + 1) - 1 for i in range(levels - 1)]:

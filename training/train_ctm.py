@@ -63,8 +63,8 @@ class CTMConfig(
     teacher: str | None = option(
         None,
         "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its "
-        "scheduler: EDM, DDPM, "
-        "flow matching, variance-exploding scores; a consistency model with --matching global --dsm_adaptive false.",
+        "scheduler: EDM, DDPM, flow matching, variance-exploding scores; a consistency model with --matching global "
+        "--dsm_adaptive false.",
         recorded=False,
     )
 
@@ -74,8 +74,7 @@ class CTMConfig(
         if self.teacher is None and self.solver_model == "teacher":
             raise UserError(
                 "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train "
-                "without one, give "
-                "--solver_model ema."
+                "without one, give --solver_model ema."
             )
         if self.teacher is None:
             self.refuse([entry.name for entry in fields(TeacherOptions)], "needs --teacher")
@@ -97,15 +96,14 @@ def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
     if config.matching != "global":
         raise UserError(
             f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global, which then learns "
-            "those jumps, or "
-            "distil the diffusion model that it came from."
+            "those jumps, or distil the diffusion model that it came from."
         )
     config.refuse(["solver", "solver_model", "max_solver_steps"], f"has no use: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
             f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score "
-            "matching by, and "
-            "without score matching nothing would be learnt. Give --dsm_adaptive false and a --dsm_weight above 0."
+            "matching by, and without score matching nothing would be learnt. Give --dsm_adaptive false and a "
+            "--dsm_weight above 0."
         )
 
 

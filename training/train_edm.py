@@ -33,8 +33,7 @@ class EDMConfig(NetworkOptions, RunOptions):
     label_dropout: float = option(
         0.0,
         "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is "
-        "usual. Above 0 "
-        "the network gets one label more, 'no class'.",
+        "usual. Above 0 the network gets one label more, 'no class'.",
         must_be=BELOW_ONE,
     )
     sigma_min: float = option(0.002, "Lowest noise level when sampling.", must_be=POSITIVE)

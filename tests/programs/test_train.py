@@ -67,6 +67,7 @@ def fresh_accelerate():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A tiny teacher, trained for a few steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another module may have left its precision
     folder = tmp_path_factory.mktemp("teacher") / "run"
     return train_edm.main(EDMConfig(output_dir=str(folder), max_train_steps=6, ema_warmup=True, **SMALL, **NETWORK))
 
@@ -359,15 +360,6 @@ def test_the_students_numbers_are_its_teachers():
     assert {name: config[name] for name in numbers} == numbers and config.num_train_timesteps == 40
 
 
-def test_gradients_are_clipped(teacher, tmp_path):
-    options = {"max_train_steps": 1, "dsm_adaptive": False}
-    student = weights(distil(teacher, tmp_path / "clipped", max_grad_norm=1e-9, **options))
-    free = weights(distil(teacher, tmp_path / "free", **options))
-    before = weights(teacher)["conv_out.weight"]
-    torch.testing.assert_close(student["conv_out.weight"], before, rtol=0, atol=1e-9)
-    assert (free["conv_out.weight"] - before).abs().max() > 1e-6
-
-
 def test_dropout_of_the_student_is_that_of_a_network_built_with_it(make_unet):
     def probabilities(network):
         return [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
@@ -457,6 +449,7 @@ def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp
         ({"dsm_weight": 0, "dsm_adaptive": False}, "--dsm_adaptive needs a --dsm_weight"),
         ({"posthoc_ema_every": 7}, "--posthoc_ema_every needs --posthoc_ema; leave it out"),
         ({"shuffle_buffer": 7}, "--shuffle_buffer needs --streaming"),
+        ({"discriminator_start": 5}, "--discriminator_start needs a --discriminator_weight"),
         ({"teacher": None, "solver_model": "ema", "label_dropout": 0.1}, "--label_dropout must be 0 without"),
     ],
 )
@@ -607,9 +600,7 @@ def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_
         )
 
 
-def test_adversarial_options_need_their_stage(teacher, tmp_path):
-    with pytest.raises(UserError, match="--discriminator_start needs a --discriminator_weight"):
-        CTMConfig(teacher="folder", discriminator_start=5)
+def test_a_feature_network_that_is_not_there_leaves_no_folder(teacher, tmp_path):
     with pytest.raises(UserError, match="The feature network nowhere cannot be"):
         distil(teacher, tmp_path / "run", discriminator_weight=1.0, discriminator_backbones=["nowhere"])
     assert not (tmp_path / "run").exists()
@@ -630,13 +621,6 @@ def test_single_images_cannot_train_discriminators_of_one_pixel(teacher, tmp_pat
     distil(teacher, tmp_path / "two", train_batch_size=2, **options)
     monkeypatch.undo()  # whose maps have several pixels
     distil(teacher, tmp_path / "digits", train_batch_size=1, **options)
-
-
-def test_a_second_stage_starts_from_the_first(teacher, tmp_path):
-    first = distil(teacher, tmp_path / "first", checkpointing_steps=4)
-    options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2, "ema_decay": 0.9999999}
-    second = distil(teacher, tmp_path / "second", init_from=str(tmp_path / "first"), **options)
-    assert_same_weights(first, second, rtol=1e-4, atol=1e-6)  # an average that hardly moves is where it started
 
 
 def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
@@ -708,14 +692,6 @@ def test_what_does_not_fit_is_said_before_anything_is_written(teacher, tmp_path,
     with pytest.raises(UserError, match=message):
         distil(teacher, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_infinite_losses_stop_the_run(teacher, tmp_path):
-    with pytest.raises(UserError, match="Lower --learning_rate"):
-        distil(
-            teacher, tmp_path / "run", learning_rate=1e18, max_train_steps=10, logging_steps=100, checkpointing_steps=5
-        )
-    assert os.listdir(tmp_path / "run") == ["config.yaml"]  # no checkpoint of a broken network
 
 
 def test_a_ctm_is_no_teacher(teacher, tmp_path):

@@ -31,8 +31,7 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
         if list(gammas) != [1.0]:
             raise UserError(
                 f"{label} is a consistency model, which has no score and samples with gamma = 1 only: "
-                "`training.evaluate` takes "
-                "it with --gammas 1."
+                "`training.evaluate` takes it with --gammas 1."
             )
         return ctm_of_consistency_model(pipe.unet, scheduler.config)
     if not jumps(scheduler):
@@ -57,8 +56,7 @@ def load_pipelines(
         if teacher.is_consistency_model:
             raise UserError(
                 f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no "
-                "denoiser. "
-                "Measure it with --model and --gammas 1."
+                "denoiser. Measure it with --model and --gammas 1."
             )
         labels = {"id2label": teacher.id2label, "null_class": teacher.null_class}
         pipelines["heun"] = CTMPipeline(teacher.network, teacher.scheduler, **labels)
@@ -73,8 +71,7 @@ def prepare(pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDat
     if makes != given:
         raise UserError(
             f"--dataset_name {config.dataset_name} gives images of shape {given}, {name} makes {makes}; set "
-            "--resolution "
-            "and --image_mode, or choose another data set."
+            "--resolution and --image_mode, or choose another data set."
         )
     if pipe.num_classes is not None and (dataset.num_classes or 0) > pipe.num_classes:
         raise UserError(

@@ -98,8 +98,7 @@ def label_dropout(teacher: Teacher, options: StudentOptions) -> float:
     if teacher.null_class is None and options.label_dropout:
         raise UserError(
             "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); "
-            "this one has no label "
-            "for 'no class'."
+            "this one has no label for 'no class'."
         )
     if teacher.null_class is None:
         return 0.0

@@ -82,8 +82,8 @@ def load_teacher(
     """
     label, here = f"--teacher {name}", "" if os.path.isdir(name) else "No such folder is here. "
     advice = (
-        f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs "
-        "`hf auth login` or HF_TOKEN."
+        f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs `hf "
+        "auth login` or HF_TOKEN."
     )
     with loading(label, advice):
         source = Source(name, revision)
@@ -120,8 +120,7 @@ def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> 
         (
             config.in_channels != config.out_channels,
             f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts "
-            "variances. "
-            "It must predict one value per pixel",
+            "variances. It must predict one value per pixel",
         ),
         (
             config.get("time_embedding_type") == "learned",
@@ -166,8 +165,8 @@ def _make_scheduler(
             )
         if PREDICTIONS[prediction_type].edm_scheduler_type and timestep_scale is None:
             raise UserError(
-                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 "
-                "for OpenAI's."
+                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for "
+                "OpenAI's."
             )
         config = {"_class_name": PREDICTIONS[prediction_type].default_scheduler}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")
@@ -178,8 +177,7 @@ def _make_scheduler(
         if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in options:
             raise UserError(
                 f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without "
-                "betas, flow "
-                "or scores. Say --teacher_prediction_type."
+                "betas, flow or scores. Say --teacher_prediction_type."
             )
         return EDMHeunScheduler.from_config({**own, **options})
     except ValueError as error:

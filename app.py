@@ -20,7 +20,7 @@ import gradio as gr
 import torch
 
 from demo import actions, examples
-from demo.checkpoints import CHECKPOINTS, SMALL, load, shipped
+from demo.checkpoints import CHECKPOINTS, ROOT, SMALL, load, shipped
 from demo.controls import class_choice, count, drawing, gamma, own_schedule, picture, result, seed, steps
 from demo.page import Page
 from demo.plots import plots
@@ -28,8 +28,6 @@ from demo.uploads import MOST_BYTES
 from training.cli.errors import UserError
 
 
-HERE = Path(__file__).parent
-WAITING = 64  # requests in the queue, of all visitors
 INTRODUCTION = """# Consistency trajectory models
 One network jumps from noise to an image in one step, or gets there in several. **gamma** says what happens between two
 steps. At 0 nothing happens: the first noise fixes the path. The larger gamma is, the more of the image dissolves in new
@@ -190,12 +188,14 @@ def tabs_of(page: Page) -> None:
 
 def start(page: gr.Blocks, **options) -> tuple:
     """Serve the page, to this machine alone unless `server_name` says otherwise. No folder is readable through it."""
-    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
-    font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    page.queue(max_size=64, default_concurrency_limit=1, api_open=False)  # requests of all visitors
     return page.launch(
-        theme=gr.themes.Default(font=font, font_mono=["ui-monospace", "Consolas", "monospace"]),
-        css_paths=HERE / "demo" / "page.css",
-        head=f"<script>{(HERE / 'demo' / 'page.js').read_text()}</script>",
+        theme=gr.themes.Default(
+            font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+            font_mono=["ui-monospace", "Consolas", "monospace"],
+        ),
+        css_paths=ROOT / "demo" / "page.css",
+        head=f"<script>{(ROOT / 'demo' / 'page.js').read_text()}</script>",
         max_file_size=MOST_BYTES,
         max_threads=16,
         state_session_capacity=256,

@@ -346,7 +346,7 @@ def guide(
         folder, names = checkpoint.classifier
         target_or_label = Shown(ROOT / folder, repr(folder)), one_class(checkpoint, label, names)
         recipe, how = recipes.guide_by_classifier, "the gradient of a classifier"
-    elif checkpoint.classifier_free:
+    elif checkpoint.pipe.knows_no_class:
         target_or_label = (one_class(checkpoint, label),)
         recipe, how = recipes.guide_classifier_free, "classifier-free guidance"
     else:

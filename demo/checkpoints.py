@@ -22,6 +22,7 @@ from training.data.sources import digits
 from training.hub.client import file_of
 from training.hub.license import license_in
 
+from . import recipes
 from .turns import STOPPED, TURN, Superseded
 
 
@@ -91,10 +92,6 @@ class Checkpoint:
         """Numbers of steps for which the checkpoint carries a tuned schedule."""
         return sorted(map(int, self.pipe.scheduler.config.get("presets") or {}))
 
-    @property
-    def classifier_free(self) -> bool:
-        return self.pipe.num_classes is not None and self.pipe.knows_no_class
-
     @cached_property
     def classifier(self) -> tuple[str, list[str]] | None:
         """(Folder, classes) of the shipped classifier of these images; assets/digits-ctm has assets/digits-features."""
@@ -118,9 +115,7 @@ class Checkpoint:
             data = digits()[:EXAMPLES]
             return "images of the data set", data["image"], data["label"] if conditional else None
         labels = [k * self.pipe.num_classes // EXAMPLES for k in range(EXAMPLES)] if conditional else None
-        noise = [torch.Generator().manual_seed(seed) for seed in range(EXAMPLES)]
-        options = {"num_inference_steps": 18, "gamma": 0.0, "generator": noise}
-        images = self.fresh()(batch_size=EXAMPLES, class_labels=labels, **options).images
+        images = recipes.sample(self.fresh(), labels, 18, 0.0, range(EXAMPLES)).images
         return "samples of this checkpoint", images, labels
 
 
@@ -143,14 +138,14 @@ def load(source: str) -> Checkpoint:
     """
     folder = ROOT / source if source.startswith("assets/") and not os.path.isdir(source) else Path(source)
     place = str(folder) if folder.is_dir() else source
-    advice = "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
-    with loading(source, advice):
+    with loading(
+        source, "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
+    ):
         pipe = DiffusionPipeline.from_pretrained(place)
     if not isinstance(pipe, CTMPipeline) or not jumps(pipe.scheduler):
-        scheduler = type(getattr(pipe, "scheduler", None)).__name__
         raise UserError(
-            f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m "
-            f"training.train_ctm --teacher {source}"
+            f"{source} is no CTM but a {type(pipe).__name__} with {type(getattr(pipe, 'scheduler', None)).__name__}. "
+            f"Distil it first: python -m training.train_ctm --teacher {source}"
         )
     size, channels = pipe.image_size, pipe.unet.config.in_channels
     if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:
@@ -167,7 +162,11 @@ def load(source: str) -> Checkpoint:
     beside = folder.parent / name
     if folder.is_dir() and name and (beside / "model_index.json").is_file():
         with loading(f"The teacher {name} beside {source}"):
-            teacher = (f"{os.path.dirname(shown)}/{name}".lstrip("/"), _load_teacher(beside, pipe))
+            other = DiffusionPipeline.from_pretrained(str(beside)).to(pipe.device)
+            fits = isinstance(other, CTMPipeline) and other.image_size == pipe.image_size
+            if not fits or other.num_classes != pipe.num_classes:
+                raise ValueError("its images or classes are not those of the CTM")
+            teacher = (f"{os.path.dirname(shown)}/{name}".lstrip("/"), other)
     evaluation = _json_beside(place, "evaluation/evaluation.json")
     likelihood = _likelihood(_json_beside(place, "evaluation/likelihood.json"))
     return Checkpoint(
@@ -184,14 +183,6 @@ def _likelihood(report: dict) -> tuple[str, list[float]] | None:
     except (KeyError, TypeError, ValueError, StopIteration):
         return None
     return (f"images of the data set {name}", bits) if bits and all(map(math.isfinite, bits)) else None
-
-
-def _load_teacher(folder: Path, student: CTMPipeline) -> CTMPipeline:
-    teacher = DiffusionPipeline.from_pretrained(str(folder))
-    fits = (student.image_size, student.num_classes) == (teacher.image_size, teacher.num_classes)
-    if not isinstance(teacher, CTMPipeline) or not fits:
-        raise ValueError("its images or classes are not those of the CTM")
-    return teacher.to(student.device)
 
 
 def _json_beside(place: str, name: str) -> dict:

@@ -21,28 +21,24 @@ def plots() -> list[gr.Column]:
         except (KeyError, TypeError, IndexError):  # no evaluation, or one from another program
             continue
         with following(gr.Column, lambda model, name=name: {"visible": model == name}) as column:
-            draw_plot(name, features, table)
+            gr.Markdown(
+                f"{name}: Frechet distance to real images (features `{features}`) against network evaluations; lower "
+                "is better. The teacher is sampled by Heun's method."
+            )
+            gr.ScatterPlot(
+                table,
+                x="evaluations",
+                y="distance",
+                color="gamma",
+                x_title="network evaluations",
+                y_title="distance",
+                x_lim=[0, 1.1 * table.evaluations.max()],
+                y_lim=[0, 1.1 * table.distance.max()],
+                height=260,
+                buttons=[],
+            )
         columns.append(column)
     return columns
-
-
-def draw_plot(name: str, features: str, table: pd.DataFrame) -> None:
-    gr.Markdown(
-        f"{name}: Frechet distance to real images (features `{features}`) against network evaluations; lower is "
-        "better. The teacher is sampled by Heun's method."
-    )
-    gr.ScatterPlot(
-        table,
-        x="evaluations",
-        y="distance",
-        color="gamma",
-        x_title="network evaluations",
-        y_title="distance",
-        x_lim=[0, 1.1 * table.evaluations.max()],
-        y_lim=[0, 1.1 * table.distance.max()],
-        height=260,
-        buttons=[],
-    )
 
 
 def distances(evaluation: dict) -> list[dict]:

@@ -76,9 +76,9 @@ class Run:
 
     def code(self, last: str = 'save_images(output, "samples/{index:03d}.png", overwrite=True)') -> str:
         body = "\n\n\n".join(inspect.getsource(function).strip() for function in self.functions.values())
-        loads = [f'{name} = DiffusionPipeline.from_pretrained("{source}")' for name, source in self.sources.items()]
-        if self.checkpoint.pipe.device.type != "cpu":
-            loads += [f'{name}.to("{self.checkpoint.pipe.device.type}")' for name in self.sources]
+        device = self.checkpoint.pipe.device.type
+        to = "" if device == "cpu" else f'.to("{device}")'
+        loads = [f'{name} = DiffusionPipeline.from_pretrained("{place}"){to}' for name, place in self.sources.items()]
         end = "\n".join([*loads, *self.lines, last])
         words = set(re.findall(r"\w+", body + end))
         ours = ", ".join(sorted(words & set(diffusers_ctm.__all__), key=lambda word: (word.islower(), word)))

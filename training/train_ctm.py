@@ -177,7 +177,7 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
     if judge is not None and config.train_batch_size == 1:
         check_single_images(judge, dataset.channels, dataset.resolution)
     torch.manual_seed(config.seed)
-    student = make_student(teacher, config.dropout)
+    student = make_student(teacher.network, config.dropout)
 
     def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
         id2label = teacher.id2label or dataset.id2label

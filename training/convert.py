@@ -213,8 +213,8 @@ def probe(network: UNet2DModel, timestep_scale: float) -> torch.Tensor:
     if is_ctm(network):
         times.append(c_noise(torch.tensor([0.1])))
     classes = network.config.num_class_embeds
-    last_class = None if classes is None else torch.tensor([classes - 1])
-    return network.eval()(noise.to(network.dtype), *times, **condition(last_class)).sample
+    labels = condition(None if classes is None else torch.tensor([classes - 1]))
+    return network.eval()(noise.to(network.dtype), *times, **labels).sample
 
 
 def check_same(network: UNet2DModel, other: UNet2DModel, timestep_scale: float, what: str) -> None:
@@ -315,17 +315,12 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
 # To official ----------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(config: ConvertConfig) -> DiffusionPipeline:
+def to_official(config: ConvertConfig) -> str:
+    """Write the network of the pipeline SOURCE with the authors' key names to the file OUT, and check it."""
     with loading(f"SOURCE {config.source}", "--to official takes a pipeline's folder or its repository on the Hub."):
         pipe = DiffusionPipeline.from_pretrained(config.source, revision=config.revision)
     if not hasattr(pipe, "unet"):
         raise UserError(f"SOURCE {config.source} is a {type(pipe).__name__}, which has no network named `unet`.")
-    return pipe
-
-
-def to_official(config: ConvertConfig) -> str:
-    """Write the network of the pipeline SOURCE with the authors' key names to the file OUT, and check it."""
-    pipe = load_pipeline(config)
     network = pipe.unet.eval()
     family = family_of(network)
     state_dict = family.to_official(network, config.flavour)

@@ -257,7 +257,7 @@ def test_bound_of_a_mixture_is_near_the_density_and_below_it():
 
 
 def test_bound_equals_the_authors_with_their_truncation_corrected(oracle):
-    convert = pytest.importorskip("training.convert_edm")
+    convert = pytest.importorskip("training.official.song")
     arrays = {name: torch.from_numpy(value) for name, value in oracle("likelihood_elbo.npz").items() if value.ndim}
     network = convert.to_diffusers(load_file(ORACLE / "ctm_cifar_uncond.safetensors"))
     lowest = HIGH * math.exp(-oracle("likelihood_elbo.npz")["Z"].item() / 2)

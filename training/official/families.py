@@ -14,7 +14,6 @@ from .weights import module_numbers
 
 
 WRAPPERS = 4  # that may lie around each other
-COUNTERS = {"n_averaged"}  # what torch's AveragedModel holds beside the network
 
 
 class Family(Protocol):
@@ -59,7 +58,7 @@ def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[st
     DistributedDataParallel, torch.compile or a trainer's module put a prefix before every name ("module.", "_orig_mod.", "net.",
     several of them). It is left out where the names with it are of no family. Raises UserError if the weights are of no family.
     """
-    bare = {name: tensor for name, tensor in state_dict.items() if name not in COUNTERS}
+    bare = {name: tensor for name, tensor in state_dict.items() if name != "n_averaged"}  # of torch's AveragedModel
     for _ in range(WRAPPERS + 1):
         for family in FAMILIES:
             if family.matches(shapes_of(bare)):

@@ -5,14 +5,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from ..cli.errors import UserError
 
 
-Value = TypeVar("Value")
 Network = TypeVar("Network", bound=torch.nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = dict[str, torch.Tensor]
@@ -151,7 +150,7 @@ def resample_filter(name: str, taps: tuple[int, ...] = (1, 1)) -> Layer:
 # What all families do -------------------------------------------------------------------------------------------------
 
 
-def bare(named: Mapping[str, Value]) -> dict[str, Value]:
+def bare(named: Mapping[str, Any]) -> dict[str, Any]:
     """`named` without the wrapper's prefix. Raises UserError if a name is there with and without it."""
     for name in named:
         if PREFIX + name in named:

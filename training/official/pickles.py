@@ -28,6 +28,7 @@ MAX_READS = (
     2_000_000  # two for most instructions; a training checkpoint with 1,000 tensors and Adam's moments has 400,000
 )
 SLACK = 2**20  # bytes that a small file may ask for beyond its size
+ELEMENT_BYTES = {str: 1, bytes: 1, list: 100, dict: 100, set: 100}  # what an element of a copy takes, at most
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before 1.6
 
 
@@ -73,10 +74,8 @@ class Budget:
     def copy_all(self, values: tuple) -> None:
         """The arguments of a call, as if the call copied them. Tuples are left out: the functions of CALLS keep short ones only."""
         for value in values:
-            if type(value) in (str, bytes):
-                self.copy(len(value))
-            elif type(value) in (list, dict, set):
-                self.copy(100 * len(value))
+            if type(value) in ELEMENT_BYTES:
+                self.copy(ELEMENT_BYTES[type(value)] * len(value))
 
 
 def short(value: Any) -> str:
@@ -166,12 +165,6 @@ def _unfilled_array(kind, shape, letter) -> torch.Tensor:
     return array
 
 
-def _fill(array: torch.Tensor, version, shape, dtype, is_fortran, data) -> None:
-    """Give an array the state that numpy saves."""
-    array.data = _array(data, dtype, shape, "F" if is_fortran else "C")
-    del array.is_unfilled
-
-
 def _key(value: Any) -> Any:
     """`value` if it may be a dictionary's key. Tuples and huge integers may not: their hashes can take for ever."""
     if value is None or type(value) in (str, bytes, bool, float) or (type(value) is int and -(2**63) <= value < 2**64):
@@ -227,8 +220,6 @@ CALLS: dict[str, Callable] = {
     "copyreg._reconstructor": lambda kind, base, state: kind.make(),  # how protocols 0 and 1 write objects
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
 }
-
-LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
 
 # Names that stand beside others and are never called.
 NAMES = {
@@ -298,7 +289,7 @@ class Reader(pickle._Unpickler):
             return Name(full)
         if full in CALLS:
             return Name(full, CALLS[full])
-        if full == LOAD_FROM_BYTES:
+        if full == "torch.storage._load_from_bytes":
             return Name(full, self.load_from_bytes)
         if full == "argparse.Namespace" or (full.startswith("torch.nn.modules.") and full.count(".") == 4):
             return Name(full, lambda: Record(full))
@@ -327,7 +318,9 @@ class Reader(pickle._Unpickler):
             target.state = state
         elif type(target) is torch.Tensor and hasattr(target, "is_unfilled") and type(state) is tuple:
             self.budget.copy_all(state)
-            _fill(target, *state)
+            _, shape, dtype, is_fortran, data = state
+            target.data = _array(data, dtype, shape, "F" if is_fortran else "C")
+            del target.is_unfilled
         elif type(target) is torch.dtype:
             if type(state) is not tuple or state[1] not in ("<", "|", "="):
                 raise Refused("a numpy array is big-endian")

@@ -38,15 +38,17 @@ NAME = "edm"
 CLASSES = (EDMUNet2DModel,)
 
 # What names and shapes do not tell.
-DROPOUT = 0.13  # of EDM's and CTM's CIFAR-10 training; FFHQ and AFHQv2 had 0.05 to 0.25
-DEFAULTS = {"sigma_data": 0.5, "timestep_scale": 1.0}
+DEFAULTS = {
+    "sigma_data": 0.5,
+    "timestep_scale": 1.0,
+    "dropout": 0.13,  # of EDM's and CTM's CIFAR-10 training; FFHQ and AFHQv2 had 0.05 to 0.25
+}
 
 
 def matches(shapes: Shapes) -> bool:
     """Whether these names are those of a SongUNet, EDM teacher or CIFAR-10 CTM."""
     names = {name.removeprefix(PREFIX) for name in shapes}
-    has_output = any(re.fullmatch(r"dec\.(\d+)x\1_aux_conv\.weight", name) for name in names)
-    return has_output and "map_layer0.weight" in names
+    return "map_layer0.weight" in names and any(re.fullmatch(r"dec\.(\d+)x\1_aux_conv\.weight", n) for n in names)
 
 
 def defaults(shapes: Shapes) -> dict[str, float]:
@@ -117,7 +119,7 @@ def _inferred(shapes: Shapes) -> dict:
         "layers_per_block": blocks,
         "attention_levels": tuple(level for level, here in enumerate(has_attention) if here),
         "attention_head_dim": None,  # one head
-        "dropout": DROPOUT,
+        "dropout": DEFAULTS["dropout"],
         "time_embedding_type": "fourier" if "map_noise.freqs" in shapes else "positional",
         "time_proj_dim": time_proj_dim,
         "time_embedding_dim": time_embedding_dim,

@@ -66,8 +66,7 @@ def _children(state: Mapping, kind: str) -> list[tuple[str, Any]]:
 def weights_of(value: Any) -> dict[str, torch.Tensor]:
     """The tensors of a state dict or of a pickled module, by name; nothing of anything else."""
     if isinstance(value, Record):
-        is_module = type(value.state) is dict and "_parameters" in value.state
-        return module_state_dict(value) if is_module else {}
+        return module_state_dict(value) if type(value.state) is dict and "_parameters" in value.state else {}
     if not isinstance(value, dict):
         return {}
     return {name: tensor for name, tensor in value.items() if type(name) is str and isinstance(tensor, torch.Tensor)}

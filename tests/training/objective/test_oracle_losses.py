@@ -106,7 +106,7 @@ class Case:
 CASES = {
     "loss_adm64_k3": Case(
         weights="ctm_adm64_cond.safetensors",
-        convert=lambda weights: convert_adm.to_diffusers(weights, num_head_channels=16),
+        convert=lambda weights: convert_adm.to_diffusers(weights, attention_head_dim=16),
         to_official=convert_adm.to_official,
         teacher=adm_teacher,
         order=("loss_adm64_param_order.json", None),

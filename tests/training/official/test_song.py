@@ -8,14 +8,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn.functional import silu
 
-from diffusers_ctm import CTMPipeline, EDMHeunScheduler, EDMUNet2DModel
+from diffusers_ctm import EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import append_dims
+from helpers.arithmetic import Arithmetic
 from helpers.comparing import close as close_to
-from helpers.exact import randn
 from helpers.places import ORACLE
 from helpers.tiny_networks import EDM_KINDS, inputs, make_edm, times
 from training.cli.errors import UserError
@@ -109,32 +108,6 @@ def test_edm_gives_the_authors_numbers(official, name):
         close(PRECONDITIONING.denoise(network, x, sigma, class_labels=one_hot), io["D"])
 
 
-@torch.no_grad()
-def test_heun_sampler_gives_the_authors_images(official, oracle):
-    run = oracle("edm_ddpmpp_uncond_edmsampler18.npz")
-    network = song.to_diffusers(official("edm_ddpmpp_uncond")[0])
-    pipe = CTMPipeline(network, EDMHeunScheduler(timestep_scale=1.0))
-    pipe.set_progress_bar_config(disable=True)
-    latents = torch.from_numpy(run["latents"][:1]).float()
-    images = pipe(latents=latents, num_inference_steps=18, output_type="latent").images
-    close(images, torch.from_numpy(run["x"][:1]).float(), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", [*EDM, "ctm_cifar_uncond"])
-def test_official_tensors_return(official, name):
-    """Bit for bit, but for the two biases of a CTM's block: their sum returns in the first."""
-    state_dict, _ = official(name)
-    again = song.to_official(song.to_diffusers(state_dict))
-    assert again.keys() == state_dict.keys()
-    for key, tensor in state_dict.items():
-        if key.endswith("affine.bias") and name.startswith("ctm"):
-            tensor = tensor + state_dict[key.replace("affine", "affine_s")]
-        elif key.endswith("affine_s.bias"):
-            tensor = torch.zeros_like(tensor)
-        assert torch.equal(again[key], tensor), key
-        assert again[key].is_contiguous()
-
-
 # Names and shapes of the full-size networks ---------------------------------------------------------------------------
 
 FULL = {
@@ -174,15 +147,15 @@ def test_full_size_names_map_one_to_one(name, count, prefix):
     assert sum(parameter.numel() for parameter in network.parameters()) == count - merged
     assert sum(tensor.numel() for tensor in again.values()) == count + entry["n_buffers"]
 
-    config = network.config
-    assert (config.sample_size, config.in_channels, config.model_channels) == (32, 3, 128)
-    assert config.block_out_channels == (256, 256, 256) and config.layers_per_block == 4
-    assert config.attention_levels == (1,) and config.dropout == 0.13
-    assert config.time_embedding_type == ("fourier" if "ncsnpp" in name else "positional")
-    assert config.encoder_type == ("residual" if "ncsnpp" in name else "standard")
-    assert config.resample_filter == ((1, 3, 3, 1) if "ncsnpp" in name else (1, 1))
-    assert config.num_class_embeds == (None if "uncond" in name else 10)
-    assert config.augment_dim == (None if "ctm" in name else 9) and config.target_time == ("ctm" in name)
+    is_ve, is_ctm = "ncsnpp" in name, "ctm" in name
+    expected = {
+        **{"sample_size": 32, "in_channels": 3, "model_channels": 128, "block_out_channels": (256, 256, 256)},
+        **{"layers_per_block": 4, "attention_levels": (1,), "dropout": 0.13, "target_time": is_ctm},
+        **{"time_embedding_type": "fourier" if is_ve else "positional", "augment_dim": None if is_ctm else 9},
+        **{"encoder_type": "residual" if is_ve else "standard", "resample_filter": (1, 3, 3, 1) if is_ve else (1, 1)},
+        **{"num_class_embeds": None if "uncond" in name else 10},
+    }
+    assert {key: network.config[key] for key in expected} == expected
 
 
 def test_another_family_does_not_match():
@@ -194,15 +167,14 @@ def test_another_family_does_not_match():
 # The official network, written out ------------------------------------------------------------------------------------
 
 
-class Song:
+class Song(Arithmetic):
     """The U-Net of Karras et al. 2022 (Appendix F.1; after Song et al. 2021) as a function of its official state dict.
 
-    In float64, of elementary operations, by the official names. Resampling is a matrix: D halves an axis with the filter's taps, and
-    its transpose, twice as strong, doubles it.
+    Resampling is a matrix: D halves an axis with the filter's taps, and its transpose, twice as strong, doubles it.
     """
 
     def __init__(self, weights, network):
-        self.w = {name.removeprefix("model."): tensor.double() for name, tensor in weights.items()}
+        super().__init__(weights)
         config = network.config
         self.encoder, self.decoder, self.head_dim = config.encoder_type, config.decoder_type, config.attention_head_dim
         self.sizes = [config.sample_size >> level for level in range(len(config.block_out_channels))]
@@ -224,18 +196,8 @@ class Song:
         matrix = 2 * self.halving(2 * x.shape[-1], len(self.taps) // 2 - 1).T
         return matrix @ x @ matrix.T
 
-    def linear(self, name, x):
-        return x @ self.w[f"{name}.weight"].T + self.w.get(f"{name}.bias", 0)
-
-    def conv(self, name, x, pad=0):
-        weight = self.w[f"{name}.weight"]
-        return nn.functional.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2 + pad)
-
     def norm(self, name, x):
-        groups = x.reshape(len(x), min(32, x.shape[1] // 4), -1)
-        groups = groups - groups.mean(-1, keepdim=True)
-        x = (groups / (groups.square().mean(-1, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
-        return x * self.w[f"{name}.weight"][:, None, None] + self.w[f"{name}.bias"][:, None, None]
+        return super().norm(name, x, min(32, x.shape[1] // 4), 1e-6)
 
     def block(self, name, x, embs, resample=lambda x: x):
         h = self.conv(f"{name}.conv0", resample(silu(self.norm(f"{name}.norm0", x))))
@@ -249,9 +211,7 @@ class Song:
     def attention(self, name, x):
         dim = self.head_dim or x.shape[1]
         rows = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", x)).reshape(len(x), -1, dim, 3, x[0, 0].numel())
-        q, k, v = rows.unbind(3)
-        weights = torch.einsum("bhdi,bhdj->bhij", q, k).div(math.sqrt(dim)).softmax(-1)
-        return self.conv(f"{name}.proj", torch.einsum("bhij,bhdj->bhdi", weights, v).reshape(x.shape))
+        return self.conv(f"{name}.proj", self.attended(*rows.unbind(3)).reshape(x.shape))
 
     def embedding(self, time, condition, end):
         if "map_noise.freqs" in self.w:
@@ -340,20 +300,6 @@ def test_there_and_back_is_the_same_function(changes, target_time):
     assert {tuple(p.shape) for p in again.parameters() if not p.requires_grad} == set()
 
 
-@torch.no_grad()
-def test_a_ctm_that_is_merged_by_hand():
-    """Two linear layers and two biases per block become one layer: emb @ A + a + emb_s @ B + b."""
-    state = song.to_official(make_edm(target_time=True))
-    for seed, name in enumerate(name for name in state if name.endswith("affine_s.bias")):
-        state[name] = randn(*state[name].shape, seed=seed, dtype=torch.float32)
-    block = song.to_diffusers(state).down_blocks[0].resnets[0]
-    emb, emb_s = randn(2, 4, 32, dtype=torch.float32)
-    name = "model.enc.8x8_block0.affine"
-    expected = emb @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-    expected = expected + emb_s @ state[f"{name}_s.weight"].T + state[f"{name}_s.bias"]
-    close(block.time_emb_proj(torch.cat([emb, emb_s], dim=1)), expected)
-
-
 def test_half_precision_files_become_float32():
     state = {name: tensor.half() for name, tensor in song.to_official(make_edm(**EDM_KINDS["NCSN++"])).items()}
     network = song.to_diffusers(state)
@@ -363,12 +309,17 @@ def test_half_precision_files_become_float32():
 
 
 def test_overrides_win():
-    state = song.to_official(make_edm(num_class_embeds=7))
-    config = song.network_of(shapes_of(state)).config
-    assert config.dropout == 0.13 and config.label_dropout == 0.0 and config.num_class_embeds == 7
-    config = song.network_of(shapes_of(state), dropout=0.3, attention_head_dim=8).config
-    assert config.dropout == 0.3 and config.attention_head_dim == 8
-    assert song.to_diffusers(state, dropout=0.3).mid_block.resnets[0].dropout.p == 0.3
+    shapes = shapes_of(song.to_official(make_edm(num_class_embeds=7)))
+    for overrides in ({}, {"dropout": 0.3, "attention_head_dim": 8}):
+        config = song.network_of(shapes, **overrides).config
+        expected = {
+            "dropout": 0.13,
+            "attention_head_dim": None,
+            "label_dropout": 0.0,
+            "num_class_embeds": 7,
+            **overrides,
+        }
+        assert {name: config[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from diffusers_ctm.two_times import image_size
 
 from .cli.device import choose_device
 from .cli.files import check_writable
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .measure.distances import MOST_SAMPLES, Distances, real_against_real, reference_features, what_is_compared
@@ -41,26 +41,32 @@ class EvaluateConfig(PairOptions):
         "The CTM: a folder or a repository on the Hub (with --gammas 1 also a consistency model). "
         "Default: the teacher alone.",
     )
-    output_dir: str = option("runs/evaluation", "Folder for evaluation.json, .md, .png and gammas.png; others stay.")
-    steps: list[int] = option([1, 2, 4, 8, 18], "Numbers of steps of the CTM; each costs one network evaluation.")
+    output_dir: str = option(
+        "runs/evaluation", "Folder for evaluation.json, .md, .png and gammas.png; others stay.", must_be=FOLDER
+    )
+    steps: list[int] = option(
+        [1, 2, 4, 8, 18], "Numbers of steps of the CTM; each costs one network evaluation.", must_be=POSITIVE
+    )
     gammas: list[float] = option(
-        [0.0, 0.5, 1.0], "Values of gamma in [0, 1]: 0 deterministic, 1 consistency-model multistep."
+        [0.0, 0.5, 1.0], "Values of gamma in [0, 1]: 0 deterministic, 1 consistency-model multistep.", must_be=UNIT
     )
-    teacher_steps: list[int] = option([18], "Numbers N of Heun steps of the teacher; each costs 2N - 1 evaluations.")
+    teacher_steps: list[int] = option(
+        [18], "Numbers N of Heun steps of the teacher; each costs 2N - 1 evaluations.", must_be=POSITIVE
+    )
     num_samples: int | None = option(
-        None, f"Images per setting and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}."
+        None,
+        f"Images per setting and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}.",
+        must_be=TWO_OR_MORE,
     )
-    seeds: list[int] = option([0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.")
+    seeds: list[int] = option(
+        [0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.", must_be=NOT_NEGATIVE
+    )
     features: str = option("digits", FEATURES_HELP)
     kid: bool = option(True, "Measure the kernel distance too.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lists("steps", "teacher_steps", low=1)
-        self.check_lists("gammas", high=1)
-        self.check_lists("seeds")
-        self.check(self.num_samples is None or self.num_samples > 1, "num_samples", "2 or more")
-        self.check_folder("output_dir")
+        self.sort_values("steps", "teacher_steps", "gammas", "seeds")
 
 
 @torch.inference_mode()

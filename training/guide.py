@@ -15,12 +15,15 @@ import torch
 from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
 from .cli.errors import UserError, loading
-from .cli.options import option, run_program
+from .cli.options import NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, to_sample
 from .frozen.classifier import EMBEDDED, FeatureNetwork, load_saved
 from .measure.distances import Distances
 from .networks.pipelines import load_model, without_classes
+
+
+FINITE = ("finite numbers", math.isfinite)
 
 
 @dataclass
@@ -38,41 +41,39 @@ class GuideConfig(DataOptions):
         [],
         "Scales of classifier guidance, of a network that is not told the class; 0 is no guidance. "
         "Default: 0, 1, 3 and 10, if neither of the next two is given.",
+        must_be=FINITE,
     )
     guidance_scales: list[float] = option(
         [],
         "Scales of classifier-free guidance, of a network trained with --label_dropout that is told the class: "
         "1 is no guidance, 0 does not tell the class.",
+        must_be=FINITE,
     )
     thresholds: list[float] = option(
         [],
         "Probabilities that the classifier must give to the class for an image to be kept, in [0, 1]; 0 keeps all.",
+        must_be=UNIT,
     )
-    max_batches: int = option(10, "Most batches of --num_samples images that are drawn for each threshold.")
+    max_batches: int = option(
+        10, "Most batches of --num_samples images that are drawn for each threshold.", must_be=POSITIVE
+    )
     on: list[str] = option(
         ["prediction"],
         "What the classifier sees in guidance: 'prediction', 'image' (a second evaluation) or both.",
+        must_be=("'prediction', 'image' or both", lambda seen: seen in ("prediction", "image")),
     )
-    num_inference_steps: list[int] = option([8], "Numbers of steps of the sampler.")
-    gamma: float = option(1.0, "gamma of the sampler.")
-    num_samples: int = option(100, "Images for each row, of the classes of as many images of the data set.")
-    seed: int = option(0, "Seed of the classes and of all noise.")
+    num_inference_steps: list[int] = option([8], "Numbers of steps of the sampler.", must_be=POSITIVE)
+    gamma: float = option(1.0, "gamma of the sampler, in [0, 1].", must_be=UNIT)
+    num_samples: int = option(
+        100, "Images for each row, of the classes of as many images of the data set.", must_be=TWO_OR_MORE
+    )
+    seed: int = option(0, "Seed of the classes and of all noise.", must_be=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.scales or self.guidance_scales or self.thresholds):
             self.scales = [0.0, 1.0, 3.0, 10.0]
         self.check(self.label_column is not None, "label_column", "a column")
-        for name in ("scales", "guidance_scales"):
-            self.check(all(map(math.isfinite, getattr(self, name))), name, "finite numbers")
-        self.check(all(0 <= threshold <= 1 for threshold in self.thresholds), "thresholds", "in [0, 1]")
-        self.check(len(self.on) > 0 and set(self.on) <= {"prediction", "image"}, "on", "'prediction', 'image' or both")
-        steps = self.num_inference_steps
-        self.check(len(steps) > 0 and min(steps) > 0, "num_inference_steps", "positive")
-        self.check(self.num_samples > 1, "num_samples", "2 or more")
-        self.check_positive("max_batches")
-        self.check_not_negative("seed")
-        self.check(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
 
 
 class Row(NamedTuple):

@@ -21,7 +21,7 @@ from diffusers_ctm import CTMScheduler
 from .cli.device import choose_device, hardware
 from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, read_json, tensors_digest, write_files
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .hub.client import file_of
@@ -49,20 +49,28 @@ class TuneConfig(ModelOptions):
     """
 
     model: str | None = option(None, "The CTM: a folder or a repository on the Hub. It is not changed.")
-    output_dir: str = option("runs/tune", "Folder for the results.")
-    steps: list[int] = option([2, 4], "Numbers of steps; each step is one network evaluation.")
+    output_dir: str = option("runs/tune", "Folder for the results.", must_be=FOLDER)
+    steps: list[int] = option([2, 4], "Numbers of steps; each step is one network evaluation.", must_be=POSITIVE)
     evaluations: int = option(60, "Most schedules to try for each number of steps.")
-    gammas: list[float] = option([0.0, 0.5, 1.0], "Values of gamma to begin with, on the Karras levels.")
+    gammas: list[float] = option(
+        [0.0, 0.5, 1.0], "Values of gamma in [0, 1] to begin with, on the Karras levels.", must_be=UNIT
+    )
     first_level: bool = option(
         False,
         "Search the level of the first step too; otherwise sampling starts at sigma_max. One step has nothing else.",
     )
     num_samples: int | None = option(
-        None, f"Images per schedule and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}."
+        None,
+        f"Images per schedule and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}.",
+        must_be=TWO_OR_MORE,
     )
-    seeds: list[int] = option([0, 1], "Seeds of the search: all schedules are tried on the same noise.")
+    seeds: list[int] = option(
+        [0, 1], "Seeds of the search: all schedules are tried on the same noise.", must_be=NOT_NEGATIVE
+    )
     confirm_seeds: list[int] = option(
-        [100, 101, 102, 103, 104], "Other seeds, on which the best schedule is measured once more; two or more."
+        [100, 101, 102, 103, 104],
+        "Other seeds, on which the best schedule is measured once more; two or more.",
+        must_be=NOT_NEGATIVE,
     )
     force: bool = option(
         False,
@@ -75,9 +83,7 @@ class TuneConfig(ModelOptions):
         super().__post_init__()
         if not self.model:
             raise UserError("--model is needed: a folder or a repository on the Hub with a CTM.")
-        self.check_lists("steps", low=1)
-        self.check_lists("gammas", high=1)
-        self.check_lists("seeds", "confirm_seeds")
+        self.sort_values("steps", "gammas", "seeds", "confirm_seeds")
         if self.steps[0] == 1 and not self.first_level:
             raise UserError(
                 "--steps 1 has no level and no gamma to choose but where it starts: give --first_level true."
@@ -85,9 +91,7 @@ class TuneConfig(ModelOptions):
         self.check(len(self.confirm_seeds) > 1, "confirm_seeds", "two different seeds or more")
         if set(self.seeds) & set(self.confirm_seeds):
             raise UserError("--confirm_seeds must be other seeds than --seeds: those the best schedule was chosen on.")
-        self.check(self.num_samples is None or self.num_samples > 1, "num_samples", "2 or more")
         self.check(self.evaluations > len(self.gammas), "evaluations", f"more than --gammas has ({len(self.gammas)})")
-        self.check_folder("output_dir")
         if os.path.realpath(self.model) == os.path.realpath(self.pipeline_dir):
             raise UserError(
                 f"--output_dir {self.output_dir} would replace --model {self.model}; choose another folder."

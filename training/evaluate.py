@@ -36,11 +36,6 @@ from .report.tables import distance_table, setting_name
 class EvaluateConfig(PairOptions):
     """Sample over steps and gamma, compare with real images, and write table, plot and pictures."""
 
-    model: str | None = option(
-        None,
-        "The CTM: a folder or a repository on the Hub (with --gammas 1 also a consistency model). "
-        "Default: the teacher alone.",
-    )
     output_dir: str = option(
         "runs/evaluation", "Folder for evaluation.json, .md, .png and gammas.png; others stay.", must_be=FOLDER
     )
@@ -48,7 +43,10 @@ class EvaluateConfig(PairOptions):
         [1, 2, 4, 8, 18], "Numbers of steps of the CTM; each costs one network evaluation.", must_be=POSITIVE
     )
     gammas: list[float] = option(
-        [0.0, 0.5, 1.0], "Values of gamma in [0, 1]: 0 deterministic, 1 consistency-model multistep.", must_be=UNIT
+        [0.0, 0.5, 1.0],
+        "Values of gamma in [0, 1]: 0 deterministic, 1 consistency-model multistep. With 1 alone --model may be a "
+        "consistency model.",
+        must_be=UNIT,
     )
     teacher_steps: list[int] = option(
         [18], "Numbers N of Heun steps of the teacher; each costs 2N - 1 evaluations.", must_be=POSITIVE
@@ -136,8 +134,7 @@ def markdown(report: dict) -> str:
     """evaluation.md."""
     options, reference, features = report["options"], report["reference"], report["features"]
     seeds, real = options["seeds"], report["real_against_real"]
-    spread = "mean ± standard deviation over seeds " if len(seeds) > 1 else "seed "
-    spread += ", ".join(map(str, seeds))
+    spread = ("mean ± standard deviation over seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds))
     accuracy = f", accuracy {features['accuracy']:.1%} on images held out" if "accuracy" in features else ""
     floor = f"{real['resampled']['num_images']:,} drawn from the reference with replacement, against all of it"
     if "halves" in real:
@@ -187,13 +184,13 @@ def plot(report: dict):
         axes.fill_between(nfe, low, high, color=color, alpha=0.2, linewidth=0)
         label = "CTM" if gamma is None else f"CTM, gamma {gamma:g}"
         axes.plot(nfe, mean, "o-", color=color, markersize=5, label=label if rows else None)
-    heun = [row for row in results if row["sampler"] == "heun"]
+    heun = (row for row in results if row["sampler"] == "heun")
     for row, style in zip(heun, itertools.cycle(["--", "-.", (0, (5, 1)), (0, (1, 1))])):
         values, label = row["frechet"], f"teacher, Heun {row['steps']} steps ({row['nfe']} NFE)"
         axes.axhspan(values["min"], values["max"], color="black", alpha=0.12, linewidth=0)
         axes.axhline(values["mean"], color="black", linestyle=style, linewidth=1.2, label=label)
-    floor = report["real_against_real"]["resampled"]["frechet"]
-    axes.axhline(floor["mean"], color="gray", linestyle=":", linewidth=1.5, label="real images, resampled")
+    floor = report["real_against_real"]["resampled"]["frechet"]["mean"]
+    axes.axhline(floor, color="gray", linestyle=":", linewidth=1.5, label="real images, resampled")
     ticks = sorted({row["nfe"] for row in ctm or results})
     axes.set(yscale="log", xlabel="network evaluations per image (NFE)", ylabel="Frechet distance, lower is better")
     axes.set_xscale("log", base=2)
@@ -213,18 +210,17 @@ def gammas_picture(config: EvaluateConfig, pipelines: dict[str, CTMPipeline]) ->
     _, width = image_size(next(iter(pipelines.values())).unet)
     count = min(10, max(1, 2000 // (len(config.steps) * max(50, width))))  # images per group
 
-    def group(setting: Setting) -> Image.Image:
+    def group(caption: str, setting: Setting) -> tuple[str, Image.Image]:
         pipe = pipelines[setting.sampler]
         labels = class_labels(pipe.num_classes, None, count)
-        return tiles(draw(pipe, setting, count, labels, config.seeds[0], 0), count)
+        return caption, tiles(draw(pipe, setting, count, labels, config.seeds[0], 0), count)
 
     rows = []
     for gamma in config.gammas if "ctm" in pipelines else []:
-        settings = [Setting("ctm", steps, gamma) for steps in config.steps]
-        rows.append([(f"gamma {gamma:g}, {setting_name('ctm', one.steps)}", group(one)) for one in settings])
+        caption = f"gamma {gamma:g}, "
+        rows.append([group(caption + setting_name("ctm", n), Setting("ctm", n, gamma)) for n in config.steps])
     if "heun" in pipelines:
-        settings = [Setting("heun", steps) for steps in config.teacher_steps]
-        rows.append([(f"{setting.name} steps", group(setting)) for setting in settings])
+        rows.append([group(f"teacher, Heun {n} steps", Setting("heun", n)) for n in config.teacher_steps])
     return captioned(rows)
 
 

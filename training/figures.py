@@ -2,7 +2,6 @@
 """Draw the pictures of README and docs: `python -m training.figures --output_dir assets/figures`."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,8 +97,8 @@ def draw_how_it_works():
 
 
 def arrow(axis, start: tuple[float, float], end: tuple[float, float], color: str, **style) -> None:
-    properties = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 2, "shrinkB": 2, **style}
-    axis.annotate("", end, start, arrowprops=properties)
+    style = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 2, "shrinkB": 2, **style}
+    axis.annotate("", end, start, arrowprops=style)
 
 
 def draw_loss(axis) -> None:
@@ -117,10 +116,13 @@ def draw_loss(axis) -> None:
     for level, state, name, offset in ((t, x_t, "$x_t$", 0.5), (u, x_u, "$x_u$", -1.0), (s, x_s, "$x_s$", 0.5)):
         axis.plot(level, state, "o", color="black", markersize=4)
         axis.text(level, state + offset, name, ha="center")
-    axis.text(1.55, x_u - 0.35, "teacher", color="0.35", ha="right", va="top")
-    axis.text(0.8, 4.0, "student", color=STUDENT, ha="center")
-    axis.text(0.42, x_s_target - 1.1, "average", color=TARGET, ha="center", va="top")
-    axis.text(LOW * 1.15, (estimate + target) / 2 + 1.2, "distance", ha="right", va="bottom")
+    for level, state, word, color, side, edge in (
+        (1.55, x_u - 0.35, "teacher", "0.35", "right", "top"),
+        (0.8, 4.0, "student", STUDENT, "center", "baseline"),
+        (0.42, x_s_target - 1.1, "average", TARGET, "center", "top"),
+        (LOW * 1.15, (estimate + target) / 2 + 1.2, "distance", "black", "right", "bottom"),
+    ):
+        axis.text(level, state, word, color=color, ha=side, va=edge)
     axis.set_title("Training: both ways must agree", fontsize=10)
 
 
@@ -146,7 +148,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sample(pipe: CTMPipeline, classes: Sequence[int], *inputs, seed: int = 0, **options) -> torch.Tensor:
+def sample(pipe: CTMPipeline, classes: list[int], *inputs, seed: int = 0, **options) -> torch.Tensor:
     """Images in [0, 1] of these classes; `inputs` are what the pipeline of a further task begins with."""
     return pipe(*inputs, class_labels=classes, generator=seeded(seed), output_type="pt", **options).images
 
@@ -221,18 +223,20 @@ def draw_three_gammas(pipe: CTMPipeline) -> Image.Image:
 def draw_editing(pipe: CTMPipeline) -> Image.Image:
     """One digit of each class, the part of it that is kept, and what the CTM makes of that; ten rows of ten."""
     image = digit_of_each_class()
-    kinds = (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
-    edit, repair, inpaint = (silent(cls, pipe) for cls in kinds)
+    edit, repair = silent(CTMImg2ImgPipeline, pipe), silent(CTMRestorationPipeline, pipe)
     lower_half = torch.zeros(8, 8)
     lower_half[4:] = 1
     noisy = image + 0.25 * torch.randn(image.shape, generator=seeded())
-    rows = [image, torch.where(lower_half == 1, 0.5, image), sample(inpaint, DIGITS, image, lower_half)]
+    rows = [
+        image,
+        torch.where(lower_half == 1, 0.5, image),
+        sample(silent(CTMInpaintPipeline, pipe), DIGITS, image, lower_half),
+    ]
     for operator in (BlockAverageOperator(2), RandomSums(24)):
         kept = operator(2 * image - 1)
         rows += [operator.pseudo_inverse(kept) / 2 + 0.5, sample(repair, DIGITS, kept, operator)]
-    next_classes = [(k + 1) % 10 for k in DIGITS]
     rows += [noisy, sample(edit, DIGITS, noisy, sigma=0.5, add_noise=False)]
-    rows.append(sample(edit, next_classes, image, 0.5, num_inference_steps=4))
+    rows.append(sample(edit, [(k + 1) % 10 for k in DIGITS], image, 0.5, num_inference_steps=4))
     return tiles(torch.cat(rows), 10)
 
 
@@ -245,17 +249,15 @@ def draw_encoding(pipe: CTMPipeline):
     def rms(x: torch.Tensor) -> float:
         return x.square().mean().sqrt().item()
 
-    latent_errors = [rms(latents[n] - latents[72]) for n in counts]
-    image_errors = [rms(inverter.decode(latents[n], DIGITS, n, "latent").images - clean) for n in counts]
+    decoded = {n: inverter.decode(latents[n], DIGITS, n, "latent").images for n in counts}
     jumps = pipe(class_labels=DIGITS, latents=latents[18], output_type="latent").images
     second = digit_of_each_class(1)
     pairs = [(image[k], second[k], k) for k in (0, 2)] + [(image[i], image[j], [i, j]) for i, j in ((1, 7), (4, 9))]
-    shares = torch.linspace(0, 1, 9)
-    between = [inverter.interpolate(*ends, shares, k, output_type="pt").images for *ends, k in pairs]
+    between = [inverter.interpolate(*ends, torch.linspace(0, 1, 9), k, output_type="pt").images for *ends, k in pairs]
 
     figure, (left, right) = new_figure(9.6, 3.4, columns=2, dpi=110, width_ratios=[1, 1.25])
-    left.loglog(counts, latent_errors, "o-", label="latents, against 72 steps")
-    left.loglog(counts, image_errors, "s-", label="image, encoded and decoded")
+    left.loglog(counts, [rms(latents[n] - latents[72]) for n in counts], "o-", label="latents, against 72 steps")
+    left.loglog(counts, [rms(decoded[n] - clean) for n in counts], "s-", label="image, encoded and decoded")
     left.axhline(rms(jumps - clean), color=NOISE, linestyle=":", label="image, encoded in 18, decoded in 1 jump")
     left.set_xticks(counts, [str(n) for n in counts])
     left.minorticks_off()
@@ -289,9 +291,7 @@ def draw_trajectories(pipe: CTMPipeline) -> Image.Image:
         rows[f"gamma {gamma:g}: their jumps to the end"] = torch.cat(strip.estimates)
     gammas = (0.0, 0.5, 1.0)
     grid = gamma_seed_grid(pipe, gammas, range(10), class_labels=5, generator=seeded(3), output_type="pt")
-    for gamma, images in zip(gammas, grid, strict=True):
-        rows[f"one latent, gamma {gamma:g}: ten seeds"] = images
-    return strips(rows)
+    return strips(rows | {f"one latent, gamma {gamma:g}: ten seeds": images for gamma, images in zip(gammas, grid)})
 
 
 def draw_likelihood(pipe: CTMPipeline) -> Image.Image:

@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -76,19 +75,6 @@ class GuideConfig(DataOptions):
         self.check(self.label_column is not None, "label_column", "a column")
 
 
-class Row(NamedTuple):
-    """What was asked, and what came of it."""
-
-    method: str  # what the classifier saw in guidance, "free" or "rejection"
-    value: float  # scale or threshold
-    steps: int
-    classifier: float  # share of images that have the class that was asked, by the classifier
-    nearest: float  # likewise, by the nearest real image
-    distance: float  # Frechet, in the classifier's features
-    outside: float  # share of pixels that left [-1, 1] by more than 0.05, which are clipped
-    kept: float  # share of the drawn images
-
-
 def nearest_class(images: torch.Tensor, examples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Class of the nearest example of each image, shape (B,): a judge that the guidance did not see."""
     return labels[torch.cdist(images.flatten(1), examples.flatten(1)).argmin(1)]
@@ -110,8 +96,8 @@ def samples(
             output = unconditional(len(target), generator=seeded(), guidance=guidance, **options, **told_nothing)
             yield on, scale, output.images, target, 1.0
     for scale in config.guidance_scales:
-        images = pipe(class_labels=target, guidance_scale=scale, generator=seeded(), **options).images
-        yield "free", scale, images, target, 1.0
+        output = pipe(class_labels=target, guidance_scale=scale, generator=seeded(), **options)
+        yield "free", scale, output.images, target, 1.0
     for threshold in config.thresholds:
         kept = rejection_sample(
             pipe, classifier.logits, len(target), target, threshold, batch_size=len(target),
@@ -126,8 +112,8 @@ def samples(
 
 
 @torch.no_grad()
-def main(config: GuideConfig) -> list[Row]:
-    """Print the table and return its rows."""
+def main(config: GuideConfig) -> list[dict]:
+    """Print the table and return its rows: what was asked, and what came of it."""
     dataset = ImageDataset(config)
     pixels, labels = dataset[list(range(len(dataset)))]
     if config.random_flip:  # the model has learned both
@@ -150,26 +136,24 @@ def main(config: GuideConfig) -> list[Row]:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     target = labels[order].repeat(-(-config.num_samples // len(order)))[: config.num_samples]
     rows = []
-    print("| " + " | ".join(Row._fields) + " |\n|---" + "|--:" * (len(Row._fields) - 1) + "|")
+    print("| method | value | steps | classifier | nearest | distance | outside | kept |\n|---" + "|--:" * 7 + "|")
     for steps in config.num_inference_steps:
         for method, value, images, classes, kept in samples(config, pipe, classifier, target, steps):
             shown = images.clamp(-1, 1)
-            judged = classifier.logits(shown).argmax(1), nearest_class(shown, examples, labels)
-            row = Row(
-                method,
-                value,
-                steps,
-                *[(found == classes).float().mean().item() for found in judged],
-                distances(classifier(((shown + 1) * 127.5).round().to(torch.uint8)))["frechet"],
-                (images.abs() > 1.05).float().mean().item(),
-                kept,
-            )
+            row = {
+                "method": method,  # what the classifier saw in guidance, "free" or "rejection"
+                "value": value,  # scale or threshold
+                "steps": steps,
+                # Shares of images that have the class that was asked, by the classifier and by the nearest real image.
+                "classifier": (classifier.logits(shown).argmax(1) == classes).float().mean().item(),
+                "nearest": (nearest_class(shown, examples, labels) == classes).float().mean().item(),
+                # Frechet, in the classifier's features.
+                "distance": distances(classifier(((shown + 1) * 127.5).round().to(torch.uint8)))["frechet"],
+                "outside": (images.abs() > 1.05).float().mean().item(),  # share of pixels that are clipped
+                "kept": kept,  # share of the drawn images
+            }
             rows.append(row)
-            print(
-                f"| {method} | {value:g} | {steps} | {row.classifier:.1%} | {row.nearest:.1%} | {row.distance:.2f} "
-                f"| {row.outside:.1%} | {kept:.0%} |",
-                flush=True,
-            )
+            print("| {} | {:g} | {} | {:.1%} | {:.1%} | {:.2f} | {:.1%} | {:.0%} |".format(*row.values()), flush=True)
     return rows
 
 

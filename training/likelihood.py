@@ -3,7 +3,6 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -26,11 +25,11 @@ NAMES = {"ctm": "CTM, exact score", "heun": "teacher"}
 
 @dataclass
 class LikelihoodConfig(PairOptions):
-    """Measure the likelihood of images by the probability-flow ODE and by the variational bound."""
+    """Measure the likelihood of images by the probability-flow ODE and by the variational bound.
 
-    model: str | None = option(
-        None, "The CTM, whose exact score is measured: a folder or a repository on the Hub. Default: the teacher alone."
-    )
+    A CTM is measured by its exact score.
+    """
+
     methods: list[str] = option(
         ["ode", "elbo"],
         "'ode' (the density of the ODE) and 'elbo' (a lower bound).",
@@ -57,7 +56,7 @@ class LikelihoodConfig(PairOptions):
 
 def measure(
     sampler: str, method: str, pipe: CTMPipeline, dataset: ImageDataset, indices: list[int], config: LikelihoodConfig
-) -> dict[str, Any]:
+) -> dict:
     """Likelihood of the images `indices` by one method, as likelihood.json has it.
 
     "sampler" is "ctm" for the CTM and "heun" for the teacher, as in evaluation.json; "name" is the model in words.
@@ -65,14 +64,23 @@ def measure(
     included. "nfe" are the network evaluations per image, and "images" the bits per dimension of each.
     Class-conditional networks are told the class.
     """
-    options = {"num_draws": config.num_draws, "num_probes": config.num_probes, "rtol": config.rtol, "atol": config.atol}
     generator = torch.Generator().manual_seed(config.seed)
     bits, evaluations = [], 0
     batches = range(0, len(indices), config.batch_size)
     for begin in tqdm(batches, desc=f"{NAMES[sampler]}, {method}", leave=False):
         images, labels = dataset[indices[begin : begin + config.batch_size]]
         labels = None if pipe.num_classes is None else labels
-        likelihood = log_likelihood(pipe, images, labels, method, generator=generator, **options)
+        likelihood = log_likelihood(
+            pipe,
+            images,
+            labels,
+            method,
+            num_draws=config.num_draws,
+            num_probes=config.num_probes,
+            rtol=config.rtol,
+            atol=config.atol,
+            generator=generator,
+        )
         bits.append(likelihood.bits_per_dim)
         evaluations += likelihood.nfe * len(images)
     bits = torch.cat(bits)
@@ -87,7 +95,7 @@ def measure(
     }
 
 
-def main(config: LikelihoodConfig) -> list[dict[str, Any]]:
+def main(config: LikelihoodConfig) -> list[dict]:
     """Measure, print a table, and write likelihood.json if `output_dir` says where."""
     logging.set_verbosity_info()
     device = choose_device(config.device)
@@ -110,8 +118,7 @@ def main(config: LikelihoodConfig) -> list[dict[str, Any]]:
     print(f"{config.dataset_name}, {config.dataset_split}: {len(indices)} images")
     print("| density | method | bits/dim | evaluations per image |\n|---|---|--:|--:|")
     for row in rows:
-        bits = f"{row['bits_per_dim']:.3f} ± {row['standard_error']:.3f}"
-        print(f"| {row['name']} | {row['method']} | {bits} | {row['nfe']:.0f} |")
+        print("| {name} | {method} | {bits_per_dim:.3f} ± {standard_error:.3f} | {nfe:.0f} |".format(**row))
     if config.output_dir is not None:
         report = {**facts(config, device), "indices": indices, "results": rows}
         write_report(config.output_dir, "likelihood", report)

@@ -13,7 +13,6 @@ class ModelOptions(DataOptions):
     """A model and the images that it is compared with."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
-    model: str | None = option(None, "The CTM: a folder or a repository on the Hub.")
     batch_size: int = option(250, "Most images per network evaluation.", must_be=POSITIVE)
     device: str = option("auto", "'cpu', 'cuda', 'cuda:1', ..., or 'auto': a GPU if there is one.")
 
@@ -28,6 +27,9 @@ class ModelOptions(DataOptions):
 class PairOptions(TeacherOptions, ModelOptions):
     """A CTM, a teacher, or both."""
 
+    model: str | None = option(
+        None, "The CTM: a folder or a repository on the Hub. Default: none, the teacher is measured alone."
+    )
     teacher: str | None = option(
         None, "A diffusion model, sampled with Heun's method: a folder or a repository on the Hub. Default: none."
     )

@@ -127,7 +127,7 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
     [
         ({"model": None}, "--model or --teacher is needed"),
         ({"gammas": [0.0, 1.5]}, r"--gammas must be in \[0, 1\]"),
-        ({"steps": [0, 1]}, "--steps must be 1 or more"),
+        ({"steps": [0, 1]}, "--steps must be positive"),
         ({"seeds": []}, "--seeds must be one value"),
         ({"num_samples": 64}, "--num_samples: 64 samples are too few for 64 features"),
         ({"model": "no/such/folder"}, r"--model no/such/folder cannot be loaded\. No such folder is here\. It must"),

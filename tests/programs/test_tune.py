@@ -39,12 +39,12 @@ def test_the_cache_holds_what_other_runs_measured_too(tmp_path):
         return Measure(sampling, distances, folder, common, tqdm(disable=True))(setting, seeds)
 
     asked, first = [], Setting("ctm", 2, (0.5, 0.0), (80.0, 1.0))
-    assert measured({"weights": 1}, first, [0, 1]) == measured({"weights": 1}, first, [0, 1]) == [0.25, 1.25]
-    for other in (({"weights": 2}, first), ({"weights": 1}, Setting("ctm", 2)), ({"weights": 1}, first)):
+    assert measured("one", first, [0, 1]) == measured("one", first, [0, 1]) == [0.25, 1.25]
+    for other in (("two", first), ("one", Setting("ctm", 2)), ("one", first)):
         assert measured(*other, [0]) == [0.25]
     assert asked == [0, 1, 0, 0]
     (tmp_path / "deep" / "cache.json").write_text('{"key": "abc')  # as a disk may leave it
-    assert measured({"weights": 1}, first, [0]) == [0.25] and len(asked) == 5
+    assert measured("one", first, [0]) == [0.25] and len(asked) == 5
 
 
 BAD = {"4": {"gamma": 0.0, "final_sigma": 0.7}}  # leaves noise in the images
@@ -165,15 +165,18 @@ def test_what_a_model_on_the_hub_says_of_its_making_goes_with_it(model, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": None}, "--model is needed"),
-        ({"steps": [1]}, "--steps 1 has no level and no gamma to choose"),
-        ({"steps": [0, 2]}, "--steps must be 1 or more"),
+        ({"model": None}, "--model must be a folder or a repository"),
+        ({"steps": [1]}, "--steps must be 2 or more, or --first_level true"),
+        ({"steps": [0, 2]}, "--steps must be positive"),
         ({"gammas": [0.5, 1.5]}, r"--gammas must be in \[0, 1\]"),
         ({"seeds": [0, 3], "confirm_seeds": [3, 4]}, "--confirm_seeds must be other seeds than --seeds"),
         ({"confirm_seeds": [7, 7]}, "--confirm_seeds must be two different seeds"),
         ({"evaluations": 2}, r"--evaluations must be more than --gammas has \(2\)"),
         ({"batch_size": 0}, "--batch_size must be positive"),
-        ({"model": "runs/a/pipeline", "output_dir": "runs/a"}, "would replace --model"),
+        (
+            {"model": "runs/a/pipeline", "output_dir": "runs/a"},
+            "--output_dir must be another folder, because this would replace --model",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path):

@@ -29,6 +29,8 @@ POSITIVE: Limit = ("positive", lambda value: value > 0)
 NOT_NEGATIVE: Limit = ("0 or more", lambda value: value >= 0)
 TWO_OR_MORE: Limit = ("2 or more", lambda value: value >= 2)
 BELOW_ONE: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
+UNIT: Limit = ("in [0, 1]", lambda value: 0 <= value <= 1)
+FOLDER: Limit = ("a folder", lambda path: path != "" and not os.path.isfile(path))
 
 
 def option(
@@ -74,10 +76,6 @@ class Checked:
         """Raise UserError that the option `name` must be `advice`, unless `condition` holds."""
         if not condition:
             raise UserError(f"--{name} must be {advice}, got {getattr(self, name)!r}.")
-
-    def check_positive(self, *names: str) -> None:
-        for name in names:
-            self.check(getattr(self, name) > 0, name, "positive")
 
     def check_not_negative(self, *names: str) -> None:
         for name in names:

@@ -234,12 +234,12 @@ def markdown(report: dict) -> str:
     """benchmark.md."""
     options, lines = report["options"], []
     if "training" in report:
-        training = report["training"]
+        training, side = report["training"], options["resolution"]
         lines += [
-            f"Training step: DDPM++ with {options['channels']} channels at "
-            f"{options['resolution']}x{options['resolution']}, batch {options['batch_size']}, N = {options['num_train_timesteps']}, k = "
-            f"{', '.join(map(str, training['solver_steps']))}. The plain step computes everything in the order of the "
-            "authors' loop. The columns of passes count images per image of the batch:",
+            f"Training step: DDPM++ with {options['channels']} channels at {side}x{side}, "
+            f"batch {options['batch_size']}, N = {options['num_train_timesteps']}, "
+            f"k = {', '.join(map(str, training['solver_steps']))}. The plain step computes everything in the authors' "
+            "order. The columns of passes count images per image of the batch:",
             "",
             *step_table(training),
             "",

@@ -49,10 +49,6 @@ class FiguresConfig(Checked):
     output_dir: str = option("assets/figures", "Folder for the pictures.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_folder("output_dir")
-
 
 # The toy problem ------------------------------------------------------------------------------------------------------
 
@@ -90,10 +86,7 @@ def draw_how_it_works():
             axis.plot(
                 *flow(torch.tensor([start], dtype=torch.float64), HIGH, LOW), color="0.88", linewidth=0.8, zorder=0
             )
-        axis.set_xscale("log")
-        axis.set_xlim(HIGH * 1.15, LOW * 0.8)
-        axis.set_ylim(-6, 6)
-        axis.set_xlabel("noise level")
+        axis.set(xscale="log", xlim=(HIGH * 1.15, LOW * 0.8), ylim=(-6, 6), xlabel="noise level")
     axes[0].set_ylabel("state")
     draw_loss(axes[0])
     generator = seeded(7)
@@ -121,8 +114,8 @@ def draw_loss(axis) -> None:
     axis.plot(*flow(torch.tensor(x_t, dtype=torch.float64), t, u), color=TEACHER, linewidth=2.2)
     arrow(axis, (t, x_t), (s, x_s), STUDENT, connectionstyle="arc3,rad=-0.25")
     arrow(axis, (u, x_u), (s, x_s_target), TARGET, connectionstyle="arc3,rad=0.25")
-    arrow(axis, (s, x_s), (LOW, estimate), TARGET, linestyle="--")
-    arrow(axis, (s, x_s_target), (LOW, target), TARGET, linestyle="--")
+    for start, end in ((x_s, estimate), (x_s_target, target)):
+        arrow(axis, (s, start), (LOW, end), TARGET, linestyle="--")
     for level, state, name, offset in ((t, x_t, "$x_t$", 0.5), (u, x_u, "$x_u$", -1.0), (s, x_s, "$x_s$", 0.5)):
         axis.plot(level, state, "o", color="black", markersize=4)
         axis.text(level, state + offset, name, ha="center")
@@ -243,8 +236,8 @@ def draw_editing(pipe: CTMPipeline) -> Image.Image:
 
     rows = [image, torch.where(lower_half == 1, 0.5, image), run(inpaint, image, lower_half)]
     for operator in (BlockAverageOperator(2), RandomSums(24)):
-        known = operator(2 * image - 1)
-        rows += [operator.pseudo_inverse(known) / 2 + 0.5, run(repair, known, operator)]
+        kept = operator(2 * image - 1)
+        rows += [operator.pseudo_inverse(kept) / 2 + 0.5, run(repair, kept, operator)]
     next_classes = [(k + 1) % 10 for k in DIGITS]
     rows += [noisy, run(edit, noisy, sigma=0.5, add_noise=False)]
     rows.append(run(edit, image, 0.5, num_inference_steps=4, classes=next_classes))
@@ -274,8 +267,7 @@ def draw_encoding(pipe: CTMPipeline):
     left.axhline(rms(jumps - clean), color=NOISE, linestyle=":", label="image, encoded in 18, decoded in 1 jump")
     left.set_xticks(counts, [str(n) for n in counts])
     left.minorticks_off()
-    left.set_xlabel("Heun steps N (2N evaluations each way)")
-    left.set_ylabel("RMS error")
+    left.set(xlabel="Heun steps N (2N evaluations each way)", ylabel="RMS error")
     left.grid(alpha=0.3)
     left.legend(fontsize=8, frameon=False)
     right.imshow(np.asarray(tiles(torch.cat(between), 9)))
@@ -345,7 +337,7 @@ def draw_safety(pipe: CTMPipeline) -> Image.Image:
     classes = [3, 7, 1, 7, 5, 0, 7, 8, 2, 9]
     output = checked(class_labels=classes, generator=seeded(), output_type="pt")
     flags = ", ".join(str(flag) for flag in output.nsfw_content_detected)
-    return captioned([strips({"no safety checker": sample(pipe, classes), flags: output.images})], gap=6)
+    return captioned([strips({"no safety checker": sample(pipe, classes)}), strips({flags: output.images})], gap=6)
 
 
 # Pictures of emoji ----------------------------------------------------------------------------------------------------
@@ -364,10 +356,10 @@ def draw_emoji_editing(pipe: CTMPipeline) -> Image.Image:
     classes, gray = list(range(pipe.num_classes)), GrayscaleOperator()
     options = {"class_labels": classes, "output_type": "pt"}
     image = sample(pipe, classes, 1, num_inference_steps=18, gamma=0.0)
-    known = gray(2 * image - 1)
-    left = {"samples in 18 steps": image, "their gray": (known / 2 + 0.5).expand_as(image)}
+    kept = gray(2 * image - 1)
+    left = {"samples in 18 steps": image, "their gray": (kept / 2 + 0.5).expand_as(image)}
     for seed, name in enumerate(("colored, 18 evaluations", "colored, from other noise")):
-        left[name] = repair(known, gray, generator=seeded(seed), **options).images
+        left[name] = repair(kept, gray, generator=seeded(seed), **options).images
     drawn = strokes()[[k % 9 for k in classes]]
     right = {"strokes": drawn}
     for strength in (0.3, 0.4, 0.5):

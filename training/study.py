@@ -186,7 +186,7 @@ def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]
         parts.append((start, {**options, "discriminator_start": max(iterations, 2 * config.timing_steps)}))
     if start < iterations:
         parts.append((iterations - start, {**options, "discriminator_start": 0} if start else options))
-    return [{"iterations": n, "options": {**own, "seed": typical_seed(config, own)}, "seconds": []} for n, own in parts]
+    return [{"iterations": n, "options": {**o, "seed": typical_seed(config, o)}, "seconds": []} for n, o in parts]
 
 
 def typical_seed(config: StudyConfig, options: dict[str, Any]) -> int:
@@ -285,8 +285,7 @@ def plot(curves: dict[str, list[dict]], steps: str):
             mean = [math.exp(statistics.fmean(map(math.log, row))) for row in values]
             place.fill_between(across, list(map(min, values)), list(map(max, values)), color=color, alpha=0.08)
             place.plot(across, mean, style, color=color, marker="o", markersize=3, linewidth=1.4, label=name)
-        place.set_xlabel(words)
-        place.set_yscale("log")
+        place.set(xlabel=words, yscale="log")
         place.grid(alpha=0.3, which="both")
     axes[0].set_ylabel(f"Frechet distance, {steps} step{'s' if steps != '1' else ''}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9, frameon=False)

@@ -1,4 +1,5 @@
-"""The embedded checkpoints: they load, they are what the README says, and the folder stays small."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The embedded checkpoints load and do what the documents say, and the folder stays small."""
 
 import json
 
@@ -35,7 +36,7 @@ def test_checkpoints_are_a_teacher_and_its_student():
     assert all(teacher.scheduler.config[name] == student.scheduler.config[name] for name in names)
 
 
-def test_student_has_the_schedules_that_were_found():
+def test_student_has_the_schedules_of_the_report():
     report = json.loads((ASSETS / "tune" / "tune.json").read_text())
     student = load("digits-ctm")
     assert student.scheduler.config.presets == {str(row["steps"]): row["preset"] for row in report["results"]}
@@ -59,8 +60,8 @@ def test_student_draws_the_digit_it_is_asked(options):
     images = load("digits-ctm")(
         class_labels=labels, generator=torch.Generator().manual_seed(0), output_type="latent", **options
     ).images
-    found, distance = nearest_class(images)
-    assert (found == labels).float().mean() > 0.9
+    classes, distance = nearest_class(images)
+    assert (classes == labels).float().mean() > 0.9
     noise = nearest_class(torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1)[1]
     assert distance.mean() < noise.mean() / 2
 
@@ -83,7 +84,7 @@ def test_student_in_one_step_ends_where_its_teacher_does():
 GROUPS = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
 
 
-def test_emoji_are_a_teacher_and_its_student_under_their_licence():
+def test_emoji_are_a_teacher_and_its_student_under_their_license():
     teacher, student = load("emoji-edm"), load("emoji-ctm")
     assert type(teacher.unet) is UNet2DModel and isinstance(student.unet, diffusers_ctm.CTMUNet2DModel)
     for name, pipe in (("emoji-edm", teacher), ("emoji-ctm", student)):
@@ -113,5 +114,5 @@ def test_emoji_student_ends_where_its_teacher_does():
 def test_emoji_are_of_the_group_that_is_asked():
     labels = torch.arange(9).repeat(20)
     images = load("emoji-ctm")(class_labels=labels, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    found = load_saved(ASSETS / "emoji-features").classify((images * 255).round().to(torch.uint8))
-    assert (found == labels).float().mean() > 0.4  # a ninth by chance, 0.7 of real images held out
+    classes = load_saved(ASSETS / "emoji-features").classify((images * 255).round().to(torch.uint8))
+    assert (classes == labels).float().mean() > 0.4  # a ninth by chance, 0.7 of real images held out

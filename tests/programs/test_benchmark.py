@@ -51,7 +51,7 @@ def test_exact_turns_of_the_adversarial_stage_are_the_plain_ones_and_less_work(t
     # The student's turn has both losses; the discriminator's has its fake, with an unused graph on the plain side.
     assert plain["student"] == {"without_graph": 0, "with_graph": 3, "backward": 2}
     assert exact["student"] == {"without_graph": 1, "with_graph": 2, "backward": 2}
-    # For each of two weights a pass of either loss that goes through the average, as score matching does not; one for the update.
+    # Each of two weights asks for a pass of either loss, but score matching does not need the average; then the update.
     assert plain["average"] == {"without_graph": 2, "with_graph": 2, "backward": 4}
     assert 0 < exact["average"]["backward"] == 2 * exact["average"]["with_graph"] < 2
     assert exact["average"]["without_graph"] < 3
@@ -62,7 +62,7 @@ def test_exact_turns_of_the_adversarial_stage_are_the_plain_ones_and_less_work(t
 
 
 def test_networks_are_compiled_as_the_program_compiles_them(monkeypatch):
-    """torch.compile alone frees tensors that the second of two backward passes through a graph reads, and that is an error."""
+    """torch.compile alone frees tensors that the second backward pass through a graph reads, which is an error."""
     compiled = []
     monkeypatch.setattr(steps, "compile_network", compiled.append)
     problem = Problem(**NUMBERS, device=torch.device("cpu"), compile=True)

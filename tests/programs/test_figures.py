@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""training.figures: the README's pictures are those of the shipped CTM."""
+"""training.figures: the shipped pictures are those of the shipped CTMs."""
 
 import os
 
@@ -14,13 +14,16 @@ from training.cli.errors import UserError
 from training.figures import FiguresConfig, flow, main, two_modes_denoiser
 
 
-def test_the_pictures_of_the_readme_are_drawn(tmp_path):
-    models = {"model": str(ROOT / "assets" / "digits-ctm"), "emoji_model": str(ROOT / "assets" / "emoji-ctm")}
+ASSETS = ROOT / "assets"
+
+
+def test_the_shipped_pictures_are_drawn(tmp_path):
+    models = {"model": str(ASSETS / "digits-ctm"), "emoji_model": str(ASSETS / "emoji-ctm")}
     main(FiguresConfig(**models, output_dir=str(tmp_path)))
-    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(ROOT / "assets" / "figures"))
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(ASSETS / "figures"))
     for name in ("three_gammas.png", "editing.png", "trajectories.png", "safety.png", "emoji.png", "emoji_editing.png"):
         drawn, shipped = (
-            np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, ROOT / "assets" / "figures")
+            np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, ASSETS / "figures")
         )
         assert drawn.shape == shipped.shape and abs(drawn - shipped).mean() < 1, name
 
@@ -41,23 +44,19 @@ def test_the_toy_flow_keeps_the_distribution():
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    "options, message",
     [
-        ("nowhere/at-all", "--model nowhere/at-all cannot be loaded"),
-        ("{assets}/digits-edm", "is no CTM but a CTMPipeline with EDMHeunScheduler"),
+        ({"model": "nowhere/at-all"}, "--model nowhere/at-all cannot be loaded"),
+        ({"model": "{assets}/digits-edm"}, "is no CTM but a CTMPipeline with EDMHeunScheduler"),
+        ({"model": "{other}"}, "must be a CTM of the ten 8x8 digits"),
+        ({"emoji_model": "{other}"}, "--emoji_model .* must be a CTM of 16x16 color images"),
     ],
 )
-def test_a_model_that_does_not_fit(tmp_path, name, message):
-    config = FiguresConfig(model=name.format(assets=ROOT / "assets"), output_dir=str(tmp_path / "figures"))
+def test_a_model_that_does_not_fit(make_unet, tmp_path, options, message):
+    other = tmp_path / "other"
+    CTMPipeline(make_unet(num_class_embeds=10), CTMScheduler()).save_pretrained(other)
+    models = {"model": str(ASSETS / "digits-ctm"), "emoji_model": str(ASSETS / "emoji-ctm")}
+    models |= {name: value.format(assets=ASSETS, other=other) for name, value in options.items()}
     with pytest.raises(UserError, match=message):
-        main(config)
+        main(FiguresConfig(**models, output_dir=str(tmp_path / "figures")))
     assert not (tmp_path / "figures").exists()
-
-
-def test_a_ctm_of_something_else(make_unet, tmp_path):
-    CTMPipeline(make_unet(num_class_embeds=10), CTMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="must be a CTM of the ten 8x8 digits"):
-        main(FiguresConfig(model=str(tmp_path), output_dir=str(tmp_path / "figures")))
-    with pytest.raises(UserError, match="--emoji_model .* must be a CTM of 16x16 colour images"):
-        digits = str(ROOT / "assets" / "digits-ctm")
-        main(FiguresConfig(model=digits, emoji_model=str(tmp_path), output_dir=str(tmp_path / "figures")))

@@ -57,7 +57,7 @@ def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeyp
 
 
 def test_timed_iterations_are_like_the_runs(variants):
-    """They ask the teacher as often on average, and both parts of a run in which the adversarial stage begins are timed."""
+    """They ask the teacher as often on average, and the parts before and in the adversarial stage are timed apart."""
     config = StudyConfig(seeds=[0, 1], max_train_steps=50, eval_every=50, timing_steps=4)
     soft = read_variants(variants)["soft"]
     judge = {"discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_start": 20}
@@ -114,7 +114,7 @@ def test_reading_between_measurements():
 
 
 def test_the_shipped_study_has_the_shipped_variants():
-    """`make study` repeats the shipped variants of assets/study, whose other rows are said to be of options that were removed."""
+    """`make study` repeats them. The report says which of its other rows have options that were removed."""
     variants = read_variants("training/configs/study_digits_variants.yaml")
     assert variants["soft"]["learning_rate"] == 1e-3 and variants["local"]["matching"] == "local"
     curves = json.loads((ROOT / "assets" / "study" / "study.json").read_text())["curves"]

@@ -38,7 +38,7 @@ def load_pretrained(name: str, model_class: type = AutoModel, **options) -> tupl
 
 
 def image_processing(name: str) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
-    """What the image processor of the folder or Hub id `name` does: (side, mean, std).
+    """(side, mean, std) of the image processor in the folder or Hub id `name`.
 
     `side` is the height and width in pixels that the network is shown. `mean` and `std`, shape (3,), normalize pixels
     in 0..255. The processor's file is read, the processor itself is not built: that may need torchvision.

@@ -34,7 +34,7 @@ HEAD = "lin{}.model.1.weight"
 
 @dataclass(frozen=True)
 class Plan:
-    """Where LPIPS looks at a network.
+    """The layers of a network that LPIPS compares.
 
     Args:
         title: its name.

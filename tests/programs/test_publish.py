@@ -471,6 +471,41 @@ def test_positional_arguments_and_their_names_are_the_same():
             parse_config(PublishConfig, wrong.split())
 
 
+FAILING_RUN = """
+import threading
+from pathlib import Path
+from training.data.stream import ahead
+from training.hub import push
+from training.train_edm import EDMConfig
+
+def hang(*_):
+    begun.release()
+    threading.Event().wait()
+
+def pieces():
+    yield 1
+    hang()
+
+begun = threading.Semaphore(0)
+push.open_repo = lambda *_: None
+pusher = push.Pusher(EDMConfig(output_dir="run", hub_model_id="a/b", hub_license="mit"), {})
+push.stage = hang  # as a Hub that never answers
+pusher.push(lambda folder: Path(folder).mkdir(parents=True), 1, "checkpoint-1")
+made = ahead(pieces(), 1)
+next(made)
+begun.acquire(), begun.acquire()
+raise ValueError("the run fails")
+"""
+
+
+def test_a_run_that_fails_waits_neither_for_an_upload_nor_for_a_stream(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_RUN], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: the run fails\n"), done.stderr
+
+
 def test_tokens_are_hidden(monkeypatch, capsys):
     assert without_token(f"Bearer {TOKEN} refused") == "Bearer *** refused"
     assert without_token("shf_aaaaaaaaaaaaaaaaaaaaaaaaaaaa hf_short") == "shf_aaaaaaaaaaaaaaaaaaaaaaaaaaaa hf_short"

@@ -2,11 +2,11 @@
 """Images read as they come, in an order that a run can resume."""
 
 import collections
-import concurrent.futures
 import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import torch
@@ -144,21 +144,21 @@ def stream_batches(
         for rows, place in batches_of_rows():
             yield *stream.decode(rows), place
         return
-    with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
-        begun = ((pool.submit(stream.decode, rows), place) for rows, place in batches_of_rows())
+    with ThreadPool(num_workers) as decoders:
+        begun = ((decoders.apply_async(stream.decode, [rows]), place) for rows, place in batches_of_rows())
         with contextlib.closing(ahead(begun, num_workers)) as batches:
             for batch, place in batches:
-                yield *batch.result(), place
+                yield *batch.get(), place
 
 
 def ahead(iterator: Iterator[T], depth: int) -> Iterator[T]:
-    """The pieces of `iterator`, made by another thread up to `depth` ahead. Its errors are raised here."""
+    """The pieces of `iterator`, made by another thread up to `depth` ahead. Its errors are raised here.
+
+    The thread is a daemon: one that hangs keeps neither the caller nor the program from ending.
+    """
     end = object()
-    with contextlib.closing(iterator), concurrent.futures.ThreadPoolExecutor(1, "reading ahead") as reader:
-        made = collections.deque(reader.submit(next, iterator, end) for _ in range(depth + 1))
-        try:
-            while (piece := made.popleft().result()) is not end:
-                made.append(reader.submit(next, iterator, end))
-                yield piece
-        finally:
-            reader.shutdown(cancel_futures=True)
+    with ThreadPool(1) as reader:
+        made = collections.deque(reader.apply_async(next, [iterator, end]) for _ in range(depth + 1))
+        while (piece := made.popleft().get()) is not end:
+            made.append(reader.apply_async(next, [iterator, end]))
+            yield piece

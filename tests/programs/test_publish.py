@@ -488,7 +488,7 @@ def pieces():
 
 begun = threading.Semaphore(0)
 push.open_repo = lambda *_: None
-pusher = push.Pusher(EDMConfig(output_dir="run", hub_model_id="a/b", hub_license="mit"), {})
+pusher = push.Pusher(EDMConfig(output_dir="run", hub_model_id="a/b", hub_license="mit"), {"license": "mit"})
 push.stage = hang  # as a Hub that never answers
 pusher.push(lambda folder: Path(folder).mkdir(parents=True), 1, "checkpoint-1")
 made = ahead(pieces(), 1)

@@ -44,11 +44,8 @@ class Images:
             self.id2label = dict(enumerate(features[self.label_column].names))
         image = first[self.image_column]
         self.mode = options.image_mode or ("L" if image.mode in GRAY_MODES else "RGB")
+        self.channels = 1 if self.mode == "L" else 3
         self.resolution = options.resolution or min(image.size)
-
-    @property
-    def channels(self) -> int:
-        return 1 if self.mode == "L" else 3
 
     def check_labels(self, labels: list[int | None]) -> None:
         """Raise UserError if an image has no class."""

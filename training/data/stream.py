@@ -129,8 +129,7 @@ def stream_batches(
 
     def batches_of_rows() -> Iterator[tuple[list[Row], dict[str, Any]]]:
         batch = []
-        start = Position() if position is None else Position(**position)
-        for number, row, place in stream.rows(seed, start, first_step * total):
+        for number, row, place in stream.rows(seed, Position(**position or {}), first_step * total):
             step, index = divmod(number, total)
             if step == last_step:
                 return

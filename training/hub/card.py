@@ -32,6 +32,7 @@ ATTRIBUTIONS = {  # of data sets
     ),
 }
 
+
 def is_generated(card: str) -> bool:
     """Whether `card` is as this program wrote it, unedited."""
     mark = MARK.search(card)

@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from ..cli.errors import UserError, error_text
 from ..cli.files import WRITE_ERRORS, write_json
 from ..cli.training_options import RunOptions
-from .client import LAST_CHECKPOINT, MANIFEST, commit_folder, manifest, open_repo, retried
+from .client import LAST_CHECKPOINT, MANIFEST, manifest, open_repo, retried
 from .inheritance import choose_license
 from .license import check_license_name
-from .publication import add_card, publish
+from .publication import publish, upload
 from .staging import link_or_copy, stage
 
 
@@ -122,12 +122,9 @@ class Pusher:
         if os.path.isdir(checkpoint):
             write_json(manifest(checkpoint), MANIFEST, checkpoint)
 
-        def send() -> None:
-            open_repo(self.repo, self.options.hub_private)
-            license = choose_license(self.record, {}, option_name="hub_license")
-            add_card(target, self.repo, license, {**self.record, "steps": step}, {})
-            commit_folder(self.repo, target, f"Training in progress, step {step}")
-
+        license = choose_license(self.record, {}, option_name="hub_license")
+        record, message = {**self.record, "steps": step}, f"Training in progress, step {step}"
+        send = functools.partial(upload, target, self.repo, self.options.hub_private, license, record, {}, message)
         retried(send, self._superseded.wait)
 
     # At the end -----------------------------------------------------------------------------------------------------

@@ -95,18 +95,10 @@ class ImageStream(Images):
                 raise UserError("The streamed data set holds no images any more.")
             position = Position(position.epoch + 1, first=position.first)
 
-    def decode(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """uint8 images of shape (n, C, H, W) and int64 classes of shape (n,), or None. Raises UserError."""
-        images = []
-        for row in rows:
-            name = (row[self.image_column] or {}).get("path") or "without a name"
-            with loading(f"An image of the data set ({name})"):
-                images.append(Image().decode_example(row[self.image_column]))
-        if self.label_column is None:
-            return self.stack(images), None
-        labels = [row[self.label_column] for row in rows]
-        self.check_labels(labels)
-        return self.stack(images), torch.tensor(labels)
+    def decode_rows(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        images = [row[self.image_column] for row in rows]
+        names = [(image or {}).get("path") or "without a name" for image in images]
+        return self.decode(images, [row.get(self.label_column) for row in rows], names)
 
 
 def stream_batches(
@@ -141,10 +133,10 @@ def stream_batches(
 
     if num_workers == 0:
         for rows, place in batches_of_rows():
-            yield *stream.decode(rows), place
+            yield *stream.decode_rows(rows), place
         return
     with ThreadPool(num_workers) as decoders:
-        begun = ((decoders.apply_async(stream.decode, [rows]), place) for rows, place in batches_of_rows())
+        begun = ((decoders.apply_async(stream.decode_rows, [rows]), place) for rows, place in batches_of_rows())
         with contextlib.closing(ahead(begun, num_workers)) as batches:
             for batch, place in batches:
                 yield *batch.get(), place

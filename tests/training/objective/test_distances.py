@@ -531,7 +531,7 @@ def test_training_uses_it_and_says_so(tmp_path, monkeypatch, precision):
         "resolution": 8,
     }
     assert record["options"]["distance_network"] == "digits-features"
-    card = make_card(pipeline, "user/name", License("mit"))
+    card = make_card(pipeline, "user/name", License("mit"), record, {})
     assert "Distance of the trajectory loss: `features` (network digits-features, kind FeatureNetwork" in card
 
 

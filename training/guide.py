@@ -15,7 +15,7 @@ import torch
 from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
 from .cli.errors import UserError, loading
-from .cli.options import option, run_program
+from .cli.options import NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, to_sample
 from .frozen.classifier import EMBEDDED, FeatureNetwork, load_saved
@@ -48,15 +48,19 @@ class GuideConfig(DataOptions):
         [],
         "Probabilities that the classifier must give to the class for an image to be kept, in [0, 1]; 0 keeps all.",
     )
-    max_batches: int = option(10, "Most batches of --num_samples images that are drawn for each threshold.")
+    max_batches: int = option(
+        10, "Most batches of --num_samples images that are drawn for each threshold.", must_be=POSITIVE
+    )
     on: list[str] = option(
         ["prediction"],
         "What the classifier sees in guidance: 'prediction', 'image' (a second evaluation) or both.",
     )
     num_inference_steps: list[int] = option([8], "Numbers of steps of the sampler.")
     gamma: float = option(1.0, "gamma of the sampler.")
-    num_samples: int = option(100, "Images for each row, of the classes of as many images of the data set.")
-    seed: int = option(0, "Seed of the classes and of all noise.")
+    num_samples: int = option(
+        100, "Images for each row, of the classes of as many images of the data set.", must_be=TWO_OR_MORE
+    )
+    seed: int = option(0, "Seed of the classes and of all noise.", must_be=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +73,6 @@ class GuideConfig(DataOptions):
         self.check(len(self.on) > 0 and set(self.on) <= {"prediction", "image"}, "on", "'prediction', 'image' or both")
         steps = self.num_inference_steps
         self.check(len(steps) > 0 and min(steps) > 0, "num_inference_steps", "positive")
-        self.check(self.num_samples > 1, "num_samples", "2 or more")
-        self.check_positive("max_batches")
-        self.check_not_negative("seed")
         self.check(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
 
 

@@ -13,7 +13,7 @@ from diffusers_ctm import CTMPipeline, log_likelihood
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, option, run_program
 from .data.images import ImageDataset
 from .measure.options import PairOptions
 from .measure.reports import facts, write_report
@@ -31,29 +31,26 @@ class LikelihoodConfig(PairOptions):
         None, "The CTM, whose exact score is measured: a folder or a repository on the Hub. Default: the teacher alone."
     )
     methods: list[str] = option(["ode", "elbo"], "'ode' (the density of the ODE) and 'elbo' (a lower bound).")
-    num_images: int | None = option(None, "Images, drawn from the split by --seed. Default: all.")
-    num_draws: int | None = option(None, "Estimates per image: default 1 of the ODE, 32 of the bound.")
-    num_probes: int = option(1, "Hutchinson probes per ODE.")
-    rtol: float = option(1e-4, "Relative tolerance of the ODE solver.")
-    atol: float = option(1e-4, "Absolute tolerance, of images and of nats per dimension.")
-    seed: int = option(0, "Seed of the images' choice, dequantization, probes and noise.")
-    batch_size: int = option(100, "Most images per network evaluation.")
+    num_images: int | None = option(None, "Images, drawn from the split by --seed. Default: all.", must_be=POSITIVE)
+    num_draws: int | None = option(
+        None, "Estimates per image: default 1 of the ODE, 32 of the bound.", must_be=POSITIVE
+    )
+    num_probes: int = option(1, "Hutchinson probes per ODE.", must_be=POSITIVE)
+    rtol: float = option(1e-4, "Relative tolerance of the ODE solver.", must_be=POSITIVE)
+    atol: float = option(1e-4, "Absolute tolerance, of images and of nats per dimension.", must_be=POSITIVE)
+    seed: int = option(0, "Seed of the images' choice, dequantization, probes and noise.", must_be=NOT_NEGATIVE)
+    batch_size: int = option(100, "Most images per network evaluation.", must_be=POSITIVE)
     output_dir: str | None = option(
         None,
         "Folder for likelihood.json, with the bits per dimension of each image. The page looks for it in the folder "
         "`evaluation` of the checkpoint. Default: no file.",
+        must_be=FOLDER,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         valid = set(self.methods) <= {"ode", "elbo"} and len(self.methods) > 0
         self.check(valid, "methods", "'ode', 'elbo' or both")
-        self.check_positive("num_probes", "rtol", "atol")
-        for name in ("num_images", "num_draws"):
-            self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
-        self.check_not_negative("seed")
-        if self.output_dir is not None:
-            self.check_folder("output_dir")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .measure.distances import features_for
@@ -37,7 +37,9 @@ class MemorizationConfig(PairOptions):
     """
 
     output_dir: str = option(
-        "runs/memorization", "Folder for memorization.json, memorization.md and memorization.png; others stay."
+        "runs/memorization",
+        "Folder for memorization.json, memorization.md and memorization.png; others stay.",
+        must_be=FOLDER,
     )
     held_out_split: str | None = option(
         None, "Split of the data set that the model was not trained on, to be measured too. Default: none."
@@ -45,20 +47,19 @@ class MemorizationConfig(PairOptions):
     steps: list[int] = option([1, 18], "Numbers of steps of the CTM.")
     gamma: float = option(0.0, "gamma of the CTM in [0, 1], from two steps on.")
     teacher_steps: list[int] = option([18], "Numbers of Heun steps of the teacher.")
-    num_samples: int = option(1000, "Samples of each setting, and the most real images that are measured beside them.")
-    seed: int = option(0, "Seed of the noise and of the choice of real images.")
+    num_samples: int = option(
+        1000, "Samples of each setting, and the most real images that are measured beside them.", must_be=POSITIVE
+    )
+    seed: int = option(0, "Seed of the noise and of the choice of real images.", must_be=NOT_NEGATIVE)
     features: str | None = option(
         None, "Measure on features too, not on pixels alone. " + FEATURES_HELP + " Default: none."
     )
-    num_pictures: int = option(12, "Pairs of sample and training image in each group of the picture.")
+    num_pictures: int = option(12, "Pairs of sample and training image in each group of the picture.", must_be=POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_lists("steps", "teacher_steps", low=1)
         self.check(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
-        self.check_positive("num_samples", "num_pictures")
-        self.check_not_negative("seed")
-        self.check_folder("output_dir")
 
 
 def some(dataset: ImageDataset, count: int, seed: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from .cli.errors import UserError
 from .cli.names import HUB_ID
-from .cli.options import Checked, option, run_program
+from .cli.options import NOT_NEGATIVE, Checked, option, run_program
 from .hub.license import check_license_name, license_of
 from .hub.publication import publish
 
@@ -41,7 +41,9 @@ class PublishConfig(Checked):
         "Folder that training.evaluate, and maybe training.memorization, wrote. Default: `evaluation` in FOLDER, or "
         "beside it if FOLDER is a run's `pipeline`.",
     )
-    num_samples: int = option(16, "Samples in the card's picture; 0 is no picture. One is always drawn, as a check.")
+    num_samples: int = option(
+        16, "Samples in the card's picture; 0 is no picture. One is always drawn, as a check.", must_be=NOT_NEGATIVE
+    )
     device: str = option("auto", "Where they are drawn: 'auto', 'cpu', 'cuda', 'mps'.")
 
     def __post_init__(self) -> None:
@@ -53,7 +55,6 @@ class PublishConfig(Checked):
         self.check(HUB_ID.fullmatch(self.name) is not None, "name", "a repository on the Hub as user/name")
         is_branch = self.revision is None or BRANCH.fullmatch(self.revision) is not None
         self.check(is_branch, "revision", "the name of a branch")
-        self.check_not_negative("num_samples")
         check_license_name(self.license, "license")
         if self.license == "other" and not (self.license_name and self.license_link):
             raise UserError("--license other needs --license_name and --license_link.")

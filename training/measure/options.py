@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from ..cli.errors import UserError
-from ..cli.options import option
+from ..cli.options import POSITIVE, option
 from ..cli.shared_options import DataOptions, TeacherOptions
 
 
@@ -15,12 +15,8 @@ class ModelOptions(DataOptions):
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     model: str | None = option(None, "The CTM: a folder or a repository on the Hub.")
-    batch_size: int = option(250, "Most images per network evaluation.")
+    batch_size: int = option(250, "Most images per network evaluation.", must_be=POSITIVE)
     device: str = option("auto", "'cpu', 'cuda', 'cuda:1', ..., or 'auto': a GPU if there is one.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("batch_size")
 
     def check_lists(self, *names: str, low: float = 0, high: float = math.inf) -> None:
         """Sort the values of these options and drop repeated ones. Each needs at least one, from `low` to `high`."""

@@ -39,6 +39,7 @@ from helpers.places import ROOT
 from helpers.tiny_networks import TINY
 from training import train_ctm
 from training.cli.errors import UserError
+from training.cli.shared_options import TeacherOptions
 from training.networks import pipelines
 from training.networks.student import choose_precision, student_scheduler
 from training.networks.teacher import Teacher, load_teacher
@@ -180,6 +181,11 @@ def assert_same_network(a, b):
         assert torch.equal(value, second[name]), name
 
 
+def load(folder, *given, **options):
+    """The teacher in `folder`, with further options in the order or by the names of `TeacherOptions`."""
+    return load_teacher(TeacherOptions(str(folder), *given, **{f"teacher_{name}": options[name] for name in options}))
+
+
 def labels_for(network, batch):
     count = network.config.num_class_embeds
     return None if count is None else torch.arange(batch) % count
@@ -190,7 +196,7 @@ def labels_for(network, batch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layout_is_read(layouts, name):
-    teacher = load_teacher(str(layouts.root / name))
+    teacher = load(layouts.root / name)
     assert_same_network(teacher.network, layouts.network[name])
     assert teacher.preconditioning == layouts.expected[name]
     assert not teacher.network.training and not any(p.requires_grad for p in teacher.network.parameters())
@@ -201,7 +207,7 @@ def test_every_layout_is_read(layouts, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
     """The student equals the teacher's denoiser at s = t, learns, and when saved samples in one step."""
-    teacher = load_teacher(str(layouts.root / name))
+    teacher = load(layouts.root / name)
     scheduler = student_scheduler(teacher, CTMConfig(teacher="none"))
     preconditioning = scheduler.preconditioning
     assert preconditioning == teacher.preconditioning
@@ -258,7 +264,7 @@ def test_students_start_as_their_teachers_and_learn(layouts, name, tmp_path):
 
 def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
     folder = str(layouts.root / "openai/diffusers-cd_imagenet64_l2")
-    teacher = load_teacher(folder)
+    teacher = load(folder)
     x, t, labels = 3 * randn(3, 3, 8, 8, dtype=torch.float32), torch.tensor([0.1, 3.0, 80.0]), torch.arange(3)
     theirs = CMStochasticIterativeScheduler(clip_denoised=False)
     c_skip, c_out = (v[:, None, None, None] for v in theirs.get_scalings_for_boundary_condition(t))
@@ -272,9 +278,9 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
         ({"matching": "global", "dsm_adaptive": False, "dsm_weight": 0.0}, "--dsm_weight"),
     ):
         with pytest.raises(UserError, match=message):
-            train_ctm.check_consistency_teacher(teacher, CTMConfig(teacher=folder, **options))
+            train_ctm.check_consistency_teacher(CTMConfig(teacher=folder, **options))
     config = CTMConfig(teacher=folder, matching="global", dsm_adaptive=False)
-    train_ctm.check_consistency_teacher(teacher, config)
+    train_ctm.check_consistency_teacher(config)
     with pytest.raises(UserError, match="--sigma_min cannot differ"):
         config.sigma_min = 0.01
         student_scheduler(teacher, config)
@@ -297,7 +303,7 @@ def test_a_consistency_model_is_evaluated_as_diffusers_samples_it(layouts):
 
 def test_images_in_0_1_are_brought_to_minus_1_1(layouts):
     """A score network of images in [0, 1] in its own loop, against ours."""
-    teacher = load_teacher(str(layouts.root / "google/ncsnpp"))
+    teacher = load(layouts.root / "google/ncsnpp")
     x, sigma = randn(2, 3, 8, 8, dtype=torch.float32), torch.tensor([0.3, 5.0])
     x01, sigma01 = (x + 1) / 2, sigma / 2
     with torch.no_grad():
@@ -322,7 +328,7 @@ def copy(layouts, tmp_path):
 
 def test_options_override_the_scheduler(layouts):
     def preconditioning(name, **options):
-        return load_teacher(str(layouts.root / name), **options).preconditioning
+        return load(layouts.root / name, **options).preconditioning
 
     linear = {"beta_schedule": "linear"}
     v = preconditioning("google/ddpm-cifar10-32", prediction_type="v_prediction")
@@ -337,51 +343,51 @@ def test_several_networks_are_listed(layouts, copy):
     shutil.copytree(layouts.root / "user/ddpm-v", folder / "older")
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "other" / "vae")
     with pytest.raises(UserError) as caught:
-        load_teacher(str(folder))
+        load(folder)
     message = str(caught.value)
     assert "holds 2 networks" in message and "Choose one with --teacher_subfolder" in message
     for found in ("older/unet (UNet2DModel)", "unet (UNet2DModel)", "other/vae (AutoencoderKL)"):
         assert found in message
     for subfolder, name in (("unet", "user/edm"), ("older", "user/ddpm-v"), ("older/unet/", "user/ddpm-v")):
-        teacher = load_teacher(str(folder), subfolder)
+        teacher = load(folder, subfolder)
         assert_same_network(teacher.network, layouts.network[name])
         assert teacher.preconditioning == layouts.expected[name]  # with the scheduler beside it
     for subfolder in ("other", "nowhere", "olde"):
         with pytest.raises(UserError, match=f"--teacher_subfolder {subfolder} holds no network"):
-            load_teacher(str(folder), subfolder)
+            load(folder, subfolder)
 
 
 def test_networks_of_latents_are_refused(copy):
     folder = copy("user/ddpm-v")
     VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "vqvae")
     with pytest.raises(UserError, match=r"unet works on the latents of vqvae \(VQModel\)"):
-        load_teacher(str(folder))
+        load(folder)
 
 
 def test_empty_and_half_copied_folders(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no network.*It holds: no model at all"):
-        load_teacher(str(tmp_path / "empty"))
+        load(tmp_path / "empty")
     folder = copy("user/edm")
     (folder / "unet" / WEIGHTS).unlink()
     with pytest.raises(UserError, match="unet has a config.json, but no weights"):
-        load_teacher(str(folder))
+        load(folder)
     folder = copy("user/edm", "damaged")
     (folder / "scheduler" / "scheduler_config.json").write_text('{"sigma')
     with pytest.raises(UserError, match="cannot be loaded.*\n.*JSONDecodeError"):
-        load_teacher(str(folder))
+        load(folder)
     with pytest.raises(UserError, match="--teacher_revision main is for repositories on the Hub"):
-        load_teacher(str(folder), revision="main")
+        load(folder, revision="main")
 
 
 def test_a_network_without_a_scheduler(copy):
     folder = copy("user/edm")
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(UserError, match="has no scheduler_config.json.*--teacher_prediction_type"):
-        load_teacher(str(folder))
+        load(folder)
     with pytest.raises(UserError, match="say --teacher_timestep_scale too"):
-        load_teacher(str(folder), prediction_type="edm")
-    edm = load_teacher(str(folder), prediction_type="edm", timestep_scale=1.0).preconditioning
+        load(folder, prediction_type="edm")
+    edm = load(folder, prediction_type="edm", timestep_scale=1.0).preconditioning
     assert edm == Preconditioning(0.5, 1.0, "edm")
     for kind, expected in (
         ("sample", Preconditioning(prediction_type="sample", beta_schedule="linear")),
@@ -389,17 +395,17 @@ def test_a_network_without_a_scheduler(copy):
         ("score", Preconditioning(prediction_type="score")),
         ("consistency", Preconditioning(0.5, 1000.0, "consistency")),
     ):
-        assert load_teacher(str(folder), prediction_type=kind).preconditioning == expected
+        assert load(folder, prediction_type=kind).preconditioning == expected
 
 
 def test_schedulers_that_are_not_known(copy):
     folder = copy("user/edm")
     write(folder / "scheduler" / "scheduler_config.json", {"_class_name": "KarrasVeScheduler", "sigma_max": 100.0})
     with pytest.raises(UserError, match="KarrasVeScheduler, which is not known.*--teacher_prediction_type"):
-        load_teacher(str(folder))
+        load(folder)
     write(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", "beta_schedule": "steps"})
     with pytest.raises(UserError, match="does not fit its scheduler_config.json: beta_schedule='steps'"):
-        load_teacher(str(folder))
+        load(folder)
 
 
 def test_teachers_may_have_any_number_of_timesteps(copy):
@@ -407,7 +413,7 @@ def test_teachers_may_have_any_number_of_timesteps(copy):
     folder = copy("user/ddpm-v")
     for scheduler in (DDPMScheduler(num_train_timesteps=400), FlowMatchEulerDiscreteScheduler(num_train_timesteps=400)):
         scheduler.save_pretrained(folder / "scheduler")
-        teacher = load_teacher(str(folder))
+        teacher = load(folder)
         expected = EDMHeunScheduler.from_config(scheduler.config)
         assert teacher.preconditioning == expected.preconditioning
         assert teacher.preconditioning.num_diffusion_timesteps == 400
@@ -429,7 +435,7 @@ def test_files_that_hold_something_else_are_named(file, content, message, copy):
     folder = copy("user/edm")
     write(folder / file, content)
     with pytest.raises(UserError, match=message):
-        load_teacher(str(folder))
+        load(folder)
 
 
 def test_networks_that_cannot_teach(make_unet, tmp_path):
@@ -442,7 +448,7 @@ def test_networks_that_cannot_teach(make_unet, tmp_path):
         folder = tmp_path / message
         DDPMPipeline(make_unet(UNet2DModel, **changes), DDPMScheduler()).save_pretrained(folder)
         with pytest.raises(UserError, match=message):
-            load_teacher(str(folder))
+            load(folder)
 
 
 class Trap:
@@ -459,16 +465,16 @@ def test_pickled_weights_are_data_only(layouts, copy, tmp_path):
     folder, name = copy("google/ddpm-cifar10-32"), "diffusion_pytorch_model.bin"
     torch.save(load_file(folder / WEIGHTS), folder / name)
     (folder / WEIGHTS).unlink()
-    assert_same_network(load_teacher(str(folder)).network, layouts.network["google/ddpm-cifar10-32"])
+    assert_same_network(load(folder).network, layouts.network["google/ddpm-cifar10-32"])
     with open(folder / name, "wb") as file:
         pickle.dump({"conv_in.weight": Trap(tmp_path / "ran")}, file)
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_teacher(str(folder))
+        load(folder)
     assert not (tmp_path / "ran").exists()
 
 
 def test_the_range_of_levels_can_be_narrowed(layouts):
-    teacher = load_teacher(str(layouts.root / "google/ddpm-cifar10-32"))
+    teacher = load(layouts.root / "google/ddpm-cifar10-32")
     config = CTMConfig(teacher="google/ddpm-cifar10-32", sigma_min=0.02, sigma_max=80.0)
     scheduler = student_scheduler(teacher, config)
     assert (scheduler.config.sigma_min, scheduler.config.sigma_max) == (0.02, 80.0)
@@ -489,7 +495,7 @@ def test_levels_of_score_matching_stay_where_the_network_learnt(layouts):
 
 def test_precision_is_left_alone_where_rounding_is_not_magnified(layouts):
     for name, expected in zip(NAMES, ["no", "auto", "no", "auto", "auto", "auto", "auto"], strict=True):
-        teacher = load_teacher(str(layouts.root / name))
+        teacher = load(layouts.root / name)
         for asked, chosen in (("auto", expected), ("bf16", "bf16")):
             config = CTMConfig(teacher=name, mixed_precision=asked)
             assert choose_precision(config, teacher).mixed_precision == chosen and config.mixed_precision == asked
@@ -523,7 +529,7 @@ def test_the_program_distils_every_kind(layouts, name, options, tmp_path):
     options = {"matching": "soft", "max_solver_steps": 2, **options}
     if options["matching"] == "global":
         del options["max_solver_steps"]
-    teacher = load_teacher(str(layouts.root / name), prediction_type=options.get("teacher_prediction_type"))
+    teacher = load(layouts.root / name, prediction_type=options.get("teacher_prediction_type"))
     levels = teacher.scheduler.config
     path = train_ctm.main(
         CTMConfig(
@@ -579,22 +585,23 @@ import diffusers_ctm
 from training import train_ctm
 from training.cli.errors import UserError
 from training.cli.options import parse_config
+from training.cli.shared_options import TeacherOptions
 from training.networks import teacher
 
 work, names = sys.argv[1], sys.argv[2].split(",")
 results = {}
 for name in names:
-    found = teacher.load_teacher(name)
-    again = teacher.load_teacher(name, revision=found.revision)
+    found = teacher.load_teacher(TeacherOptions(name))
+    again = teacher.load_teacher(TeacherOptions(name, teacher_revision=found.revision))
     results[name] = [found.preconditioning.prediction_type, found.revision, again.revision]
     found.network.save_pretrained(f"{work}/{name}")
 errors = {}
 for arguments in (["nobody/nothing"], [names[0], None, "no-branch"], ["team/two"]):
     try:
-        teacher.load_teacher(*arguments)
+        teacher.load_teacher(TeacherOptions(*arguments))
     except UserError as error:
         errors[arguments[0]] = str(error)
-results["subfolder"] = teacher.load_teacher("team/two", "b/unet").preconditioning.prediction_type
+results["subfolder"] = teacher.load_teacher(TeacherOptions("team/two", "b/unet")).preconditioning.prediction_type
 for index, arguments in enumerate(json.loads(sys.argv[3])):
     folder = f"{work}/run-{index}"
     path = train_ctm.main(parse_config(train_ctm.CTMConfig, [*arguments, "--output_dir", folder]))

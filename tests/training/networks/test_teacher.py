@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
 from diffusers import (
     AutoencoderKL,
@@ -36,7 +35,8 @@ from helpers.comparing import seeded
 from helpers.exact import randn
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.places import ROOT
-from helpers.tiny_networks import TINY
+from helpers.runs import fresh_accelerate  # noqa: F401
+from helpers.tiny_networks import make_unet_2d
 from training import train_ctm
 from training.cli.errors import UserError
 from training.cli.shared_options import TeacherOptions
@@ -69,11 +69,6 @@ OPENAI = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
@@ -103,11 +98,11 @@ def old_attention_names(path: Path) -> None:
 class Layouts:
     """Tiny folders as the Hub's repositories are laid out; `network` and `expected` say what must be read."""
 
-    def __init__(self, root: Path, make_unet):
+    def __init__(self, root: Path):
         self.root, self.network, self.expected = root, {}, {}
 
         def unet(**changes):
-            return make_unet(UNet2DModel, **changes)
+            return make_unet_2d(UNet2DModel, **changes)
 
         def keep(name, network, expected):
             self.network[name], self.expected[name] = network, expected
@@ -166,12 +161,7 @@ NAMES += ["openai/diffusers-cd_imagenet64_l2", "user/flow", "user/edm"]
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    def make_unet(cls, seed=0, **changes):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(**{**TINY, **changes}).eval()
-
-    return Layouts(tmp_path_factory.mktemp("layouts"), make_unet)
+    return Layouts(tmp_path_factory.mktemp("layouts"))
 
 
 def assert_same_network(a, b):
@@ -376,6 +366,12 @@ def test_empty_and_half_copied_folders(copy, tmp_path):
     (folder / "scheduler" / "scheduler_config.json").write_text('{"sigma')
     with pytest.raises(UserError, match="cannot be loaded.*\n.*JSONDecodeError"):
         load(folder)
+    path = copy("user/edm", "cut") / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"--teacher .* cannot be loaded\. It must"):
+        load(tmp_path / "cut")
+    with pytest.raises(UserError, match=r"--teacher nowhere cannot be loaded\. No such folder is here\. It must"):
+        load("nowhere")
     with pytest.raises(UserError, match="--teacher_revision main is for repositories on the Hub"):
         load(folder, revision="main")
 
@@ -700,7 +696,7 @@ def four_modes(path):
 
 
 @pytest.mark.slow
-def test_a_ddpm_becomes_a_ctm(make_unet, tmp_path):
+def test_a_ddpm_becomes_a_ctm(tmp_path):
     """A teacher trained here with DDPM's own loss on epsilon, distilled by the real program.
 
     One-step samples of the student are closer to the data than those of the untrained student, the teacher's denoiser;
@@ -708,10 +704,8 @@ def test_a_ddpm_becomes_a_ctm(make_unet, tmp_path):
     """
     images = four_modes(str(tmp_path / "images.parquet"))
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = UNet2DModel(**{**TINY, "in_channels": 1, "out_channels": 1, "sample_size": 4, **blocks}).train()
-    train_ddpm(network, images, 300).save_pretrained(tmp_path / "teacher")
+    network = make_unet_2d(UNet2DModel, in_channels=1, out_channels=1, sample_size=4, **blocks)
+    train_ddpm(network.train(), images, 300).save_pretrained(tmp_path / "teacher")
     options = {"max_train_steps": 120, "train_batch_size": 64, "learning_rate": 1e-3, "optimizer": "adam"}
     options |= {"lr_scheduler": "cosine", "ema_decay": 0.95, "ema_warmup": True, "max_solver_steps": 2}
     options |= {

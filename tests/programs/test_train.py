@@ -135,14 +135,6 @@ def test_resumed_is_uninterrupted_bit_for_bit(teacher, tmp_path):
         assert_same_weights(whole, other)
 
 
-def test_two_accumulation_steps_see_the_data_and_noise_of_one(teacher, tmp_path):
-    options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0}  # what is saved is then the student itself
-    options |= {"optimizer": "adam", "adam_epsilon": 1e-3}  # RAdam would hardly move
-    one = distil(teacher, tmp_path / "one", **options)
-    two = distil(teacher, tmp_path / "two", **{**options, "train_batch_size": 4, "gradient_accumulation_steps": 2})
-    assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
-
-
 def test_the_environment_does_not_overrule_accumulation(teacher, tmp_path, monkeypatch):
     """Accelerate reads it, and with it steps of several passes would be taken for one."""
     one = distil(teacher, tmp_path / "one", max_train_steps=2, ema_decay=0.0, optimizer="adam")
@@ -152,7 +144,7 @@ def test_the_environment_does_not_overrule_accumulation(teacher, tmp_path, monke
 
 
 def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
-    """Three passes of 4 to step 1, then two of 6: without counting anew, the first pass after would end a step."""
+    """Passes of any size see the data and noise of one. Three passes of 4 to step 1, then two of 6: without counting anew, the first pass after would end a step."""
     options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
     options |= {"max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 4, "gradient_accumulation_steps": 3}
     same = distil(teacher, tmp_path / "same", **options)
@@ -564,12 +556,6 @@ def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_
         )
 
 
-def test_a_backbone_that_is_not_there_is_said_before_anything_is_written(teacher, tmp_path):
-    with pytest.raises(UserError, match="The feature network nowhere cannot be"):
-        distil(teacher, tmp_path / "run", discriminator_weight=1.0, discriminator_backbones=["nowhere"])
-    assert not (tmp_path / "run").exists()
-
-
 def test_single_images_cannot_train_discriminators_of_one_pixel(teacher, tmp_path, monkeypatch):
     class Mean(torch.nn.Module):
         resolution = 8
@@ -640,6 +626,10 @@ def test_fp16_without_a_gpu(teacher, tmp_path):
         ({"image_mode": "RGB"}, "--image_mode"),
         ({"label_column": "digit"}, "--label_column digit is not a column"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
+        (
+            {"discriminator_weight": 1.0, "discriminator_backbones": ["nowhere"]},
+            "The feature network nowhere cannot be",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_written(teacher, tmp_path, options, message):
@@ -721,15 +711,8 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
 
 
 def test_program_exits_with_a_message(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "training.train_ctm",
-        "--teacher",
-        "nowhere",
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    arguments = ["--teacher", "nowhere", "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "training.train_ctm", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "error: --teacher nowhere cannot be loaded" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()

@@ -144,7 +144,10 @@ def test_the_environment_does_not_overrule_accumulation(teacher, tmp_path, monke
 
 
 def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
-    """Passes of any size see the data and noise of one. Three passes of 4 to step 1, then two of 6: without counting anew, the first pass after would end a step."""
+    """Passes of any size see the same data and noise: three of 4 to step 1, then two of 6.
+
+    Without counting passes anew, the first one after resuming would end a step.
+    """
     options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
     options |= {"max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 4, "gradient_accumulation_steps": 3}
     same = distil(teacher, tmp_path / "same", **options)

@@ -57,17 +57,15 @@ class TeacherOptions(Checked):
     teacher_prediction_type: str | None = option(
         None,
         "What the teacher predicts: 'edm', 'epsilon', 'v_prediction', 'sample' (those three with the betas of its "
-        "scheduler), "
-        "'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: what its "
-        "scheduler says.",
+        "scheduler), 'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: "
+        "what its scheduler says.",
         [None, *PREDICTION_TYPES],
         needs="teacher",
     )
     teacher_timestep_scale: float | None = option(
         None,
         "An EDM teacher or consistency model is shown this times ln(sigma) / 4: 1 for NVIDIA's EDM, 1000 for "
-        "OpenAI's. Default: "
-        "what its scheduler says.",
+        "OpenAI's. Default: what its scheduler says.",
         must_be=POSITIVE,
         needs="teacher",
     )
@@ -79,9 +77,8 @@ class NetworkOptions(Checked):
 
     architecture: str = option(
         "unet_2d",
-        "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose first "
-        "convolution has half the first of "
-        "--block_out_channels.",
+        "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose "
+        "first convolution has half the first of --block_out_channels.",
         ["unet_2d", "ddpmpp"],
     )
     block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")

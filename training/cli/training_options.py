@@ -1,5 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Options of the training programs, in groups; a function takes the group that it needs."""
+"""Options of the training programs, in groups; a function takes the group that it needs.
+
+A new option is one field, `option(default, sentence)`, of the group that its reader takes. The command line, YAML
+files, `--help`, `training.json` and the comparison of a resumed run with its checkpoint follow from it.
+"""
 
 from dataclasses import dataclass
 
@@ -15,9 +19,8 @@ class StreamOptions(DataOptions):
     streaming: bool = option(
         False,
         "Read the data set as it comes, without downloading or holding it. Each process reads all of it; "
-        "--dataloader_num_workers are threads. "
-        "The order is shuffled within --shuffle_buffer images only: what is stored class by class needs to be stored "
-        "in another order.",
+        "--dataloader_num_workers are threads. The order is shuffled within --shuffle_buffer images only: what is "
+        "stored class by class needs to be stored in another order.",
     )
     shuffle_buffer: int = option(
         10_000,
@@ -42,16 +45,14 @@ class OutputOptions(Checked):
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none, or user/name: "
-        "the newest that a run "
-        "with --hub_strategy checkpoint uploaded there.",
+        "A checkpoint folder, or 'latest': the newest in output_dir, or a fresh start if there is none, or "
+        "user/name: the newest that a run with --hub_strategy checkpoint uploaded there.",
         recorded=False,
     )
     init_from: str | None = option(
         None,
         "Start from the weights of a first stage, averages included: a checkpoint folder, a pipeline's folder or Hub "
-        "repository, or a run with "
-        "either. Optimizer and steps start anew. Ignored if there is something to resume.",
+        "repository, or a run with either. Optimizer and steps start anew. Ignored if there is something to resume.",
         recorded=False,
     )
     checkpointing_steps: int = option(
@@ -102,9 +103,8 @@ class OptimizerOptions(Checked):
     )
     max_skipped_steps: int = option(
         20,
-        "A step whose loss or gradient is infinite or NaN changes nothing. Stop after so many in a row; in fp16 a few "
-        "at the "
-        "start are usual.",
+        "A step whose loss or gradient is infinite or NaN changes nothing. Stop after so many in a row; in fp16 a "
+        "few at the start are usual.",
         free=True,
         must_be=POSITIVE,
     )
@@ -128,10 +128,8 @@ class AverageOptions(Checked):
     posthoc_ema: list[float] = option(
         [],
         "Relative widths (sigma_rel) of power-function averages whose snapshots are kept, from which `python -m "
-        "training.ema` "
-        "makes the average of any width after the training (Karras et al. 2024); '0.05 0.1' is enough. Each costs as "
-        "much memory "
-        "as the network.",
+        "training.ema` makes the average of any width after the training (Karras et al. 2024); '0.05 0.1' is enough. "
+        "Each costs as much memory as the network.",
         must_be=("in (0, 0.288]", lambda width: 0 < width < 12**-0.5),
     )
     posthoc_ema_every: int = option(
@@ -217,8 +215,8 @@ class HubOptions(Checked):
     hub_strategy: str = option(
         "every_save",
         "What is uploaded when: 'end', the finished pipeline; 'every_save', also the averaged pipeline at each "
-        "checkpoint, in the background; "
-        "'checkpoint', also the newest checkpoint, for --resume_from_checkpoint user/name.",
+        "checkpoint, in the background; 'checkpoint', also the newest checkpoint, for --resume_from_checkpoint "
+        "user/name.",
         ["every_save", "end", "checkpoint"],
         recorded=False,
     )
@@ -268,9 +266,9 @@ class GridOptions(Checked):
     sigma_min: float | None = option(None, "Lowest noise level of the grid. Default: the teacher's.", must_be=POSITIVE)
     sigma_max: float | None = option(
         None,
-        "Highest noise level of the grid, where sampling starts. Default: the teacher's. If that is in the thousands, "
-        "as of cosine "
-        "betas and scores, 80 to 200 is enough for images in [-1, 1] and leaves more of the grid to the rest.",
+        "Highest noise level of the grid, where sampling starts. Default: the teacher's. If that is in the "
+        "thousands, as of cosine betas and scores, 80 to 200 is enough for images in [-1, 1] and leaves more of the "
+        "grid to the rest.",
         must_be=POSITIVE,
     )
 

@@ -31,8 +31,7 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
         if list(gammas) != [1.0]:
             raise UserError(
                 f"{label} is a consistency model, which has no score and samples with gamma = 1 only: "
-                "`training.evaluate` takes "
-                "it with --gammas 1."
+                "`training.evaluate` takes it with --gammas 1."
             )
         # One step, and more at gamma = 1, sample as the consistency model does; it never learnt other jumps.
         return CTMPipeline(CTMUNet2DModel.from_unet(pipe.unet), CTMScheduler.from_config(scheduler.config, gamma=1.0))
@@ -58,8 +57,7 @@ def load_pipelines(
         if teacher.is_consistency_model:
             raise UserError(
                 f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no "
-                "denoiser. "
-                "Measure it with --model and --gammas 1."
+                "denoiser. Measure it with --model and --gammas 1."
             )
         pipelines["heun"] = CTMPipeline(
             teacher.network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class

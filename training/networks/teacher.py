@@ -1,5 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""A teacher: a frozen denoiser, its preconditioning, and the repository and commit that it was loaded from."""
+"""A teacher: a frozen denoiser, its preconditioning, and the repository and commit that it was loaded from.
+
+A further class of networks begins in `source.NETWORKS`, a further scheduler in `diffusers_ctm/scheduler_configs.py`,
+and a further kind of prediction in `PREDICTIONS` of `diffusers_ctm/preconditioning.py`.
+"""
 
 import os
 from dataclasses import dataclass
@@ -71,8 +75,8 @@ def load_teacher(options: TeacherOptions) -> Teacher:
     name = options.teacher
     label, here = f"--teacher {name}", "" if os.path.isdir(name) else "No such folder is here. "
     advice = (
-        f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs "
-        "`hf auth login` or HF_TOKEN."
+        f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs `hf "
+        "auth login` or HF_TOKEN."
     )
     with loading(label, advice):
         source = Source(name, options.teacher_revision)
@@ -95,8 +99,7 @@ def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> 
         (
             config.in_channels != config.out_channels,
             f"gives {config.out_channels} channels for {config.in_channels}, such as a network that also predicts "
-            "variances. "
-            "It must predict one value per pixel",
+            "variances. It must predict one value per pixel",
         ),
         (
             config.get("time_embedding_type") == "learned",
@@ -152,8 +155,7 @@ def _make_scheduler(label: str, config: dict, options: TeacherOptions) -> EDMHeu
         if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in given:
             raise UserError(
                 f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without "
-                "betas, flow "
-                "or scores. Say --teacher_prediction_type."
+                "betas, flow or scores. Say --teacher_prediction_type."
             )
         return EDMHeunScheduler.from_config({**own, **given})
     except ValueError as error:

@@ -270,8 +270,8 @@ class TrainingRun:
         norms = [whole(parameter.detach().norm()) for network in networks for parameter in network.parameters()]
         if not torch.stack(norms).isfinite().all():
             raise UserError(
-                f"The weights became infinite or NaN by step {self.step}. Lower --learning_rate, set "
-                "--max_grad_norm 1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
+                f"The weights became infinite or NaN by step {self.step}. Lower --learning_rate, set --max_grad_norm "
+                "1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
             )
 
     def state_dict(self) -> dict:

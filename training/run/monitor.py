@@ -146,9 +146,9 @@ class Monitor:
         newest = newest_checkpoint(self.options.output_dir)
         intact = f"{newest} is intact" if newest else "no checkpoint had been saved"
         raise UserError(
-            f"The last {in_a_row} steps were left out, up to step {step}: {names} became infinite or NaN. "
-            "Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision no or bf16; "
-            f"{intact}. (--max_skipped_steps {limit})"
+            f"The last {in_a_row} steps were left out, up to step {step}: {names} became infinite or NaN. Lower "
+            f"--learning_rate, set --max_grad_norm 1, or use --mixed_precision no or bf16; {intact}. "
+            f"(--max_skipped_steps {limit})"
         )
 
     def log(self, step: int, skipped: int, learning_rate: float) -> None:

@@ -33,6 +33,7 @@ from training import publish, train_ctm, train_edm
 from training.cli.errors import UserError, without_token
 from training.cli.files import sha256, write_files
 from training.cli.options import parse_config, run_program
+from training.cli.shared_options import TeacherOptions
 from training.hub import client
 from training.hub.client import LAST_CHECKPOINT, download_checkpoint
 from training.hub.push import Pusher
@@ -162,7 +163,7 @@ def author(work: Path) -> dict:
 
     # A teacher that is published again after it was loaded
     command(teacher, "team/moved", "--license", NC, "--num_samples", "0")
-    loaded = load_teacher("team/moved").revision
+    loaded = load_teacher(TeacherOptions("team/moved")).revision
     command(teacher, "team/moved", "--license", "mit", "--num_samples", "0")
     options = CTMConfig(teacher="team/moved")
     results["loaded"] = training_record(options, 1, teacher_revision=loaded)

@@ -18,6 +18,7 @@ from helpers.places import ORACLE
 from helpers.tiny_networks import TINY, UNET_2D_KINDS
 from training.cli.errors import UserError
 from training.cli.options import parse_config
+from training.cli.shared_options import TeacherOptions
 from training.convert import ConvertConfig, main
 from training.networks.teacher import load_teacher
 from training.official import adm, layers
@@ -231,7 +232,7 @@ def test_guided_diffusion(order, schedule, inputs, tmp_path):
         run("--qkv_order", order, *epsilon, "--sigma_max", 1e9)
     run("--qkv_order", order, *epsilon)
 
-    teacher = load_teacher(str(tmp_path / "out"))
+    teacher = load_teacher(TeacherOptions(str(tmp_path / "out")))
     x, _, _, y = inputs
     # data 0, noise n at timestep 700: x / sigma of the variance-exploding process, sqrt(1 - abar) n of the discrete one
     abar = DDPMScheduler(beta_schedule=schedule).alphas_cumprod[700].double()

@@ -37,8 +37,8 @@ class ConvertConfig(Checked):
 
     source: str | None = option(
         None,
-        "The checkpoint: a file, a file on the Hub as user/repo/path/to/file.pt, or an https address. With --to official: "
-        "a pipeline's folder or its repository on the Hub.",
+        "The checkpoint: a file, a file on the Hub as user/repo/path/to/file.pt, or an https address. With --to "
+        "official: a pipeline's folder or its repository on the Hub.",
     )
     out: str | None = option(None, "The folder to write. With --to official: the file, .pt or .safetensors.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
@@ -54,8 +54,8 @@ class ConvertConfig(Checked):
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     consistency_model: bool = option(
         False,
-        "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only "
-        "(gamma = 1).",
+        "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min "
+        "only (gamma = 1).",
     )
     prediction_type: str = option(
         "edm",
@@ -123,7 +123,8 @@ class ConvertConfig(Checked):
             raise UserError("--prediction_type epsilon and --beta_schedule are given together or not at all.")
         if self.prediction_type == "epsilon" and (self.consistency_model or self.timestep_scale or self.sigma_data):
             raise UserError(
-                "--prediction_type epsilon has neither --sigma_data nor --timestep_scale, and is no --consistency_model."
+                "--prediction_type epsilon has neither --sigma_data nor --timestep_scale, and is no "
+                "--consistency_model."
             )
         if self.to == "official":
             self.check(self.out.endswith(FORMATS), "out", f"a file that ends in one of {', '.join(FORMATS)}")
@@ -145,8 +146,9 @@ def network_of(family: Family, state_dict: dict[str, torch.Tensor], config: Conv
     network = family.to_diffusers(state_dict, **overrides)
     if network.config.out_channels == 2 * network.config.in_channels:
         raise UserError(
-            f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts variances "
-            "too, as guided-diffusion's do, which predict epsilon. Give --prediction_type epsilon and --beta_schedule."
+            f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts "
+            "variances too, as guided-diffusion's do, which predict epsilon. Give --prediction_type epsilon and "
+            "--beta_schedule."
         )
     return network
 
@@ -225,8 +227,8 @@ def check_same(network: UNet2DModel, other: UNet2DModel, timestep_scale: float, 
     difference = (expected - actual).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # also if it is nan
         raise UserError(
-            f"{what} gives another output than the network that was converted: they differ by {difference}. Nothing was "
-            "written."
+            f"{what} gives another output than the network that was converted: they differ by {difference}. Nothing "
+            "was written."
         )
     weights = other.state_dict()
     changed = [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, weights[name])]
@@ -245,8 +247,8 @@ def describe(pipe: CTMPipeline, family: Family) -> str:
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
     height, width = image_size(network)
     return (
-        f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {network.num_parameters():,} parameters, "
-        f"family {family.NAME}, class {type(network).__name__}, "
+        f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {network.num_parameters():,} "
+        f"parameters, family {family.NAME}, class {type(network).__name__}, "
         + (
             f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}"
             if edm
@@ -264,8 +266,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     values, size = sum(tensor.numel() for tensor in weights.values()), os.path.getsize(path)
     if values > size:  # of any dtype
         raise UserError(
-            f"The file has {size:,} bytes and says {values:,} weights: its tensors repeat each other. Only tensors that do not "
-            "are converted."
+            f"The file has {size:,} bytes and says {values:,} weights: its tensors repeat each other. Only tensors "
+            "that do not are converted."
         )
     family, state_dict = find_family(weights)
     other = next((name for name, tensor in state_dict.items() if not tensor.is_floating_point()), None)

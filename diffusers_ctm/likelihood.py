@@ -34,7 +34,7 @@ LEVELS_PER_UNIT = 127.5
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """What `log_likelihood` found. Tensors have shape (B,), float64 on the CPU.
+    """Output of `log_likelihood`. Tensors have shape (B,), float64 on the CPU.
 
     Args:
         bits_per_dim: -log2 p(x) / n + log2(127.5): an upper bound of the negative log-likelihood of the 8-bit image per
@@ -194,7 +194,7 @@ def _on_grid(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OdeLogDensity:
-    """What `ode_log_density` returns.
+    """Output of `ode_log_density`.
 
     Args:
         log_density: shape (P, B), one per probe.

@@ -167,7 +167,7 @@ class CTMPipeline(DiffusionPipeline):
                 "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distil the network into a CTM."
             )
 
-        known = self._preconditioning
+        loaded = self._preconditioning
         if ours:
             # The class of this module: code from a repository has its own.
             current = Preconditioning.from_config(scheduler.config)
@@ -178,16 +178,16 @@ class CTMPipeline(DiffusionPipeline):
                     "CTMScheduler.from_config(scheduler.config))(gamma=1.0)`."
                 )
         else:
-            current = self._match_diffusers_scheduler(known)
-        if known is not None and current != known:
+            current = self._match_diffusers_scheduler(loaded)
+        if loaded is not None and current != loaded:
             raise ValueError(
-                f"{name} has {current}, but this network was loaded with {known}. Make the scheduler with "
+                f"{name} has {current}, but this network was loaded with {loaded}. Make the scheduler with "
                 f"`{name}.from_config(pipe.scheduler.config)`, or load a new pipeline."
             )
         self._preconditioning = current
         return 1.0 if ours else current.timestep_scale
 
-    def _match_diffusers_scheduler(self, known: Preconditioning | None) -> Preconditioning:
+    def _match_diffusers_scheduler(self, loaded: Preconditioning | None) -> Preconditioning:
         """The preconditioning that diffusers' EDM scheduler stands for; ValueError if the network's is another.
 
         It would silently take the "epsilon" of a DDPM for EDM's F. It is told what it lacks.
@@ -197,7 +197,7 @@ class CTMPipeline(DiffusionPipeline):
         edm, said = PREDICTIONS["edm"], config.get("prediction_type")
         if said in ("epsilon", "v_prediction") and not has_betas(config):  # as diffusers calls F and -F
             said = edm.name
-        said = said if known is None or known.kind is edm else known.prediction_type
+        said = said if loaded is None or loaded.kind is edm else loaded.prediction_type
         if said != edm.name:
             raise ValueError(
                 f"{name} samples EDM networks only, and this one has prediction_type={said!r}. Use "
@@ -206,13 +206,13 @@ class CTMPipeline(DiffusionPipeline):
         if config.get("prediction_type") == edm.name:
             scheduler.register_to_config(prediction_type=edm.edm_scheduler_type)
         if "timestep_scale" not in config:
-            if known is None:
+            if loaded is None:
                 raise ValueError(
                     f"This {name} does not say which time the network is shown. Make it with `from_config` of the "
                     "checkpoint's scheduler config, or say it: `scheduler.register_to_config(timestep_scale=1.0)` for "
                     "NVIDIA's EDM, 1000.0 for the OpenAI, consistency and CTM family."
                 )
-            scheduler.register_to_config(timestep_scale=known.timestep_scale)
+            scheduler.register_to_config(timestep_scale=loaded.timestep_scale)
         return Preconditioning(scheduler.config.sigma_data, scheduler.config["timestep_scale"])
 
     def set_timesteps(self, device=None, num_inference_steps: int | None = None, **schedule) -> None:
@@ -263,27 +263,30 @@ class CTMPipeline(DiffusionPipeline):
             return self.unet
         return ClassifierFreeNetwork(self.unet, guidance_scale, partial(null_labels, self))
 
-    def prepare_latents(
+    def draw_latents(
         self, batch_size: int, device, generator, latents: torch.Tensor | None, size: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """The first sample x_T, float32: unit noise times the scheduler's `init_noise_sigma`.
+        """Unit normal noise of shape (B, C, H, W), float32: `latents`, checked, or drawn from `generator`.
 
         `size` is height and width for a network whose config has no `sample_size`.
         """
-        config = self.unet.config
         size = self.image_size or size
         if size is None:
             if latents is None:
                 raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
             size = tuple(latents.shape[-2:])
-        shape = (batch_size, config.in_channels, *size)
+        shape = (batch_size, self.unet.config.in_channels, *size)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
-        else:
-            latents = latents.to(device=device, dtype=torch.float32)
-        return latents * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=torch.float32)
+
+    def prepare_latents(
+        self, batch_size: int, device, generator, latents: torch.Tensor | None, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """The first sample x_T: `draw_latents` times the scheduler's `init_noise_sigma`."""
+        return self.draw_latents(batch_size, device, generator, latents, size) * self.scheduler.init_noise_sigma
 
     @property
     def interrupt(self) -> bool:
@@ -503,7 +506,7 @@ class CTMPipeline(DiffusionPipeline):
 
 
 def pipeline_condition(pipe: CTMPipeline, class_labels, batch_size: int, device) -> dict[str, torch.Tensor]:
-    """What the network is called with beside state and time: {"class_labels": (B,)}, or {} for an unconditional one.
+    """The network's arguments beside state and time: {"class_labels": (B,)}, or {} for an unconditional one.
 
     Unlike in sampling, labels are not drawn: a given image has a class. Raises ValueError for labels missing or not
     expected.

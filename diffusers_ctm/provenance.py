@@ -102,7 +102,7 @@ def provenance_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
-    """What the image file `path` says about how it was made, with the keys of `FIELDS`; empty if it says nothing.
+    """The record in the image file `path` of how it was made, with the keys of `FIELDS`; empty if there is no record.
 
     A file by other software has its `digital_source_type` in the XMP, which is read. Anybody can write or remove such
     metadata: it informs and proves nothing.
@@ -229,7 +229,7 @@ def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> in
 
 
 def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
-    """Where the pipeline was loaded from: an id of the Hub and its commit, or the name of a folder without its path."""
+    """The pipeline's source: an id of the Hub and its commit, or the name of a folder without its path."""
     name, network = pipe.config.get("_name_or_path"), getattr(pipe.unet.config, "_name_or_path", None)
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})([/\\]|$)", str(network or ""))
     if name is None or not os.path.isdir(name):

@@ -254,7 +254,7 @@ class CTMScheduler(KarrasSchedulerMixin):
                     f"target_sigmas[{i}]={s:g} must lie between sigma_min={sigma_min:g} and {high:g}, the level at "
                     f"which step {i + 1} starts: noise leads up to it, never down."
                 )
-        # What was rounded to float32 is meant to be equal: its square root would be noise.
+        # A target that differs by float32 rounding is meant to be equal: the square root would be noise.
         return torch.where(targets >= t_next * (1 - 1e-6), t_next, targets.clamp(min=sigma_min))
 
     def step(

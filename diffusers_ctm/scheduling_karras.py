@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What both schedulers share, and what a scheduler says that it can do."""
+"""Base of both schedulers, and the abilities that a scheduler declares."""
 
 from collections.abc import Sequence
 from typing import Any

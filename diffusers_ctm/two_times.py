@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What both networks of two times share."""
+"""Functions that both networks of two times share."""
 
 import torch
 from torch import nn

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_count
 from .class_labels import labels_and_batch_size
@@ -16,7 +15,7 @@ from .scheduling_karras import jumps
 
 
 class TrajectoryStrip(NamedTuple):
-    """What `trajectory_strip` returns. Entry i of each list belongs to level i, the last one to the end, sigma_min.
+    """Output of `trajectory_strip`. Entry i of each list belongs to level i, the last one to the end, sigma_min.
 
     `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump
     to sigma_min. Images are as `output_type` says, B of them in each entry. A safety checker of the pipeline sees each;
@@ -113,14 +112,7 @@ def gamma_seed_grid(
         raise ValueError("gammas and seeds must each have at least one entry.")
     device = pipe._execution_device
     class_labels, _ = labels_and_batch_size(pipe, class_labels, 1, generator, device)
-    if latents is None:
-        size = pipe.image_size
-        if size is None:
-            raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
-        shape = (1, pipe.unet.config.in_channels, *size)
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    if len(latents) != 1:
-        raise ValueError(f"latents must hold one latent, which all images share; got {len(latents)}.")
+    latents = pipe.draw_latents(1, device, generator, latents)
     shared = {"latents": latents.expand(len(seeds), -1, -1, -1), "num_inference_steps": num_inference_steps}
     shared |= {"output_type": output_type, "batch_size": len(seeds), "class_labels": class_labels}
     return [

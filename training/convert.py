@@ -123,8 +123,7 @@ class ConvertConfig(Checked):
             raise UserError("--prediction_type epsilon and --beta_schedule are given together or not at all.")
         if self.prediction_type == "epsilon" and (self.consistency_model or self.timestep_scale or self.sigma_data):
             raise UserError(
-                "--prediction_type epsilon has neither --sigma_data nor --timestep_scale, and is no "
-                "--consistency_model."
+                "--prediction_type epsilon has neither --sigma_data nor --timestep_scale and is no --consistency_model."
             )
         if self.to == "official":
             self.check(self.out.endswith(FORMATS), "out", f"a file that ends in one of {', '.join(FORMATS)}")

@@ -134,15 +134,13 @@ class GaussianMixture:
 
     def __init__(self, weights, means, covs):
         self.weights, self.means, self.covs = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covs))
+        self.variances, self.axes = torch.linalg.eigh(self.covs)
 
     def denoiser(self, x, t):
-        t = torch.as_tensor(t, dtype=x.dtype).expand(len(x))[:, None, None, None]
-        noisy = self.covs + t**2 * torch.eye(x.shape[1], dtype=x.dtype)  # (B, K, d, d)
-        away = (x[:, None] - self.means)[..., None]
-        solved = torch.linalg.solve(noisy, away)
-        log_density = -0.5 * (away * solved).sum((-1, -2)) - 0.5 * torch.logdet(noisy)
-        posterior = torch.softmax(self.weights.log() + log_density, dim=1)
-        means = self.means + (self.covs @ solved)[..., 0]
+        noisy = self.variances + torch.as_tensor(t, dtype=x.dtype).expand(len(x))[:, None, None] ** 2  # (B, K, d)
+        along = torch.einsum("bki,kij->bkj", x[:, None] - self.means, self.axes)
+        posterior = torch.softmax(self.weights.log() - 0.5 * (along**2 / noisy + noisy.log()).sum(-1), dim=1)
+        means = self.means + torch.einsum("bkj,kij->bki", along * self.variances / noisy, self.axes)
         return (posterior[..., None] * means).sum(1)
 
 

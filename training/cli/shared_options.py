@@ -14,8 +14,8 @@ class DataOptions(Checked):
 
     dataset_name: str = option(
         "digits",
-        "Images: 'digits' (8x8, from scikit-learn, no download), a data set on the Hub, a local folder of images or of "
-        "parquet files, or one parquet file.",
+        "Images: 'digits' (8x8, from scikit-learn, no download), a data set on the Hub, a local folder of images or "
+        "of parquet files, or one parquet file.",
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.")
     dataset_split: str = option("train", "Split of the data set, or a part: 'train[:1500]', 'train[-10%:]'.")
@@ -49,22 +49,25 @@ class TeacherOptions(Checked):
         None,
         "Folder of the teacher's network, or of its pipeline, if --teacher holds several. Default: the only one.",
         free=True,
+        needs="teacher",
     )
-    teacher_revision: str | None = option(None, "Branch, tag or commit of the teacher's repository. Default: main.")
+    teacher_revision: str | None = option(
+        None, "Branch, tag or commit of the teacher's repository. Default: main.", needs="teacher"
+    )
     teacher_prediction_type: str | None = option(
         None,
         "What the teacher predicts: 'edm', 'epsilon', 'v_prediction', 'sample' (those three with the betas of its "
-        "scheduler), "
-        "'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: what its "
-        "scheduler says.",
+        "scheduler), 'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: "
+        "what its scheduler says.",
         [None, *PREDICTION_TYPES],
+        needs="teacher",
     )
     teacher_timestep_scale: float | None = option(
         None,
         "An EDM teacher or consistency model is shown this times ln(sigma) / 4: 1 for NVIDIA's EDM, 1000 for "
-        "OpenAI's. Default: "
-        "what its scheduler says.",
+        "OpenAI's. Default: what its scheduler says.",
         must_be=POSITIVE,
+        needs="teacher",
     )
 
 
@@ -75,8 +78,7 @@ class NetworkOptions(Checked):
     architecture: str = option(
         "unet_2d",
         "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose first "
-        "convolution has half the first of "
-        "--block_out_channels.",
+        "convolution has half the first of --block_out_channels.",
         ["unet_2d", "ddpmpp"],
     )
     block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")
@@ -98,11 +100,16 @@ class NetworkOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         groups, channels = self.norm_num_groups, self.block_out_channels
-        fits = all(width > 0 and width % groups == 0 for width in channels)
-        self.check(fits, "block_out_channels", "multiples of norm_num_groups")
+        self.check(
+            all(width > 0 and width % groups == 0 for width in channels),
+            "block_out_channels",
+            "multiples of norm_num_groups",
+        )
         if self.architecture == "ddpmpp":
-            others = ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"]
-            self.refuse(others, "is not for --architecture ddpmpp, which has its own")
+            self.refuse(
+                ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"],
+                "is not for --architecture ddpmpp, which has its own",
+            )
             self.check(all(width % 2 == 0 for width in channels), "block_out_channels", "even numbers")
         levels = range(len(channels))
         self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")

@@ -3,7 +3,7 @@
 
 import os
 import platform
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,14 @@ def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:
 
 def changed_options(options: RunOptions) -> dict[str, Any]:
     """The recorded options that differ from the defaults, paths by their last part."""
-    values, changed = asdict(options), {}
+    changed = {}
     for entry in fields(options):
+        value = getattr(options, entry.name)
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        value = values[entry.name]
         if entry.metadata["recorded"] and value != default:
-            is_list = isinstance(value, list)
-            changed[entry.name] = [without_folders(item) for item in value] if is_list else without_folders(value)
+            changed[entry.name] = (
+                list(map(without_folders, value)) if isinstance(value, list) else without_folders(value)
+            )
     return changed
 
 

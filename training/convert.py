@@ -246,8 +246,8 @@ def describe(pipe: CTMPipeline, family: Family) -> str:
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
     height, width = image_size(network)
     return (
-        f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {network.num_parameters():,} parameters, "
-        f"family {family.NAME}, class {type(network).__name__}, "
+        f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {network.num_parameters():,} "
+        f"parameters, family {family.NAME}, class {type(network).__name__}, "
         + (
             f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}"
             if edm

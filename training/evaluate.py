@@ -162,9 +162,9 @@ def markdown(report: dict) -> str:
     if options["kid"]:
         lines += [
             "",
-            "Kernel distance over the same seeds (lower is better). It is unbiased for independent images, so near 0 it may "
-            "be negative. Classes in fixed shares make it a little too low, and so do images that repeat the reference's, "
-            "as the real images that are drawn from it do:",
+            "Kernel distance over the same seeds (lower is better). It is unbiased for independent images, so near 0 "
+            "it may be negative. Classes in fixed shares make it a little too low, and so do images that repeat the "
+            "reference's, as the real images that are drawn from it do:",
             "",
             *distance_table(report, "kernel"),
         ]

@@ -63,12 +63,11 @@ class PublishConfig(Checked):
 
 
 def main(config: PublishConfig) -> str:
-    """Publish, say what was done, and return the commit's address."""
+    """Publish, say what was done, and return the last sentence, which ends with the commit's address."""
     if config.evaluation is not None and not os.path.isfile(os.path.join(config.evaluation, "evaluation.json")):
         raise UserError(f"--evaluation {config.evaluation} has no evaluation.json of training.evaluate.")
-    folder = os.path.normpath(config.folder)
-    publication = publish(
-        folder,
+    done = publish(
+        config.folder,
         config.name,
         private=config.private,
         license=license_of(vars(config)),
@@ -78,15 +77,8 @@ def main(config: PublishConfig) -> str:
         num_samples=config.num_samples,
         device=config.device,
     )
-    if publication.left_out:
-        print(f"Not uploaded: {', '.join(publication.left_out)}")
-    if not publication.new_card:
-        print(
-            f"Kept the card of {config.name}, which was edited there; --overwrite_card replaces it. It must name the "
-            f"license {publication.license}."
-        )
-    print(f"Published {folder} under {publication.license}: {publication.address}")
-    return publication.address
+    print("\n".join(done))
+    return done[-1]
 
 
 if __name__ == "__main__":

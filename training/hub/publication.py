@@ -4,7 +4,6 @@
 import functools
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,6 @@ from .record import CONVERSION, RECORD
 from .staging import stage
 
 
-@dataclass
-class Publication:
-    """A pipeline that is on the Hub.
-
-    Args:
-        address: of the commit.
-        license: under which it is published.
-        new_card: whether its card is new. If not, the Hub has one that someone edited.
-        left_out: files and folders that were not uploaded.
-    """
-
-    address: str
-    license: License
-    new_card: bool
-    left_out: list[str]
-
-
 def publish(
     folder: str,
     repo: str,
@@ -57,8 +39,10 @@ def publish(
     evaluation: str | None = None,
     num_samples: int = 16,
     device: str = "auto",
-) -> Publication:
+) -> list[str]:
     """Check the pipeline in `folder`, draw samples, write its card, and upload all in one commit. Raises UserError.
+
+    Returns what was done, in sentences; the last one ends with the address of the commit.
 
     Args:
         repo: user/name on the Hub. It is created if it is not there.
@@ -91,7 +75,13 @@ def publish(
                 f"{folder} could not be uploaded to {repo}: {error_text(error)}. The repository is as it was before; "
                 "run the same command again, and what has arrived is not sent twice."
             ) from error
-    return Publication(address, license, new_card, left_out)
+    done = [f"Not uploaded: {', '.join(left_out)}"] if left_out else []
+    if not new_card:
+        done.append(
+            f"Kept the card of {repo}, which was edited there; --overwrite_card replaces it. It must name the license "
+            f"{license}."
+        )
+    return [*done, f"Published {folder} under {license}: {address}"]
 
 
 def load_checked(folder: str, name: str) -> CTMPipeline:

@@ -142,7 +142,7 @@ class Pusher:
         self._saves.join()
         shutil.rmtree(self.room, ignore_errors=True)
         try:
-            say(f"Published: {publish(folder, self.repo, private=self.options.hub_private).address}")
+            say("\n".join(publish(folder, self.repo, private=self.options.hub_private)))
         except Exception as error:
             private = " --private" if self.options.hub_private else ""
             say(

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """training.json: how a pipeline came to be."""
 
-import os
 import platform
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -47,14 +46,11 @@ def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:
 
     The Hub is asked for the commit unless `revision` is one.
     """
-    license = None
-    if os.path.isdir(name):
-        license = recorded_license(name)
-    elif is_hub_id(name):
+    on_hub = is_hub_id(name)
+    if on_hub:
         revision = commit_of(name, revision) or revision
-        license = card_license(name, revision)
-    record = {"name": public_name(name), "on_hub": is_hub_id(name), "revision": revision}
-    return {**record, **license_fields(license)}
+    license = card_license(name, revision) if on_hub else recorded_license(name)
+    return {"name": public_name(name), "on_hub": on_hub, "revision": revision, **license_fields(license)}
 
 
 def changed_options(options: RunOptions) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def atomic_file(path: str) -> Iterator[str]:
     except WRITE_ERRORS as error:
         raise UserError(f"{path} could not be written: {error}. Its former content is unchanged.") from error
     finally:
-        Path(draft).unlink(missing_ok=True)
+        if os.path.exists(draft):
+            os.remove(draft)
 
 
 def write_files(folder: str, files: dict[str, bytes]) -> None:

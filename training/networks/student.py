@@ -101,8 +101,12 @@ def untrained(options: StudentOptions, dataset: Images) -> Teacher:
         scheduler = build_scheduler(options, options.sigma_min or 0.002, options.sigma_max or 80.0)
     except ValueError as error:
         raise UserError(f"--sigma_min or --sigma_max: {error}") from error
-    null_class = dataset.num_classes if options.label_dropout else None
-    return Teacher(network.requires_grad_(False).eval(), scheduler, dataset.id2label, null_class=null_class)
+    return Teacher(
+        network.requires_grad_(False).eval(),
+        scheduler,
+        dataset.id2label,
+        null_class=dataset.num_classes if options.label_dropout else None,
+    )
 
 
 def label_dropout(teacher: Teacher, options: StudentOptions) -> float:

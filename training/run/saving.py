@@ -60,8 +60,8 @@ class RunFolder:
     ):
         self.options, self.accelerator, self.make_pipeline = options, accelerator, make_pipeline
         self.checkpoint = start_output_dir(options)
-        source = options.init_from if self.checkpoint is None else None
-        self.first_stage = source and find_first_stage(source)
+        starts = self.checkpoint is None and options.init_from is not None
+        self.first_stage = find_first_stage(options.init_from) if starts else None
         self.record, self.pusher = {}, None
         if accelerator.is_main_process:
             self.record = training_record(options, accelerator.num_processes, self.first_stage, teacher_revision)

@@ -505,7 +505,7 @@ def test_a_streamed_run_resumes_bit_for_bit(tmp_path, workers, monkeypatch):
     options["dataloader_num_workers"] = workers
     begun = []
     read = loop.run_batches
-    monkeypatch.setattr(loop, "run_batches", lambda *given: begun.append(given[5]) or read(*given))
+    monkeypatch.setattr(loop, "run_batches", lambda *given, **named: begun.append(given[5]) or read(*given, **named))
     part = train(tmp_path / "part", resume_from_checkpoint="latest", **options)
     assert_same_weights(whole, part)
     assert begun[0]["first"] == 18  # of 24 images: the third window of 9

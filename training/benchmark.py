@@ -73,8 +73,15 @@ class BenchmarkConfig(Checked):
 
 def measure_training(config: BenchmarkConfig, device: torch.device, steps: dict[str, Step]) -> dict:
     """The time of each step over that of the plain one, its passes through the networks, and its memory."""
-    numbers = (config.channels, config.resolution, config.batch_size, config.num_train_timesteps)
-    problem = Problem(*numbers, device, adversarial=steps is ADVERSARIAL, compile=config.compile)
+    problem = Problem(
+        config.channels,
+        config.resolution,
+        config.batch_size,
+        config.num_train_timesteps,
+        device,
+        adversarial=steps is ADVERSARIAL,
+        compile=config.compile,
+    )
     strata = problem.strata(config.strata)
     difference = same_result(problem, steps, strata[0])
 
@@ -85,17 +92,9 @@ def measure_training(config: BenchmarkConfig, device: torch.device, steps: dict[
 
     for name in steps:  # once for caches, compilation and the allocator
         run(name, strata[-1], 0)
-    rows = {}
-    for name in steps:
-        counts = count_passes(problem, lambda name=name: [run(name, k, seed) for seed, k in enumerate(strata)])
-        images = len(strata) * config.batch_size
-        rows[name] = {
-            "images": {kind: {way: n / images for way, n in ways.items()} for kind, ways in counts.items()},
-            "peak_memory": peak_memory(lambda name=name: run(name, strata[-1], 0), device),
-        }
     seconds = {name: [] for name in steps}
-    words = "Adversarial steps" if problem.adversarial else "Training steps"
-    for round_number in tqdm(range(config.rounds), desc=words, unit="round"):
+    kind = "Adversarial" if problem.adversarial else "Training"
+    for round_number in tqdm(range(config.rounds), desc=f"{kind} steps", unit="round"):
         spent = dict.fromkeys(steps, 0.0)
         for number, k in enumerate(strata):
             names = list(steps) if (round_number + number) % 2 else list(steps)[::-1]
@@ -103,9 +102,16 @@ def measure_training(config: BenchmarkConfig, device: torch.device, steps: dict[
                 spent[name] += run(name, k, 100 * round_number + number, lambda step: seconds_of(step, device))
         for name in steps:
             seconds[name].append(spent[name] / len(strata))
-    for name, row in rows.items():
-        row["ratio"] = summary([a / b for a, b in zip(seconds[name], seconds["plain"])])
-        row["seconds_per_step"] = summary(seconds[name])
+    rows = {}
+    for name in steps:
+        counts = count_passes(problem, lambda name=name: [run(name, k, seed) for seed, k in enumerate(strata)])
+        images = len(strata) * config.batch_size
+        rows[name] = {
+            "images": {kind: {way: n / images for way, n in ways.items()} for kind, ways in counts.items()},
+            "peak_memory": peak_memory(lambda name=name: run(name, strata[-1], 0), device),
+            "ratio": summary([a / b for a, b in zip(seconds[name], seconds["plain"])]),
+            "seconds_per_step": summary(seconds[name]),
+        }
     return {"difference": difference, "solver_steps": strata, "variants": rows}
 
 
@@ -138,7 +144,7 @@ def sampling_calls(config: BenchmarkConfig, device: torch.device) -> dict[str, t
             attention_head_dim=8,
         )
     )
-    network = network.to(device, memory_format=torch.channels_last).eval()
+    network.to(device, memory_format=torch.channels_last).eval()
     ctm, heun = CTMPipeline(network, CTMScheduler()), CTMPipeline(network, EDMHeunScheduler())
     consistency = ConsistencyModelPipeline(network, CMStochasticIterativeScheduler())
     for pipe in (ctm, heun, consistency):
@@ -221,12 +227,11 @@ def step_table(training: dict) -> list[str]:
             "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f} MiB",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    difference = training["difference"]
     return [
         *lines,
         "",
-        f"- The exact step's losses differ from the plain one's by {difference['losses']:.1e}, its gradients by "
-        f"{difference['gradients']:.1e} of the largest.",
+        f"- The exact step's losses differ from the plain one's by {training['difference']['losses']:.1e}, "
+        f"its gradients by {training['difference']['gradients']:.1e} of the largest.",
     ]
 
 
@@ -245,11 +250,11 @@ def markdown(report: dict) -> str:
             "",
         ]
     if "adversarial" in report:
-        passes = []
-        for name, row in report["adversarial"]["variants"].items():
-            count = row["images"]["features"]
-            forward = count["without_graph"] + count["with_graph"]
-            passes.append(f"{name} {forward:.2f} forward, {count['backward']:.2f} backward")
+        counts = {name: row["images"]["features"] for name, row in report["adversarial"]["variants"].items()}
+        passes = [
+            f"{name} {count['without_graph'] + count['with_graph']:.2f} forward, {count['backward']:.2f} backward"
+            for name, count in counts.items()
+        ]
         lines += [
             "In the adversarial stage, a turn of the student and one of the discriminator, on the features of the "
             "embedded classifier:",
@@ -261,10 +266,10 @@ def markdown(report: dict) -> str:
     if "sampling" in report:
         lines += [f"Sampling, batch {report['sampling']['batch_size']}:", "", "| ratio of times | |", "|---|--:|"]
         lines += [f"| {name} | {cell(values)} |" for name, values in report["sampling"]["ratios"].items()] + [""]
-    machine = report["hardware"]
     lines.append(
-        f"Ratios: mean ± standard deviation of {options['rounds']} rounds, both sides in turn, on {machine['device']}, "
-        f"{machine['cpu_threads']} thread(s), mixed precision {options['mixed_precision']}"
+        f"Ratios: mean ± standard deviation of {options['rounds']} rounds, both sides in turn, on "
+        f"{report['hardware']['device']}, {report['hardware']['cpu_threads']} thread(s), "
+        f"mixed precision {options['mixed_precision']}"
         f"{', compiled' if options['compile'] else ''}, torch {report['versions']['torch']}."
     )
     return "\n".join(lines) + "\n"

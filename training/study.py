@@ -3,7 +3,6 @@
 
 import itertools
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -35,7 +34,6 @@ from .report.plots import PALETTE, new_figure
 from .run.batch import StepRandom
 from .studies.curves import seconds_per_iteration, seconds_until, tabulate
 from .studies.meters import step_times
-from .train_ctm import CTMConfig
 
 
 BATCH = 250  # most images per network evaluation when a run is measured
@@ -90,13 +88,11 @@ def read_variants(path: str) -> dict[str, dict[str, Any]]:
         variants = {str(name): {**shared, **(options or {})} for name, options in study["variants"].items()}
         for name, options in variants.items():
             with naming(f"variants {path}, {name}"):
-                CTMConfig(**options)
-    if not variants:
-        raise UserError(f"--variants {path} holds no variants.")
+                train_ctm.CTMConfig(**options)
     return variants
 
 
-def teacher_evaluations(config: CTMConfig, scheduler: CTMScheduler, first: int, last: int) -> int:
+def teacher_evaluations(config: train_ctm.CTMConfig, scheduler: CTMScheduler, first: int, last: int) -> int:
     """The images that the solver's network sees from iteration `first` to `last` - 1: their times are drawn again."""
     sampler = train_ctm.time_sampler(config, scheduler)
     batch, total = config.train_batch_size, 0
@@ -124,11 +120,11 @@ class Measure:
         pipe = load_model(pipeline, ())
         prepare(pipe, "--model", self.data, self.dataset, self.device)
         sampling = Sampling({"ctm": pipe}, self.network, self.labels, self.config.num_samples, BATCH)
-        distances = {}
-        for steps in self.config.eval_steps:
-            features, _ = sampling.features(Setting("ctm", steps, 0.0), 0, tqdm(disable=True))
-            distances[str(steps)] = self.distances(features)["frechet"]
-        return distances
+        features = {
+            str(steps): sampling.features(Setting("ctm", steps, 0.0), 0, tqdm(disable=True))[0]
+            for steps in self.config.eval_steps
+        }
+        return {steps: self.distances(each)["frechet"] for steps, each in features.items()}
 
 
 def run_variant(config: StudyConfig, options: dict[str, Any], folder: str, measure: Measure, progress: tqdm) -> None:
@@ -137,13 +133,12 @@ def run_variant(config: StudyConfig, options: dict[str, Any], folder: str, measu
     if curve["options"] != options:
         raise UserError(f"{folder} holds a run with other options; choose another --output_dir.")
     before = curve["points"][-1] if curve["points"] else {"teacher_evaluations": 0, "iteration": 0}
-    asked = CTMConfig(**options)
     for until in range(config.eval_every, config.max_train_steps + 1, config.eval_every):
         if until > before["iteration"]:
-            place = {"output_dir": os.path.join(folder, "run"), "max_train_steps": until}
-            pipeline = train_ctm.main(CTMConfig(**{**options, **place, "resume_from_checkpoint": "latest"}))
+            run = {"output_dir": f"{folder}/run", "max_train_steps": until, "resume_from_checkpoint": "latest"}
+            pipeline = train_ctm.main(train_ctm.CTMConfig(**{**options, **run}))
             scheduler = CTMScheduler.from_pretrained(pipeline, subfolder="scheduler")
-            evaluations = teacher_evaluations(asked, scheduler, before["iteration"], until)
+            evaluations = teacher_evaluations(train_ctm.CTMConfig(**options), scheduler, before["iteration"], until)
             before = {
                 "iteration": until,
                 "teacher_evaluations": before["teacher_evaluations"] + evaluations,
@@ -193,12 +188,12 @@ def typical_seed(config: StudyConfig, options: dict[str, Any]) -> int:
     """The one of a hundred seeds whose timed iterations ask the teacher most nearly as often as the runs on average."""
 
     def average(seeds: Iterable[int], first: int, last: int) -> float:
-        runs = [CTMConfig(**{**options, "seed": seed}) for seed in seeds]
+        runs = [train_ctm.CTMConfig(**{**options, "seed": seed}) for seed in seeds]
         return statistics.fmean(teacher_evaluations(run, CTMScheduler(), first, last) for run in runs) / (last - first)
 
     wanted = average(config.seeds, 0, config.max_train_steps)
-    timed = config.timing_steps, 2 * config.timing_steps
-    return min(range(100), key=lambda seed: abs(average([seed], *timed) - wanted))
+    warm = config.timing_steps
+    return min(range(100), key=lambda seed: abs(average([seed], warm, 2 * warm) - wanted))
 
 
 def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -213,7 +208,7 @@ def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> d
         return kept
     for _ in tqdm(range(config.timing_rounds), "Timing", unit="round"):
         for phase in itertools.chain.from_iterable(timed.values()):
-            marks = step_times(train_ctm.main, CTMConfig(**phase["options"]), 2 * config.timing_steps)
+            marks = step_times(train_ctm.main, train_ctm.CTMConfig(**phase["options"]), 2 * config.timing_steps)
             phase["seconds"].append((marks[-1] - marks[config.timing_steps - 1]) / config.timing_steps)
     write_files(config.output_dir, {"timing.json": json.dumps({"phases": timed}, indent=1).encode()})
     return timed
@@ -282,7 +277,7 @@ def plot(curves: dict[str, list[dict]], steps: str):
             rows = list(zip(*(run["points"] for run in runs)))
             across = [statistics.fmean(point[axis] for point in row) for row in rows]
             values = [[point["frechet"][steps] for point in row] for row in rows]
-            mean = [math.exp(statistics.fmean(map(math.log, row))) for row in values]
+            mean = [statistics.geometric_mean(row) for row in values]
             place.fill_between(across, list(map(min, values)), list(map(max, values)), color=color, alpha=0.08)
             place.plot(across, mean, style, color=color, marker="o", markersize=3, linewidth=1.4, label=name)
         place.set(xlabel=words, yscale="log")
@@ -300,7 +295,7 @@ def main(config: StudyConfig) -> dict:
         if name not in variants:
             raise UserError(f"--only {name} is no variant of {config.variants}; it has {', '.join(variants)}.")
     wanted = [(name, seed) for seed in config.seeds for name in config.only or variants]
-    measure = Measure(config, CTMConfig(**next(iter(variants.values()))))
+    measure = Measure(config, train_ctm.CTMConfig(**next(iter(variants.values()))))
     with tqdm(total=len(wanted) * config.max_train_steps, unit="iteration") as progress:
         for name, seed in wanted:
             progress.set_description(f"{name}, seed {seed}")
@@ -313,10 +308,10 @@ def main(config: StudyConfig) -> dict:
         for point in itertools.chain.from_iterable(curve["points"] for curve in runs):
             point["seconds"] = seconds_until(point["iteration"], timed[name])
     seconds = {name: seconds_per_iteration(parts) for name, parts in timed.items()}
-    report = {**facts(config, torch.device("cpu")), "curves": curves}
-    report["table"] = tabulate(curves, seconds, config.eval_steps)
+    table = tabulate(curves, seconds, config.eval_steps)
+    report = {**facts(config, torch.device("cpu")), "curves": curves, "table": table}
     figure = plot(curves, str(config.eval_steps[0]))
-    write_report(config.output_dir, "study", report, markdown(report["table"], report), {"study": figure})
+    write_report(config.output_dir, "study", report, markdown(table, report), {"study": figure})
     return report
 
 

@@ -14,14 +14,14 @@ from training.studies.steps import ADVERSARIAL, TRAINING, Problem
 
 
 NUMBERS = {"channels": 16, "resolution": 8, "batch_size": 4, "num_train_timesteps": 5}
-TINY = {**NUMBERS, "strata": 2, "rounds": 1, "device": "cpu", "sampling_batch_size": 2}
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+TINY = {
+    **NUMBERS,
+    "strata": 2,
+    "rounds": 1,
+    "device": "cpu",
+    "sampling_batch_size": 2,
+    "threads": torch.get_num_threads(),  # of the whole process
+}
 
 
 def test_exact_step_is_the_plain_one_and_less_work(tmp_path):

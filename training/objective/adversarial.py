@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations, parametrize
 
 from ..cli.errors import UserError
 from ..cli.files import tensors_digest
@@ -115,8 +115,7 @@ class RandomProjection(nn.Module):
         pyramid = [mix(x) for mix, x in zip(self.across_channels, features)]
         mixed: list[torch.Tensor] = []
         for index in reversed(range(len(pyramid))):
-            x = pyramid[index]
-            x = x + mixed[-1] if mixed else x
+            x = pyramid[index] + mixed[-1] if mixed else pyramid[index]
             height, width = pyramid[index - 1].shape[2:] if index else (2 * x.shape[2], 2 * x.shape[3])
             x = self.across_scales[index](x)
             mixed.append(F.interpolate(x, (height, width), mode="bilinear", align_corners=True))
@@ -144,14 +143,29 @@ def discriminator_head(in_channels: int, size: int, channels: int = 64) -> nn.Se
     widths = [max(channels, 8 * channels // 2**left) for left in reversed(range(halvings))]
     blocks = [
         nn.Sequential(
-            spectral_norm(nn.Conv2d(n, m, 4, stride=2, padding=1), n_power_iterations=POWER_ITERATIONS),
+            parametrizations.spectral_norm(
+                nn.Conv2d(n, m, 4, stride=2, padding=1), n_power_iterations=POWER_ITERATIONS
+            ),
             nn.BatchNorm2d(m),
             nn.LeakyReLU(0.2, inplace=True),
         )
         for n, m in zip([in_channels, *widths], widths)
     ]
     logits = nn.Conv2d(widths[-1], 1, min(4, size), bias=False)
-    return nn.Sequential(*blocks, spectral_norm(logits, n_power_iterations=POWER_ITERATIONS))
+    return nn.Sequential(*blocks, parametrizations.spectral_norm(logits, n_power_iterations=POWER_ITERATIONS))
+
+
+def spectral_norms(network: nn.Module) -> list[parametrize.ParametrizationList]:
+    return [module for module in network.modules() if isinstance(module, parametrize.ParametrizationList)]
+
+
+@torch.no_grad()
+def update_spectral_norm(network: nn.Module) -> None:
+    """Follow the weights of a network of heads after they changed, by three power iterations each."""
+    for norm in spectral_norms(network):
+        norm.train()
+        norm()
+        norm.eval()
 
 
 class MultiScaleDiscriminator(nn.Module):
@@ -176,20 +190,9 @@ class MultiScaleDiscriminator(nn.Module):
 
     def train(self, mode: bool = True) -> "MultiScaleDiscriminator":
         super().train(mode)
-        for parametrization in self._parametrizations():
-            parametrization.eval()  # in this mode it does not iterate
+        for norm in spectral_norms(self):
+            norm.eval()  # in this mode it does not iterate
         return self
-
-    def _parametrizations(self) -> Iterator[nn.Module]:
-        return (module.parametrizations for module in self.modules() if isinstance(module, nn.Conv2d))
-
-    @torch.no_grad()
-    def update_spectral_norm(self) -> None:
-        """Follow the weights after they changed, by three power iterations each."""
-        for parametrization in self._parametrizations():
-            parametrization.train()
-            parametrization["weight"]()
-            parametrization.eval()
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """Logits of all heads side by side, shape (B, L)."""
@@ -198,8 +201,8 @@ class MultiScaleDiscriminator(nn.Module):
 
 def fingerprint(backbone: Backbone) -> torch.Tensor:
     """SHA-256 of a feature network's tensors and of the size that it is shown, uint8 of shape (32,)."""
-    tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
-    return torch.frombuffer(bytearray(tensors_digest(tensors, str(backbone.resolution))), dtype=torch.uint8)
+    digest = tensors_digest([*backbone.named_parameters(), *backbone.named_buffers()], str(backbone.resolution))
+    return torch.tensor(list(digest), dtype=torch.uint8)
 
 
 class ProjectedDiscriminator(nn.Module):
@@ -210,7 +213,7 @@ class ProjectedDiscriminator(nn.Module):
     has the random projections, which never change, and the heads, which learn.
 
     Args:
-        backbones: feature networks by name, in the order of the logits.
+        backbones: feature networks by name, in the order of the logits, on the CPU.
         seed: of projections and heads. The global random state is not touched.
         image_channels: 1 or 3.
         channels: of the finest projected map; scales the whole. 64 is the authors'.
@@ -232,10 +235,9 @@ class ProjectedDiscriminator(nn.Module):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.default_generator.manual_seed(seed)
             for backbone in self.backbones.values():
-                device = next(backbone.parameters(), torch.empty(0)).device
-                features = backbone(torch.zeros(1, image_channels, *[backbone.resolution] * 2, device=device))
+                features = backbone(torch.zeros(1, image_channels, *[backbone.resolution] * 2))
                 projection = RandomProjection([x.shape[1] for x in features], [x.shape[2:] for x in features], channels)
-                sizes = [min(x.shape[2:]) for x in projection.to(device)(features)]
+                sizes = [min(x.shape[2:]) for x in projection(features)]
                 self.projections.append(projection)
                 self.discriminators.append(MultiScaleDiscriminator(projection.channels, sizes, channels))
         self.register_buffer("fingerprints", torch.stack([fingerprint(x) for x in self.backbones.values()]))
@@ -306,11 +308,6 @@ class ProjectedDiscriminator(nn.Module):
         finally:
             learn(True)
 
-    def update_spectral_norm(self) -> None:
-        """Call it after each update of the heads, as the step of `discriminator_optimizer` does."""
-        for discriminator in self.discriminators:
-            discriminator.update_spectral_norm()
-
 
 def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed: int) -> ProjectedDiscriminator:
     """The discriminator that the options describe, on the CPU, for images with 1 or 3 channels.
@@ -321,8 +318,9 @@ def make_discriminator(options: DiscriminatorOptions, image_channels: int, seed:
         raise UserError(
             f"--discriminator_weight must be 0 for images with {image_channels} channels; its networks see 1 or 3."
         )
-    names = options.discriminator_backbones
-    backbones = {name: load_backbone(name, options.discriminator_resolution) for name in names}
+    backbones = {
+        name: load_backbone(name, options.discriminator_resolution) for name in options.discriminator_backbones
+    }
     return ProjectedDiscriminator(
         backbones, seed, image_channels, options.discriminator_channels, options.discriminator_augment
     )
@@ -344,9 +342,10 @@ def discriminator_optimizer(
     options: DiscriminatorOptions, discriminator: ProjectedDiscriminator
 ) -> torch.optim.Optimizer:
     """RAdam over the heads, as the authors'. Each of its steps also updates the spectral norm."""
-    heads = discriminator.discriminators.parameters()
-    optimizer = torch.optim.RAdam(heads, lr=options.discriminator_learning_rate, betas=BETAS)
-    optimizer.register_step_post_hook(lambda *_: discriminator.update_spectral_norm())
+    optimizer = torch.optim.RAdam(
+        discriminator.discriminators.parameters(), lr=options.discriminator_learning_rate, betas=BETAS
+    )
+    optimizer.register_step_post_hook(lambda *_: update_spectral_norm(discriminator))
     return optimizer
 
 

@@ -59,8 +59,7 @@ def draw_diff_augment(
         return lowest + ((highest - lowest + 1) * number()).long()
 
     def shift(length: int) -> torch.Tensor:
-        most = _pixels(LARGEST_SHIFT, length)
-        return integer(-most, most)
+        return integer(-_pixels(LARGEST_SHIFT, length), _pixels(LARGEST_SHIFT, length))
 
     def center(length: int) -> torch.Tensor:
         return integer(0, length - _pixels(CUTOUT, length) % 2)

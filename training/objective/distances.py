@@ -117,8 +117,7 @@ def network_distance(options: "DistanceOptions") -> PerceptualDistance:
     """Unit-normalized features of any frozen network."""
     with naming("distance_network"):
         backbone = load_backbone(options.distance_network, options.distance_resolution)
-    about = {"name": "features", "network": public_name(options.distance_network)}
-    return PerceptualDistance(backbone, about=about)
+    return PerceptualDistance(backbone, about={"name": "features", "network": public_name(options.distance_network)})
 
 
 # Each distance by its name, as a function of the options.
@@ -182,12 +181,12 @@ class DistanceOptions(Checked):
             )
 
 
-def make_distance(options: DistanceOptions, device: torch.device | str = "cpu") -> nn.Module:
-    """The distance that `options` ask for, on `device`: a module, `distance(a, b)` of shape (B,) for images (B, C, H,
+def make_distance(options: DistanceOptions) -> nn.Module:
+    """The distance that `options` ask for: a module, `distance(a, b)` of shape (B,) for images (B, C, H,
     W) in [-1, 1].
 
     `about` says what it is, in JSON's types.
 
     Raises UserError if its network cannot be loaded.
     """
-    return DISTANCES[options.distance](options).to(device)
+    return DISTANCES[options.distance](options)

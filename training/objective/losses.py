@@ -183,7 +183,7 @@ class GradientAtJump:
         last_weight: torch.Tensor,
         reduce: Callable[[torch.Tensor], torch.Tensor],
     ):
-        self.x_s, self.last_weight, self.reduce = x_s, last_weight, reduce
+        self.last_weight, self.reduce = last_weight, reduce
         self.leaf = x_s.detach().requires_grad_()
         self.estimate = to_end(self.leaf)
         # Gradients of a mean over all pixels are too small for fp16 on their way through the network.
@@ -199,10 +199,6 @@ class GradientAtJump:
         """The gradient at the last layer, of which `output` has `gradient`."""
         (gradient,) = torch.autograd.grad(output, self.last_weight, self.magnify * gradient, retain_graph=True)
         return self.reduce(gradient / self.magnify)
-
-    def with_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A number whose gradient at x_s is `gradient`."""
-        return (self.x_s * gradient).sum()
 
 
 @dataclass
@@ -282,12 +278,11 @@ def ctm_loss(
         generator_gradient = at_jump.of(generator)
         generator_weight = adversary.weight(reference, at_jump.at_last_layer(x_s, generator_gradient))
         gradient = gradient + generator_weight * generator_gradient
-    update = at_jump.with_gradient(gradient)
+    update = (x_s * gradient).sum()  # a number whose gradient at x_s is `gradient`
 
     dsm_samples = None
     if score_matching is not None:
-        loss_weight = jumps.preconditioning.loss_weight(score_matching.sigma)
-        dsm_samples = loss_weight * l2_distance(denoised, jumps.x_0)
+        dsm_samples = jumps.preconditioning.loss_weight(score_matching.sigma) * l2_distance(denoised, jumps.x_0)
         dsm = dsm_samples.mean()
         dsm_samples = dsm_samples.detach()
         dsm_weight = torch.full_like(dsm, score_matching.weight)  # made on the device: nothing waits for it

@@ -79,18 +79,14 @@ def unipc_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> to
 class Solver:
     """A solver, and the number of evaluations of the denoiser that k steps take."""
 
-    name: str
     solve: Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
     evaluations: Callable[[int], int]
 
 
 SOLVERS = {
-    solver.name: solver
-    for solver in (
-        Solver("heun", heun_solve, lambda k: 2 * k),
-        Solver("unipc", unipc_solve, lambda k: k + 1),
-        Solver("dpm", dpm_solve, lambda k: k),
-    )
+    "heun": Solver(heun_solve, lambda k: 2 * k),
+    "unipc": Solver(unipc_solve, lambda k: k + 1),
+    "dpm": Solver(dpm_solve, lambda k: k),
 }
 
 

@@ -31,8 +31,11 @@ class TimeOptions(GridOptions):
         if self.matching == "local":
             self.refuse(["max_solver_steps"], "does not go with --matching local, whose solver takes one step")
         most = self.num_train_timesteps - 1
-        fits = self.max_solver_steps is None or 1 <= self.max_solver_steps <= most
-        self.check(fits, "max_solver_steps", f"in 1..{most} (num_train_timesteps - 1)")
+        self.check(
+            self.max_solver_steps is None or 1 <= self.max_solver_steps <= most,
+            "max_solver_steps",
+            f"in 1..{most} (num_train_timesteps - 1)",
+        )
 
 
 @dataclass
@@ -127,11 +130,9 @@ class TimeSampler:
         path = self.level(start + torch.arange(int(k) + 1)[:, None])
         s = path[-1]
         if self.matching != "global":
-            u_place = start + k
-            s_place = self._draw_places(u_place, self.last_place, generator)
-            s = torch.where(
-                s_place == u_place, s, self.level(s_place)
-            )  # equal to the last digit: the jump is then left out
+            s_place = self._draw_places(start + k, self.last_place, generator)
+            # Where s is u, it is equal to the last digit: the jump is then left out.
+            s = torch.where(s_place == start + k, s, self.level(s_place))
         return Times(path, s, self.sigma_min)
 
     def draw_to_end(self, batch_size: int, generator: torch.Generator) -> Times:
@@ -142,8 +143,7 @@ class TimeSampler:
 
     def _draw_places(self, first: torch.Tensor, last: int | torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Uniform over the places from `first` to `last`, both included, float64."""
-        number = last - first + 1
-        return first + (torch.rand(len(first), generator=generator, dtype=torch.float64) * number).floor()
+        return first + (torch.rand(len(first), generator=generator, dtype=torch.float64) * (last - first + 1)).floor()
 
 
 def draw_lognormal_sigma(noise: torch.Tensor, p_mean: float = -1.2, p_std: float = 1.2) -> torch.Tensor:

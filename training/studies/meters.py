@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -54,28 +55,23 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the peak so far
-        before = _resident("VmRSS:")
-    except OSError:
-        call()
+    if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _resident("VmRSS:")
     call()
     return _resident("VmHWM:") - before
 
 
 def _resident(name: str) -> int:
     """Bytes that Linux counts for this process under `name`."""
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def step_times(main: Callable, config: RunOptions, steps: int) -> list[float]:
@@ -86,8 +82,15 @@ def step_times(main: Callable, config: RunOptions, steps: int) -> list[float]:
         config: of the run, which neither samples nor saves nor logs here.
     """
     marks = []
-    quiet = {"sample_every": 0, "checkpointing_steps": 0, "report_to": "none", "resume_from_checkpoint": None}
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, output_dir=os.path.join(folder, "run"), max_train_steps=steps, **quiet)
-        main(config, on_step=lambda step: marks.append(time.perf_counter()))
+        quiet = replace(
+            config,
+            output_dir=f"{folder}/run",
+            max_train_steps=steps,
+            sample_every=0,
+            checkpointing_steps=0,
+            report_to="none",
+            resume_from_checkpoint=None,
+        )
+        main(quiet, on_step=lambda step: marks.append(time.perf_counter()))
     return marks

@@ -66,8 +66,10 @@ class Problem:
 
     def __post_init__(self):
         torch.manual_seed(0)
-        shape = {"model_channels": self.channels, "block_out_channels": (2 * self.channels,) * 3}
-        self.teacher = EDMUNet2DModel(sample_size=self.resolution, **shape).eval().requires_grad_(False)
+        self.teacher = EDMUNet2DModel(
+            sample_size=self.resolution, model_channels=self.channels, block_out_channels=(2 * self.channels,) * 3
+        )
+        self.teacher.eval().requires_grad_(False)
         _fill(self.teacher)
         self.student = EDMUNet2DModel.from_unet(self.teacher).requires_grad_(True)
         _fill(self.student)
@@ -78,10 +80,11 @@ class Problem:
         self.judge = None
         if self.adversarial:
             backbones = {"digits": load_backbone("digits", self.resolution)}
-            judge = ProjectedDiscriminator(backbones, 0, channels=self.channels, augment=False)
-            self.judge = judge.to(self.device, memory_format=torch.channels_last)
-            options = DiscriminatorOptions(discriminator_learning_rate=1e-6)
-            self.judge_optimizer = discriminator_optimizer(options, self.judge)
+            self.judge = ProjectedDiscriminator(backbones, 0, channels=self.channels, augment=False)
+            self.judge.to(self.device, memory_format=torch.channels_last)
+            self.judge_optimizer = discriminator_optimizer(
+                DiscriminatorOptions(discriminator_learning_rate=1e-6), self.judge
+            )
         self.preconditioning = Preconditioning()
         self.call = {"student": self.student, "ema": self.target.module, "teacher": self.teacher}
         if self.compile:
@@ -96,7 +99,6 @@ class Problem:
         while times.solver_steps < k:
             times = sampler.draw(self.batch_size, generator)
         size = (self.batch_size, 3, self.resolution, self.resolution)
-        generator = torch.Generator().manual_seed(seed)
         x_0, noise, dsm_noise = (torch.randn(size, generator=generator) for _ in range(3))
         normal, uniform = torch.randn(size[0], generator=generator), torch.rand(size[0], generator=generator)
         sigma = draw_half_lognormal_sigma(normal, uniform, 0.002, 80.0, 7.0)
@@ -198,8 +200,14 @@ def plain_discriminator_step(problem: Problem, inputs: Inputs) -> dict[str, floa
 
 
 def our_jumps(problem: Problem, inputs: Inputs) -> Jumps:
-    call = problem.call
-    return Jumps(call["student"], call["ema"], problem.preconditioning, inputs.times, inputs.x_0, inputs.noise)
+    return Jumps(
+        problem.call["student"],
+        problem.call["ema"],
+        problem.preconditioning,
+        inputs.times,
+        inputs.x_0,
+        inputs.noise,
+    )
 
 
 def our_step(problem: Problem, inputs: Inputs, solver: str = "heun") -> dict[str, torch.Tensor]:

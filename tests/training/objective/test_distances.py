@@ -137,39 +137,27 @@ def test_lpips_gives_the_published_numbers():
         torch.testing.assert_close(distance(a, b), torch.tensor(published), rtol=0, atol=6e-5)
 
 
-def photographs(side=64):
-    """Three square pieces of each of scikit-learn's two photographs, (6, 3, side, side) in [-1, 1]."""
-    from sklearn.datasets import load_sample_images
-
-    pieces = [photo[:420, left : left + 420] for photo in load_sample_images().images for left in (0, 110, 220)]
-    x = torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2) / 127.5 - 1
-    return F.interpolate(x, size=side, mode="bilinear", antialias=True)
-
-
-def blurred(x):
-    return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)
-
-
-def orders_as_people_do(distance, x):
-    """Blur is farther than a change of brightness of the same squared error; noise grows; other images are far."""
-    blur = blurred(x)
-    size = (blur - x).square().mean((1, 2, 3), keepdim=True).sqrt()
-    lighter = x + size
-    noise = randn(*x.shape)
-    with torch.no_grad():
-        assert (distance(x, blur) > 2 * distance(x, lighter)).all()
-        grows = [distance(x, x + sigma * noise) for sigma in (0.0, 0.02, 0.1, 0.5)]
-        assert (grows[0] == 0).all()
-        assert all((more > less).all() for less, more in zip(grows, grows[1:]))
-        assert (distance(x, x.roll(1, 0)) > distance(x, x.roll(1, 3))).all()
-
-
 @pytest.mark.parametrize("network", ["vgg", "alex"])
 @pytest.mark.parametrize("pooling", ["average", "max"])
 def test_lpips_orders_photographs_as_people_do(network, pooling):
+    """Blur is farther than a change of brightness of the same squared error; noise grows; other images are far."""
     needs_weights()
+    from sklearn.datasets import load_sample_images
+
+    # Three square pieces of each of scikit-learn's two photographs.
+    pieces = [photo[:420, left : left + 420] for photo in load_sample_images().images for left in (0, 110, 220)]
+    x = torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2) / 127.5 - 1
+    x = F.interpolate(x, size=64, mode="bilinear", antialias=True)
+    blurred = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    lighter = x + (blurred - x).square().mean((1, 2, 3), keepdim=True).sqrt()
     options = {"distance_network": network, "distance_pooling": pooling, "distance_resolution": 64}
-    orders_as_people_do(make_distance(DistanceOptions("lpips", **options)), photographs())
+    distance = make_distance(DistanceOptions("lpips", **options))
+    with torch.no_grad():
+        assert (distance(x, blurred) > 2 * distance(x, lighter)).all()
+        grows = [distance(x, x + sigma * randn(*x.shape)) for sigma in (0.0, 0.02, 0.1, 0.5)]
+        assert (grows[0] == 0).all()
+        assert all((more > less).all() for less, more in zip(grows, grows[1:]))
+        assert (distance(x, x.roll(1, 0)) > distance(x, x.roll(1, 3))).all()
 
 
 # What every perceptual distance is ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from helpers.stub_gan import augment_of, stub_discriminator
 from training.frozen.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from training.objective.adversarial import generator_loss, generator_weight
 from training.objective.distances import PerceptualDistance, l2_distance
-from training.objective.losses import Adversary, Jumps, ScoreMatching, ctm_estimate, ctm_loss
+from training.objective.losses import Adversary, Jumps, ScoreMatching, ctm_loss
 from training.objective.solvers import heun_solve
 from training.official import adm as convert_adm
 from training.official import song as convert_edm
@@ -95,8 +95,7 @@ class Case:
         timestep_scale, num_levels: of the family.
         last_weight: the weight at which gradients are compared, by its own name.
         distance: what the fixture used.
-        prefix: of the step's arrays in the file.
-        adversarial: whether the step has the generator's loss, of stand-in networks.
+        adversarial: whether the step has the generator's loss, of stand-in networks. Its arrays begin with "g_".
     """
 
     weights: str
@@ -108,7 +107,6 @@ class Case:
     num_levels: int
     last_weight: str
     distance: Callable
-    prefix: str = ""
     adversarial: bool = False
 
 
@@ -140,7 +138,7 @@ CASES = {
         for name, distance, more in (
             ("loss_k5_l2", resized_l2, {}),
             ("loss_k5_tiny", tiny_perceptual, {}),
-            ("loss_gan", resized_l2, {"prefix": "g_", "adversarial": True}),
+            ("loss_gan", resized_l2, {"adversarial": True}),
         )
     },
 }
@@ -158,14 +156,16 @@ def step(request):
     case, file = CASES[request.param], ORACLE / f"{request.param}.npz"
     if not file.exists():
         pytest.skip("the oracle folder is not here")
+    prefix = "g_" if case.adversarial else ""
     arrays = {
-        name.removeprefix(case.prefix): torch.from_numpy(value)
+        name.removeprefix(prefix): torch.from_numpy(value)
         for name, value in np.load(file).items()
-        if name.startswith(case.prefix)
+        if name.startswith(prefix)
     }
     weights = load_file(ORACLE / case.weights)
     student = case.convert(weights)
-    average = case.convert({name: 0.95 * w if is_scaled(name, w) else w for name, w in weights.items()})
+    kept = [name for name, weight in weights.items() if weight.ndim < 2 or name.endswith("resample_filter")]
+    average = case.convert({name: weight if name in kept else 0.95 * weight for name, weight in weights.items()})
     teacher = case.convert(case.teacher(weights))
     average.requires_grad_(False)
     teacher.requires_grad_(False)
@@ -219,11 +219,6 @@ def step(request):
     return case, arrays, loss, seen, student
 
 
-def is_scaled(name, tensor):
-    """The weights that the fixture's average has times 0.95."""
-    return tensor.ndim >= 2 and not name.endswith("resample_filter")
-
-
 def test_solver_target_and_estimate(step):
     _, arrays, _, seen, _ = step
     for name in ("x_u", "target", "estimate"):
@@ -263,18 +258,3 @@ def test_gradients(step):
     assert len(full) >= 5
     for name in full:
         assert close(gradients[name], arrays[f"grad__{name}"]), name
-
-
-def test_the_discriminator_is_shown_the_authors_fake(oracle):
-    arrays = {name: torch.from_numpy(value) for name, value in oracle("loss_gan.npz").items()}
-    weights = load_file(ORACLE / "ctm_cifar_uncond.safetensors")
-    student = convert_edm.to_diffusers(weights, dropout=0.0)
-    average = convert_edm.to_diffusers(
-        {name: 0.95 * w if is_scaled(name, w) else w for name, w in weights.items()}, dropout=0.0
-    )
-    grid = karras_sigma(torch.linspace(0, 1, 18))
-    grid[-1] = 0.002
-    index_t, index_s, k = arrays["d_index_t"], arrays["d_index_s"], int(arrays["d_num_heun_step"])
-    times = grid_times(grid, index_t, index_t + k, index_s)
-    jumps = Jumps(student, average, Preconditioning(0.5), times, arrays["d_x_start"], arrays["d_noise"])
-    assert close(ctm_estimate(jumps), arrays["d_estimate"])

@@ -87,14 +87,6 @@ def test_dpm_is_that_of_diffusers():
     torch.testing.assert_close(ours, theirs.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_one_dpm_step_is_the_denoisers_jump():
-    data, grid = GaussianData(0.5), torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
-    x, index = 4 * randn(2, 1, 2, 2), torch.tensor([0, 1])
-    t, s = grid[index].reshape(-1, 1, 1, 1), grid[index + 1].reshape(-1, 1, 1, 1)
-    euler = s / t * x + (1 - s / t) * data.denoiser(x, grid[index])
-    torch.testing.assert_close(dpm_solve(data.denoiser, x, down(grid, 0, 1, steps=1)), euler)
-
-
 @pytest.mark.parametrize("name", SOLVERS)
 def test_each_sample_starts_from_its_own_level(name):
     grid, starts = karras_sigmas(65, 0.1, 10.0, dtype=torch.float64), (0, 20, 44, 5)

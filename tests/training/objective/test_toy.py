@@ -37,8 +37,8 @@ def oracle_problem(oracle):
     return data, torch.from_numpy(arrays["xT"]), exact[torch.from_numpy(arrays["xT_s"]).sub(0.002).abs().argmin()]
 
 
-def train(data, steps, report):
-    """Distil the exact denoiser; `report(network)` before training and after each of `steps` iterations."""
+def train(data, steps):
+    """Distil the exact denoiser; the averaged network before training and after each of `steps` iterations."""
     torch.manual_seed(0)
     settings = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     settings |= {"sample_size": 1, "in_channels": 2, "out_channels": 2, "layers_per_block": 1, "norm_num_groups": 8}
@@ -59,7 +59,7 @@ def train(data, steps, report):
         noise = torch.randn(128, 2, 1, generator=generator, dtype=torch.float64)
         return (data.means[part] + (torch.linalg.cholesky(data.covs)[part] @ noise)[..., 0]).float()[..., None, None]
 
-    report(ema.module)
+    yield ema.module
     for step in range(max(steps)):
         x_0 = draw()
         noise, dsm_noise = (torch.randn(x_0.shape, generator=generator) for _ in range(2))
@@ -76,21 +76,17 @@ def train(data, steps, report):
         optimizer.step()
         ema.step(student)
         if step + 1 in steps:
-            report(ema.module)
+            yield ema.module
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["own", "oracle"])
 def test_error_against_the_exact_flow_falls(source, request):
     data, noise, exact = own_problem() if source == "own" else oracle_problem(request.getfixturevalue("oracle"))
-    errors = []
-
-    def report(network):
+    x, errors = noise.float()[..., None, None], []
+    for network in train(data, (50, 150)):
         with torch.no_grad():
-            x = noise.float()[..., None, None]
             jumped = Preconditioning(SIGMA_DATA).jump(network, x, torch.tensor(80.0), torch.tensor(0.002))
         errors.append((jumped.flatten(1) - exact).norm(dim=1).mean().item())
-
-    train(data, (50, 150), report)
     untrained, early, late = errors
     assert late < early < untrained and late < untrained / 4, errors

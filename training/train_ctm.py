@@ -173,7 +173,7 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
     torch.manual_seed(config.seed)
-    student = make_student(teacher, config.dropout)
+    student = make_student(teacher.network, config.dropout)
     run = TrainingRun(
         config, dataset, student, make_pipeline, samples, teacher_revision=teacher.revision, on_step=on_step
     )

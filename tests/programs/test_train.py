@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -52,6 +53,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A tiny teacher, trained for a few steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another module may have left its precision
     folder = tmp_path_factory.mktemp("teacher") / "run"
     return train_edm.main(EDMConfig(output_dir=str(folder), max_train_steps=6, ema_warmup=True, **SMALL, **NETWORK))
 
@@ -639,14 +641,6 @@ def test_what_does_not_fit_is_said_before_anything_is_written(teacher, tmp_path,
     with pytest.raises(UserError, match=message):
         distil(teacher, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_infinite_losses_stop_the_run(teacher, tmp_path):
-    with pytest.raises(UserError, match="Lower --learning_rate"):
-        distil(
-            teacher, tmp_path / "run", learning_rate=1e18, max_train_steps=10, logging_steps=100, checkpointing_steps=5
-        )
-    assert os.listdir(tmp_path / "run") == ["config.yaml"]  # no checkpoint of a broken network
 
 
 def test_a_ctm_is_no_teacher(teacher, tmp_path):

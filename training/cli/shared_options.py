@@ -14,8 +14,8 @@ class DataOptions(Checked):
 
     dataset_name: str = option(
         "digits",
-        "Images: 'digits' (8x8, from scikit-learn, no download), a data set on the Hub, a local folder of images or of "
-        "parquet files, or one parquet file.",
+        "Images: 'digits' (8x8, from scikit-learn, no download), a data set on the Hub, a local folder of images or "
+        "of parquet files, or one parquet file.",
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.")
     dataset_split: str = option("train", "Split of the data set, or a part: 'train[:1500]', 'train[-10%:]'.")

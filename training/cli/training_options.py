@@ -174,8 +174,8 @@ class MonitorOptions(Checked):
     )
     eval_every: int = option(
         0,
-        "Measure the Frechet distance of samples to the data every so many steps, and at the end, into the tracker and "
-        "output_dir/metrics.jsonl; 0 is never.",
+        "Measure the Frechet distance of samples to the data every so many steps, and at the end, into the tracker "
+        "and output_dir/metrics.jsonl; 0 is never.",
         recorded=False,
         must_be=NOT_NEGATIVE,
     )

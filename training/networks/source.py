@@ -109,8 +109,8 @@ class Source:
         kind, files = next(((kind, files) for kind, files in kinds if files), (None, []))
         if kind is None:
             raise UserError(
-                f"{name}: {folder or 'the top'} has a config.json, but no weights "
-                "(diffusion_pytorch_model.safetensors or .bin)."
+                f"{name}: {folder or 'the top'} has a config.json, but no weights (diffusion_pytorch_model.safetensors "
+                "or .bin)."
             )
         network_class = getattr(diffusers, self.json(join(folder, "config.json")).get("_class_name", "UNet2DModel"))
         network, report = network_class.from_pretrained(

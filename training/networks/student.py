@@ -72,13 +72,15 @@ def student_scheduler(teacher: Teacher, options: GridOptions) -> CTMScheduler:
         raise UserError(f"--sigma_min or --sigma_max does not fit --teacher {teacher.name}: {error}") from error
 
 
-def make_student(teacher: Teacher, dropout: float | None = None) -> CTMUNet2DModel | EDMUNet2DModel:
-    """The teacher's network with a target time, equal to it at every target. `dropout` replaces the teacher's."""
-    student_class = EDMUNet2DModel if isinstance(teacher.network, EDMUNet2DModel) else CTMUNet2DModel
+def make_student(
+    network: UNet2DModel | EDMUNet2DModel, dropout: float | None = None
+) -> CTMUNet2DModel | EDMUNet2DModel:
+    """A teacher's network with a target time, equal to it at every target. `dropout` replaces the teacher's."""
+    student_class = EDMUNet2DModel if isinstance(network, EDMUNet2DModel) else CTMUNet2DModel
     try:
-        student = student_class.from_unet(teacher.network)
+        student = student_class.from_unet(network)
     except ValueError as error:
-        raise UserError(f"--teacher {teacher.name} cannot become a CTM: {error}") from error
+        raise UserError(f"--teacher cannot become a CTM: {error}") from error
     if dropout is not None:
         set_dropout(student, dropout)
     return student

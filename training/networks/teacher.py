@@ -145,8 +145,8 @@ def _make_scheduler(label: str, config: dict, options: TeacherOptions) -> EDMHeu
         kind = PREDICTIONS[given["prediction_type"]]
         if kind.edm_scheduler_type and "timestep_scale" not in given:
             raise UserError(
-                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 "
-                "for OpenAI's."
+                f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for "
+                "OpenAI's."
             )
         config = {"_class_name": kind.default_scheduler}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")

@@ -32,8 +32,7 @@ class DiscriminatorOptions(Checked):
     discriminator_weight: float = option(
         0.0,
         "Weight of the adversarial loss, which is also scaled to pull at the last layer as the trajectory loss does; "
-        "0 is no "
-        "adversarial stage, 1 the authors'.",
+        "0 is no adversarial stage, 1 the authors'.",
         must_be=NOT_NEGATIVE,
     )
     discriminator_start: int = option(0, "Step at which the adversarial stage begins.", must_be=NOT_NEGATIVE)
@@ -46,8 +45,7 @@ class DiscriminatorOptions(Checked):
         ["efficientnet_lite0"],
         "Frozen networks whose features the discriminator sees, each 'efficientnet_lite0', 'digits', a folder of "
         "training.features, or an image model of transformers by its folder or Hub id. The authors' are "
-        "efficientnet_lite0 and "
-        "facebook/deit-base-distilled-patch16-224.",
+        "efficientnet_lite0 and facebook/deit-base-distilled-patch16-224.",
     )
     discriminator_resolution: int | None = option(
         None,
@@ -254,8 +252,7 @@ class ProjectedDiscriminator(nn.Module):
                 if before != now:
                     raise UserError(
                         f"The feature network {name} is not the one that the saved discriminator was trained on: its "
-                        "weights or "
-                        "the size that it is shown differ. Give the same --discriminator_backbones and "
+                        "weights or the size that it is shown differ. Give the same --discriminator_backbones and "
                         "--discriminator_resolution, and the same versions of the packages or files that they come "
                         "from."
                     )
@@ -339,8 +336,7 @@ def check_single_images(discriminator: ProjectedDiscriminator, image_channels: i
     except ValueError as error:
         raise UserError(
             "--train_batch_size must be 2 or more with these discriminators, whose coarsest maps have one pixel "
-            f"({error}), or "
-            "--discriminator_resolution larger."
+            f"({error}), or --discriminator_resolution larger."
         ) from error
 
 

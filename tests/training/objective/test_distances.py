@@ -17,14 +17,10 @@ from scipy.signal import correlate2d
 
 from helpers import exact
 from helpers.feature_networks import Shown, classifier, efficientnet_weights, images
-from helpers.places import ORACLE
 from training import lpips, train_ctm
 from training.cli.errors import UserError
 from training.cli.options import parse_config
-from training.cli.shared_options import DataOptions
-from training.data.images import ImageDataset, to_sample
 from training.frozen import vgg
-from training.frozen.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from training.frozen.efficientnet import EfficientNetLite0
 from training.frozen.maps import ClassifierBackbone
 from training.frozen.vgg import PLANS, LPIPSBackbone, lpips_weights
@@ -176,16 +172,6 @@ def test_lpips_orders_photographs_as_people_do(network, pooling):
     orders_as_people_do(make_distance(DistanceOptions("lpips", **options)), photographs())
 
 
-def test_lpips_orders_small_photographs_as_people_do():
-    needs_weights()
-    path = ORACLE.parent / "data" / "cifar10-jpeg" / "test.parquet"
-    if not path.exists():
-        pytest.skip("the data are not here")
-    pixels, _ = ImageDataset(DataOptions(dataset_name=str(path), dataset_split="train"))[list(range(8))]
-    distance = make_distance(DistanceOptions("lpips", distance_network="alex"))  # at 224 pixels
-    orders_as_people_do(distance, to_sample(pixels))
-
-
 # What every perceptual distance is ------------------------------------------------------------------------------------
 
 
@@ -285,31 +271,6 @@ def test_nothing_is_kept_of_the_targets_way_through_the_network():
     none, value = bytes_kept(lambda: distance(a, b))
     assert none == 0 and not value.requires_grad
     assert both - one > 0.9 * network  # the target's way through the network is what is saved
-
-
-class OracleStub(Backbone):
-    """The network that stands in for LPIPS's in the authors' numbers."""
-
-    def __init__(self, weights):
-        super().__init__(224, IMAGENET_MEAN, IMAGENET_STD, {})
-        self.weights = weights
-        self.freeze()
-
-    def maps(self, x):
-        found = []
-        for layer in ("c1", "c2"):
-            x = F.conv2d(x, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"], stride=2).relu()
-            found.append(x)
-        return found
-
-
-def test_equals_the_authors_distance_of_their_stub_network(oracle):
-    weights = {name: torch.from_numpy(value) for name, value in oracle("stub_tinyperceptual.npz").items()}
-    arrays = {name: torch.from_numpy(value) for name, value in oracle("loss_k5_tiny.npz").items() if "grad" not in name}
-    backbone = OracleStub(weights)
-    distance = PerceptualDistance(backbone, [torch.ones(channels) for channels in backbone.num_channels])
-    measured = distance(arrays["estimate"], arrays["target"])
-    torch.testing.assert_close(measured, arrays["consistency_loss"], rtol=1e-4, atol=1e-7)
 
 
 def test_images_of_256_pixels_are_not_resized_unless_asked():

@@ -20,8 +20,9 @@ from diffusers_ctm.trajectory import karras_sigma
 from helpers.exact import grid_times
 from helpers.places import ORACLE
 from helpers.stub_gan import augment_of, stub_discriminator
+from training.frozen.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from training.objective.adversarial import generator_loss, generator_weight
-from training.objective.distances import l2_distance
+from training.objective.distances import PerceptualDistance, l2_distance
 from training.objective.losses import Adversary, Jumps, ScoreMatching, ctm_estimate, ctm_loss
 from training.objective.solvers import heun_solve
 from training.official import adm as convert_adm
@@ -40,19 +41,27 @@ def resized_l2(a, b):
     return l2_distance(resized(a), resized(b))
 
 
+class OracleStub(Backbone):
+    """The network that stands in for LPIPS's in the authors' numbers."""
+
+    def __init__(self):
+        super().__init__(224, IMAGENET_MEAN, IMAGENET_STD, {})
+        arrays = np.load(ORACLE / "stub_tinyperceptual.npz")
+        self.weights = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        self.freeze()
+
+    def maps(self, x):
+        maps = []
+        for layer in ("c1", "c2"):
+            x = F.conv2d(x, self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"], stride=2).relu()
+            maps.append(x)
+        return maps
+
+
 def tiny_perceptual(a, b):
-    """A perceptual distance in small: unit-normalized features of two convolutions, squared differences."""
-    weights = {name: torch.from_numpy(value) for name, value in np.load(ORACLE / "stub_tinyperceptual.npz").items()}
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    a, b = ((resized(x) - mean) / std for x in (a, b))
-    distance = torch.zeros(len(a))
-    for layer in ("c1", "c2"):
-        weight, bias = weights[f"{layer}.weight"], weights[f"{layer}.bias"]
-        a, b = (F.conv2d(x, weight, bias, stride=2).relu() for x in (a, b))
-        unit_a, unit_b = (x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in (a, b))
-        distance = distance + (unit_a - unit_b).square().mean((2, 3)).sum(1)
-    return distance
+    """LPIPS with that network and equal heads."""
+    backbone = OracleStub()
+    return PerceptualDistance(backbone, [torch.ones(channels) for channels in backbone.num_channels])(a, b)
 
 
 def adm_teacher(student: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from training.frozen.efficientnet import EfficientNetLite0
 from training.frozen.maps import ClassifierBackbone
 from training.frozen.vgg import PLANS, LPIPSBackbone, lpips_weights
 from training.hub.card import make_card
-from training.hub.license import Licence
+from training.hub.license import License
 from training.lpips import LPIPSConfig
 from training.objective.distances import (
     DistanceOptions,
@@ -492,7 +492,7 @@ def test_training_uses_it_and_says_so(tmp_path, monkeypatch, precision):
         "resolution": 8,
     }
     assert record["options"]["distance_network"] == "digits-features"
-    card = make_card(pipeline, "user/name", Licence("mit"))
+    card = make_card(pipeline, "user/name", License("mit"))
     assert "Distance of the trajectory loss: `features` (network digits-features, kind FeatureNetwork" in card
 
 

@@ -73,6 +73,8 @@ class GuideConfig(DataOptions):
         if not (self.scales or self.guidance_scales or self.thresholds):
             self.scales = [0.0, 1.0, 3.0, 10.0]
         self.check(self.label_column is not None, "label_column", "a column")
+        for name in ("on", "num_inference_steps"):
+            self.check(len(getattr(self, name)) > 0, name, "one value or more")
 
 
 def nearest_class(images: torch.Tensor, examples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,10 @@ class LikelihoodConfig(PairOptions):
         must_be=FOLDER,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(len(self.methods) > 0, "methods", "one value or more")
+
 
 def measure(
     sampler: str, method: str, pipe: CTMPipeline, dataset: ImageDataset, indices: list[int], config: LikelihoodConfig

@@ -51,7 +51,7 @@ def option(
         recorded: whether it is part of a result, and therefore of `training.json`; otherwise it says where, how often
             and what is shown.
         free: whether a resumed run may have another value. An option that is not recorded may always differ.
-        must_be: a limit of its value, or of each value of a list. None is always allowed.
+        must_be: a limit of its value, or of each value of a list. If the default is None, None is allowed.
         needs: another option, without which (None, 0, false or empty) this one has no use and must be left out.
     """
     if choices is not None:
@@ -81,8 +81,8 @@ class Checked:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
             words, holds = entry.metadata["must_be"] or ("", lambda value: True)
-            values = value if isinstance(value, list) else [value]
-            self.check(all(each is None or holds(each) for each in values), entry.name, words)
+            if value is not None or entry.default is not None:
+                self.check(all(map(holds, value if isinstance(value, list) else [value])), entry.name, words)
             needed = entry.metadata["needs"]
             if needed is not None and not getattr(self, needed):
                 self.refuse([entry.name], f"needs --{needed}", "give both, or neither")

@@ -105,8 +105,8 @@ def load_batches(
             if not num_workers or "Caught " in str(error):  # by a process that lives
                 raise
             raise UserError(
-                f"A process that reads images died ({error_text(error)}), mostly for want of memory, or of shared memory in a "
-                f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
+                f"A process that reads images died ({error_text(error)}), mostly for want of memory, or of shared "
+                f"memory in a container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
                 "--resume_from_checkpoint latest."
             ) from error
 

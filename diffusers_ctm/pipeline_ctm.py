@@ -164,7 +164,7 @@ class CTMPipeline(DiffusionPipeline):
         if jumps(scheduler) and not has_target_time:
             raise ValueError(
                 f"{name} needs a network with two times, and {network} has one. Use "
-                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distil the network into a CTM."
+                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distill the network into a CTM."
             )
 
         loaded = self._preconditioning

@@ -85,7 +85,7 @@ class Prediction:
     numbers: tuple[str, ...] = ("sigma_data", "timestep_scale")  # those of `Preconditioning` that it uses
     input_shift = 0.0  # added to c_in x
     is_denoiser = True  # whether F gives D(x, t); else it knows the end of a trajectory only
-    learnt_every_level = False  # whether it was trained beyond [sigma_min, sigma_max] too
+    learned_every_level = False  # whether it was trained beyond [sigma_min, sigma_max] too
     magnifies_rounding = False  # whether rounding errors of F reach the image times the noise level
     default_scheduler = (
         "EDMEulerScheduler"  # the diffusers scheduler whose defaults hold if a network comes without one
@@ -123,7 +123,7 @@ class EDMPrediction(Prediction):
     """F of Karras et al. 2022, Table 1: input and target have unit variance at every level. Shown ln(level) / 4."""
 
     name = "edm"
-    learnt_every_level = True
+    learned_every_level = True
     edm_scheduler_type = "epsilon"
 
     def scalings(self, sigma, p):
@@ -330,7 +330,7 @@ class ConsistencyPrediction(EDMPrediction):
     name = "consistency"
     numbers = (*Prediction.numbers, "sigma_min")
     is_denoiser = False
-    learnt_every_level = False
+    learned_every_level = False
     default_scheduler = "CMStochasticIterativeScheduler"
     edm_scheduler_type = None
 

@@ -255,8 +255,7 @@ class SamplePrediction(DiscretePrediction):
     name = "sample"
 
     def scalings(self, sigma, p):
-        one = torch.ones_like(sigma)
-        return 0 * one, one, (1 + sigma**2).rsqrt()
+        return torch.zeros_like(sigma), torch.ones_like(sigma), (1 + sigma**2).rsqrt()
 
 
 class FlowPrediction(Prediction):
@@ -300,8 +299,7 @@ class ScorePrediction(Prediction):
     default_scheduler = "ScoreSdeVeScheduler"
 
     def scalings(self, sigma, p):
-        one = torch.ones_like(sigma)
-        return one, sigma**2 / 2, one / 2
+        return torch.ones_like(sigma), sigma**2 / 2, torch.full_like(sigma, 0.5)
 
     def c_noise(self, level, p):
         return level / 2
@@ -373,8 +371,6 @@ PREDICTIONS = {
     )
 }
 
-PREDICTION_TYPES = tuple(PREDICTIONS)
-
 
 @dataclass(frozen=True)
 class Preconditioning:
@@ -406,7 +402,7 @@ class Preconditioning:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
-        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("prediction_type", self.prediction_type, PREDICTIONS)
         self.kind.check(self)
 
     def __str__(self) -> str:

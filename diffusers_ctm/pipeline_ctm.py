@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import callback_tensors, check_count, check_output_type
+from .checks import check_callback, check_count, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
 from .hub import component_library, write_loading_code
@@ -29,11 +29,9 @@ from .unet_edm import EDMUNet2DModel
 
 def _with_components_last(signature: inspect.Signature, names: Sequence[str]) -> inspect.Signature:
     """`signature` with the parameters `names` last, by keyword only and without a default."""
-    parameters = signature.parameters
-    components = [
-        parameters[name].replace(default=inspect.Parameter.empty, kind=inspect.Parameter.KEYWORD_ONLY) for name in names
-    ]
-    return signature.replace(parameters=[p for p in parameters.values() if p.name not in names] + components)
+    component = {"default": inspect.Parameter.empty, "kind": inspect.Parameter.KEYWORD_ONLY}
+    parameters = [p.replace(**component) if p.name in names else p for p in signature.parameters.values()]
+    return signature.replace(parameters=sorted(parameters, key=lambda p: p.kind))
 
 
 class CTMPipeline(DiffusionPipeline):
@@ -66,7 +64,6 @@ class CTMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _optional_components = ["safety_checker", "feature_extractor"]
     _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents"]
     _digital_source_type = GENERATED
 
     # `from_pipe` compares a network's class with this annotation, subclasses excluded.
@@ -164,7 +161,7 @@ class CTMPipeline(DiffusionPipeline):
         if jumps(scheduler) and not has_target_time:
             raise ValueError(
                 f"{name} needs a network with two times, and {network} has one. Use "
-                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distil the network into a CTM."
+                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distill the network into a CTM."
             )
 
         loaded = self._preconditioning
@@ -308,14 +305,14 @@ class CTMPipeline(DiffusionPipeline):
         output_type: str,
         callback: Callable | None = None,
         callback_inputs: list[str] | None = None,
-    ) -> tuple[int | None, list[str]]:
+    ) -> int | None:
         """Check arguments of a call before any work, and start the record of its seeds.
 
-        Returns the batch size, None where no argument says it, and the names of the callback's tensors. Raises
-        ValueError for an argument that does not fit, or a scheduler that does not fit the network.
+        Returns the batch size, None where no argument says it. Raises ValueError for an argument that does not fit, or
+        a scheduler that does not fit the network.
         """
         check_output_type(output_type)
-        callback_inputs = callback_tensors(callback, callback_inputs, self._callback_tensor_inputs)
+        check_callback(callback, callback_inputs)
         if batch_size is not None:
             check_count(batch_size=batch_size)
             batch_size = int(batch_size)
@@ -338,7 +335,7 @@ class CTMPipeline(DiffusionPipeline):
             batch_size = batch_size or len(generator)
         self._match_scheduler()
         self._seeds = fresh_seeds(generator)
-        return batch_size, callback_inputs
+        return batch_size
 
     def _batch_size_with(self, given: torch.Tensor, name: str, batch_size: int | None) -> int | None:
         """The batch size, with what is to be edited: one entry serves any number of images."""
@@ -349,7 +346,7 @@ class CTMPipeline(DiffusionPipeline):
         return len(given)
 
     def _sample(
-        self, latents, class_labels, callback_on_step_end, callback_inputs, network=None, guidance=None, **step_options
+        self, latents, class_labels, callback_on_step_end, network=None, guidance=None, **step_options
     ) -> torch.Tensor:
         """Run all steps that were set, from the first sample to the last; `step_options` go to `scheduler.step`.
 
@@ -377,14 +374,10 @@ class CTMPipeline(DiffusionPipeline):
                 else:
                     model_input = scheduler.scale_model_input(latents, t).to(dtype)
                     model_output = network(model_input, *times, **labels, return_dict=False)[0]
-                step = scheduler.step(model_output.to(latents.dtype), t, latents, return_dict=False, **step_options)
-                latents = step[0]
-
+                model_output = model_output.to(latents.dtype)
+                latents = scheduler.step(model_output, t, latents, return_dict=False, **step_options)[0]
                 if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+                    latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
                 progress_bar.update()
         if moved and not any(moved):
             logging.get_logger(__name__).warning(
@@ -403,9 +396,7 @@ class CTMPipeline(DiffusionPipeline):
         """
         latents, flags = without_unsafe(self, latents, denormalize)
         records = run_records(self, len(latents), class_labels, self._seeds, provenance)
-        images = latents
-        if output_type != "latent":
-            images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
+        images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
         if output_type == "pil" and self.config.add_provenance:
             for image, record in zip(images, records):
                 image.info.update(png_text(record))
@@ -477,7 +468,7 @@ class CTMPipeline(DiffusionPipeline):
                 pass.
         """
         # 1. Check
-        batch_size, callback_inputs = self.check_call(
+        batch_size = self.check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         network = self._guided_network(guidance_scale, guidance)
@@ -497,9 +488,7 @@ class CTMPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size, device, generator, latents)
 
         # 3. Sample
-        latents = self._sample(
-            latents, class_labels, callback_on_step_end, callback_inputs, network, guidance, generator=generator
-        )
+        latents = self._sample(latents, class_labels, callback_on_step_end, network, guidance, generator=generator)
 
         # 4. Finish
         return self._finish(latents, output_type, return_dict, class_labels)
@@ -513,8 +502,7 @@ def pipeline_condition(pipe: CTMPipeline, class_labels, batch_size: int, device)
     """
     if class_labels is None and pipe.unet.config.num_class_embeds is not None:
         raise ValueError("This network is class-conditional: pass `class_labels`, the class of each image.")
-    labels, _ = labels_and_batch_size(pipe, class_labels, batch_size, None, device)
-    return condition(labels)
+    return condition(labels_and_batch_size(pipe, class_labels, batch_size, None, device)[0])
 
 
 def exact_denoiser(pipe: CTMPipeline, **condition) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -162,8 +162,7 @@ def _wanted_labels(
         return labels_and_batch_size(pipe, class_labels, num_images, generator, "cpu")[0].tolist()
     if class_labels is None:
         return [None] * num_images
-    labels = torch.as_tensor(class_labels, device="cpu")
-    return check_classes(labels, num_images, torch.iinfo(torch.int64).max).tolist()
+    return check_classes(torch.as_tensor(class_labels, device="cpu"), num_images, torch.iinfo(torch.int64).max).tolist()
 
 
 def _judged(
@@ -188,8 +187,6 @@ def _judged(
 
 def _postprocessed(pipe: Any, images: torch.Tensor, output_type: str) -> Any:
     """`images` as `output_type`, also if there are none."""
-    if output_type == "latent":
-        return images
-    if len(images):
+    if len(images) or output_type == "latent":
         return pipe.image_processor.postprocess(images, output_type=output_type)
     return {"pil": [], "pt": images, "np": images.permute(0, 2, 3, 1).cpu().numpy()}[output_type]

@@ -45,9 +45,8 @@ def karras_sigmas(
     """
     ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64, device="cpu")  # whatever the default device
     sigmas = karras_sigma(ramp, sigma_min, sigma_max, rho)
-    sigmas[0] = sigma_max
-    if num_levels > 1:
-        sigmas[-1] = sigma_min
+    sigmas[-1] = sigma_min
+    sigmas[0] = sigma_max  # last: with one level both are the same
     return sigmas.to(device=device, dtype=dtype)
 
 

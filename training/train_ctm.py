@@ -109,7 +109,7 @@ def draw_dsm_sigma(config: ScoreMatchingOptions, scheduler: CTMScheduler, random
         sigma = draw_lognormal_sigma(noise)
     else:
         sigma = draw_half_lognormal_sigma(noise, ramp, low, high, scheduler.config.rho, random.own.start)
-    return sigma if scheduler.preconditioning.kind.learnt_every_level else sigma.clamp(low, high)
+    return sigma if scheduler.preconditioning.kind.learned_every_level else sigma.clamp(low, high)
 
 
 def time_sampler(config: TimeOptions, scheduler: CTMScheduler) -> TimeSampler:

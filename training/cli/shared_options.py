@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from diffusers_ctm.preconditioning import PREDICTION_TYPES
+from diffusers_ctm.preconditioning import PREDICTIONS
 
 from .options import NOT_NEGATIVE, POSITIVE, Checked, option
 
@@ -59,7 +59,7 @@ class TeacherOptions(Checked):
         "What the teacher predicts: 'edm', 'epsilon', 'v_prediction', 'sample' (those three with the betas of its "
         "scheduler), 'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: "
         "what its scheduler says.",
-        [None, *PREDICTION_TYPES],
+        [None, *PREDICTIONS],
         needs="teacher",
     )
     teacher_timestep_scale: float | None = option(

@@ -20,16 +20,14 @@ import gradio as gr
 import torch
 
 from demo import actions, examples
-from demo.checkpoints import CHECKPOINTS, SMALL, load, shipped
-from demo.controls import class_choice, count, drawing, gamma, own_schedule, picture, seed, steps, with_captions
+from demo.checkpoints import CHECKPOINTS, ROOT, SMALL, load, shipped
+from demo.controls import class_choice, count, drawing, gamma, own_schedule, picture, result, seed, steps
 from demo.page import Page
 from demo.plots import plots
 from demo.uploads import MOST_BYTES
 from training.cli.errors import UserError
 
 
-HERE = Path(__file__).parent
-WAITING = 64  # requests in the queue, of all visitors
 INTRODUCTION = """# Consistency trajectory models
 One network jumps from noise to an image in one step, or gets there in several. **gamma** says what happens between two
 steps. At 0 nothing happens: the first noise fixes the path. The larger gamma is, the more of the image dissolves in new
@@ -40,8 +38,7 @@ def build() -> gr.Blocks:
     """The page of the checkpoints in `CHECKPOINTS`."""
     with gr.Blocks(title="Consistency trajectory models", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(INTRODUCTION)
-        names = list(CHECKPOINTS)
-        model = gr.Dropdown(names, value=names[0], label="Checkpoint", visible=len(names) > 1)
+        model = gr.Dropdown(list(CHECKPOINTS), label="Checkpoint", visible=len(CHECKPOINTS) > 1)
         with gr.Tabs() as tabs:
             page = Page(model, tabs)
             tabs_of(page)
@@ -74,7 +71,7 @@ def tabs_of(page: Page) -> None:
         actions.trajectory,
         lambda: {"label": class_choice(), "steps": steps(5, 8), "seed": seed()},
         at_once=True,
-        picture=with_captions,
+        picture=lambda: result("captions"),
     )
     page.tab(
         "Steps and gamma",
@@ -82,7 +79,7 @@ def tabs_of(page: Page) -> None:
         actions.steps_and_gamma,
         lambda: {"label": class_choice(), "seed": seed()},
         at_once=True,
-        picture=with_captions,
+        picture=lambda: result("captions"),
     )
     page.tab(
         "One step or many",
@@ -166,8 +163,7 @@ def tabs_of(page: Page) -> None:
     page.tab(
         "Guide",
         "The model is not told the class; the gradient of a classifier pulls each step towards it. Checkpoints that "
-        "were "
-        "trained with label dropout need no classifier.",
+        "were trained with label dropout need no classifier.",
         actions.guide,
         lambda: {
             "label": class_choice(),
@@ -181,24 +177,25 @@ def tabs_of(page: Page) -> None:
     page.tab(
         "Likelihood",
         "Bits per dimension of a picture under the model, beside those of images like its training data. Less is "
-        "likelier. "
-        "It takes seconds.",
+        "likelier. It takes seconds.",
         actions.likelihood,
         lambda: {"image": picture("Picture"), "label": class_choice(), "seed": seed()},
         examples=(examples.likelihood_example, ("image", "upside down", "noise"), ("image", "label")),
         files=False,
-        picture=with_captions,
+        picture=lambda: result("captions"),
     )
 
 
 def start(page: gr.Blocks, **options) -> tuple:
     """Serve the page, to this machine alone unless `server_name` says otherwise. No folder is readable through it."""
-    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
-    font = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+    page.queue(max_size=64, default_concurrency_limit=1, api_open=False)  # requests of all visitors
     return page.launch(
-        theme=gr.themes.Default(font=font, font_mono=["ui-monospace", "Consolas", "monospace"]),
-        css_paths=HERE / "demo" / "page.css",
-        head=f"<script>{(HERE / 'demo' / 'page.js').read_text()}</script>",
+        theme=gr.themes.Default(
+            font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
+            font_mono=["ui-monospace", "Consolas", "monospace"],
+        ),
+        css_paths=ROOT / "demo" / "page.css",
+        head=f"<script>{(ROOT / 'demo' / 'page.js').read_text()}</script>",
         max_file_size=MOST_BYTES,
         max_threads=16,
         state_session_capacity=256,
@@ -213,7 +210,7 @@ def start(page: gr.Blocks, **options) -> tuple:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
-        check_address(options.host, options.port)
+        private = check_address(options.host, options.port) and not options.share
     except OSError as error:
         port = "" if options.port is None else f", port {options.port}"
         sys.exit(f"Cannot listen at {options.host}{port}: {error.strerror}. Give another --port or --host.")
@@ -221,16 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for source in [options.model] if options.model else shipped():
             checkpoint = load(source)
             CHECKPOINTS[checkpoint.name] = checkpoint
-        if not CHECKPOINTS:
-            raise UserError("assets/ holds no CTM. Name one: --model user/name-or-folder")
-        for checkpoint in CHECKPOINTS.values():
-            unchecked = checkpoint.pipe.config.requires_safety_checker and checkpoint.pipe.safety_checker is None
-            if unchecked and (options.share or not is_loopback(options.host)):
+            if not private and checkpoint.pipe.config.requires_safety_checker and not checkpoint.pipe.safety_checker:
                 raise UserError(
                     f"{checkpoint.source} asks for a safety checker and has none. It is shown on this machine only: "
-                    "leave "
-                    "out --host and --share."
+                    "leave out --host and --share."
                 )
+        if not CHECKPOINTS:
+            raise UserError("assets/ holds no CTM. Name one: --model user/name-or-folder")
     except UserError as error:
         sys.exit(str(error))
     torch.set_num_threads(options.threads or threads())
@@ -249,25 +243,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_address(host: str, port: int | None) -> None:
-    """Raise OSError if the page cannot listen there, before loading anything. Gradio tries a wrong host for minutes."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+def check_address(host: str, port: int | None) -> bool:
+    """Whether only this machine reaches the address. OSError if nothing can listen there, before loading anything."""
+    places = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)
+    family, kind, _, _, address = places[0]
     with socket.socket(family, kind) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections do not count
         one.bind(address)
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in places)
 
 
 def threads() -> int:
     """One thread for small networks, on which several only wait for each other."""
     largest = max(sum(p.numel() for p in one.pipe.unet.parameters()) for one in CHECKPOINTS.values())
     return 1 if largest < SMALL else torch.get_num_threads()
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -281,31 +270,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--host",
         default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
         help="Address to listen on. Default: this machine alone. 0.0.0.0 serves everybody who can reach this machine, "
-        "without "
-        "encryption; without --auth everybody there can use its processor.",
+        "without encryption; without --auth everybody there can use its processor.",
     )
     parser.add_argument("--port", type=int, help="Port to listen on. Default: the first free one from 7860.")
     parser.add_argument(
         "--share",
         action="store_true",
         help="Make a public address that is valid for a week. All traffic passes through Gradio's server, and anyone "
-        "who knows "
-        "or guesses the address can use the page. Use it with --auth.",
+        "who knows or guesses the address can use the page. Use it with --auth.",
     )
     parser.add_argument(
         "--auth",
         type=user_and_password,
         metavar="FILE",
         help="Ask for a name and password: a file with one user:password per line. They cross the network unencrypted, "
-        "unless "
-        "a server in front or --share adds https.",
+        "unless a server in front or --share adds https.",
     )
     parser.add_argument(
         "--mcp",
         action="store_true",
         help="Also serve every action as a tool of the Model Context Protocol, at /gradio_api/mcp/. An agent with "
-        "access can "
-        "start as much work as a visitor.",
+        "access can start as much work as a visitor.",
     )
     parser.add_argument(
         "--threads", type=int, help="Processor threads of one request. Default: 1 for networks below 10 M parameters."

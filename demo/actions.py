@@ -15,26 +15,27 @@ import gradio as gr
 from PIL import Image
 
 from diffusers_ctm import CTMPipeline, save_images
+from training.report.pictures import enlarged, grid, labeled_table, table
 
 from . import recipes
 from .checkpoints import ROOT, Checkpoint
-from .pictures import captioned, enlarged, grid, histogram, rows
+from .plots import histogram
 from .recorder import Made, Run, Shown, given
 from .requests import (
     EVERY_CLASS,
     MOST_IMAGES,
-    MOST_SEED,
     MOST_STEPS,
     chosen,
     classes,
     gamma_or_own,
     one_class,
+    one_seed,
     refuse,
     seeds_from,
     whole,
     within,
 )
-from .turns import MOST_STOPPED, MOST_TURN, STOPPED, STOPPING
+from .turns import MOST_TURN, STOPPED
 from .uploads import fitted, flat_drawing, mask_of
 
 
@@ -46,8 +47,6 @@ HEUN_STEPS = 18
 
 LONGEST_COMPARISON = 60  # seconds for the likelihood of images to compare with, after which fewer do
 
-FILES = "A .zip of the images of `{name}`, each with its provenance, and of the Python that makes them."
-
 
 def schedule_words(pipe: CTMPipeline) -> str:
     """The levels and gammas of the last run of `pipe`."""
@@ -56,10 +55,10 @@ def schedule_words(pipe: CTMPipeline) -> str:
     return words + (f"; gamma {', '.join(f'{one:.3g}' for one in gammas)}." if gammas else ".")
 
 
-def words_of(run: Run, count: int, steps: int, seeds: range) -> str:
-    images = "1 image" if count == 1 else f"{count} images"
-    named = f"seed {seeds[0]}" if count == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
-    return f"{images}, {steps} step{'s' * (steps != 1)}: {run.cost}. {named.capitalize()}."
+def words_of(run: Run, steps: int, seeds: range) -> str:
+    count = len(seeds)
+    named = f"Seed {seeds[0]}" if count == 1 else f"Seeds {seeds[0]} to {seeds[-1]}"
+    return f"{count} image{'s' * (count != 1)}, {steps} step{'s' * (steps != 1)}: {run.cost}. {named}."
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -86,24 +85,17 @@ def sample(
         count: images, 1 to 36.
         own_schedule: use the levels and gammas that the checkpoint carries for this number of steps, not `gamma`.
     """
-    checkpoint, seeds = chosen(model), seeds_from(seed, count)
+    run, seeds = Run(chosen(model)), seeds_from(seed, count)
     steps, gamma = whole("Steps", steps, 1, MOST_STEPS), within("gamma", gamma, 0, 1)
-    gamma, missing = gamma_or_own(checkpoint, steps, gamma, own_schedule)
-    run = Run(checkpoint)
-    pipe = run.model()
-    output = run(recipes.sample, pipe, classes(checkpoint, label, len(seeds)), steps, gamma, seeds)
-    report = words_of(run, len(seeds), steps, seeds) + (schedule_words(pipe.value) if gamma is None else missing)
-    return run.made(grid(output.images), report, output)
+    gamma, missing = gamma_or_own(run.checkpoint, steps, gamma, own_schedule)
+    output = run(recipes.sample, run.pipe, classes(run.checkpoint, label, len(seeds)), steps, gamma, seeds)
+    schedule = schedule_words(run.pipe.value) if gamma is None else missing
+    return run.made(grid(output.images), words_of(run, steps, seeds) + schedule, output)
 
 
 def stop(turn: str) -> None:
     """End the run of this page with that turn before its next network evaluation."""
-    if not isinstance(turn, str) or not 0 < len(turn) <= MOST_TURN:
-        raise refuse("There is no such turn.")
-    with STOPPING:
-        STOPPED[turn] = None
-        if len(STOPPED) > MOST_STOPPED:
-            del STOPPED[next(iter(STOPPED))]
+    STOPPED.append(str(turn)[:MOST_TURN])
 
 
 def trajectory(
@@ -121,24 +113,19 @@ def trajectory(
         steps: 1 to 8.
         seed: of all noise.
     """
-    checkpoint, steps = chosen(model), whole("Steps", steps, 1, 8)
-    seed = seeds_from(seed, 1)[0]
-    run = Run(checkpoint)
-    pipe = run.model()
-    images = run(recipes.trajectory, pipe, one_class(checkpoint, label), steps, list(STRIP_GAMMAS), seed)
-    length = steps + 1
-    table = [images[i : i + length] for i in range(0, len(images), length)]
+    run, steps, seed = Run(chosen(model)), whole("Steps", steps, 1, 8), one_seed(seed)
+    label = one_class(run.checkpoint, label)
+    images = run(recipes.trajectory, run.pipe, label, steps, list(STRIP_GAMMAS), seed)
+    scheduler = run.pipe.value.scheduler
+    scheduler.set_timesteps(steps, gamma=0.0)
     left = [words for gamma in STRIP_GAMMAS for words in (f"gamma {gamma:g}", "its jumps")]
-    pipe.value.scheduler.set_timesteps(steps, gamma=0.0)
-    above = [f"{level:.2g}" if level < 10 else f"{level:.0f}" for level in pipe.value.scheduler.sigmas.tolist()]
+    above = [f"{level:.2g}" if level < 10 else f"{level:.0f}" for level in scheduler.sigmas.tolist()]
     report = (
         f"{len(STRIP_GAMMAS)} times {2 * steps} network evaluations, {1000 * run.seconds:.0f} ms in all. Each column "
-        "has its "
-        "noise level above it. At gamma 0 the jumps agree: the trajectory is fixed. At gamma 1 each step forgets, and "
-        "the "
-        "jump changes."
+        "has its noise level above it. At gamma 0 the jumps agree: the trajectory is fixed. At gamma 1 each step "
+        "forgets, and the jump changes."
     )
-    return run.made(captioned(table, left, above), report, images)
+    return run.made(labeled_table(images, left, above, 72), report, images)
 
 
 def steps_and_gamma(
@@ -154,16 +141,12 @@ def steps_and_gamma(
         label: class by name or number.
         seed: of all noise.
     """
-    checkpoint, seed = chosen(model), seeds_from(seed, 1)[0]
-    run = Run(checkpoint)
-    label = one_class(checkpoint, label)
-    images = run(recipes.steps_and_gamma, run.model(), label, list(GRID_STEPS), list(GRID_GAMMAS), seed)
-    table = [images[i : i + len(GRID_STEPS)] for i in range(0, len(images), len(GRID_STEPS))]
-    picture = captioned(
-        table, [f"gamma {g:g}" for g in GRID_GAMMAS], [f"{n} steps" if n > 1 else "1 step" for n in GRID_STEPS], 88
-    )
+    run, seed = Run(chosen(model)), one_seed(seed)
+    label = one_class(run.checkpoint, label)
+    images = run(recipes.steps_and_gamma, run.pipe, label, list(GRID_STEPS), list(GRID_GAMMAS), seed)
+    left, above = [f"gamma {g:g}" for g in GRID_GAMMAS], [f"{n} step{'s' * (n != 1)}" for n in GRID_STEPS]
     report = f"{len(images)} images in {run.nfe} network evaluations, {1000 * run.seconds:.0f} ms in all. Seed {seed}."
-    return run.made(picture, report, images)
+    return run.made(labeled_table(images, left, above, 88), report, images)
 
 
 def compare(
@@ -185,25 +168,20 @@ def compare(
         count: images, 1 to 36.
         own_schedule: use the noise levels and gammas that the CTM carries for this number of steps, instead of gamma 0.
     """
-    checkpoint, seeds = chosen(model), seeds_from(seed, count)
-    steps, labels = whole("Steps", steps, 1, MOST_STEPS), classes(checkpoint, label, len(seeds))
-    gamma, missing = gamma_or_own(checkpoint, steps, 0.0, own_schedule)
-    run = Run(checkpoint)
-    pipe = run.model()
-    ctm = run(recipes.sample, pipe, labels, steps, gamma, seeds, variable="ctm")
-    report = f"Left: the CTM, {run.cost}.{schedule_words(pipe.value) if gamma is None else missing} "
-    if checkpoint.teacher is None:
-        other, name = run.model("model"), "the CTM's exact score, since its teacher is not here"
-    else:
-        other, name = (
-            run.model("model", *checkpoint.teacher),
-            f"its teacher, {checkpoint.teacher[0].rsplit('/', 1)[-1]}",
-        )
+    run, seeds = Run(chosen(model)), seeds_from(seed, count)
+    steps, labels = whole("Steps", steps, 1, MOST_STEPS), classes(run.checkpoint, label, len(seeds))
+    gamma, missing = gamma_or_own(run.checkpoint, steps, 0.0, own_schedule)
+    ctm = run(recipes.sample, run.pipe, labels, steps, gamma, seeds, variable="ctm")
+    report = f"Left: the CTM, {run.cost}.{schedule_words(run.pipe.value) if gamma is None else missing} "
+    source, pipe = run.checkpoint.teacher or (run.checkpoint.source, run.checkpoint.pipe)
+    name = f"its teacher, {source.rsplit('/', 1)[-1]}"
+    if run.checkpoint.teacher is None:
+        name = "the CTM's exact score, since its teacher is not here"
+    other = run.model("model", source, pipe)
     slow = run(recipes.heun, other, labels, HEUN_STEPS, seeds, variable="heun_images")
     report += f"Right: {name}, in {HEUN_STEPS} Heun steps, {run.cost}."
     run.lines.append("output = ctm.images + heun_images.images")
-    images = list(ctm.images) + list(slow.images)
-    return run.made((grid(ctm.images), grid(slow.images)), report, images)
+    return run.made((grid(ctm.images), grid(slow.images)), report, [*ctm.images, *slow.images])
 
 
 # Editing --------------------------------------------------------------------------------------------------------------
@@ -230,21 +208,19 @@ def inpaint(
         seed: of the first image.
         count: images, 1 to 36.
     """
-    checkpoint, seeds = chosen(model), seeds_from(seed, count)
+    run, seeds = Run(chosen(model)), seeds_from(seed, count)
     steps, gamma = whole("Steps", steps, 1, MOST_STEPS), within("gamma", gamma, 0, 1)
     if not drawing or drawing.get("background") is None:
         raise refuse("Put in a picture first, or take an example.")
-    mask = mask_of(drawing, checkpoint.size)
+    mask = mask_of(drawing, run.checkpoint.size)
     if mask.getextrema()[1] == 0:
         raise refuse("Draw over the part to repaint.")
-    picture = fitted(drawing["background"], checkpoint.pipe)
-    run = Run(checkpoint)
+    picture, label = fitted(drawing["background"], run.checkpoint.pipe), one_class(run.checkpoint, label)
     files = given("image.png", picture), given("mask.png", mask)
-    label = one_class(checkpoint, label)
-    output = run(recipes.inpaint, run.model(), *files, label, steps, gamma, seeds)
+    output = run(recipes.inpaint, run.pipe, *files, label, steps, gamma, seeds)
     hidden = picture.convert("RGB")
     hidden.paste((200, 60, 160), mask=mask)
-    report = f"First the picture given, then {words_of(run, len(seeds), steps, seeds)}"
+    report = f"First the picture given, then {words_of(run, steps, seeds)}"
     return run.made(grid([hidden, *output.images]), report, output)
 
 
@@ -271,17 +247,12 @@ def edit(
         seed: of the first image.
         count: images, 1 to 36.
     """
-    checkpoint, seeds = chosen(model), seeds_from(seed, count)
+    run, seeds = Run(chosen(model)), seeds_from(seed, count)
     steps, gamma = whole("Steps", steps, 1, MOST_STEPS), within("gamma", gamma, 0, 1)
     strength = within("Strength", strength, 0.05, 1)
-    flat = flat_drawing(drawing) if drawing else None
-    if flat is None:
-        raise refuse("Draw something first, or take an example.")
-    picture = fitted(flat, checkpoint.pipe)
-    run = Run(checkpoint)
-    label, file = one_class(checkpoint, label), given("image.png", picture)
-    output = run(recipes.edit, run.model(), file, strength, label, steps, gamma, seeds)
-    report = f"First the picture given, then {words_of(run, len(seeds), steps, seeds)}"
+    picture, label = fitted(flat_drawing(drawing), run.checkpoint.pipe), one_class(run.checkpoint, label)
+    output = run(recipes.edit, run.pipe, given("image.png", picture), strength, label, steps, gamma, seeds)
+    report = f"First the picture given, then {words_of(run, steps, seeds)}"
     return run.made(grid([picture, *output.images]), report, output)
 
 
@@ -304,15 +275,12 @@ def interpolate_seeds(
         steps: 1 to 40.
         count: images, 2 to 36.
     """
-    checkpoint, steps = chosen(model), whole("Steps", steps, 1, MOST_STEPS)
+    run, steps = Run(chosen(model)), whole("Steps", steps, 1, MOST_STEPS)
     count = whole("The number of images", count, 2, MOST_IMAGES)
-    first, second = (whole("The seed", seed, 0, MOST_SEED) for seed in (first, second))
-    run = Run(checkpoint)
-    shape = (1, checkpoint.channels, *reversed(checkpoint.size))
-    label = one_class(checkpoint, label)
-    output = run(recipes.between_seeds, run.model(), label, steps, shape, first, second, count)
-    report = f"From seed {first} to seed {second}: {run.cost}."
-    return run.made(grid(output.images), report, output)
+    first, second, label = one_seed(first), one_seed(second), one_class(run.checkpoint, label)
+    shape = (1, run.checkpoint.channels, *run.checkpoint.pipe.image_size)
+    output = run(recipes.between_seeds, run.pipe, label, steps, shape, first, second, count)
+    return run.made(grid(output.images), f"From seed {first} to seed {second}: {run.cost}.", output)
 
 
 def interpolate_images(
@@ -334,20 +302,17 @@ def interpolate_images(
         other_label: class of the last.
         count: images, 2 to 36.
     """
-    checkpoint = chosen(model)
-    count = whole("The number of images", count, 2, MOST_IMAGES)
+    run, count = Run(chosen(model)), whole("The number of images", count, 2, MOST_IMAGES)
     if image is None or other_image is None:
         raise refuse("Put in two pictures first, or take the example.")
-    pair = [
-        given(name, fitted(one, checkpoint.pipe)) for name, one in (("image.png", image), ("other.png", other_image))
-    ]
-    labels = [one_class(checkpoint, one) for one in (label, other_label)] if checkpoint.classes else None
-    run = Run(checkpoint)
-    output = run(recipes.between_images, run.model(), *pair, labels, HEUN_STEPS, count)
-    report = (
-        f"The two pictures and {count} images between them: {run.nfe} network evaluations, {1000 * run.seconds:.0f} ms."
+    first, last = (fitted(one, run.checkpoint.pipe) for one in (image, other_image))
+    files = given("image.png", first), given("other.png", last)
+    labels = [one_class(run.checkpoint, one) for one in (label, other_label)] if run.checkpoint.classes else None
+    output = run(recipes.between_images, run.pipe, *files, labels, HEUN_STEPS, count)
+    cost = f"{run.nfe} network evaluations, {1000 * run.seconds:.0f} ms"
+    return run.made(
+        grid([first, *output.images, last]), f"The two pictures and {count} images between them: {cost}.", output
     )
-    return run.made(grid([pair[0].value, *output.images, pair[1].value]), report, output)
 
 
 # Guidance and likelihood ----------------------------------------------------------------------------------------------
@@ -374,29 +339,25 @@ def guide(
         seed: of the first image.
         count: images, 1 to 16.
     """
-    checkpoint, seeds = chosen(model), seeds_from(seed, count)
-    count = whole("The number of images", count, 1, 16)
+    run, seeds = Run(chosen(model)), seeds_from(seed, count, most=16)
     steps, gamma = whole("Steps", steps, 1, MOST_STEPS), within("gamma", gamma, 0, 1)
-    scale = within("Scale", scale, 0, 20)
-    run = Run(checkpoint)
+    scale, checkpoint = within("Scale", scale, 0, 20), run.checkpoint
     if checkpoint.classifier is not None:
         folder, names = checkpoint.classifier
-        target, folder = one_class(checkpoint, label, names), Shown(ROOT / folder, repr(folder))
-        recipe, target_or_label = recipes.guide_by_classifier, (folder, target)
-        how = "the gradient of a classifier"
-    elif checkpoint.classifier_free:
-        recipe, target_or_label = recipes.guide_classifier_free, (one_class(checkpoint, label),)
-        how = "classifier-free guidance"
+        target_or_label = Shown(ROOT / folder, repr(folder)), one_class(checkpoint, label, names)
+        recipe, how = recipes.guide_by_classifier, "the gradient of a classifier"
+    elif checkpoint.pipe.knows_no_class:
+        target_or_label = (one_class(checkpoint, label),)
+        recipe, how = recipes.guide_classifier_free, "classifier-free guidance"
     else:
         raise refuse(
             "This checkpoint cannot be guided here: there is no classifier for its images, and it was not trained with "
             "label dropout."
         )
-    pipe = run.model()
-    without = run(recipe, pipe, *target_or_label, 0.0, steps, gamma, seeds, variable="without")
-    output = run(recipe, pipe, *target_or_label, scale, steps, gamma, seeds)
-    report = f"Above without, below with {how}. {words_of(run, count, steps, seeds)}"
-    return run.made(rows([without.images, output.images], max(24, 720 // count)), report, output)
+    without = run(recipe, run.pipe, *target_or_label, 0.0, steps, gamma, seeds, variable="without")
+    output = run(recipe, run.pipe, *target_or_label, scale, steps, gamma, seeds)
+    picture = table([*without.images, *output.images], len(seeds), 720 // len(seeds))
+    return run.made(picture, f"Above without, below with {how}. {words_of(run, steps, seeds)}", output)
 
 
 def likelihood(
@@ -416,24 +377,21 @@ def likelihood(
         label: its class by name or number.
         seed: of the estimate's noise.
     """
-    checkpoint, seed = chosen(model), seeds_from(seed, 1)[0]
+    run, seed = Run(chosen(model)), one_seed(seed)
     if image is None:
         raise refuse("Put in a picture first, or take an example.")
-    picture, label = fitted(image, checkpoint.pipe), one_class(checkpoint, label)
-    run = Run(checkpoint)
-    output = run(recipes.likelihood, run.model(), given("image.png", picture), label, seed)
-    bits, nfe, seconds = output.bits_per_dim.item(), output.nfe, run.seconds
-    what, others = among(checkpoint, progress)
+    picture, label = fitted(image, run.checkpoint.pipe), one_class(run.checkpoint, label)
+    output = run(recipes.likelihood, run.pipe, given("image.png", picture), label, seed)
+    bits = output.bits_per_dim.item()
+    what, others = among(run.checkpoint, progress)
     beaten = sum(other > bits for other in others)
     report = (
         f"**{bits:.2f} bits per dimension**, likelier than {beaten} of {len(others)} {what}, which have "
-        f"{min(others):.2f} to "
-        f"{max(others):.2f}. "
-        f"{nfe} network evaluations with as many backward passes, {seconds:.1f} s."
+        f"{min(others):.2f} to {max(others):.2f}. {output.nfe} network evaluations with as many backward passes, "
+        f"{run.seconds:.1f} s."
     )
-    return Made(
-        histogram(others, bits, enlarged(picture, 96)), report, run.code("print(output.bits_per_dim)"), None, run.inputs
-    )
+    plot = histogram(others, bits, enlarged(picture, 96))
+    return Made(plot, report, run.code("print(output.bits_per_dim)"), None, run.inputs)
 
 
 def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]:
@@ -460,20 +418,13 @@ def among(checkpoint: Checkpoint, progress: Callable) -> tuple[str, list[float]]
 
 def zipped(made: Made, name: str) -> str:
     """Path of a .zip with the images, their provenance, the Python that makes them and the pictures that it reads."""
-    folder = Path(
-        tempfile.mkdtemp(prefix="files-", dir=os.environ.get("GRADIO_TEMP_DIR"))
-    )  # whose old files gradio deletes
-    with tempfile.TemporaryDirectory() as draft:
-        paths = []
-        if made.images is not None:
-            paths = save_images(made.images, Path(draft) / "samples" / "{index:03d}.png")
+    folder = tempfile.mkdtemp(prefix="files-", dir=os.environ.get("GRADIO_TEMP_DIR"))  # gradio deletes old files there
+    target = Path(folder, f"{name}.zip")
+    with tempfile.TemporaryDirectory() as draft, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        save_images(made.images, Path(draft, "samples", "{index:03d}.png"))
         for file, image in made.inputs.items():
-            image.save(Path(draft) / file)
-            paths.append(Path(draft) / file)
-        (Path(draft) / "reproduce.py").write_text(made.code)
-        paths.append(Path(draft) / "reproduce.py")
-        target = folder / f"{name}.zip"
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in paths:
-                archive.write(path, path.relative_to(draft))
+            image.save(Path(draft, file))
+        Path(draft, "reproduce.py").write_text(made.code)
+        for path in sorted(Path(draft).rglob("*.*")):
+            archive.write(path, path.relative_to(draft))
     return str(target)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from diffusers_ctm import CTMPipeline
@@ -20,14 +19,14 @@ from training.cli.errors import UserError, loading
 from training.cli.files import read_json
 from training.cli.names import public_name
 from training.data.sources import digits
+from training.hub.client import file_of
 from training.hub.license import license_in
 
+from . import recipes
 from .turns import STOPPED, TURN, Superseded
 
 
 ROOT = Path(__file__).parents[1]
-
-ASSETS = ROOT / "assets"
 
 MOST_SIDE = 512  # pixels of a checkpoint's images
 
@@ -44,7 +43,7 @@ class Checkpoint:
         source: a Hub id, or a folder without the path to it, as the shown Python names it.
         pipe: is never sampled; `fresh` copies it.
         teacher: (source, pipeline) of the teacher, if it lies beside the checkpoint.
-        evaluation: the report of `training.evaluate`, if the checkpoint carries it.
+        evaluation: the report of `training.evaluate`; empty if the checkpoint carries none.
         likelihood: (words for the images, bits per dimension of each) from `training.likelihood`, if it carries them.
         notice: license, attribution and warnings, in Markdown.
         dataset: name of the training data, "" if unknown.
@@ -53,16 +52,15 @@ class Checkpoint:
     source: str
     pipe: CTMPipeline
     teacher: tuple[str, CTMPipeline] | None = None
-    evaluation: dict | None = None
+    evaluation: dict = field(default_factory=dict)
     likelihood: tuple[str, list[float]] | None = None
     notice: str = ""
     dataset: str = ""
     calls: threading.local = field(default_factory=threading.local, repr=False)
 
     def __post_init__(self):
-        for pipe in (self.pipe, self.teacher and self.teacher[1]):
-            if pipe is not None:
-                pipe.unet.register_forward_pre_hook(self._count)
+        for pipe in (self.pipe, *(self.teacher or ())[1:]):
+            pipe.unet.register_forward_pre_hook(self._count)
 
     def _count(self, *_):
         self.calls.count = getattr(self.calls, "count", 0) + 1
@@ -94,23 +92,14 @@ class Checkpoint:
         """Numbers of steps for which the checkpoint carries a tuned schedule."""
         return sorted(map(int, self.pipe.scheduler.config.get("presets") or {}))
 
-    @property
-    def classifier_free(self) -> bool:
-        return self.pipe.num_classes is not None and self.pipe.knows_no_class
-
     @cached_property
     def classifier(self) -> tuple[str, list[str]] | None:
         """(Folder, classes) of the shipped classifier of these images; assets/digits-ctm has assets/digits-features."""
-        if not self.source.startswith("assets/"):
-            return None
-        folder = f"assets/{self.name.removesuffix('-ctm')}-features"
-        config = read_json(ROOT / folder, "config.json")
-        if (config.get("channels"), (config.get("resolution"),) * 2) != (self.channels, self.size):
-            return None
-        count = config["num_classes"]
-        if self.classes and len(self.classes) != count:
-            return None
-        return folder, self.classes or [str(k) for k in range(count)]
+        folder = f"{self.source.removesuffix('-ctm')}-features"
+        config = read_json(ROOT / folder, "config.json") if folder.startswith("assets/") else {}
+        names = self.classes or [str(k) for k in range(config.get("num_classes", 0))]
+        network = [config.get(name) for name in ("channels", "resolution", "resolution", "num_classes")]
+        return (folder, names) if network == [self.channels, *self.size, len(names)] else None
 
     def fresh(self, pipe: CTMPipeline | None = None) -> CTMPipeline:
         """A pipeline for one request: the networks are shared, the scheduler, which counts steps, is not."""
@@ -126,9 +115,7 @@ class Checkpoint:
             data = digits()[:EXAMPLES]
             return "images of the data set", data["image"], data["label"] if conditional else None
         labels = [k * self.pipe.num_classes // EXAMPLES for k in range(EXAMPLES)] if conditional else None
-        noise = [torch.Generator().manual_seed(seed) for seed in range(EXAMPLES)]
-        options = {"num_inference_steps": 18, "gamma": 0.0, "generator": noise}
-        images = self.fresh()(batch_size=EXAMPLES, class_labels=labels, **options).images
+        images = recipes.sample(self.fresh(), labels, 18, 0.0, range(EXAMPLES)).images
         return "samples of this checkpoint", images, labels
 
 
@@ -137,11 +124,9 @@ CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
 
 def shipped() -> list[str]:
     """The CTMs in the folder assets, the digits first."""
-    names = []
-    for index in ASSETS.glob("*/model_index.json"):
-        scheduler = read_json(index.parent, index.name).get("scheduler") or [None, None]
-        if scheduler[1] == "CTMScheduler" and any(index.parent.glob("unet/*.safetensors")):
-            names.append(f"assets/{index.parent.name}")
+    ours = ["diffusers_ctm", "CTMScheduler"]
+    folders = [index.parent for index in (ROOT / "assets").glob("*/model_index.json")]
+    names = [f"assets/{one.name}" for one in folders if read_json(one, "model_index.json").get("scheduler") == ours]
     return sorted(names, key=lambda name: (name != "assets/digits-ctm", name))
 
 
@@ -152,14 +137,15 @@ def load(source: str) -> Checkpoint:
         UserError: it cannot be loaded, or the page cannot show its images.
     """
     folder = ROOT / source if source.startswith("assets/") and not os.path.isdir(source) else Path(source)
-    advice = "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
-    with loading(source, advice):
-        pipe = DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else source)
+    place = str(folder) if folder.is_dir() else source
+    with loading(
+        source, "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
+    ):
+        pipe = DiffusionPipeline.from_pretrained(place)
     if not isinstance(pipe, CTMPipeline) or not jumps(pipe.scheduler):
-        scheduler = type(getattr(pipe, "scheduler", None)).__name__
         raise UserError(
-            f"{source} is no CTM but a {type(pipe).__name__} with {scheduler}. Distil it first: python -m "
-            f"training.train_ctm --teacher {source}"
+            f"{source} is no CTM but a {type(pipe).__name__} with {type(getattr(pipe, 'scheduler', None)).__name__}. "
+            f"Distil it first: python -m training.train_ctm --teacher {source}"
         )
     size, channels = pipe.image_size, pipe.unet.config.in_channels
     if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:
@@ -170,18 +156,22 @@ def load(source: str) -> Checkpoint:
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.unet.requires_grad_(False)
 
-    record = _json_beside(source, folder, "training.json")
-    teacher = None
-    name = Path(str((record.get("teacher") or {}).get("name") or "")).name
+    record = _json_beside(place, "training.json")
+    shown = public_name(source) if os.path.isabs(source) else source
+    teacher, name = None, Path(_name_in(record, "teacher")).name
     beside = folder.parent / name
     if folder.is_dir() and name and (beside / "model_index.json").is_file():
         with loading(f"The teacher {name} beside {source}"):
-            teacher = (f"{os.path.dirname(_shown(source))}/{name}".lstrip("/"), _load_teacher(beside, pipe))
-    evaluation = _json_beside(source, folder, "evaluation/evaluation.json")
-    notice = _notice(pipe, record, _beside(source, folder, "README.md"), _beside(source, folder, "NOTICE.md"))
-    dataset = str((record.get("dataset") or {}).get("name") or "")
-    likelihood = _likelihood(_json_beside(source, folder, "evaluation/likelihood.json"))
-    return Checkpoint(_shown(source), pipe, teacher, evaluation or None, likelihood, notice, dataset)
+            other = DiffusionPipeline.from_pretrained(str(beside)).to(pipe.device)
+            fits = isinstance(other, CTMPipeline) and other.image_size == pipe.image_size
+            if not fits or other.num_classes != pipe.num_classes:
+                raise ValueError("its images or classes are not those of the CTM")
+            teacher = (f"{os.path.dirname(shown)}/{name}".lstrip("/"), other)
+    evaluation = _json_beside(place, "evaluation/evaluation.json")
+    likelihood = _likelihood(_json_beside(place, "evaluation/likelihood.json"))
+    return Checkpoint(
+        shown, pipe, teacher, evaluation, likelihood, _notice(pipe, record, place), _name_in(record, "dataset")
+    )
 
 
 def _likelihood(report: dict) -> tuple[str, list[float]] | None:
@@ -195,42 +185,24 @@ def _likelihood(report: dict) -> tuple[str, list[float]] | None:
     return (f"images of the data set {name}", bits) if bits and all(map(math.isfinite, bits)) else None
 
 
-def _load_teacher(folder: Path, student: CTMPipeline) -> CTMPipeline:
-    teacher = DiffusionPipeline.from_pretrained(str(folder))
-    fits = (student.image_size, student.num_classes) == (teacher.image_size, teacher.num_classes)
-    if not isinstance(teacher, CTMPipeline) or not fits:
-        raise ValueError("its images or classes are not those of the CTM")
-    return teacher.to(student.device)
+def _json_beside(place: str, name: str) -> dict:
+    """The JSON file `name` of a folder or repository; empty if there is none."""
+    return read_json("", file_of(place, name) or "")
 
 
-def _shown(source: str) -> str:
-    """`source` without the path to a folder, unless that is relative to here."""
-    return public_name(source) if os.path.isabs(source) else source
+def _name_in(record: dict, key: str) -> str:
+    return str((record.get(key) or {}).get("name") or "")
 
 
-def _beside(source: str, folder: Path, name: str) -> Path | None:
-    """The file `name` of a checkpoint, or None."""
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    try:
-        return Path(hf_hub_download(source, name))
-    except Exception:  # the repository lacks it, or there is no network
-        return None
-
-
-def _json_beside(source: str, folder: Path, name: str) -> dict:
-    path = _beside(source, folder, name)
-    return {} if path is None else read_json(path.parent, path.name)
-
-
-def _notice(pipe: CTMPipeline, record: dict, card: Path | None, notice: Path | None) -> str:
+def _notice(pipe: CTMPipeline, record: dict, place: str) -> str:
+    """License, attribution and warnings, in Markdown."""
+    card, notice = (file_of(place, name) for name in ("README.md", "NOTICE.md"))
     lines = ["The images are synthetic: say so where you show them."]
-    license = license_in(card.read_text(encoding="utf-8")) if card is not None else None
-    license = license or record.get("license")
+    license = (license_in(Path(card).read_text(encoding="utf-8")) if card else None) or record.get("license")
     if license:
         lines.append(f"License of the weights: {license}.")
-    if notice is not None:
-        lines.append(notice.read_text(encoding="utf-8")[:2000].strip())
+    if notice:
+        lines.append(Path(notice).read_text(encoding="utf-8")[:2000].strip())
     if pipe.safety_checker is not None:
         lines.append("A safety checker looks at each image; what it flags is returned black.")
     elif pipe.config.requires_safety_checker:

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Controls for visitors, and places for results. Some follow the checkpoint, some are restored by a link."""
 
-import functools
 from collections.abc import Callable
 
 import gradio as gr
@@ -9,10 +8,6 @@ import gradio as gr
 from .checkpoints import CHECKPOINTS
 from .requests import EVERY_CLASS, MOST_IMAGES, MOST_SEED, MOST_STEPS
 from .uploads import CANVAS, Drawing, Picture
-
-
-def first_checkpoint() -> str:
-    return next(iter(CHECKPOINTS))
 
 
 def class_choices(model: str, every: bool) -> dict:
@@ -30,17 +25,16 @@ class ClassChoice(gr.Dropdown):
         return {"type": "string"}
 
 
-def following(make: Callable[..., gr.components.Component], properties: Callable[[str], dict]):
-    """A component from `make` with the `properties` of a checkpoint; they change when another one is chosen."""
-    field = make(**properties(first_checkpoint()))
+def following(kind: type, properties: Callable[[str], dict], **options):
+    """A component with `options` and with the `properties` of a checkpoint, which change when another is chosen."""
+    field = kind(**properties(next(iter(CHECKPOINTS))), **options)
     field.properties_for = properties
     return field
 
 
 def class_choice(label: str = "Class", every: bool = False) -> gr.Dropdown:
     """The class to draw."""
-    make = functools.partial(ClassChoice, label=label, allow_custom_value=True)
-    return following(make, lambda model: class_choices(model, every))
+    return following(ClassChoice, lambda model: class_choices(model, every), label=label, allow_custom_value=True)
 
 
 def own_schedule(instead_of: str) -> gr.Checkbox:
@@ -52,7 +46,7 @@ def own_schedule(instead_of: str) -> gr.Checkbox:
         info = f"Noise levels and gamma that the checkpoint carries for {numbers} steps, instead of {instead_of}."
         return {"value": False, "visible": bool(steps), "info": info}
 
-    return following(functools.partial(gr.Checkbox, label="Tuned schedule"), properties)
+    return following(gr.Checkbox, properties, label="Tuned schedule")
 
 
 def steps(value: int, most: int = MOST_STEPS) -> gr.Slider:
@@ -120,18 +114,13 @@ def result(*classes: str) -> gr.Image:
     )
 
 
-def with_captions() -> gr.Image:
-    return result("captions")
-
-
 def restored(field: gr.components.Component, text: str, model: str):
     """`text` of a link as an update of `field`; None if it cannot be its value."""
     if hasattr(field, "properties_for"):
         properties = field.properties_for(model)
+        values = {"false": False, "true": True} if properties["visible"] else {"false": False}
         if isinstance(field, gr.Dropdown):
             values = {one: one for one in properties["choices"]}
-        else:
-            values = {"false": False, "true": True} if properties["visible"] else {"false": False}
         return gr.update(**{**properties, "value": values[text]}) if text in values else None
     try:
         value = float(text)

@@ -4,10 +4,11 @@
 import torch
 from PIL import Image, ImageDraw
 
+from training.report.pictures import enlarged
+
 from . import recipes
 from .checkpoints import Checkpoint
-from .pictures import enlarged
-from .requests import EVERY_CLASS, chosen, refuse
+from .requests import EVERY_CLASS, chosen, example
 from .uploads import CANVAS, background
 
 
@@ -29,22 +30,17 @@ def inpaint_example(model: str, which: str) -> tuple[dict, str]:
         which: "lower half", "middle" or "every other row".
     """
     checkpoint = chosen(model)
-    k = {"lower half": 3, "middle": 8, "every other row": 5}.get(which)
-    if k is None:
-        raise refuse("The examples are: lower half, middle, every other row.")
-    layer = Image.new("RGBA", (CANVAS, CANVAS), (0, 0, 0, 0))
-    draw, pen, height = ImageDraw.Draw(layer), (200, 60, 160, 255), checkpoint.size[1]
-    if which == "lower half":
-        draw.rectangle([0, CANVAS // 2, CANVAS, CANVAS], pen)
-    elif which == "middle":
-        draw.rectangle([CANVAS // 4, CANVAS // 4, 3 * CANVAS // 4 - 1, 3 * CANVAS // 4 - 1], pen)
-    else:
-        for row in range(1, height, 2):
-            draw.rectangle([0, row * CANVAS // height, CANVAS, (row + 1) * CANVAS // height - 1], pen)
+    height, low, high = checkpoint.size[1], CANVAS // 4, 3 * CANVAS // 4 - 1
+    rows = [(0, row * CANVAS // height, CANVAS, (row + 1) * CANVAS // height - 1) for row in range(1, height, 2)]
+    parts = {"lower half": [(0, CANVAS // 2, CANVAS, CANVAS)], "middle": [(low, low, high, high)]}
+    boxes = example({**parts, "every other row": rows}, which)
+    layer = Image.new("RGBA", (CANVAS, CANVAS))
+    for box in boxes:
+        ImageDraw.Draw(layer).rectangle(box, (200, 60, 160, 255))
+    k = {"lower half": 3, "middle": 8, "every other row": 5}[which]
     image = canvas(own_sample(checkpoint, k))
-    return {"background": image, "layers": [layer], "composite": Image.alpha_composite(image, layer)}, label_at(
-        checkpoint, k
-    )
+    drawing = {"background": image, "layers": [layer], "composite": Image.alpha_composite(image, layer)}
+    return drawing, label_at(checkpoint, k)
 
 
 def edit_example(model: str, which: str) -> tuple[dict, str]:
@@ -55,20 +51,17 @@ def edit_example(model: str, which: str) -> tuple[dict, str]:
         which: "ring", "bar" or "blocks".
     """
     checkpoint = chosen(model)
-    if which not in ("ring", "bar", "blocks"):
-        raise refuse("The examples are: ring, bar, blocks.")
+    k = example({"ring": 0, "bar": 1, "blocks": 3}, which)
     gray = checkpoint.channels == 1
     image = Image.new("RGBA", (CANVAS, CANVAS), background(checkpoint.channels))
     draw, pen = ImageDraw.Draw(image), "white" if gray else "#f5c33b"
-    k = {"ring": 0, "bar": 1, "blocks": 3}[which]
     if which == "ring":
         draw.ellipse([64, 16, 192, 240], None if gray else pen, pen if gray else "#7a4b00", 36 if gray else 8)
     elif which == "bar":
         draw.line([150, 16, 110, 240], pen, 44)
     else:
-        width, height = checkpoint.size
-        small = own_sample(checkpoint, k).resize((max(2, width // 2), max(2, height // 2)), Image.Resampling.BOX)
-        image = canvas(small)
+        halves = [max(2, side // 2) for side in checkpoint.size]
+        image = canvas(own_sample(checkpoint, k).resize(halves, Image.Resampling.BOX))
     return {"background": image, "layers": [], "composite": image}, label_at(checkpoint, k)
 
 
@@ -91,17 +84,14 @@ def likelihood_example(model: str, which: str) -> tuple[Image.Image, str]:
     """
     checkpoint = chosen(model)
     _, images, labels = checkpoint.examples
-    image, label = images[4], (label_at(checkpoint, labels[4]) if labels else EVERY_CLASS)
-    if which == "upside down":
-        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    elif which == "noise":
-        pixels = torch.randint(
-            256, (*image.size[::-1], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-        )
-        image = Image.fromarray(pixels.numpy()).convert(image.mode)
-    elif which != "image":
-        raise refuse("The examples are: image, upside down, noise.")
-    return enlarged(image, CANVAS), label
+    image, generator = images[4], torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (*image.size[::-1], 3), generator=generator, dtype=torch.uint8)
+    pictures = {
+        "image": image,
+        "upside down": image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        "noise": Image.fromarray(pixels.numpy()).convert(image.mode),
+    }
+    return enlarged(example(pictures, which), CANVAS), label_at(checkpoint, labels[4]) if labels else EVERY_CLASS
 
 
 def label_at(checkpoint: Checkpoint, k: int) -> str:

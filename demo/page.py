@@ -11,7 +11,7 @@ import gradio as gr
 
 from . import actions
 from .checkpoints import CHECKPOINTS
-from .controls import first_checkpoint, restored, result, seed_buttons
+from .controls import restored, result, seed_buttons
 from .turns import Superseded, in_turn
 from .uploads import Drawing, Picture
 
@@ -46,7 +46,8 @@ def as_files(action: Callable) -> Callable:
     name = action.__name__
     call = guarded(action, lambda made: actions.zipped(made, name))
     call.__name__ = f"{name}_files"  # what MCP calls it
-    call.__doc__ = f"{actions.FILES.format(name=name)}\n\n{action.__doc__}"
+    about = f"A .zip of the images of `{name}`, each with its provenance, and of the Python that makes them."
+    call.__doc__ = f"{about}\n\n{action.__doc__}"
     return call
 
 
@@ -55,8 +56,8 @@ class Page:
 
     def __init__(self, model: gr.Dropdown, tabs: gr.Tabs):
         self.model, self.tabs = model, tabs
-        self.controls: dict[str, dict[str, gr.components.Component]] = {}
-        self.parts: list[gr.Column] = []  # that follow the checkpoint, too
+        self.controls: dict[str, dict[str, gr.components.Component]] = {}  # of each tab: those that a link can hold
+        self.restorable = [model, tabs]
 
     def tab(
         self,
@@ -64,33 +65,33 @@ class Page:
         about: str,
         action: Callable,
         controls: Callable[[], dict[str, gr.components.Component]],
-        picture: Callable[[], gr.components.Component] | None = None,
+        picture: Callable[[], gr.components.Component] = result,
         at_once: bool = False,
         examples: tuple[Callable, Sequence[str], Sequence[str]] | None = None,
         files: bool = True,
-        below: Callable[[], list[gr.Column]] | None = None,
+        below: Callable[[], list[gr.Column]] = list,
     ) -> None:
         """Add a tab: `controls` by the names of the action's arguments, and its picture, words, Python, files and link.
 
         `at_once`: it runs whenever a control moves. `examples`: (function, names of the examples, controls to fill).
         """
         name = action.__name__
+        fill, names, filled = examples or (None, (), ())
         with gr.Tab(title, id=name) as tab:
             gr.Markdown(about)
             with gr.Row():
                 with gr.Column(scale=2, min_width=300, elem_classes=["live"] * at_once):
-                    buttons = self.example_buttons(examples[1] if examples else ())
+                    with gr.Row(visible=bool(names)):
+                        buttons = [gr.Button(f"Example: {which}", size="sm", min_width=80) for which in names]
                     fields = controls()
                     if "seed" in fields:
                         seed_buttons(fields["seed"])
                     run = gr.Button("Run", variant="primary", elem_classes=["run"] + ["at-once"] * at_once)
-                    if examples:
-                        self.wire_examples(buttons, fields, *examples)
+                    self.wire_examples(buttons, names, fill, [fields[key] for key in filled])
                 with gr.Column(scale=3, min_width=300, elem_classes=["first-on-phones"] * at_once):
-                    shown = (picture or result)()
+                    shown = picture()
                     report = gr.Markdown(elem_classes="report")
-            if below is not None:
-                self.parts += below()
+            parts = below()
             with gr.Accordion("Python that makes the same, files, link", open=False):
                 code = gr.Code(language="python", label="Python", interactive=False, lines=8, max_lines=24)
                 link = gr.Textbox(
@@ -105,18 +106,18 @@ class Page:
 
             fields = {key: fields[key] for key in inspect.signature(action).parameters if key in fields}
             inputs = [self.model, *fields.values()]
-            call, outputs = guarded(action, lambda made: (made.picture, made.report, made.code)), [shown, report, code]
+            linked = {key: field for key, field in fields.items() if not isinstance(field, (Drawing, Picture))}
+            call = guarded(action, lambda made: (made.picture, made.report, made.code))
+            outputs = [shown, report, code]
             if at_once:
                 moves = [field.input for field in fields.values()]
-                turn = gr.Textbox(visible=False)
-                gr.Button(visible=False).click(
-                    call, inputs, outputs, api_name=name, **LIVE
-                )  # for the API, without a turn
+                for_api = gr.Button(visible=False)  # without a turn
+                for_api.click(call, inputs, outputs, api_name=name, **LIVE)
                 gr.on(moves, None, inputs, js=f"(...values) => window.ctmMoved({json.dumps(name)}, values)")
                 ran = gr.on(
                     [run.click, *moves],
                     in_turn(call),
-                    [*inputs, turn],
+                    [*inputs, gr.Textbox(visible=False)],
                     outputs,
                     js=f"(...values) => window.ctmStarts({json.dumps(name)}, values)",
                     api_visibility="private",
@@ -126,80 +127,51 @@ class Page:
                 )
             else:
                 ran = run.click(call, inputs, outputs, api_name=name, trigger_mode="always_last", **LONG)
-            ran.success(None, [self.model, *self.linked(fields).values()], link, js=self.remember(name, fields))
+            remember = f"window.ctmRemember({json.dumps(name)}, {json.dumps(['model', *linked])}, values)"
+            ran.success(None, [self.model, *linked.values()], link, js=f"(...values) => {remember}")
             if files:
-                save.click(
-                    as_files(action),
-                    inputs,
-                    file,
-                    api_name=f"{name}_files",
-                    **LONG,
-                )
+                save.click(as_files(action), inputs, file, api_name=f"{name}_files", **LONG)
             if at_once:
                 tab.select(None, js="() => window.ctmRunLive()")
-        self.controls[name] = fields
+        self.controls[name] = linked
+        self.restorable += [*linked.values(), *parts]
 
-    def example_buttons(self, names: Sequence[str]) -> list[gr.Button]:
-        if not names:
-            return []
-        with gr.Row():
-            return [gr.Button(f"Example: {name}", size="sm", min_width=80) for name in names]
-
-    def wire_examples(
-        self, buttons: list, fields: dict, function: Callable, names: Sequence[str], fills: Sequence[str]
-    ) -> None:
+    def wire_examples(self, buttons: list, names: Sequence[str], fill: Callable, fields: list) -> None:
         """Let a press fill the controls and run. One endpoint serves all: its argument is the name of the example."""
         for button, which in zip(buttons, names, strict=True):
             first = which == names[0]
             button.click(
-                guarded(function, lambda values: values),
+                guarded(fill, lambda values: values),
                 [self.model, gr.Textbox(which, visible=False)][: 1 + (len(names) > 1)],
-                [fields[name] for name in fills],
-                api_name=function.__name__ if first else None,
+                fields,
+                api_name=fill.__name__ if first else None,
                 api_visibility="public" if first else "private",
                 **LIVE,
             ).success(None, js="() => setTimeout(window.ctmRun, 400)")
 
-    def linked(self, fields: dict) -> dict:
-        """The controls that a link can hold: no pictures."""
-        return {name: field for name, field in fields.items() if not isinstance(field, (Drawing, Picture))}
-
-    def remember(self, name: str, fields: dict) -> str:
-        names = json.dumps(["model", *self.linked(fields)])
-        return f"(...values) => window.ctmRemember({json.dumps(name)}, {names}, values)"
-
     def restore(self, request: gr.Request) -> dict:
         """Settings in the address of the page; a setting that does not fit stays as it is, with a warning."""
         query, strange = dict(request.query_params), []
-        model, name = query.get("model", first_checkpoint()), query.get("tab")
+        model, name = query.get("model", self.model.value), query.get("tab")
         if model not in CHECKPOINTS:
             strange.append("model")
-            model = first_checkpoint()
+            model = self.model.value
         updates = {self.model: model, **self.follow(model)}
         if name in self.controls:
             updates[self.tabs] = gr.Tabs(selected=name)
-            for key, field in self.linked(self.controls[name]).items():
-                if key not in query:
-                    continue
-                update = restored(field, query[key], model)
-                if update is None:
-                    strange.append(key)
-                else:
-                    updates[field] = update
+            given = {key: field for key, field in self.controls[name].items() if key in query}
+            found = {field: restored(field, query[key], model) for key, field in given.items()}
+            strange += [key for key, field in given.items() if found[field] is None]
+            updates |= {field: update for field, update in found.items() if update is not None}
         if strange:
             gr.Warning(f"The link's {', '.join(strange)} does not fit this page and was left out.")
         return updates
 
     def followers(self) -> list[gr.components.Component | gr.Column]:
-        fields = [one for fields in self.controls.values() for one in fields.values()]
-        return [one for one in fields if hasattr(one, "properties_for")] + self.parts
+        return [one for one in self.restorable if hasattr(one, "properties_for")]
 
     def follow(self, model: str) -> dict:
         return {field: gr.update(**field.properties_for(model)) for field in self.followers()}
-
-    def restorable(self) -> list:
-        fields = [one for fields in self.controls.values() for one in self.linked(fields).values()]
-        return [self.model, self.tabs, *fields, *self.parts]
 
     def follow_and_restore(self) -> None:
         """Let controls follow the chosen checkpoint, and the address restore them. Call it once all tabs are there."""
@@ -207,5 +179,5 @@ class Page:
             None, js="() => window.ctmRunLive()"
         )
         gr.context.Context.root_block.load(
-            self.restore, None, self.restorable(), api_visibility="private", concurrency_limit=None
+            self.restore, None, self.restorable, api_visibility="private", concurrency_limit=None
         ).then(None, js="() => window.ctmRestored()")

@@ -55,14 +55,28 @@ def heun(model, class_labels, steps, seeds):
 
 def inpaint(pipe, image, mask, class_labels, steps, gamma, seeds):
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"num_inference_steps": steps, "gamma": gamma, "class_labels": class_labels, "generator": noise}
-    return CTMInpaintPipeline.from_pipe(pipe)(image, mask, batch_size=len(seeds), **options)
+    return CTMInpaintPipeline.from_pipe(pipe)(
+        image,
+        mask,
+        batch_size=len(seeds),
+        num_inference_steps=steps,
+        gamma=gamma,
+        class_labels=class_labels,
+        generator=noise,
+    )
 
 
 def edit(pipe, image, strength, class_labels, steps, gamma, seeds):
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"num_inference_steps": steps, "gamma": gamma, "class_labels": class_labels, "generator": noise}
-    return CTMImg2ImgPipeline.from_pipe(pipe)(image, strength, batch_size=len(seeds), **options)
+    return CTMImg2ImgPipeline.from_pipe(pipe)(
+        image,
+        strength,
+        batch_size=len(seeds),
+        num_inference_steps=steps,
+        gamma=gamma,
+        class_labels=class_labels,
+        generator=noise,
+    )
 
 
 def between_seeds(pipe, class_labels, steps, shape, first, second, count):
@@ -82,8 +96,9 @@ def guide_by_classifier(pipe, classifier, target, scale, steps, gamma, seeds):
     """The network is told no class: a conditional one is averaged over all classes."""
     network = load_saved(classifier).requires_grad_(False)
     unet = pipe.unet if pipe.num_classes is None else ClassAverage(pipe.unet)
-    checks = {"safety_checker": pipe.safety_checker, "feature_extractor": pipe.feature_extractor}
-    free = CTMPipeline(unet, pipe.scheduler, **checks)
+    free = CTMPipeline(
+        unet, pipe.scheduler, safety_checker=pipe.safety_checker, feature_extractor=pipe.feature_extractor
+    )
     guidance = ClassifierGuidance(network.logits, target, scale)
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     return free(batch_size=len(seeds), num_inference_steps=steps, gamma=gamma, generator=noise, guidance=guidance)
@@ -91,8 +106,14 @@ def guide_by_classifier(pipe, classifier, target, scale, steps, gamma, seeds):
 
 def guide_classifier_free(pipe, class_labels, scale, steps, gamma, seeds):
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-    options = {"num_inference_steps": steps, "gamma": gamma, "generator": noise, "guidance_scale": scale}
-    return pipe(batch_size=len(seeds), class_labels=class_labels, **options)
+    return pipe(
+        guidance_scale=scale,
+        batch_size=len(seeds),
+        num_inference_steps=steps,
+        gamma=gamma,
+        class_labels=class_labels,
+        generator=noise,
+    )
 
 
 def likelihood(pipe, images, class_labels, seed):

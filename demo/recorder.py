@@ -5,13 +5,14 @@ import inspect
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
 import diffusers_ctm
+from diffusers_ctm import CTMPipeline
 from training.frozen.classifier import load_saved
 
 from .checkpoints import Checkpoint
@@ -24,8 +25,8 @@ class Made:
     picture: Any
     report: str
     code: str
-    images: Any = None  # for `save_images`
-    inputs: dict[str, Image.Image] = field(default_factory=dict)  # pictures that the Python reads, by file name
+    images: Any  # for `save_images`
+    inputs: dict[str, Image.Image]  # pictures that the Python reads, by file name
 
 
 class Shown:
@@ -49,11 +50,11 @@ class Run:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.sources, self.functions, self.lines, self.inputs = {}, {}, [], {}
-        self.nfe, self.seconds = 0, 0.0
+        self.pipe = self.model("pipe", checkpoint.source, checkpoint.pipe)
 
-    def model(self, variable: str = "pipe", source: str | None = None, pipe: Any = None) -> Shown:
-        """A pipeline for this request alone, which the shown Python loads into `variable`."""
-        self.sources[variable] = source or self.checkpoint.source
+    def model(self, variable: str, source: str, pipe: CTMPipeline) -> Shown:
+        """A copy of `pipe` for this request alone, which the shown Python loads from `source` into `variable`."""
+        self.sources[variable] = source
         return Shown(self.checkpoint.fresh(pipe), variable)
 
     def __call__(self, recipe: Callable, *arguments: Any, variable: str = "output") -> Any:
@@ -75,9 +76,9 @@ class Run:
 
     def code(self, last: str = 'save_images(output, "samples/{index:03d}.png", overwrite=True)') -> str:
         body = "\n\n\n".join(inspect.getsource(function).strip() for function in self.functions.values())
-        loads = [f'{name} = DiffusionPipeline.from_pretrained("{source}")' for name, source in self.sources.items()]
-        if self.checkpoint.pipe.device.type != "cpu":
-            loads += [f'{name}.to("{self.checkpoint.pipe.device.type}")' for name in self.sources]
+        device = self.checkpoint.pipe.device.type
+        to = "" if device == "cpu" else f'.to("{device}")'
+        loads = [f'{name} = DiffusionPipeline.from_pretrained("{place}"){to}' for name, place in self.sources.items()]
         end = "\n".join([*loads, *self.lines, last])
         words = set(re.findall(r"\w+", body + end))
         ours = ", ".join(sorted(words & set(diffusers_ctm.__all__), key=lambda word: (word.islower(), word)))

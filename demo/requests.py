@@ -43,10 +43,10 @@ def one_class(checkpoint: Checkpoint, label: Any, otherwise: Sequence[str] = ())
     text = "" if label is None else str(label)[:100].strip()
     if not names:
         return None
-    for k, name in enumerate(names):
-        if text.lower() == name.lower():
-            return k
-    if text.isdecimal() and len(text) < 10 and int(text) < len(names):
+    lowered = [name.lower() for name in names]
+    if text.lower() in lowered:
+        return lowered.index(text.lower())
+    if text.isdecimal() and int(text) < len(names):
         return int(text)
     few = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     raise refuse(f"Choose a class: {few}.")
@@ -62,10 +62,19 @@ def classes(checkpoint: Checkpoint, label: Any, count: int) -> list[int] | None:
     return [one_class(checkpoint, label)] * count
 
 
-def seeds_from(seed: Any, count: Any) -> range:
-    count = whole("The number of images", count, 1, MOST_IMAGES)
-    first = whole("The seed", seed, 0, MOST_SEED)
+def one_seed(seed: Any) -> int:
+    return whole("The seed", seed, 0, MOST_SEED)
+
+
+def seeds_from(seed: Any, count: Any, most: int = MOST_IMAGES) -> range:
+    count, first = whole("The number of images", count, 1, most), one_seed(seed)
     return range(first, first + count)
+
+
+def example(examples: dict[str, Any], which: Any) -> Any:
+    if which not in examples:
+        raise refuse(f"The examples are: {', '.join(examples)}.")
+    return examples[which]
 
 
 def gamma_or_own(checkpoint: Checkpoint, steps: int, gamma: float, own_schedule: Any) -> tuple[float | None, str]:

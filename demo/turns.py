@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Runs take turns; a later movement of a control ends the run before it."""
 
-import threading
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 
@@ -10,15 +10,11 @@ import gradio as gr
 
 MOST_TURN = 64  # characters of a turn
 
-STOPPING = threading.Lock()
-
 # Each run of an open page has a turn, a name that nobody else can guess. Networks are shared, so a turn stops its run
 # alone, before the next network evaluation of its thread.
-TURN: ContextVar[str] = ContextVar("TURN", default="")
+TURN: ContextVar[str | None] = ContextVar("TURN", default=None)
 
-STOPPED: dict[str, None] = {}  # turns, the newest last
-
-MOST_STOPPED = 1024
+STOPPED: deque[str] = deque(maxlen=1024)  # turns, the newest last
 
 
 class Superseded(Exception):

@@ -3,12 +3,13 @@
 
 import io
 import threading
-import warnings
 
 import gradio as gr
 from gradio.components.base import server
 from gradio.components.image_editor import AcceptBlobs
 from PIL import Image, ImageOps
+
+from .requests import refuse
 
 
 MOST_BYTES = 8 * 2**20  # of a file
@@ -27,35 +28,29 @@ def open_upload(source, name: str = "The picture") -> Image.Image:
     Raises:
         gr.Error: not a picture, another format, too large.
     """
-    refused = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            image = Image.open(source, formats=FORMATS)
+        image = Image.open(source, formats=FORMATS)
         if max(image.size) > MOST_SIDE:
-            refused = f"{name} is {image.width}x{image.height} pixels; the limit is {MOST_SIDE} on a side."
-        elif image.mode.startswith(("I", "F")):
-            refused = f"{name} has more than 8 bits per value. Save it as an ordinary 8-bit picture first."
-        else:
-            if getattr(image, "is_animated", False):
-                gr.Info(f"{name} is animated; its first frame is used.")
-            image.load()
-            return ImageOps.exif_transpose(image).convert("RGBA")
-    except Image.DecompressionBombError:
-        refused = f"{name} is too large: the limit is {MOST_SIDE} pixels on a side."
-    except Exception:  # decoders raise many kinds for a broken file
-        refused = f"{name} cannot be read. PNG, JPEG, WebP, GIF and BMP pictures work."
-    raise gr.Error(refused, print_exception=False)
+            raise refuse(f"{name} is {image.width}x{image.height} pixels; the limit is {MOST_SIDE} on a side.")
+        if image.mode.startswith(("I", "F")):
+            raise refuse(f"{name} has more than 8 bits per value. Save it as an ordinary 8-bit picture first.")
+        if getattr(image, "is_animated", False):
+            gr.Info(f"{name} is animated; its first frame is used.")
+        return ImageOps.exif_transpose(image).convert("RGBA")
+    except gr.Error:
+        raise
+    except Exception as error:  # decoders raise many kinds for a broken file, and for one of far too many pixels
+        raise refuse(
+            f"{name} cannot be read. PNG, JPEG, WebP, GIF and BMP pictures up to {MOST_SIDE} pixels on a side work."
+        ) from error
 
 
 def fitted(image: Image.Image, pipe) -> Image.Image:
     """An "RGBA" picture, center-cropped and resized for the network. Transparency becomes the background."""
     height, width = pipe.image_size
     channels = pipe.unet.config.in_channels
-    flat = Image.new("RGBA", image.size, background(channels))
-    flat.alpha_composite(image)
-    mode = "L" if channels == 1 else "RGB"
-    return ImageOps.fit(flat.convert(mode), (width, height), Image.Resampling.BOX)
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, background(channels)), image)
+    return ImageOps.fit(flat.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BOX)
 
 
 def background(channels: int) -> str:
@@ -72,11 +67,11 @@ def mask_of(drawing: dict, size: tuple[int, int]) -> Image.Image:
     return drawn.resize(size, Image.Resampling.BOX).point(lambda value: 255 * (value > 84))
 
 
-def flat_drawing(drawing: dict) -> Image.Image | None:
-    """Background and layers of a drawing as one "RGBA" picture; None if there is nothing."""
-    parts = [part for part in (drawing["background"], *drawing["layers"]) if part is not None]
+def flat_drawing(drawing: dict | None) -> Image.Image:
+    """Background and layers of a drawing as one "RGBA" picture."""
+    parts = [part for part in (drawing["background"], *drawing["layers"]) if part is not None] if drawing else []
     if not parts:
-        return None
+        raise refuse("Draw something first, or take an example.")
     flat = Image.new("RGBA", (CANVAS, CANVAS))
     for part in parts:
         flat.alpha_composite(ImageOps.fit(part, flat.size, Image.Resampling.NEAREST))
@@ -92,7 +87,7 @@ class Picture(gr.Image):
         if payload is None:
             return None
         if payload.path is None or (payload.url or "").startswith("data:"):
-            raise gr.Error("Send the picture as a file.", print_exception=False)
+            raise refuse("Send the picture as a file.")
         return open_upload(payload.path)
 
 
@@ -106,7 +101,7 @@ class Drawing(gr.ImageEditor):
     def preprocess(self, payload):
         if payload is not None:
             if len(payload.layers) > MOST_LAYERS:
-                raise gr.Error(TOO_MANY_LAYERS, print_exception=False)
+                raise refuse(TOO_MANY_LAYERS)
             payload = payload.model_copy(update={"composite": None})  # it is made of the others
         return super().preprocess(payload)
 
@@ -115,15 +110,15 @@ class Drawing(gr.ImageEditor):
             return None
         source = io.BytesIO(file) if isinstance(file, (bytes, bytearray, memoryview)) else file.path
         image = open_upload(source, "The drawing")
-        is_layer = not flatten_on_white  # gradio calls it so; no layer stays large in memory
-        return ImageOps.fit(image, (CANVAS, CANVAS), Image.Resampling.NEAREST) if is_layer else image
+        # Gradio flattens the background alone. No layer stays large in memory.
+        return image if flatten_on_white else ImageOps.fit(image, (CANVAS, CANVAS), Image.Resampling.NEAREST)
 
     @server
     def accept_blobs(self, data: AcceptBlobs):
         if str(data.data.get("index")) not in ("None", "null", "", *map(str, range(MOST_LAYERS))):
-            raise gr.Error(TOO_MANY_LAYERS, print_exception=False)
+            raise refuse(TOO_MANY_LAYERS)
         if any(len(content) > MOST_BYTES for _, content in data.files):
-            raise gr.Error("The drawing is too large.", print_exception=False)
+            raise refuse("The drawing is too large.")
         with self.lock:
             while len(self.blob_storage) >= MOST_DRAWINGS:
                 del self.blob_storage[next(iter(self.blob_storage))]

@@ -66,11 +66,9 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
 
 
-def callback_tensors(callback: Callable | None, names: list[str] | None, allowed: Sequence[str]) -> list[str]:
-    """Names of the tensors that a pipeline's callback asks for. Raises ValueError if one is not `allowed`."""
+def check_callback(callback: Callable | None, names: list[str] | None) -> None:
+    """Raise ValueError if a pipeline's callback asks for another tensor than "latents"."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         names = callback.tensor_inputs
-    names = names or ["latents"]
-    if not set(names) <= set(allowed):
-        raise ValueError(f"callback_on_step_end_tensor_inputs may hold {allowed}, got {names}.")
-    return names
+    if set(names or ()) - {"latents"}:
+        raise ValueError(f"callback_on_step_end_tensor_inputs may hold ['latents'], got {names}.")

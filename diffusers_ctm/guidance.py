@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import as_number
+from .checks import as_number, check_choice
 from .preconditioning import condition
 from .scheduling_karras import preconditioning_of
 
@@ -52,8 +52,7 @@ class Guidance:
         scale = as_number(scale)
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}.")
-        if on not in GUIDANCE_INPUTS:
-            raise ValueError(f"on={on!r} is not known; use one of {GUIDANCE_INPUTS}.")
+        check_choice("on", on, GUIDANCE_INPUTS)
         self.scale, self.on = scale, on
 
     def prepare(self, num_classes: int | None) -> None:
@@ -186,8 +185,8 @@ def guidance_weight(t: float, s: float, estimate: float, sigma_data: float) -> f
 
 def check_guidance(guidance: Any, pipe: Any) -> None:
     """Raise ValueError if `guidance` is not a guidance, or not one for this pipeline's scheduler and network."""
-    methods = (getattr(guidance, name, None) for name in ("loss", "prepare"))
-    if getattr(guidance, "on", None) not in GUIDANCE_INPUTS or not all(map(callable, methods)):
+    can_guide = all(callable(getattr(guidance, name, None)) for name in ("loss", "prepare"))
+    if not can_guide or getattr(guidance, "on", None) not in GUIDANCE_INPUTS:
         raise ValueError(f"guidance must be an object of a subclass of Guidance, got {type(guidance).__name__}.")
     if preconditioning_of(pipe.scheduler) is None:
         raise ValueError(f"{type(pipe.scheduler).__name__} takes no `guidance`; CTMScheduler and EDMHeunScheduler do.")
@@ -263,9 +262,8 @@ def guided_output(
 
         loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
         gradient, moved = _gradient(loss, seen, x, t)
-    c_out = float(preconditioning.scalings(level)[1])
     weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
-    return model_output.detach() - (weight / c_out) * gradient, moved
+    return model_output.detach() - weight / float(preconditioning.scalings(level)[1]) * gradient, moved
 
 
 def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, bool]:
@@ -275,9 +273,7 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
         raise ValueError(
             f"The guidance loss must return one value per sample, a tensor of shape ({len(x)},), got {got}."
         )
-    slope = None
-    if loss.requires_grad:
-        (slope,) = torch.autograd.grad(loss.sum(), seen, allow_unused=True)
+    slope = torch.autograd.grad(loss.sum(), seen, allow_unused=True)[0] if loss.requires_grad else None
     if slope is None:
         raise ValueError(
             "The guidance loss has no gradient with respect to its image. Compute it from its argument by "
@@ -286,8 +282,7 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
     if seen is not x:
         # A mean over all pixels has a gradient too small for fp16 on its way through the network.
         largest = slope.flatten(1).abs().amax(1).clamp(min=1e-30).reshape(-1, *[1] * (x.ndim - 1))
-        (slope,) = torch.autograd.grad(seen, x, slope / largest)
-        slope = slope * largest
+        slope = torch.autograd.grad(seen, x, slope / largest)[0] * largest
     finite, moved = torch.stack([loss.isfinite().all() & slope.isfinite().all(), slope.any()]).tolist()  # one transfer
     if not finite:
         raise ValueError(

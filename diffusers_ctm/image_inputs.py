@@ -6,9 +6,6 @@ import torch
 from PIL import Image
 
 
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
 def read_images(
     images,
     channels: int,
@@ -82,7 +79,7 @@ def read_images(
 
 def _read_pil(image: Image.Image, channels: int, name: str) -> np.ndarray:
     """A PIL image as uint8 of shape (H, W, C)."""
-    mode = PIL_MODES.get(channels)
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
     if mode is None:
         raise ValueError(f"{name}: no PIL image has {channels} channels; pass a tensor.")
     if image.mode != mode:
@@ -102,9 +99,9 @@ def read_masks(masks, size: tuple[int, int] | None, name: str = "mask_image") ->
     Raises:
         ValueError: for anything else.
     """
-    if isinstance(masks, (list, tuple)):
-        return read_images([_float_mask(mask, name) for mask in masks], 1, size, name) >= 0.5
-    return read_images(_float_mask(masks, name), 1, size, name) >= 0.5
+    if not isinstance(masks, (list, tuple)):
+        masks = [masks]
+    return read_images([_float_mask(mask, name) for mask in masks], 1, size, name) >= 0.5
 
 
 def _float_mask(mask, name: str):

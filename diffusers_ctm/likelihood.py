@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import as_float64, check_count, check_positive
+from .checks import as_float64, check_choice, check_count, check_positive
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .runge_kutta import dormand_prince
@@ -34,7 +34,7 @@ LEVELS_PER_UNIT = 127.5
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """What `log_likelihood` found. Tensors have shape (B,), float64 on the CPU.
+    """Output of `log_likelihood`. Tensors have shape (B,), float64 on the CPU.
 
     Args:
         bits_per_dim: -log2 p(x) / n + log2(127.5): an upper bound of the negative log-likelihood of the 8-bit image per
@@ -106,8 +106,7 @@ def log_likelihood(
         RuntimeError: the solver does not reach the tolerances.
     """
     # 1. Check
-    if method not in ("ode", "elbo"):
-        raise ValueError(f"method must be 'ode' or 'elbo', got {method!r}.")
+    check_choice("method", method, ("ode", "elbo"))
     if trace not in ((None, "hutchinson", "exact") if method == "ode" else (None, "hutchinson")):
         raise ValueError(f"trace={trace!r} is not known to method={method!r}.")
     num_draws = {"ode": 1, "elbo": 32}[method] if num_draws is None else num_draws
@@ -156,8 +155,16 @@ def log_likelihood(
             ramp = (uniform(1) + torch.arange(len(x), device=device, dtype=dtype) / len(x)) % 1
             sigma = config.sigma_min * (config.sigma_max / config.sigma_min) ** ramp
             probes = None if trace is None else signs()
-            draws = (sigma, normal(*x.shape), normal(*x.shape))
-            terms = elbo(denoiser, x, *draws, probes=probes, reference_std=config.sigma_data, **levels)
+            terms = elbo(
+                denoiser,
+                x,
+                sigma,
+                noise=normal(*x.shape),
+                truncation_noise=normal(*x.shape),
+                probes=probes,
+                reference_std=config.sigma_data,
+                **levels,
+            )
             estimates.append(terms.log_density[None])
             nfe += 2
             backward_passes += 0 if probes is None else num_probes
@@ -194,7 +201,7 @@ def _on_grid(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class OdeLogDensity:
-    """What `ode_log_density` returns.
+    """Output of `ode_log_density`.
 
     Args:
         log_density: shape (P, B), one per probe.
@@ -243,7 +250,7 @@ def ode_log_density(
         sigma = torch.tensor(sigma_data * math.tan(phi.item()), dtype=x.dtype, device=x.device)
         denoised, trace = denoiser_and_trace(denoiser, y * (sigma_data / cos), sigma, probes)
         slope = (cos * y - denoised / sigma_data) / sin
-        identity = size if probes is None else _sums_of_squares(probes)
+        identity = size if probes is None else probes.flatten(2).square().sum(2)
         divergence = (identity * cos - trace / cos) / sin
         return torch.cat([slope.flatten(1), divergence.T / size], dim=1)
 
@@ -272,23 +279,18 @@ def denoiser_and_trace(
         x = x.detach().requires_grad_(True)
         denoised = denoiser(x, sigma)
         if probes is None:
-            products = (_diagonal_entry(denoised, x, i) for i in range(x[0].numel()))
-            trace = sum(products)[None]
+            trace = sum(_diagonal_entry(denoised, x, i) for i in range(x[0].numel()))[None]
         else:
-            trace = torch.stack([(e * _vjp(denoised, x, e)).flatten(1).sum(1) for e in probes])
+            products = (e * torch.autograd.grad(denoised, x, e, retain_graph=True)[0] for e in probes)
+            trace = torch.stack([product.flatten(1).sum(1) for product in products])
     return denoised.detach(), trace.detach()
-
-
-def _vjp(output: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """vector^T (d output / d x) of each sample, shape of `x`."""
-    return torch.autograd.grad(output, x, vector, retain_graph=True)[0]
 
 
 def _diagonal_entry(output: torch.Tensor, x: torch.Tensor, index: int) -> torch.Tensor:
     """d output_i / d x_i of each sample, (B,), `index` counting the values of a sample."""
     unit = torch.zeros_like(output).flatten(1)
     unit[:, index] = 1
-    return _vjp(output, x, unit.reshape(output.shape)).flatten(1)[:, index]
+    return torch.autograd.grad(output, x, unit.reshape(output.shape), retain_graph=True)[0].flatten(1)[:, index]
 
 
 # The variational bound ----------------------------------------------------------------------------------------------
@@ -362,7 +364,7 @@ def elbo(
     if probes is not None:
         denoised, trace = denoiser_and_trace(denoiser, noisy, sigma, probes)
         squared_score = _sum_of_squares((denoised - noisy) / level)
-        integral = -z_total / 2 * squared_score - z_total * (trace - _sums_of_squares(probes)).mean(0)
+        integral = -z_total / 2 * squared_score - z_total * (trace - probes.flatten(2).square().sum(2)).mean(0)
     else:
         with torch.no_grad():
             denoised = denoiser(noisy, sigma)
@@ -385,11 +387,6 @@ def elbo(
 def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     """|x|^2 of each sample of (B, ...), shape (B,)."""
     return x.flatten(1).square().sum(1)
-
-
-def _sums_of_squares(probes: torch.Tensor) -> torch.Tensor:
-    """e^T e of each probe of (P, B, ...), shape (P, B)."""
-    return probes.flatten(2).square().sum(2)
 
 
 def _normal_integral(x: torch.Tensor, std: float, sigma_min: float, sigma_max: float) -> torch.Tensor:

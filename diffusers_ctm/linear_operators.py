@@ -142,14 +142,11 @@ def check_operator(
         shape = tuple(back.shape) if isinstance(back, torch.Tensor) else type(back).__name__
         raise ValueError(f"pseudo_inverse gives {shape} for a measurement of an image of shape {image_shape}.")
 
-    def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-        return bool((one - other).abs().max() <= tolerance * torch.maximum(one.abs().max(), other.abs().max()))
-
-    if not equal(operator(2 * a - 3 * b), 2 * of_a - 3 * of_b):
-        raise ValueError("operator is not linear: A(2a - 3b) is not 2 A(a) - 3 A(b) for random images a and b.")
-    if not equal(pseudo_inverse(2 * of_a - 3 * of_b), 2 * back - 3 * pseudo_inverse(of_b)):
-        raise ValueError("pseudo_inverse is not linear: A+(2y - 3z) is not 2 A+(y) - 3 A+(z).")
-    if not equal(operator(back), of_a):
-        raise ValueError(
-            "pseudo_inverse does not belong to the operator: A(A+(A(x))) is not A(x) for a random image x."
-        )
+    combined, expected = 2 * of_a - 3 * of_b, 2 * back - 3 * pseudo_inverse(of_b)
+    for one, other, fault in (
+        (operator(2 * a - 3 * b), combined, "operator is not linear: A(2a - 3b) is not 2 A(a) - 3 A(b)"),
+        (pseudo_inverse(combined), expected, "pseudo_inverse is not linear: A+(2y - 3z) is not 2 A+(y) - 3 A+(z)"),
+        (operator(back), of_a, "pseudo_inverse does not belong to the operator: A(A+(A(x))) is not A(x)"),
+    ):
+        if not (one - other).abs().max() <= tolerance * torch.maximum(one.abs().max(), other.abs().max()):
+            raise ValueError(f"{fault} for random images.")

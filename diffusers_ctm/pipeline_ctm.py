@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import callback_tensors, check_count, check_output_type
+from .checks import check_callback, check_count, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
 from .hub import component_library, write_loading_code
@@ -29,11 +29,9 @@ from .unet_edm import EDMUNet2DModel
 
 def _with_components_last(signature: inspect.Signature, names: Sequence[str]) -> inspect.Signature:
     """`signature` with the parameters `names` last, by keyword only and without a default."""
-    parameters = signature.parameters
-    components = [
-        parameters[name].replace(default=inspect.Parameter.empty, kind=inspect.Parameter.KEYWORD_ONLY) for name in names
-    ]
-    return signature.replace(parameters=[p for p in parameters.values() if p.name not in names] + components)
+    component = {"default": inspect.Parameter.empty, "kind": inspect.Parameter.KEYWORD_ONLY}
+    parameters = [p.replace(**component) if p.name in names else p for p in signature.parameters.values()]
+    return signature.replace(parameters=sorted(parameters, key=lambda p: p.kind))
 
 
 class CTMPipeline(DiffusionPipeline):
@@ -66,7 +64,6 @@ class CTMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _optional_components = ["safety_checker", "feature_extractor"]
     _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents"]
     _digital_source_type = GENERATED
 
     # `from_pipe` compares a network's class with this annotation, subclasses excluded.
@@ -164,10 +161,10 @@ class CTMPipeline(DiffusionPipeline):
         if jumps(scheduler) and not has_target_time:
             raise ValueError(
                 f"{name} needs a network with two times, and {network} has one. Use "
-                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distil the network into a CTM."
+                "`EDMHeunScheduler.from_config(pipe.scheduler.config)`, or distill the network into a CTM."
             )
 
-        known = self._preconditioning
+        loaded = self._preconditioning
         if ours:
             # The class of this module: code from a repository has its own.
             current = Preconditioning.from_config(scheduler.config)
@@ -178,16 +175,16 @@ class CTMPipeline(DiffusionPipeline):
                     "CTMScheduler.from_config(scheduler.config))(gamma=1.0)`."
                 )
         else:
-            current = self._match_diffusers_scheduler(known)
-        if known is not None and current != known:
+            current = self._match_diffusers_scheduler(loaded)
+        if loaded is not None and current != loaded:
             raise ValueError(
-                f"{name} has {current}, but this network was loaded with {known}. Make the scheduler with "
+                f"{name} has {current}, but this network was loaded with {loaded}. Make the scheduler with "
                 f"`{name}.from_config(pipe.scheduler.config)`, or load a new pipeline."
             )
         self._preconditioning = current
         return 1.0 if ours else current.timestep_scale
 
-    def _match_diffusers_scheduler(self, known: Preconditioning | None) -> Preconditioning:
+    def _match_diffusers_scheduler(self, loaded: Preconditioning | None) -> Preconditioning:
         """The preconditioning that diffusers' EDM scheduler stands for; ValueError if the network's is another.
 
         It would silently take the "epsilon" of a DDPM for EDM's F. It is told what it lacks.
@@ -197,7 +194,7 @@ class CTMPipeline(DiffusionPipeline):
         edm, said = PREDICTIONS["edm"], config.get("prediction_type")
         if said in ("epsilon", "v_prediction") and not has_betas(config):  # as diffusers calls F and -F
             said = edm.name
-        said = said if known is None or known.kind is edm else known.prediction_type
+        said = said if loaded is None or loaded.kind is edm else loaded.prediction_type
         if said != edm.name:
             raise ValueError(
                 f"{name} samples EDM networks only, and this one has prediction_type={said!r}. Use "
@@ -206,13 +203,13 @@ class CTMPipeline(DiffusionPipeline):
         if config.get("prediction_type") == edm.name:
             scheduler.register_to_config(prediction_type=edm.edm_scheduler_type)
         if "timestep_scale" not in config:
-            if known is None:
+            if loaded is None:
                 raise ValueError(
                     f"This {name} does not say which time the network is shown. Make it with `from_config` of the "
                     "checkpoint's scheduler config, or say it: `scheduler.register_to_config(timestep_scale=1.0)` for "
                     "NVIDIA's EDM, 1000.0 for the OpenAI, consistency and CTM family."
                 )
-            scheduler.register_to_config(timestep_scale=known.timestep_scale)
+            scheduler.register_to_config(timestep_scale=loaded.timestep_scale)
         return Preconditioning(scheduler.config.sigma_data, scheduler.config["timestep_scale"])
 
     def set_timesteps(self, device=None, num_inference_steps: int | None = None, **schedule) -> None:
@@ -263,27 +260,30 @@ class CTMPipeline(DiffusionPipeline):
             return self.unet
         return ClassifierFreeNetwork(self.unet, guidance_scale, partial(null_labels, self))
 
-    def prepare_latents(
+    def draw_latents(
         self, batch_size: int, device, generator, latents: torch.Tensor | None, size: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """The first sample x_T, float32: unit noise times the scheduler's `init_noise_sigma`.
+        """Unit normal noise of shape (B, C, H, W), float32: `latents`, checked, or drawn from `generator`.
 
         `size` is height and width for a network whose config has no `sample_size`.
         """
-        config = self.unet.config
         size = self.image_size or size
         if size is None:
             if latents is None:
                 raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
             size = tuple(latents.shape[-2:])
-        shape = (batch_size, config.in_channels, *size)
+        shape = (batch_size, self.unet.config.in_channels, *size)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
-        else:
-            latents = latents.to(device=device, dtype=torch.float32)
-        return latents * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=torch.float32)
+
+    def prepare_latents(
+        self, batch_size: int, device, generator, latents: torch.Tensor | None, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """The first sample x_T: `draw_latents` times the scheduler's `init_noise_sigma`."""
+        return self.draw_latents(batch_size, device, generator, latents, size) * self.scheduler.init_noise_sigma
 
     @property
     def interrupt(self) -> bool:
@@ -305,14 +305,14 @@ class CTMPipeline(DiffusionPipeline):
         output_type: str,
         callback: Callable | None = None,
         callback_inputs: list[str] | None = None,
-    ) -> tuple[int | None, list[str]]:
+    ) -> int | None:
         """Check arguments of a call before any work, and start the record of its seeds.
 
-        Returns the batch size, None where no argument says it, and the names of the callback's tensors. Raises
-        ValueError for an argument that does not fit, or a scheduler that does not fit the network.
+        Returns the batch size, None where no argument says it. Raises ValueError for an argument that does not fit, or
+        a scheduler that does not fit the network.
         """
         check_output_type(output_type)
-        callback_inputs = callback_tensors(callback, callback_inputs, self._callback_tensor_inputs)
+        check_callback(callback, callback_inputs)
         if batch_size is not None:
             check_count(batch_size=batch_size)
             batch_size = int(batch_size)
@@ -335,7 +335,7 @@ class CTMPipeline(DiffusionPipeline):
             batch_size = batch_size or len(generator)
         self._match_scheduler()
         self._seeds = fresh_seeds(generator)
-        return batch_size, callback_inputs
+        return batch_size
 
     def _batch_size_with(self, given: torch.Tensor, name: str, batch_size: int | None) -> int | None:
         """The batch size, with what is to be edited: one entry serves any number of images."""
@@ -346,7 +346,7 @@ class CTMPipeline(DiffusionPipeline):
         return len(given)
 
     def _sample(
-        self, latents, class_labels, callback_on_step_end, callback_inputs, network=None, guidance=None, **step_options
+        self, latents, class_labels, callback_on_step_end, network=None, guidance=None, **step_options
     ) -> torch.Tensor:
         """Run all steps that were set, from the first sample to the last; `step_options` go to `scheduler.step`.
 
@@ -374,14 +374,10 @@ class CTMPipeline(DiffusionPipeline):
                 else:
                     model_input = scheduler.scale_model_input(latents, t).to(dtype)
                     model_output = network(model_input, *times, **labels, return_dict=False)[0]
-                step = scheduler.step(model_output.to(latents.dtype), t, latents, return_dict=False, **step_options)
-                latents = step[0]
-
+                model_output = model_output.to(latents.dtype)
+                latents = scheduler.step(model_output, t, latents, return_dict=False, **step_options)[0]
                 if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).get("latents", latents)
+                    latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
                 progress_bar.update()
         if moved and not any(moved):
             logging.get_logger(__name__).warning(
@@ -400,9 +396,7 @@ class CTMPipeline(DiffusionPipeline):
         """
         latents, flags = without_unsafe(self, latents, denormalize)
         records = run_records(self, len(latents), class_labels, self._seeds, provenance)
-        images = latents
-        if output_type != "latent":
-            images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
+        images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
         if output_type == "pil" and self.config.add_provenance:
             for image, record in zip(images, records):
                 image.info.update(png_text(record))
@@ -474,7 +468,7 @@ class CTMPipeline(DiffusionPipeline):
                 pass.
         """
         # 1. Check
-        batch_size, callback_inputs = self.check_call(
+        batch_size = self.check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         network = self._guided_network(guidance_scale, guidance)
@@ -494,24 +488,21 @@ class CTMPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size, device, generator, latents)
 
         # 3. Sample
-        latents = self._sample(
-            latents, class_labels, callback_on_step_end, callback_inputs, network, guidance, generator=generator
-        )
+        latents = self._sample(latents, class_labels, callback_on_step_end, network, guidance, generator=generator)
 
         # 4. Finish
         return self._finish(latents, output_type, return_dict, class_labels)
 
 
 def pipeline_condition(pipe: CTMPipeline, class_labels, batch_size: int, device) -> dict[str, torch.Tensor]:
-    """What the network is called with beside state and time: {"class_labels": (B,)}, or {} for an unconditional one.
+    """The network's arguments beside state and time: {"class_labels": (B,)}, or {} for an unconditional one.
 
     Unlike in sampling, labels are not drawn: a given image has a class. Raises ValueError for labels missing or not
     expected.
     """
     if class_labels is None and pipe.unet.config.num_class_embeds is not None:
         raise ValueError("This network is class-conditional: pass `class_labels`, the class of each image.")
-    labels, _ = labels_and_batch_size(pipe, class_labels, batch_size, None, device)
-    return condition(labels)
+    return condition(labels_and_batch_size(pipe, class_labels, batch_size, None, device)[0])
 
 
 def exact_denoiser(pipe: CTMPipeline, **condition) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

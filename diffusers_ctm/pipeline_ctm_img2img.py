@@ -86,7 +86,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
         if not add_noise and latents is not None:
             raise ValueError("latents are noise to add, and add_noise=False adds none; pass one of them.")
         image = read_images(image, self.unet.config.in_channels, self.image_size, bounded=add_noise)
-        batch_size, callback_inputs = self.check_call(
+        batch_size = self.check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         batch_size = self._batch_size_with(image, "image", batch_size)
@@ -102,9 +102,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             start = start + self.prepare_latents(batch_size, device, generator, latents, tuple(start.shape[-2:]))
 
         # 3. Sample
-        images = self._sample(
-            start, class_labels, callback_on_step_end, callback_inputs, network, guidance, generator=generator
-        )
+        images = self._sample(start, class_labels, callback_on_step_end, network, guidance, generator=generator)
 
         # 4. Finish
         return self._finish(images, output_type, return_dict, class_labels)
@@ -128,14 +126,14 @@ class CTMImg2ImgPipeline(CTMPipeline):
         check_count(num_inference_steps=num_inference_steps)
 
         config = self.scheduler.config
-        schedule = (config.sigma_min, config.sigma_max, config.rho)
         if sigma is None:
             strength = 0.5 if strength is None else strength
             if not isinstance(strength, Real) or not 0 < strength <= 1:
                 raise ValueError(f"strength must lie in (0, 1], got {strength!r}.")
             sigma = config.sigma_max
             if strength < 1:
-                sigma = float(karras_sigma(torch.tensor(1 - strength, dtype=torch.float64, device="cpu"), *schedule))
+                ramp = torch.tensor(1 - strength, dtype=torch.float64, device="cpu")
+                sigma = karras_sigma(ramp, config.sigma_min, config.sigma_max, config.rho).item()
         else:
             check_positive(sigma=sigma)
         end = config.sigma_min

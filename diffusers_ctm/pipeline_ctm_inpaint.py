@@ -77,20 +77,17 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
 
         known = (~repaint[:, :1]).to(device=self._execution_device, dtype=image.dtype)  # once, not at every step
         operator = MaskOperator(known)
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        levels = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
-        pixels = operator((2 * image - 1).to(known.device))
         latents, class_labels = self._restore(
-            pixels,
+            operator((2 * image - 1).to(known.device)),
             operator,
             operator.pseudo_inverse,
-            levels,
+            {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma},
             batch_size,
             class_labels,
             generator,
             latents,
             output_type,
-            callback,
+            (callback_on_step_end, callback_on_step_end_tensor_inputs),
             guidance,
             guidance_scale,
         )

@@ -8,7 +8,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from .checks import as_float64, callback_tensors, check_count, check_output_type
+from .checks import as_float64, check_callback, check_count, check_output_type
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .pipeline_output import CTMPipelineOutput
@@ -75,9 +75,14 @@ class CTMInversionPipeline(CTMPipeline):
         device = self._execution_device
         x = self._read(image, "image").to(device)
         condition = pipeline_condition(self, class_labels, len(x), device)
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        levels = self._ode_levels(num_inference_steps).flip(0)
-        latents = self._follow(x, levels, condition, *callback) / self.scheduler.config.sigma_max
+        x = self._follow(
+            x,
+            self._ode_levels(num_inference_steps).flip(0),
+            condition,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        latents = x / self.scheduler.config.sigma_max
         self.maybe_free_model_hooks()
         return CTMInversionOutput(latents=latents) if return_dict else (latents,)
 
@@ -107,12 +112,18 @@ class CTMInversionPipeline(CTMPipeline):
         condition = pipeline_condition(self, class_labels, len(latents), device)
         levels = self._ode_levels(num_inference_steps)
         x = latents.to(device=device, dtype=torch.float32) * self.scheduler.config.sigma_max
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        x = self._follow(x, levels, condition, *callback)
+        x = self._follow(x, levels, condition, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._seeds = None  # nothing is drawn
-        run = {"scheduler": "Heun", "num_inference_steps": num_inference_steps, "gamma": None}
-        run["sigmas"] = [float(f"{level:.6g}") for level in levels.tolist()]
-        return self._finish(x, output_type, return_dict, condition.get("class_labels"), **run)
+        return self._finish(
+            x,
+            output_type,
+            return_dict,
+            condition.get("class_labels"),
+            scheduler="Heun",
+            num_inference_steps=num_inference_steps,
+            gamma=None,
+            sigmas=[float(f"{level:.6g}") for level in levels.tolist()],
+        )
 
     @torch.no_grad()
     def interpolate(
@@ -147,8 +158,7 @@ class CTMInversionPipeline(CTMPipeline):
             raise ValueError(f"weights must be a list of numbers in [0, 1], got {weights.tolist()}.")
         device = self._execution_device
         condition = pipeline_condition(self, class_labels, 2, device)
-        levels = self._ode_levels(num_inference_steps).flip(0)
-        states = self._follow(torch.cat(pair).to(device), levels, condition)
+        states = self._follow(torch.cat(pair).to(device), self._ode_levels(num_inference_steps).flip(0), condition)
         first, second = (state.expand(len(weights), *state.shape) for state in states / self.scheduler.config.sigma_max)
         labels = condition.get("class_labels")
         labels = None if labels is None else labels[(weights >= 0.5).long().to(device)]
@@ -167,7 +177,7 @@ class CTMInversionPipeline(CTMPipeline):
 
     def _follow(self, x, levels, condition, callback=None, callback_inputs=None) -> torch.Tensor:
         """Heun's method from `x` at the first of `levels` to the last, in either direction."""
-        callback_tensors(callback, callback_inputs, self._callback_tensor_inputs)
+        check_callback(callback, callback_inputs)
         denoiser = exact_denoiser(self, **condition)
         levels = levels.to(device=x.device, dtype=x.dtype)
         self._interrupt = False
@@ -202,7 +212,6 @@ def slerp(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor | float) -> tor
     weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
     if weight.ndim > 1 or (weight.ndim == 1 and len(weight) != len(a)):
         raise ValueError(f"weight must be a number or have shape ({len(a)},), got shape {tuple(weight.shape)}.")
-    weight = weight.expand(len(a))
     flat = (x.flatten(1).cpu().double() for x in (a, b))  # not every device has float64
     cosine = torch.nn.functional.cosine_similarity(*flat)
     if (cosine < -1 + 1e-7).any():

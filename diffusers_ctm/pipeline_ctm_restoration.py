@@ -92,25 +92,23 @@ class CTMRestorationPipeline(CTMPipeline):
                 another shape, and for arguments that do not fit each other, the network or the scheduler; the message
                 says what to pass.
         """
-        if operator is None or not callable(operator):
+        if not callable(operator):
             raise ValueError(f"operator must be a LinearOperator or a function, got {operator!r}.")
         if pseudo_inverse is None:
             pseudo_inverse = getattr(operator, "pseudo_inverse", None)
         if not callable(pseudo_inverse):
             raise ValueError("pseudo_inverse is missing; pass a function, or an operator that has one of that name.")
-        callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
-        levels = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma}
         images, class_labels = self._restore(
             _read_measurement(measurement),
             operator,
             pseudo_inverse,
-            levels,
+            {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma},
             batch_size,
             class_labels,
             generator,
             latents,
             output_type,
-            callback,
+            (callback_on_step_end, callback_on_step_end_tensor_inputs),
             guidance,
             guidance_scale,
         )
@@ -133,7 +131,7 @@ class CTMRestorationPipeline(CTMPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The last sample, in [-1, 1], and its classes. `y` is a checked tensor; `levels` go to `set_timesteps`."""
         # 1. Check
-        batch_size, callback_inputs = self.check_call(batch_size, latents, generator, output_type, *callback)
+        batch_size = self.check_call(batch_size, latents, generator, output_type, *callback)
         if not jumps(self.scheduler):
             raise ValueError(
                 f"{type(self).__name__} works with CTMScheduler, not with {type(self.scheduler).__name__}: use "
@@ -147,18 +145,23 @@ class CTMRestorationPipeline(CTMPipeline):
         # 2. Prepare
         device = self._execution_device
         class_labels, batch_size = labels_and_batch_size(self, class_labels, batch_size, generator, device)
-        end = self.scheduler.config.sigma_min  # where the image counts as the state
-        self.set_timesteps(device, **levels, final_sigma=end)
+        # The image counts as the state at sigma_min.
+        self.set_timesteps(device, **levels, final_sigma=self.scheduler.config.sigma_min)
         y = y.to(device).expand(batch_size, *y.shape[1:])
         size = self.image_size or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
         check_operator(operator, pseudo_inverse, (batch_size, self.unet.config.in_channels, *size), y)
         known = pseudo_inverse(y)
         start = known + self.prepare_latents(batch_size, device, generator, latents, size)
-        project = partial(consistent_image, operator, pseudo_inverse, known=known)
 
         # 3. Sample
         images = self._sample(
-            start, class_labels, callback[0], callback_inputs, network, guidance, generator=generator, project=project
+            start,
+            class_labels,
+            callback[0],
+            network,
+            guidance,
+            generator=generator,
+            project=partial(consistent_image, operator, pseudo_inverse, known=known),
         )
         return images, class_labels
 

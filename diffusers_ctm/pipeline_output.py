@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What the pipelines return."""
+"""The output of the pipelines."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -85,7 +85,7 @@ class Prediction:
     numbers: tuple[str, ...] = ("sigma_data", "timestep_scale")  # those of `Preconditioning` that it uses
     input_shift = 0.0  # added to c_in x
     is_denoiser = True  # whether F gives D(x, t); else it knows the end of a trajectory only
-    learnt_every_level = False  # whether it was trained beyond [sigma_min, sigma_max] too
+    learned_every_level = False  # whether it was trained beyond [sigma_min, sigma_max] too
     magnifies_rounding = False  # whether rounding errors of F reach the image times the noise level
     default_scheduler = (
         "EDMEulerScheduler"  # the diffusers scheduler whose defaults hold if a network comes without one
@@ -123,7 +123,7 @@ class EDMPrediction(Prediction):
     """F of Karras et al. 2022, Table 1: input and target have unit variance at every level. Shown ln(level) / 4."""
 
     name = "edm"
-    learnt_every_level = True
+    learned_every_level = True
     edm_scheduler_type = "epsilon"
 
     def scalings(self, sigma, p):
@@ -255,8 +255,7 @@ class SamplePrediction(DiscretePrediction):
     name = "sample"
 
     def scalings(self, sigma, p):
-        one = torch.ones_like(sigma)
-        return 0 * one, one, (1 + sigma**2).rsqrt()
+        return torch.zeros_like(sigma), torch.ones_like(sigma), (1 + sigma**2).rsqrt()
 
 
 class FlowPrediction(Prediction):
@@ -300,8 +299,7 @@ class ScorePrediction(Prediction):
     default_scheduler = "ScoreSdeVeScheduler"
 
     def scalings(self, sigma, p):
-        one = torch.ones_like(sigma)
-        return one, sigma**2 / 2, one / 2
+        return torch.ones_like(sigma), sigma**2 / 2, torch.full_like(sigma, 0.5)
 
     def c_noise(self, level, p):
         return level / 2
@@ -330,7 +328,7 @@ class ConsistencyPrediction(EDMPrediction):
     name = "consistency"
     numbers = (*Prediction.numbers, "sigma_min")
     is_denoiser = False
-    learnt_every_level = False
+    learned_every_level = False
     default_scheduler = "CMStochasticIterativeScheduler"
     edm_scheduler_type = None
 
@@ -373,8 +371,6 @@ PREDICTIONS = {
     )
 }
 
-PREDICTION_TYPES = tuple(PREDICTIONS)
-
 
 @dataclass(frozen=True)
 class Preconditioning:
@@ -406,7 +402,7 @@ class Preconditioning:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
-        check_choice("prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("prediction_type", self.prediction_type, PREDICTIONS)
         self.kind.check(self)
 
     def __str__(self) -> str:

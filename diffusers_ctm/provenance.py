@@ -69,13 +69,12 @@ def png_text(provenance: Mapping[str, Any]) -> dict[str, str]:
             text[keyword] = str(value) if name in TEXT_FIELDS else json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"provenance[{name!r}] must be a value that JSON knows, got {value!r}.") from error
-    attributes = [("Iptc4xmpExt:DigitalSourceType", "DigitalSourceType"), ("xmp:CreatorTool", "Software")]
-    described = " ".join(f"{name}={quoteattr(text[keyword])}" for name, keyword in attributes)
     text[XMP_KEYWORD] = (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
         '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
         'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmlns:xmp="http://ns.adobe.com/xap/1.0/" '
-        f'{described}/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+        f"Iptc4xmpExt:DigitalSourceType={quoteattr(text['DigitalSourceType'])} "
+        f'xmp:CreatorTool={quoteattr(text["Software"])}/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
     )
     return text
 
@@ -102,7 +101,7 @@ def provenance_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
-    """What the image file `path` says about how it was made, with the keys of `FIELDS`; empty if it says nothing.
+    """The record in the image file `path` of how it was made, with the keys of `FIELDS`; empty if there is no record.
 
     A file by other software has its `digital_source_type` in the XMP, which is read. Anybody can write or remove such
     metadata: it informs and proves nothing.
@@ -169,7 +168,11 @@ def save_images(
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; choose another path_pattern, or pass overwrite=True.")
     for picture, text, path in zip(pictures, texts, paths):
-        _save(picture, text, path, overwrite)
+        info = PngImagePlugin.PngInfo()
+        for keyword, value in text.items():
+            (info.add_itxt if keyword == XMP_KEYWORD else info.add_text)(keyword, value)
+        with written_aside(path, overwrite) as aside:
+            picture.save(aside, format="PNG", pnginfo=info)
     return paths
 
 
@@ -209,14 +212,6 @@ def _path(pattern: str | os.PathLike, index: int, record: Mapping[str, Any]) -> 
     return path
 
 
-def _save(picture: Image.Image, text: Mapping[str, str], path: Path, overwrite: bool) -> None:
-    info = PngImagePlugin.PngInfo()
-    for keyword, value in text.items():
-        (info.add_itxt if keyword == XMP_KEYWORD else info.add_text)(keyword, value)
-    with written_aside(path, overwrite) as aside:
-        picture.save(aside, format="PNG", pnginfo=info)
-
-
 def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
     """The seed of a generator, or of each; None if something was drawn from it, so that the seed does not repeat it."""
     if isinstance(generator, list):
@@ -229,7 +224,7 @@ def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> in
 
 
 def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
-    """Where the pipeline was loaded from: an id of the Hub and its commit, or the name of a folder without its path."""
+    """The pipeline's source: an id of the Hub and its commit, or the name of a folder without its path."""
     name, network = pipe.config.get("_name_or_path"), getattr(pipe.unet.config, "_name_or_path", None)
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})([/\\]|$)", str(network or ""))
     if name is None or not os.path.isdir(name):

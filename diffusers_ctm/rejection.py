@@ -86,9 +86,9 @@ def rejection_sample(
     check_output_type(output_type)
     if isinstance(generator, list):
         raise ValueError("rejection_sample takes one generator: how many images are drawn is not known before.")
-    taken = {"latents", "return_dict"} & set(sampling)
-    if taken:
-        raise ValueError(f"rejection_sample takes no {', '.join(sorted(taken))}.")
+    refused = {"latents", "return_dict"} & set(sampling)
+    if refused:
+        raise ValueError(f"rejection_sample takes no {', '.join(sorted(refused))}.")
 
     wanted = _wanted_labels(pipe, class_labels, num_images, generator)
     conditional = pipe.num_classes is not None
@@ -107,7 +107,7 @@ def rejection_sample(
         missing = Counter({label: count - len(kept[label]) for label, count in needed.items()})
         if top_fraction is None:  # as many as the rate so far lets expect to be enough
             count = math.ceil(missing.total() * (drawn.total() + 1) / (accepted + 1))
-            # Where a batch has no room for all, it goes on after the last one: no class may keep the others out.
+            # A batch without room for all goes on after the last one: no class may keep the others out.
             start = drawn.total() % missing.total() if missing.total() > batch_size else 0
             labels = list(islice(cycle(missing.elements()), start, start + min(count, batch_size)))
         else:
@@ -115,8 +115,8 @@ def rejection_sample(
         if not labels:
             break
         condition = {"class_labels": labels} if conditional else {"batch_size": len(labels)}
-        found = pipe(**condition, generator=generator, output_type="latent", **sampling)
-        x_0, unsafe = found.images, found.nsfw_content_detected or [False] * len(labels)
+        output = pipe(**condition, generator=generator, output_type="latent", **sampling)
+        x_0, unsafe = output.images, output.nsfw_content_detected or [False] * len(labels)
         drawn.update(labels)
         batches += 1
         for label, score, image, flagged in zip(
@@ -162,8 +162,7 @@ def _wanted_labels(
         return labels_and_batch_size(pipe, class_labels, num_images, generator, "cpu")[0].tolist()
     if class_labels is None:
         return [None] * num_images
-    labels = torch.as_tensor(class_labels, device="cpu")
-    return check_classes(labels, num_images, torch.iinfo(torch.int64).max).tolist()
+    return check_classes(torch.as_tensor(class_labels, device="cpu"), num_images, torch.iinfo(torch.int64).max).tolist()
 
 
 def _judged(
@@ -181,15 +180,13 @@ def _judged(
     if labels[0] is not None:
         targets = check_classes(torch.tensor(labels, device="cpu"), len(x_0), probabilities.shape[1])
     if num_classes is None:
-        scores, found = probabilities.max(1)
-        return labels if labels[0] is None else found.tolist(), scores.tolist()
+        scores, likeliest = probabilities.max(1)
+        return labels if labels[0] is None else likeliest.tolist(), scores.tolist()
     return labels, probabilities.gather(1, targets.to(probabilities.device)[:, None])[:, 0].tolist()
 
 
 def _postprocessed(pipe: Any, images: torch.Tensor, output_type: str) -> Any:
     """`images` as `output_type`, also if there are none."""
-    if output_type == "latent":
-        return images
-    if len(images):
+    if len(images) or output_type == "latent":
         return pipe.image_processor.postprocess(images, output_type=output_type)
     return {"pil": [], "pt": images, "np": images.permute(0, 2, 3, 1).cpu().numpy()}[output_type]

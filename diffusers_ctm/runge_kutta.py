@@ -65,8 +65,7 @@ def dormand_prince(
         scale = atol + rtol * torch.maximum(state.abs(), moved.abs())
         error = step.item() * sum(w * k for w, k in zip(ERROR, slopes, strict=True) if w) / scale
         error = torch.cat([error[:, :size].square().mean(1, keepdim=True).sqrt(), error[:, size:].abs()], dim=1)
-        worst = error.max().item()
-        worst = worst if math.isfinite(worst) else math.inf
+        worst = error.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
         if worst <= 1:
             time = end if step == end - time else time + step
             state, slope = moved, slopes[-1]

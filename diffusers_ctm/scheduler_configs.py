@@ -49,5 +49,8 @@ def _defaults(class_name: str | None) -> dict:
     cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, SchedulerMixin) or not cls.__module__.startswith("diffusers."):
         return {}
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+    return {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(cls.__init__).parameters.values()
+        if parameter.default is not parameter.empty
+    }

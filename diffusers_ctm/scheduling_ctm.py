@@ -165,8 +165,7 @@ class CTMScheduler(KarrasSchedulerMixin):
             self._set_schedule(num_inference_steps, device, **options)
             return
         try:
-            num_steps = None if "sigmas" in preset else num_inference_steps
-            self._set_schedule(num_steps, device, **{**options, **preset})
+            self._set_schedule(None if "sigmas" in preset else num_inference_steps, device, **{**options, **preset})
             if self.num_inference_steps != num_inference_steps:
                 raise ValueError(f"sigmas must hold {num_inference_steps} levels, got {preset['sigmas']}.")
         except ValueError as error:
@@ -177,15 +176,14 @@ class CTMScheduler(KarrasSchedulerMixin):
     def _set_schedule(self, num_inference_steps, device, timesteps, sigmas, gamma, target_sigmas, final_sigma) -> None:
         """`set_timesteps` without presets."""
         config = self.config
-        targets = None
-        if target_sigmas is not None:
+        targets = None if target_sigmas is None else as_float64(target_sigmas, "target_sigmas")
+        if targets is not None:
             if gamma is not None or final_sigma is not None:
                 other = "gamma" if gamma is not None else "final_sigma"
                 raise ValueError(
                     f"target_sigmas and {other} contradict each other: target_sigmas says where each step jumps to, "
                     "the last one included. Pass one of them."
                 )
-            targets = as_float64(target_sigmas, "target_sigmas")
             if targets.ndim != 1 or len(targets) == 0:
                 raise ValueError(
                     f"target_sigmas must be a list with one level per step, got shape {tuple(targets.shape)}."
@@ -220,8 +218,7 @@ class CTMScheduler(KarrasSchedulerMixin):
         self.gammas = gammas.to(torch.float32)
         self.target_sigmas = s.to(torch.float32)
         self.noise_std = noise_std.to(torch.float32)
-        shown = self.sigma_to_t(s.clamp(min=config.sigma_min))
-        self.target_timesteps = shown.to(device=device, dtype=torch.float32)
+        self.target_timesteps = self.sigma_to_t(s.clamp(min=config.sigma_min)).to(device=device, dtype=torch.float32)
         self._set_calls(t, device)
 
     def _end(self, name: str, final_sigma: float | torch.Tensor | None) -> float:
@@ -254,7 +251,7 @@ class CTMScheduler(KarrasSchedulerMixin):
                     f"target_sigmas[{i}]={s:g} must lie between sigma_min={sigma_min:g} and {high:g}, the level at "
                     f"which step {i + 1} starts: noise leads up to it, never down."
                 )
-        # What was rounded to float32 is meant to be equal: its square root would be noise.
+        # A target that differs by float32 rounding is meant to be equal: the square root would be noise.
         return torch.where(targets >= t_next * (1 - 1e-6), t_next, targets.clamp(min=sigma_min))
 
     def step(
@@ -282,15 +279,13 @@ class CTMScheduler(KarrasSchedulerMixin):
         Raises:
             ValueError: an integer timestep, more steps than were set, or `project` in a step that ends below sigma_min.
         """
-        t = self.sigma_of_call(timestep)
-        index = self._step_index
-        s = self.target_sigmas[index]
+        t = self.sigma_of_call(timestep).double()
+        s = self.target_sigmas[self._step_index].double()
         x_t = sample.to(accumulation_dtype(sample))
 
-        g = self.preconditioning.g_of_output(model_output, x_t, t.double())
+        g = self.preconditioning.g_of_output(model_output, x_t, t)
         if self.config.clip_sample:
             g = g.clamp(-1, 1)
-        t, s = t.double(), s.double()
         if project is not None:
             end = torch.tensor(
                 self.config.sigma_min, dtype=torch.float32, device="cpu"
@@ -303,7 +298,7 @@ class CTMScheduler(KarrasSchedulerMixin):
             t, s = t - end, s - end  # the image is the state at sigma_min, so levels count from there
         x_s = jump(x_t, g, t, s)
         x_next = x_s
-        noise_std = float(self.noise_std[index])
+        noise_std = float(self.noise_std[self._step_index])
         if noise_std > 0:
             noise = randn_tensor(x_s.shape, generator=generator, device=x_s.device, dtype=x_s.dtype)
             x_next = x_s + noise_std * noise

@@ -97,12 +97,11 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
                 integer timesteps.
         """
         levels = self._start_levels(num_inference_steps, timesteps, sigmas, end=0.0)
+        self.num_inference_steps = len(levels)
         config = self.config
-        num_steps = len(levels)
 
         churned = (levels >= config.s_tmin) & (levels <= (float("inf") if config.s_tmax is None else config.s_tmax))
-        lifted = levels * (1 + churned * min(config.s_churn / num_steps, 2**0.5 - 1))
-        self.num_inference_steps = num_steps
+        lifted = levels * (1 + churned * min(config.s_churn / self.num_inference_steps, 2**0.5 - 1))
         self.sigmas = torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
         # predictor of step 0 | corrector of step 0, predictor of step 1 | ... | predictor of step N - 1
         calls = torch.cat([lifted[:1], torch.stack([levels[1:], lifted[1:]], dim=1).flatten()])

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What both schedulers share, and what a scheduler says that it can do."""
+"""Base of both schedulers, and the abilities that a scheduler declares."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,8 +47,9 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         check_count(
             num_train_timesteps=config.num_train_timesteps, num_diffusion_timesteps=config.num_diffusion_timesteps
         )
-        names = ("sigma_min", "sigma_max", "sigma_data", "rho", "timestep_scale")
-        check_positive(**{name: config[name] for name in names})
+        check_positive(
+            **{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho", "timestep_scale")}
+        )
         if config.sigma_min >= config.sigma_max:
             raise ValueError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}.")
         low, high = self.preconditioning.level_range
@@ -95,8 +96,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def _start_levels(self, num_inference_steps, timesteps, sigmas, end: float) -> torch.Tensor:
         """Checked noise levels at which steps start, float64 on the CPU and descending; the last step ends at `end`."""
         config = self.config
-        given = [num_inference_steps is not None, timesteps is not None, sigmas is not None]
-        if sum(given) != 1:
+        if sum(value is not None for value in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
         if num_inference_steps is not None:
             check_count(num_inference_steps=num_inference_steps)
@@ -136,7 +136,6 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         """Record the noise level of every network call and start counting anew."""
         self.call_sigmas = call_sigmas.to(torch.float32)  # on the CPU: reading it never waits for a device
         self.timesteps = self.sigma_to_t(call_sigmas).to(device=device, dtype=torch.float32)
-        self.is_scale_input_called = False
         self._step_index = None
         self._begin_index = None
 
@@ -161,9 +160,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
         """c_in(t) * sample (for "score" plus 1/2), the input of the network. Same shape and dtype as `sample`."""
-        sigma = self.sigma_of_call(timestep)
-        self.is_scale_input_called = True
-        return self.preconditioning.network_input(sample, sigma.double())
+        return self.preconditioning.network_input(sample, self.sigma_of_call(timestep).double())
 
     def levels_of_call(self, timestep) -> tuple[float, float]:
         """(t, s) of the current call: its noise level, and the one that it jumps to, t itself without jumps."""

@@ -26,7 +26,7 @@ def karras_sigma(
 
 
 def karras_ramp(sigma: float, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> float:
-    """Where in [0, 1] the noise level `sigma` lies on the Karras ramp. Inverse of `karras_sigma`."""
+    """The place in [0, 1] of the noise level `sigma` on the Karras ramp. Inverse of `karras_sigma`."""
     top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (top - sigma ** (1 / rho)) / (top - bottom)
 
@@ -45,9 +45,8 @@ def karras_sigmas(
     """
     ramp = torch.linspace(0, 1, num_levels, dtype=torch.float64, device="cpu")  # whatever the default device
     sigmas = karras_sigma(ramp, sigma_min, sigma_max, rho)
-    sigmas[0] = sigma_max
-    if num_levels > 1:
-        sigmas[-1] = sigma_min
+    sigmas[-1] = sigma_min
+    sigmas[0] = sigma_max  # last: with one level both are the same
     return sigmas.to(device=device, dtype=dtype)
 
 

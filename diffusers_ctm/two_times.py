@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""What both networks of two times share."""
+"""Functions that both networks of two times share."""
 
 import torch
 from torch import nn
@@ -7,13 +7,12 @@ from torch import nn
 
 def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
     """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError if it is an integer."""
-    if not isinstance(timestep, torch.Tensor):
-        timestep = torch.as_tensor(timestep, device=sample.device)
+    timestep = torch.as_tensor(timestep, device=sample.device)
     if not timestep.is_floating_point():
         raise ValueError(
             f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."
         )
-    return timestep.to(sample.device).expand(sample.shape[0])
+    return timestep.expand(sample.shape[0])
 
 
 def config_of(network: nn.Module) -> dict:
@@ -44,8 +43,7 @@ def widened(linear: nn.Linear) -> nn.Linear:
         2 * linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype
     )
     with torch.no_grad():
-        wide.weight[:, : linear.in_features] = linear.weight
-        wide.weight[:, linear.in_features :] = 0
+        wide.weight.copy_(torch.cat([linear.weight, torch.zeros_like(linear.weight)], dim=1))
         wide.bias.copy_(linear.bias)
     return wide
 

@@ -29,6 +29,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
     """
 
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    has_target_time = True  # whether the network is shown a second time
 
     @functools.wraps(UNet2DModel.__init__)
     def __init__(self, *args, **kwargs):
@@ -37,16 +38,9 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
             raise ValueError("time_embedding_type='learned' knows whole timesteps only; use 'positional' or 'fourier'.")
         embedding = self.time_embedding
         self.target_time_embedding = TimestepEmbedding(embedding.linear_1.in_features, embedding.linear_1.out_features)
-        for block in self._residual_blocks():
-            block.time_emb_proj = widened(block.time_emb_proj)
-
-    def _residual_blocks(self) -> list[ResnetBlock2D]:
-        return [m for m in self.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
-
-    @property
-    def has_target_time(self) -> bool:
-        """Whether the network is shown a second time: always."""
-        return True
+        for block in list(self.modules()):
+            if isinstance(block, ResnetBlock2D) and block.time_emb_proj is not None:
+                block.time_emb_proj = widened(block.time_emb_proj)
 
     @property
     def last_layer(self) -> nn.Conv2d:

@@ -150,8 +150,11 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             channels = out
 
         # 3. Out
-        several = decoder_type == "skip" and len(block_out_channels) > 1
-        self.image_upsample = FirUpsample2D(out_channels, fir_kernel=tuple(resample_filter)) if several else None
+        self.image_upsample = (
+            FirUpsample2D(out_channels, fir_kernel=tuple(resample_filter))
+            if decoder_type == "skip" and len(block_out_channels) > 1
+            else None
+        )
         self.conv_norm_out = edm_norm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
         self._init_weights(width)
@@ -379,8 +382,12 @@ class EDMDownBlock2D(EDMBlock2D):
     ):
         channels = [(in_channels, in_channels)] * halve + [(in_channels, out_channels)]
         channels += [(out_channels, out_channels)] * (num_layers - 1)
-        attended = range(int(halve), len(channels)) if attention else ()
-        super().__init__(channels, attended, resample="down" if halve else None, **layer)
+        super().__init__(
+            channels,
+            attention=range(int(halve), len(channels)) if attention else (),
+            resample="down" if halve else None,
+            **layer,
+        )
         self.image_downsample = self.image_conv = None
         fir_kernel = tuple(resample_filter)
         if image_input == "skip":
@@ -422,8 +429,12 @@ class EDMUpBlock2D(EDMBlock2D):
         channels = [(in_channels, in_channels)] * double
         for index, skip in enumerate(skip_channels):
             channels.append(((out_channels if index else in_channels) + skip, out_channels))
-        attended = (len(channels) - 1,) if attention else ()
-        super().__init__(channels, attended, resample="up" if double else None, **layer)
+        super().__init__(
+            channels,
+            attention=(len(channels) - 1,) if attention else (),
+            resample="up" if double else None,
+            **layer,
+        )
         self.num_skips = len(skip_channels)
         self.conv_norm_out = None if image_channels is None else edm_norm(out_channels)
         self.conv_out = None if image_channels is None else nn.Conv2d(out_channels, image_channels, 3, padding=1)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_count
 from .class_labels import labels_and_batch_size
@@ -16,7 +15,7 @@ from .scheduling_karras import jumps
 
 
 class TrajectoryStrip(NamedTuple):
-    """What `trajectory_strip` returns. Entry i of each list belongs to level i, the last one to the end, sigma_min.
+    """Output of `trajectory_strip`. Entry i of each list belongs to level i, the last one to the end, sigma_min.
 
     `levels` are noise levels; `states` the images of x_t, scaled to the spread of data; `estimates` those of its jump
     to sigma_min. Images are as `output_type` says, B of them in each entry. A safety checker of the pipeline sees each;
@@ -49,7 +48,7 @@ def trajectory_strip(
     """
     if not jumps(pipe.scheduler):
         raise ValueError(f"trajectory_strip works with CTMScheduler, not with {type(pipe.scheduler).__name__}.")
-    batch_size, _ = pipe.check_call(batch_size, latents, generator, output_type)
+    batch_size = pipe.check_call(batch_size, latents, generator, output_type)
     device = pipe._execution_device
     class_labels, batch_size = labels_and_batch_size(pipe, class_labels, batch_size, generator, device)
     pipe.set_timesteps(device, num_inference_steps, sigmas=sigmas, gamma=gamma)
@@ -73,16 +72,14 @@ def trajectory_strip(
     ]
 
     def show(images, scale=1.0):
-        scaled = scale * images
-        if output_type == "latent":
-            return without_unsafe(pipe, images, shown=scaled)[0]
-        return pipe.image_processor.postprocess(without_unsafe(pipe, scaled)[0], output_type)
+        shown = scale * images
+        safe, _ = without_unsafe(pipe, images if output_type == "latent" else shown, shown=shown)
+        return pipe.image_processor.postprocess(safe, output_type)
 
     sigma_data = pipe.scheduler.config.sigma_data
-    scales = [sigma_data / (sigma_data**2 + t**2) ** 0.5 for t in levels]
     return TrajectoryStrip(
         levels,
-        [show(x_t, scale) for x_t, scale in zip(states, scales, strict=True)],
+        [show(x_t, sigma_data / (sigma_data**2 + t**2) ** 0.5) for x_t, t in zip(states, levels, strict=True)],
         [show(x) for x in (*ends, states[-1])],
     )
 
@@ -113,19 +110,17 @@ def gamma_seed_grid(
         raise ValueError("gammas and seeds must each have at least one entry.")
     device = pipe._execution_device
     class_labels, _ = labels_and_batch_size(pipe, class_labels, 1, generator, device)
-    if latents is None:
-        size = pipe.image_size
-        if size is None:
-            raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
-        shape = (1, pipe.unet.config.in_channels, *size)
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    if len(latents) != 1:
-        raise ValueError(f"latents must hold one latent, which all images share; got {len(latents)}.")
-    shared = {"latents": latents.expand(len(seeds), -1, -1, -1), "num_inference_steps": num_inference_steps}
-    shared |= {"output_type": output_type, "batch_size": len(seeds), "class_labels": class_labels}
+    latents = pipe.draw_latents(1, device, generator, latents)
     return [
         CTMPipeline.__call__(
-            pipe, gamma=gamma, generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds], **shared
+            pipe,
+            batch_size=len(seeds),
+            class_labels=class_labels,
+            num_inference_steps=num_inference_steps,
+            gamma=gamma,
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+            latents=latents.expand(len(seeds), -1, -1, -1),
+            output_type=output_type,
         ).images
         for gamma in gammas
     ]
@@ -184,10 +179,10 @@ def steps_gamma_grid(
         labels = condition(None if class_labels is None else class_labels.expand(len(active)))
         outputs = unet(inputs, *times, **labels, return_dict=False)[0].to(states[0].dtype)
         for k, output in zip(active, outputs.split(1), strict=True):
-            step = runs[k].step(output, runs[k].timesteps[i], states[k], generator=noises[k], return_dict=False)
-            states[k] = step[0]
+            states[k] = runs[k].step(output, runs[k].timesteps[i], states[k], noises[k], return_dict=False)[0]
 
     images = without_unsafe(pipe, torch.cat(states))[0]
     pipe.maybe_free_model_hooks()
-    rows = images.unflatten(0, (len(gammas), len(steps)))
-    return [row if output_type == "latent" else pipe.image_processor.postprocess(row, output_type) for row in rows]
+    return [
+        pipe.image_processor.postprocess(row, output_type) for row in images.unflatten(0, (len(gammas), len(steps)))
+    ]

@@ -4,7 +4,6 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from diffusers_ctm.two_times import image_size
 
 from .cli.errors import UserError, loading
 from .cli.files import atomic_file, atomic_folder, sha256, write_json
-from .cli.options import Checked, option, run_program
+from .cli.options import BELOW_ONE, POSITIVE, Checked, option, run_program
 from .official.download import fetch, shown
 from .official.families import Family, family_of, find_family, said_by
 from .official.files import read_checkpoint
@@ -38,8 +37,8 @@ class ConvertConfig(Checked):
 
     source: str | None = option(
         None,
-        "The checkpoint: a file, a file on the Hub as user/repo/path/to/file.pt, or an https address. With --to official: "
-        "a pipeline's folder or its repository on the Hub.",
+        "The checkpoint: a file, a file on the Hub as user/repo/path/to/file.pt, or an https address. With --to "
+        "official: a pipeline's folder or its repository on the Hub.",
     )
     out: str | None = option(None, "The folder to write. With --to official: the file, .pt or .safetensors.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
@@ -55,8 +54,8 @@ class ConvertConfig(Checked):
     revision: str | None = option(None, "Branch, tag or commit on the Hub.")
     consistency_model: bool = option(
         False,
-        "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min only "
-        "(gamma = 1).",
+        "The file is a consistency model, which has the tensors of an EDM teacher: write a CTM that jumps to sigma_min "
+        "only (gamma = 1).",
     )
     prediction_type: str = option(
         "edm",
@@ -76,22 +75,34 @@ class ConvertConfig(Checked):
         "family's.",
         [None, *QKV_ORDERS],
     )
-    num_head_channels: int | None = option(None, "Channels per attention head. Default: the family's.")
-    dropout: float | None = option(None, "Dropout in training. Default: what the file says, else the family's.")
+    num_head_channels: int | None = option(
+        None, "Channels per attention head. Default: the family's.", must_be=POSITIVE
+    )
+    dropout: float | None = option(
+        None, "Dropout in training. Default: what the file says, else the family's.", must_be=BELOW_ONE
+    )
     sigma_data: float | None = option(
-        None, "Standard deviation of the data. Default: what the file says, else the family's."
+        None, "Standard deviation of the data. Default: what the file says, else the family's.", must_be=POSITIVE
     )
     timestep_scale: float | None = option(
-        None, "The network is shown timestep_scale * ln(sigma) / 4: 1 or 1000. Default: the family's."
+        None,
+        "The network is shown timestep_scale * ln(sigma) / 4: 1 or 1000. Default: the family's.",
+        must_be=POSITIVE,
     )
     sigma_min: float | None = option(
-        None, "Lowest noise level when sampling. Default: 0.002; with epsilon that of the first timestep."
+        None,
+        "Lowest noise level when sampling. Default: 0.002; with epsilon that of the first timestep.",
+        must_be=POSITIVE,
     )
     sigma_max: float | None = option(
-        None, "Highest noise level when sampling. Default: 80; with epsilon that of the last timestep."
+        None,
+        "Highest noise level when sampling. Default: 80; with epsilon that of the last timestep.",
+        must_be=POSITIVE,
     )
     num_train_timesteps: int | None = option(
-        None, "Noise levels N of a CTM's training grid. Default: 18 below 64x64 pixels, 40 from there on."
+        None,
+        "Noise levels N of a CTM's training grid. Default: 18 below 64x64 pixels, 40 from there on.",
+        must_be=POSITIVE,
     )
     flavour: str | None = option(None, "With --to official: whose key names, if the family has several.")
     id2label: str | None = option(
@@ -105,25 +116,14 @@ class ConvertConfig(Checked):
         super().__post_init__()
         if not self.source or not self.out:
             raise UserError("SOURCE and OUT are needed: python -m training.convert SOURCE OUT. See --help.")
-        for name in (
-            "num_head_channels",
-            "sigma_data",
-            "timestep_scale",
-            "num_train_timesteps",
-            "sigma_min",
-            "sigma_max",
-        ):
-            value = getattr(self, name)
-            self.check(value is None or value > 0, name, "positive")
         if self.prediction_type == "edm":
             self.sigma_min, self.sigma_max = self.sigma_min or 0.002, self.sigma_max or 80.0
             self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
-        self.check(self.dropout is None or 0 <= self.dropout < 1, "dropout", "in [0, 1)")
         if (self.prediction_type == "epsilon") != (self.beta_schedule is not None):
             raise UserError("--prediction_type epsilon and --beta_schedule are given together or not at all.")
         if self.prediction_type == "epsilon" and (self.consistency_model or self.timestep_scale or self.sigma_data):
             raise UserError(
-                "--prediction_type epsilon has neither --sigma_data nor --timestep_scale, and is no --consistency_model."
+                "--prediction_type epsilon has neither --sigma_data nor --timestep_scale and is no --consistency_model."
             )
         if self.to == "official":
             self.check(self.out.endswith(FORMATS), "out", f"a file that ends in one of {', '.join(FORMATS)}")
@@ -145,8 +145,9 @@ def network_of(family: Family, state_dict: dict[str, torch.Tensor], config: Conv
     network = family.to_diffusers(state_dict, **overrides)
     if network.config.out_channels == 2 * network.config.in_channels:
         raise UserError(
-            f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts variances "
-            "too, as guided-diffusion's do, which predict epsilon. Give --prediction_type epsilon and --beta_schedule."
+            f"The network gives {network.config.out_channels} channels for {network.config.in_channels}: it predicts "
+            "variances too, as guided-diffusion's do, which predict epsilon. Give --prediction_type epsilon and "
+            "--beta_schedule."
         )
     return network
 
@@ -158,7 +159,7 @@ def is_ctm(network: UNet2DModel) -> bool:
 # To diffusers ---------------------------------------------------------------------------------------------------------
 
 
-def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: Mapping[str, Any]) -> CTMPipeline:
+def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: dict[str, Any]) -> CTMPipeline:
     """The network with the scheduler of its kind and the names of its classes."""
     names = ("sigma_min", "sigma_max", "sigma_data", "timestep_scale")
     numbers = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -189,12 +190,12 @@ def read_labels(path: str | None, count: int | None) -> dict[int, str] | None:
     """The names of the classes in a JSON file, checked against the number of classes."""
     if path is None:
         return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            labels = json.load(file)
+    with (
+        loading(f"--id2label {path}", 'It must be a JSON file like {"0": "airplane"}.'),
+        open(path, encoding="utf-8") as file,
+    ):
+        labels = json.load(file)
         labels = dict(enumerate(labels)) if isinstance(labels, list) else {int(i): name for i, name in labels.items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f'--id2label {path} must be a JSON file like {{"0": "airplane"}}: {error}') from error
     if count is None:
         raise UserError(f"--id2label {path} was given, but the network is unconditional.")
     if sorted(labels) != list(range(count)) or not all(isinstance(name, str) for name in labels.values()):
@@ -209,9 +210,7 @@ def probe(network: UNet2DModel, timestep_scale: float) -> torch.Tensor:
         (1, network.config.in_channels, *image_size(network)), generator=torch.Generator().manual_seed(0)
     )
     c_noise = Preconditioning(timestep_scale=timestep_scale).c_noise
-    times = [c_noise(torch.tensor([1.0]))]
-    if is_ctm(network):
-        times.append(c_noise(torch.tensor([0.1])))
+    times = [c_noise(torch.tensor([level])) for level in ([1.0, 0.1] if is_ctm(network) else [1.0])]
     classes = network.config.num_class_embeds
     labels = condition(None if classes is None else torch.tensor([classes - 1]))
     return network.eval()(noise.to(network.dtype), *times, **labels).sample
@@ -227,8 +226,8 @@ def check_same(network: UNet2DModel, other: UNet2DModel, timestep_scale: float, 
     difference = (expected - actual).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):  # also if it is nan
         raise UserError(
-            f"{what} gives another output than the network that was converted: they differ by {difference}. Nothing was "
-            "written."
+            f"{what} gives another output than the network that was converted: they differ by {difference}. Nothing "
+            "was written."
         )
     weights = other.state_dict()
     changed = [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, weights[name])]
@@ -245,11 +244,10 @@ def describe(pipe: CTMPipeline, family: Family) -> str:
     edm = isinstance(pipe.scheduler.preconditioning.kind, EDMPrediction)
     kind = f"CTM with N = {numbers.num_train_timesteps}" if is_ctm(network) else "EDM teacher" if edm else "teacher"
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
-    count = sum(parameter.numel() for parameter in network.parameters())
     height, width = image_size(network)
     return (
-        f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {count:,} parameters, "
-        f"family {family.NAME}, class {type(network).__name__}, "
+        f"Found: {kind}, {labels}, {height}x{width}x{network.config.in_channels}, {network.num_parameters():,} "
+        f"parameters, family {family.NAME}, class {type(network).__name__}, "
         + (
             f"sigma_data {numbers.sigma_data:g}, timestep_scale {numbers.timestep_scale:g}"
             if edm
@@ -267,8 +265,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     values, size = sum(tensor.numel() for tensor in weights.values()), os.path.getsize(path)
     if values > size:  # of any dtype
         raise UserError(
-            f"The file has {size:,} bytes and says {values:,} weights: its tensors repeat each other. Only tensors that do not "
-            "are converted."
+            f"The file has {size:,} bytes and says {values:,} weights: its tensors repeat each other. Only tensors "
+            "that do not are converted."
         )
     family, state_dict = find_family(weights)
     other = next((name for name, tensor in state_dict.items() if not tensor.is_floating_point()), None)
@@ -300,15 +298,17 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     with atomic_folder(config.out) as draft:
         pipe.save_pretrained(draft)
         write_json(record, "conversion.json", draft)
-        again = CTMPipeline.from_pretrained(draft)
-        check_same(pipe.unet, again.unet, pipe.scheduler.config.timestep_scale, "The written folder")
-    print("Checked: loaded again, it gives the same output. The source has no outputs of its own to compare with.")
+        again = CTMPipeline.from_pretrained(draft).unet
+        check_same(pipe.unet, again, pipe.scheduler.config.timestep_scale, "The written folder")
+    print(
+        f"Wrote {config.out}\n"
+        "Checked: loaded again, it gives the same output. The source has no outputs of its own to compare with."
+    )
     if config.license is None:
         print(
             "License: not recorded; publishing will ask for it. Record it with --license: NVIDIA's EDM weights are "
             "cc-by-nc-sa-4.0, OpenAI's and the CTM authors' mit."
         )
-    print(f"Wrote {config.out}")
     return config.out
 
 
@@ -324,13 +324,13 @@ def to_official(config: ConvertConfig) -> str:
     network = pipe.unet.eval()
     family = family_of(network)
     state_dict = family.to_official(network, config.flavour)
-    scale = pipe.scheduler.config.get("timestep_scale", 1.0)
     with atomic_file(config.out) as draft:
         if config.out.endswith(".safetensors"):
             safetensors.torch.save_file(state_dict, draft)
         else:
             torch.save(state_dict, draft)
         again = family.to_diffusers(read_checkpoint(draft), **config.network_overrides())
+        scale = pipe.scheduler.config.get("timestep_scale", 1.0)
         check_same(network, again, scale, "Converted back (with these options), the file")
     print(
         f"Checked: converted back, it gives the same output.\n"

@@ -6,9 +6,9 @@ averages. But it writes half-precision pickles, counters included, under their f
 snapshots of later steps than asked for.
 """
 
-import glob
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -46,37 +46,33 @@ class PostHocConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.run is not None, "run", "the output_dir of a run with --posthoc_ema")
-        width = self.sigma_rel
-        self.check(width is not None and 0 < width < WIDEST, "sigma_rel", f"in (0, {WIDEST:.3f}), for instance 0.1")
+        self.check(
+            self.sigma_rel is not None and 0 < self.sigma_rel < WIDEST,
+            "sigma_rel",
+            f"in (0, {WIDEST:.3f}), for instance 0.1",
+        )
 
 
-@dataclass
-class Snapshot:
-    """A power-function average after `updates` updates, at `step` of its run, in `folder`."""
+def find_snapshots(output_dir: str) -> list[tuple[int, float, int, Path]]:
+    """(step of the run, sigma_rel, updates, folder) of all averages that it kept, the earliest first.
 
-    folder: str
-    sigma_rel: float
-    step: int
-    updates: int
-
-
-def find_snapshots(output_dir: str) -> list[Snapshot]:
-    """All snapshots of a run, the earliest first. Raises UserError if there are none."""
+    Raises UserError if there are none.
+    """
     snapshots = []
-    for folder in glob.glob(os.path.join(glob.escape(output_dir), SNAPSHOTS, "sigma_rel-*")):
+    for folder in Path(output_dir, SNAPSHOTS).glob("sigma_rel-*"):
         with loading(
             f"The snapshot {folder}", f"Its {RECORD} does not say what it is. Remove it, or take it from a backup."
         ):
             record = read_json(folder, RECORD)
             average = record["average"]
-            snapshots.append(Snapshot(folder, average["sigma_rel"], record["steps"], average["updates"]))
+            snapshots.append((record["steps"], average["sigma_rel"], average["updates"], folder))
     if not snapshots:
         raise UserError(f"--run {output_dir} has no {SNAPSHOTS}: a run with --posthoc_ema 0.05 0.1 keeps them.")
-    return sorted(snapshots, key=lambda snapshot: (snapshot.step, snapshot.sigma_rel))
+    return sorted(snapshots)
 
 
 def reconstruction(
-    sigma_rels: list[float], updates: list[int], sigma_rel: float, update: int
+    sigma_rels: Sequence[float], updates: Sequence[int], sigma_rel: float, update: int
 ) -> tuple[torch.Tensor, float]:
     """Weights of averages that make the average of another width, and its error (Karras et al. 2024, Algorithm 3).
 
@@ -92,49 +88,42 @@ def reconstruction(
     t_r = torch.tensor([update], dtype=torch.float64)
     gamma_r = torch.tensor([sigma_rel_to_gamma(sigma_rel)], dtype=torch.float64)
     weights = solve_weights(t, gamma, t_r, gamma_r)[:, 0]
-    square = p_dot_p(t_r, gamma_r, t_r, gamma_r)
-    captured = weights @ p_dot_p(t, gamma, t_r, gamma_r)
-    return weights, (1 - captured / square).clamp(min=0).sqrt().item()
-
-
-def load_pipeline(folder: str) -> DiffusionPipeline:
-    """The pipeline of a snapshot. Raises UserError if it is damaged."""
-    with loading(f"The snapshot {folder}"):
-        return DiffusionPipeline.from_pretrained(folder)
+    captured = weights @ p_dot_p(t, gamma, t_r, gamma_r) / p_dot_p(t_r, gamma_r, t_r, gamma_r)
+    return weights, (1 - captured).clamp(min=0).sqrt().item()
 
 
 @torch.no_grad()
 def main(config: PostHocConfig) -> str:
     """Reconstruct, save as a pipeline, and return its folder."""
     snapshots = find_snapshots(config.run)
-    steps = sorted({snapshot.step for snapshot in snapshots})
-    step = steps[-1] if config.step is None else config.step
-    if step not in steps:
-        raise UserError(f"--step {step} has no snapshot; there are some of the steps {', '.join(map(str, steps))}.")
-    snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
-    last = snapshots[-1]
-    sigma_rels, updates = [entry.sigma_rel for entry in snapshots], [entry.updates for entry in snapshots]
-    weights, error = reconstruction(sigma_rels, updates, config.sigma_rel, last.updates)
+    steps = sorted({step for step, *_ in snapshots})
+    last = steps[-1] if config.step is None else config.step
+    if last not in steps:
+        raise UserError(f"--step {last} has no snapshot; there are some of the steps {', '.join(map(str, steps))}.")
+    widths, updates, folders = zip(*(rest for step, *rest in snapshots if step <= last), strict=True)
+    weights, error = reconstruction(widths, updates, config.sigma_rel, updates[-1])
 
-    pipe = load_pipeline(last.folder)
-    sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in pipe.unet.named_parameters()}
-    for snapshot, weight in zip(snapshots, weights.tolist(), strict=True):
-        for name, parameter in load_pipeline(snapshot.folder).unet.named_parameters():
-            sums[name].add_(parameter, alpha=weight)
+    sums = {}
+    for folder, weight in zip(folders, weights.tolist(), strict=True):
+        with loading(f"The snapshot {folder}"):
+            pipe = DiffusionPipeline.from_pretrained(folder)
+        for name, parameter in pipe.unet.named_parameters():
+            total = sums.setdefault(name, torch.zeros_like(parameter, dtype=torch.float64))
+            total.add_(parameter, alpha=weight)
     for name, parameter in pipe.unet.named_parameters():
         parameter.copy_(sums[name])
 
-    name = f"pipeline-ema-sigma_rel-{config.sigma_rel:g}" + ("" if config.step is None else f"-step-{step:06d}")
-    path = config.output_dir or os.path.join(config.run, name)
-    record = read_json(last.folder, RECORD)
-    record["average"] = {"sigma_rel": config.sigma_rel, "updates": last.updates, "error": error}
+    name = f"pipeline-ema-sigma_rel-{config.sigma_rel:g}" + ("" if config.step is None else f"-step-{last:06d}")
+    path = config.output_dir or str(Path(config.run, name))
+    record = read_json(folders[-1], RECORD)
+    record["average"] = {"sigma_rel": config.sigma_rel, "updates": updates[-1], "error": error}
     with atomic_folder(path) as draft:
         pipe.save_pretrained(draft)
         write_json(record, RECORD, draft)
     print(
-        f"Saved {path}: the average of width {config.sigma_rel:g} after step {step}, from {len(snapshots)} snapshots."
+        f"Saved {path}: the average of width {config.sigma_rel:g} after step {last}, from {len(folders)} snapshots.\n"
+        f"Its weighting of the training's steps is {error:.1%} off that of an average kept during the training."
     )
-    print(f"Its weighting of the training's steps is {error:.1%} off that of an average kept during the training.")
     if error > 0.05:
         print("Take a width nearer to those of the snapshots, or save them more often (--posthoc_ema_every).")
     return path

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
@@ -111,8 +110,8 @@ def emoji_dataset(
         raise UserError(f"{folder} holds no emoji that the list of groups has. {INSTALL}")
     files, labels = zip(*images.values())
     columns = {"image": [{"bytes": file, "path": None} for file in files], "label": labels}
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    return Dataset.from_dict(columns, features=features), left_out
+    schema = {"image": Image(), "label": ClassLabel(names=names)}
+    return Dataset.from_dict(columns, features=Features(schema)), left_out
 
 
 def main(config: EmojiConfig) -> str:
@@ -120,8 +119,8 @@ def main(config: EmojiConfig) -> str:
     dataset, left_out = emoji_dataset(*installed_emoji(), config.resolution, config.skin_tones)
     with atomic_file(config.out) as draft:
         dataset.to_parquet(draft)
-    labels = np.bincount(dataset["label"], minlength=len(GROUPS))
-    print(", ".join(f"{count} {name}" for name, count in zip(GROUPS.values(), labels)))
+    labels = list(dataset["label"])
+    print(", ".join(f"{labels.count(label)} {name}" for label, name in enumerate(GROUPS.values())))
     print("Left out: " + ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in left_out.items()))
     print(f"Saved {len(dataset)} images of {config.resolution}x{config.resolution} pixels as {config.out}")
     return config.out

@@ -18,7 +18,7 @@ from diffusers_ctm.two_times import image_size
 
 from .cli.device import choose_device
 from .cli.files import check_writable
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .measure.distances import MOST_SAMPLES, Distances, real_against_real, reference_features, what_is_compared
@@ -36,31 +36,35 @@ from .report.tables import distance_table, setting_name
 class EvaluateConfig(PairOptions):
     """Sample over steps and gamma, compare with real images, and write table, plot and pictures."""
 
-    model: str | None = option(
-        None,
-        "The CTM: a folder or a repository on the Hub (with --gammas 1 also a consistency model). "
-        "Default: the teacher alone.",
+    output_dir: str = option(
+        "runs/evaluation", "Folder for evaluation.json, .md, .png and gammas.png; others stay.", must_be=FOLDER
     )
-    output_dir: str = option("runs/evaluation", "Folder for evaluation.json, .md, .png and gammas.png; others stay.")
-    steps: list[int] = option([1, 2, 4, 8, 18], "Numbers of steps of the CTM; each costs one network evaluation.")
+    steps: list[int] = option(
+        [1, 2, 4, 8, 18], "Numbers of steps of the CTM; each costs one network evaluation.", must_be=POSITIVE
+    )
     gammas: list[float] = option(
-        [0.0, 0.5, 1.0], "Values of gamma in [0, 1]: 0 deterministic, 1 consistency-model multistep."
+        [0.0, 0.5, 1.0],
+        "Values of gamma in [0, 1]: 0 deterministic, 1 consistency-model multistep. With 1 alone --model may be a "
+        "consistency model.",
+        must_be=UNIT,
     )
-    teacher_steps: list[int] = option([18], "Numbers N of Heun steps of the teacher; each costs 2N - 1 evaluations.")
+    teacher_steps: list[int] = option(
+        [18], "Numbers N of Heun steps of the teacher; each costs 2N - 1 evaluations.", must_be=POSITIVE
+    )
     num_samples: int | None = option(
-        None, f"Images per setting and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}."
+        None,
+        f"Images per setting and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}.",
+        must_be=TWO_OR_MORE,
     )
-    seeds: list[int] = option([0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.")
+    seeds: list[int] = option(
+        [0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.", must_be=NOT_NEGATIVE
+    )
     features: str = option("digits", FEATURES_HELP)
     kid: bool = option(True, "Measure the kernel distance too.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lists("steps", "teacher_steps", low=1)
-        self.check_lists("gammas", high=1)
-        self.check_lists("seeds")
-        self.check(self.num_samples is None or self.num_samples > 1, "num_samples", "2 or more")
-        self.check_folder("output_dir")
+        self.sort_values("steps", "teacher_steps", "gammas", "seeds")
 
 
 @torch.inference_mode()
@@ -130,8 +134,7 @@ def markdown(report: dict) -> str:
     """evaluation.md."""
     options, reference, features = report["options"], report["reference"], report["features"]
     seeds, real = options["seeds"], report["real_against_real"]
-    spread = "mean ± standard deviation over seeds " if len(seeds) > 1 else "seed "
-    spread += ", ".join(map(str, seeds))
+    spread = ("mean ± standard deviation over seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds))
     accuracy = f", accuracy {features['accuracy']:.1%} on images held out" if "accuracy" in features else ""
     floor = f"{real['resampled']['num_images']:,} drawn from the reference with replacement, against all of it"
     if "halves" in real:
@@ -159,9 +162,9 @@ def markdown(report: dict) -> str:
     if options["kid"]:
         lines += [
             "",
-            "Kernel distance over the same seeds (lower is better). It is unbiased for independent images, so near 0 it may "
-            "be negative. Classes in fixed shares make it a little too low, and so do images that repeat the reference's, "
-            "as the real images that are drawn from it do:",
+            "Kernel distance over the same seeds (lower is better). It is unbiased for independent images, so near 0 "
+            "it may be negative. Classes in fixed shares make it a little too low, and so do images that repeat the "
+            "reference's, as the real images that are drawn from it do:",
             "",
             *distance_table(report, "kernel"),
         ]
@@ -181,13 +184,13 @@ def plot(report: dict):
         axes.fill_between(nfe, low, high, color=color, alpha=0.2, linewidth=0)
         label = "CTM" if gamma is None else f"CTM, gamma {gamma:g}"
         axes.plot(nfe, mean, "o-", color=color, markersize=5, label=label if rows else None)
-    heun = [row for row in results if row["sampler"] == "heun"]
+    heun = (row for row in results if row["sampler"] == "heun")
     for row, style in zip(heun, itertools.cycle(["--", "-.", (0, (5, 1)), (0, (1, 1))])):
         values, label = row["frechet"], f"teacher, Heun {row['steps']} steps ({row['nfe']} NFE)"
         axes.axhspan(values["min"], values["max"], color="black", alpha=0.12, linewidth=0)
         axes.axhline(values["mean"], color="black", linestyle=style, linewidth=1.2, label=label)
-    floor = report["real_against_real"]["resampled"]["frechet"]
-    axes.axhline(floor["mean"], color="gray", linestyle=":", linewidth=1.5, label="real images, resampled")
+    floor = report["real_against_real"]["resampled"]["frechet"]["mean"]
+    axes.axhline(floor, color="gray", linestyle=":", linewidth=1.5, label="real images, resampled")
     ticks = sorted({row["nfe"] for row in ctm or results})
     axes.set(yscale="log", xlabel="network evaluations per image (NFE)", ylabel="Frechet distance, lower is better")
     axes.set_xscale("log", base=2)
@@ -207,18 +210,17 @@ def gammas_picture(config: EvaluateConfig, pipelines: dict[str, CTMPipeline]) ->
     _, width = image_size(next(iter(pipelines.values())).unet)
     count = min(10, max(1, 2000 // (len(config.steps) * max(50, width))))  # images per group
 
-    def group(setting: Setting) -> Image.Image:
+    def group(caption: str, setting: Setting) -> tuple[str, Image.Image]:
         pipe = pipelines[setting.sampler]
         labels = class_labels(pipe.num_classes, None, count)
-        return tiles(draw(pipe, setting, count, labels, config.seeds[0], 0), count)
+        return caption, tiles(draw(pipe, setting, count, labels, config.seeds[0], 0), count)
 
     rows = []
     for gamma in config.gammas if "ctm" in pipelines else []:
-        settings = [Setting("ctm", steps, gamma) for steps in config.steps]
-        rows.append([(f"gamma {gamma:g}, {setting_name('ctm', one.steps)}", group(one)) for one in settings])
+        caption = f"gamma {gamma:g}, "
+        rows.append([group(caption + setting_name("ctm", n), Setting("ctm", n, gamma)) for n in config.steps])
     if "heun" in pipelines:
-        settings = [Setting("heun", steps) for steps in config.teacher_steps]
-        rows.append([(f"{setting.name} steps", group(setting)) for setting in settings])
+        rows.append([group(f"teacher, Heun {n} steps", Setting("heun", n)) for n in config.teacher_steps])
     return captioned(rows)
 
 

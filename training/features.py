@@ -111,13 +111,8 @@ def main(config: FeatureConfig) -> str:
         raise UserError(f"--dataset_name {config.dataset_name} has {len(dataset)} images, too few to keep some apart.")
     check_writable(config.output_dir)
     images, labels = dataset[train]
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same weights whatever the number of cores; more do not help a network this small
-    try:
-        network = train_network(config, dataset, images, labels)
-    finally:
-        torch.set_num_threads(threads)
-
+    network = train_network(config, dataset, images, labels)
     test_images, test_labels = dataset[test]
     measured = {
         "accuracy": round(accuracy(network, test_images, test_labels), 6),
@@ -143,11 +138,10 @@ def save(network: FeatureNetwork, config: FeatureConfig, measured: dict) -> None
         "Use: `python -m training.evaluate --features FOLDER`, or "
         "`training.frozen.vectors.load_feature_network(FOLDER)`.\n"
     )
-    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     with atomic_folder(config.output_dir) as draft:
-        save_file(weights, os.path.join(draft, "model.safetensors"))
-        description = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, "options": options}
-        write_json(description, CONFIG, draft)
+        save_file(network.state_dict(), os.path.join(draft, "model.safetensors"))
+        about = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, "options": options}
+        write_json(about, CONFIG, draft)
         Path(draft, "README.md").write_text(readme)
 
 

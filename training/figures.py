@@ -2,7 +2,6 @@
 """Draw the pictures of README and docs: `python -m training.figures --output_dir assets/figures`."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,15 +82,14 @@ def draw_how_it_works():
     figure, axes = new_figure(13, 3.4, columns=4, dpi=110, sharey=True, width_ratios=[1.35, 1, 1, 1])
     for axis in axes:
         for start in np.linspace(-5.5, 5.5, 14):
-            axis.plot(
-                *flow(torch.tensor([start], dtype=torch.float64), HIGH, LOW), color="0.88", linewidth=0.8, zorder=0
-            )
+            axis.plot(*flow(torch.tensor(start), HIGH, LOW), color="0.88", linewidth=0.8, zorder=0)
         axis.set(xscale="log", xlim=(HIGH * 1.15, LOW * 0.8), ylim=(-6, 6), xlabel="noise level")
     axes[0].set_ylabel("state")
     draw_loss(axes[0])
-    generator = seeded(7)
-    for axis, gamma in zip(axes[1:], (0.0, 0.5, 1.0), strict=True):
+    generator, kinds = seeded(7), {0.0: "the ODE", 0.5: "some noise", 1.0: "consistency"}
+    for axis, (gamma, kind) in zip(axes[1:], kinds.items(), strict=True):
         draw_sampler(axis, gamma, generator)
+        axis.set_title(rf"Sampling, $\gamma$ = {gamma:g}: {kind}", fontsize=10)
     axes[3].plot([], [], color=STUDENT, label="jump")
     axes[3].plot([], [], color=NOISE, linestyle=":", label="added noise")
     axes[3].legend(loc="lower left", frameon=False)
@@ -99,14 +97,13 @@ def draw_how_it_works():
 
 
 def arrow(axis, start: tuple[float, float], end: tuple[float, float], color: str, **style) -> None:
-    properties = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 2, "shrinkB": 2, **style}
-    axis.annotate("", end, start, arrowprops=properties)
+    style = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 2, "shrinkB": 2, **style}
+    axis.annotate("", end, start, arrowprops=style)
 
 
 def draw_loss(axis) -> None:
     """Two ways from x_t to level s, compared at level 0."""
-    t, u, s = 2.6, 0.95, 0.3
-    x_t = 3.4
+    t, u, s, x_t = 2.6, 0.95, 0.3, 3.4
     x_u = exact_jump(x_t, t, u)
     x_s_target = exact_jump(x_u, u, s)
     x_s = x_s_target + 0.75  # a student that has still to learn
@@ -119,10 +116,13 @@ def draw_loss(axis) -> None:
     for level, state, name, offset in ((t, x_t, "$x_t$", 0.5), (u, x_u, "$x_u$", -1.0), (s, x_s, "$x_s$", 0.5)):
         axis.plot(level, state, "o", color="black", markersize=4)
         axis.text(level, state + offset, name, ha="center")
-    axis.text(1.55, x_u - 0.35, "teacher", color="0.35", ha="right", va="top")
-    axis.text(0.8, 4.0, "student", color=STUDENT, ha="center")
-    axis.text(0.42, x_s_target - 1.1, "average", color=TARGET, ha="center", va="top")
-    axis.text(LOW * 1.15, (estimate + target) / 2 + 1.2, "distance", ha="right", va="bottom")
+    for level, state, word, color, side, edge in (
+        (1.55, x_u - 0.35, "teacher", "0.35", "right", "top"),
+        (0.8, 4.0, "student", STUDENT, "center", "baseline"),
+        (0.42, x_s_target - 1.1, "average", TARGET, "center", "top"),
+        (LOW * 1.15, (estimate + target) / 2 + 1.2, "distance", "black", "right", "bottom"),
+    ):
+        axis.text(level, state, word, color=color, ha=side, va=edge)
     axis.set_title("Training: both ways must agree", fontsize=10)
 
 
@@ -131,15 +131,12 @@ def draw_sampler(axis, gamma: float, generator: torch.Generator) -> None:
     levels = karras_sigmas(5, LOW, HIGH, rho=3.0, dtype=torch.float64)
     x = 2.9
     for t, t_next in zip(levels[:-1].tolist(), levels[1:], strict=True):
-        s, noise_std = gamma_split(t_next, gamma, LOW)
-        s, t_next = s.item(), t_next.item()
+        s, noise_std = (value.item() for value in gamma_split(t_next, gamma, LOW))
         x_s = exact_jump(x, t, s)
         arrow(axis, (t, x), (s, x_s), STUDENT)
-        x = x_s + noise_std.item() * torch.randn(1, generator=generator, dtype=torch.float64).item()
+        x = x_s + noise_std * torch.randn(1, generator=generator, dtype=torch.float64).item()
         if noise_std > 0:
             arrow(axis, (s, x_s), (t_next, x), NOISE, linestyle=":")
-    kind = {0.0: "the ODE", 0.5: "some noise", 1.0: "consistency"}[gamma]
-    axis.set_title(rf"Sampling, $\gamma$ = {gamma:g}: {kind}", fontsize=10)
 
 
 # Parts of the pictures of samples -------------------------------------------------------------------------------------
@@ -151,14 +148,15 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sample(pipe: CTMPipeline, classes: Sequence[int], seed: int = 0, **options) -> torch.Tensor:
-    """Images in [0, 1] of these classes."""
-    return pipe(class_labels=classes, generator=seeded(seed), output_type="pt", **options).images
+def sample(pipe: CTMPipeline, classes: list[int], *inputs, seed: int = 0, **options) -> torch.Tensor:
+    """Images in [0, 1] of these classes; `inputs` are what the pipeline of a further task begins with."""
+    return pipe(*inputs, class_labels=classes, generator=seeded(seed), output_type="pt", **options).images
 
 
-def strips(images: dict[str, torch.Tensor], columns: int = 10) -> list[tuple[str, Image.Image]]:
-    """A row of pictures for `captioned`: images by their caption, in rows of `columns`."""
-    return [(name, tiles(each, columns)) for name, each in images.items()]
+def strips(*columns: dict[str, torch.Tensor]) -> Image.Image:
+    """Rows of images, each under its caption: a column of such rows for each dictionary."""
+    pictures = [[(caption, tiles(row, len(row))) for caption, row in column.items()] for column in columns]
+    return captioned(list(zip(*pictures, strict=True)), gap=6)
 
 
 def silent(cls: type, pipe: CTMPipeline) -> CTMPipeline:
@@ -225,22 +223,20 @@ def draw_three_gammas(pipe: CTMPipeline) -> Image.Image:
 def draw_editing(pipe: CTMPipeline) -> Image.Image:
     """One digit of each class, the part of it that is kept, and what the CTM makes of that; ten rows of ten."""
     image = digit_of_each_class()
-    kinds = (CTMImg2ImgPipeline, CTMRestorationPipeline, CTMInpaintPipeline)
-    edit, repair, inpaint = (silent(cls, pipe) for cls in kinds)
+    edit, repair = silent(CTMImg2ImgPipeline, pipe), silent(CTMRestorationPipeline, pipe)
     lower_half = torch.zeros(8, 8)
     lower_half[4:] = 1
     noisy = image + 0.25 * torch.randn(image.shape, generator=seeded())
-
-    def run(pipe: CTMPipeline, *inputs, classes: Sequence[int] = DIGITS, **options) -> torch.Tensor:
-        return pipe(*inputs, class_labels=classes, generator=seeded(), output_type="pt", **options).images
-
-    rows = [image, torch.where(lower_half == 1, 0.5, image), run(inpaint, image, lower_half)]
+    rows = [
+        image,
+        torch.where(lower_half == 1, 0.5, image),
+        sample(silent(CTMInpaintPipeline, pipe), DIGITS, image, lower_half),
+    ]
     for operator in (BlockAverageOperator(2), RandomSums(24)):
         kept = operator(2 * image - 1)
-        rows += [operator.pseudo_inverse(kept) / 2 + 0.5, run(repair, kept, operator)]
-    next_classes = [(k + 1) % 10 for k in DIGITS]
-    rows += [noisy, run(edit, noisy, sigma=0.5, add_noise=False)]
-    rows.append(run(edit, image, 0.5, num_inference_steps=4, classes=next_classes))
+        rows += [operator.pseudo_inverse(kept) / 2 + 0.5, sample(repair, DIGITS, kept, operator)]
+    rows += [noisy, sample(edit, DIGITS, noisy, sigma=0.5, add_noise=False)]
+    rows.append(sample(edit, [(k + 1) % 10 for k in DIGITS], image, 0.5, num_inference_steps=4))
     return tiles(torch.cat(rows), 10)
 
 
@@ -253,17 +249,15 @@ def draw_encoding(pipe: CTMPipeline):
     def rms(x: torch.Tensor) -> float:
         return x.square().mean().sqrt().item()
 
-    latent_errors = [rms(latents[n] - latents[72]) for n in counts]
-    image_errors = [rms(inverter.decode(latents[n], DIGITS, n, "latent").images - clean) for n in counts]
+    decoded = {n: inverter.decode(latents[n], DIGITS, n, "latent").images for n in counts}
     jumps = pipe(class_labels=DIGITS, latents=latents[18], output_type="latent").images
     second = digit_of_each_class(1)
     pairs = [(image[k], second[k], k) for k in (0, 2)] + [(image[i], image[j], [i, j]) for i, j in ((1, 7), (4, 9))]
-    shares = torch.linspace(0, 1, 9)
-    between = [inverter.interpolate(*ends, shares, k, output_type="pt").images for *ends, k in pairs]
+    between = [inverter.interpolate(*ends, torch.linspace(0, 1, 9), k, output_type="pt").images for *ends, k in pairs]
 
     figure, (left, right) = new_figure(9.6, 3.4, columns=2, dpi=110, width_ratios=[1, 1.25])
-    left.loglog(counts, latent_errors, "o-", label="latents, against 72 steps")
-    left.loglog(counts, image_errors, "s-", label="image, encoded and decoded")
+    left.loglog(counts, [rms(latents[n] - latents[72]) for n in counts], "o-", label="latents, against 72 steps")
+    left.loglog(counts, [rms(decoded[n] - clean) for n in counts], "s-", label="image, encoded and decoded")
     left.axhline(rms(jumps - clean), color=NOISE, linestyle=":", label="image, encoded in 18, decoded in 1 jump")
     left.set_xticks(counts, [str(n) for n in counts])
     left.minorticks_off()
@@ -280,28 +274,24 @@ def draw_guidance(pipe: CTMPipeline) -> Image.Image:
     """A classifier asks a network that is told no class for the ten classes, at growing scale."""
     network = load_feature_network("digits")
     unconditional, options = without_classes(pipe)
-    rows = []
+    options |= {"num_inference_steps": 8, "gamma": 1.0, "output_type": "pt"}
+    rows = {}
     for scale in (0.0, 1.0, 3.0, 10.0, 30.0):
         guidance = ClassifierGuidance(network.logits, torch.arange(10), scale)
-        images = unconditional(
-            10, num_inference_steps=8, gamma=1.0, generator=seeded(), guidance=guidance, output_type="pt", **options
-        ).images
-        rows.append(strips({f"scale {scale:g}": images}))
-    return captioned(rows, gap=6)
+        rows[f"scale {scale:g}"] = unconditional(10, generator=seeded(), guidance=guidance, **options).images
+    return strips(rows)
 
 
 def draw_trajectories(pipe: CTMPipeline) -> Image.Image:
     """States of a run and their jumps to the end at two gammas; one latent at three gammas with ten seeds' noise."""
-    rows = []
+    rows = {}
     for gamma in (0.0, 1.0):
         strip = trajectory_strip(pipe, 9, gamma, class_labels=5, generator=seeded(3), output_type="pt")
-        for name, images in (("states", strip.states), ("their jumps to the end", strip.estimates)):
-            rows.append(strips({f"gamma {gamma:g}: {name}": torch.cat(images)}))
+        rows[f"gamma {gamma:g}: states"] = torch.cat(strip.states)
+        rows[f"gamma {gamma:g}: their jumps to the end"] = torch.cat(strip.estimates)
     gammas = (0.0, 0.5, 1.0)
     grid = gamma_seed_grid(pipe, gammas, range(10), class_labels=5, generator=seeded(3), output_type="pt")
-    for gamma, images in zip(gammas, grid, strict=True):
-        rows.append(strips({f"one latent, gamma {gamma:g}: ten seeds": images}))
-    return captioned(rows, gap=6)
+    return strips(rows | {f"one latent, gamma {gamma:g}: ten seeds": images for gamma, images in zip(gammas, grid)})
 
 
 def draw_likelihood(pipe: CTMPipeline) -> Image.Image:
@@ -315,13 +305,11 @@ def draw_likelihood(pipe: CTMPipeline) -> Image.Image:
         "with noise of 0.2": (image + 0.1 * torch.randn(image.shape, generator=seeded()), labels),
         "pixels shuffled": (shuffled, labels),
     }
-    rows = []
     images = torch.cat([(one.clamp(0, 1) * 255).round() / 255 for one, _ in kinds.values()])
     classes = torch.cat([labels for _, labels in kinds.values()])
     bits = log_likelihood(pipe, images, classes, rtol=1e-3, atol=1e-3, generator=seeded()).bits_per_dim
-    for name, ten, values in zip(kinds, images.split(10), bits.split(10), strict=True):
-        rows.append(strips({f"{name}: {values.mean():.1f} bits/dim": ten}))
-    return captioned(rows, gap=6)
+    captions = [f"{name}: {ten.mean():.1f} bits/dim" for name, ten in zip(kinds, bits.split(10), strict=True)]
+    return strips(dict(zip(captions, images.split(10), strict=True)))
 
 
 def draw_safety(pipe: CTMPipeline) -> Image.Image:
@@ -337,7 +325,7 @@ def draw_safety(pipe: CTMPipeline) -> Image.Image:
     classes = [3, 7, 1, 7, 5, 0, 7, 8, 2, 9]
     output = checked(class_labels=classes, generator=seeded(), output_type="pt")
     flags = ", ".join(str(flag) for flag in output.nsfw_content_detected)
-    return captioned([strips({"no safety checker": sample(pipe, classes)}), strips({flags: output.images})], gap=6)
+    return strips({"no safety checker": sample(pipe, classes), flags: output.images})
 
 
 # Pictures of emoji ----------------------------------------------------------------------------------------------------
@@ -354,32 +342,27 @@ def draw_emoji_editing(pipe: CTMPipeline) -> Image.Image:
     """Left: samples, their gray and two colorings of it. Right: strokes, and images made of them at three strengths."""
     repair, edit = silent(CTMRestorationPipeline, pipe), silent(CTMImg2ImgPipeline, pipe)
     classes, gray = list(range(pipe.num_classes)), GrayscaleOperator()
-    options = {"class_labels": classes, "output_type": "pt"}
-    image = sample(pipe, classes, 1, num_inference_steps=18, gamma=0.0)
+    image = sample(pipe, classes, seed=1, num_inference_steps=18, gamma=0.0)
     kept = gray(2 * image - 1)
     left = {"samples in 18 steps": image, "their gray": (kept / 2 + 0.5).expand_as(image)}
     for seed, name in enumerate(("colored, 18 evaluations", "colored, from other noise")):
-        left[name] = repair(kept, gray, generator=seeded(seed), **options).images
+        left[name] = sample(repair, classes, kept, gray, seed=seed)
     drawn = strokes()[[k % 9 for k in classes]]
     right = {"strokes": drawn}
     for strength in (0.3, 0.4, 0.5):
-        images = edit(drawn, strength, num_inference_steps=4, generator=seeded(), **options).images
-        right[f"strength {strength:g}, 4 evaluations"] = images
-    columns = len(classes)
-    return captioned(list(zip(strips(left, columns), strips(right, columns), strict=True)), gap=6)
+        right[f"strength {strength:g}, 4 evaluations"] = sample(edit, classes, drawn, strength, num_inference_steps=4)
+    return strips(left, right)
 
 
 def draw_emoji_guidance(pipe: CTMPipeline) -> Image.Image:
     """One of each class from the same noise at growing scale of classifier-free guidance, in one step and in four."""
-    classes, rows = list(range(pipe.num_classes)), []
-    for scale in (1.0, 1.5, 2.0, 3.0):
-        options = {"gamma": 0.0, "guidance_scale": scale}
-        images = {
-            f"steps: {steps}, guidance_scale {scale:g}": sample(pipe, classes, num_inference_steps=steps, **options)
-            for steps in (1, 4)
-        }
-        rows.append(strips(images, len(classes)))
-    return captioned(rows, gap=6)
+
+    def column(steps: int) -> dict[str, torch.Tensor]:
+        options = {"classes": list(range(pipe.num_classes)), "num_inference_steps": steps, "gamma": 0.0}
+        scales = (1.0, 1.5, 2.0, 3.0)
+        return {f"steps: {steps}, guidance_scale {s:g}": sample(pipe, guidance_scale=s, **options) for s in scales}
+
+    return strips(column(1), column(4))
 
 
 DIGITS_PICTURES = {
@@ -405,12 +388,12 @@ def main(config: FiguresConfig) -> None:
             f"--emoji_model {config.emoji_model} must be a CTM of 16x16 color images in classes, trained with "
             "--label_dropout: the pictures show them."
         )
-    write_files(config.output_dir, {"how_it_works.png": png(draw_how_it_works())})
+    files = {"how_it_works.png": png(draw_how_it_works())}
     for model, pictures in ((pipe, DIGITS_PICTURES), (emoji, EMOJI_PICTURES)):
         model.set_progress_bar_config(disable=True)
-        for name, draw in pictures.items():
-            write_files(config.output_dir, {f"{name}.png": png(draw(model))})
-    print(f"Drew {', '.join(['how_it_works', *DIGITS_PICTURES, *EMOJI_PICTURES])} (.png) in {config.output_dir}")
+        files |= {f"{name}.png": png(draw(model)) for name, draw in pictures.items()}
+    write_files(config.output_dir, files)
+    print(f"Drew {', '.join(files)} in {config.output_dir}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,21 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
 from .cli.errors import UserError, loading
-from .cli.options import option, run_program
+from .cli.options import NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, to_sample
 from .frozen.classifier import EMBEDDED, FeatureNetwork, load_saved
 from .measure.distances import Distances
 from .networks.pipelines import load_model, without_classes
+
+
+FINITE = ("finite numbers", math.isfinite)
 
 
 @dataclass
@@ -38,54 +40,41 @@ class GuideConfig(DataOptions):
         [],
         "Scales of classifier guidance, of a network that is not told the class; 0 is no guidance. "
         "Default: 0, 1, 3 and 10, if neither of the next two is given.",
+        must_be=FINITE,
     )
     guidance_scales: list[float] = option(
         [],
         "Scales of classifier-free guidance, of a network trained with --label_dropout that is told the class: "
         "1 is no guidance, 0 does not tell the class.",
+        must_be=FINITE,
     )
     thresholds: list[float] = option(
         [],
         "Probabilities that the classifier must give to the class for an image to be kept, in [0, 1]; 0 keeps all.",
+        must_be=UNIT,
     )
-    max_batches: int = option(10, "Most batches of --num_samples images that are drawn for each threshold.")
+    max_batches: int = option(
+        10, "Most batches of --num_samples images that are drawn for each threshold.", must_be=POSITIVE
+    )
     on: list[str] = option(
         ["prediction"],
         "What the classifier sees in guidance: 'prediction', 'image' (a second evaluation) or both.",
+        must_be=("'prediction', 'image' or both", lambda seen: seen in ("prediction", "image")),
     )
-    num_inference_steps: list[int] = option([8], "Numbers of steps of the sampler.")
-    gamma: float = option(1.0, "gamma of the sampler.")
-    num_samples: int = option(100, "Images for each row, of the classes of as many images of the data set.")
-    seed: int = option(0, "Seed of the classes and of all noise.")
+    num_inference_steps: list[int] = option([8], "Numbers of steps of the sampler.", must_be=POSITIVE)
+    gamma: float = option(1.0, "gamma of the sampler, in [0, 1].", must_be=UNIT)
+    num_samples: int = option(
+        100, "Images for each row, of the classes of as many images of the data set.", must_be=TWO_OR_MORE
+    )
+    seed: int = option(0, "Seed of the classes and of all noise.", must_be=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.scales or self.guidance_scales or self.thresholds):
             self.scales = [0.0, 1.0, 3.0, 10.0]
         self.check(self.label_column is not None, "label_column", "a column")
-        for name in ("scales", "guidance_scales"):
-            self.check(all(map(math.isfinite, getattr(self, name))), name, "finite numbers")
-        self.check(all(0 <= threshold <= 1 for threshold in self.thresholds), "thresholds", "in [0, 1]")
-        self.check(len(self.on) > 0 and set(self.on) <= {"prediction", "image"}, "on", "'prediction', 'image' or both")
-        steps = self.num_inference_steps
-        self.check(len(steps) > 0 and min(steps) > 0, "num_inference_steps", "positive")
-        self.check(self.num_samples > 1, "num_samples", "2 or more")
-        self.check_positive("max_batches")
-        self.check_not_negative("seed")
-        self.check(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
-
-
-class Row(NamedTuple):
-    """What was asked, and what came of it."""
-
-    method: str  # what the classifier saw in guidance, "free" or "rejection"
-    value: float  # scale or threshold
-    steps: int
-    classifier: float  # share of images that have the class that was asked, by the classifier
-    nearest: float  # likewise, by the nearest real image
-    distance: float  # Frechet, in the classifier's features
-    outside: float  # share of pixels that left [-1, 1] by more than 0.05, which are clipped
-    kept: float  # share of the drawn images
+        for name in ("on", "num_inference_steps"):
+            self.check(len(getattr(self, name)) > 0, name, "one value or more")
 
 
 def nearest_class(images: torch.Tensor, examples: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -109,8 +98,8 @@ def samples(
             output = unconditional(len(target), generator=seeded(), guidance=guidance, **options, **told_nothing)
             yield on, scale, output.images, target, 1.0
     for scale in config.guidance_scales:
-        images = pipe(class_labels=target, guidance_scale=scale, generator=seeded(), **options).images
-        yield "free", scale, images, target, 1.0
+        output = pipe(class_labels=target, guidance_scale=scale, generator=seeded(), **options)
+        yield "free", scale, output.images, target, 1.0
     for threshold in config.thresholds:
         kept = rejection_sample(
             pipe, classifier.logits, len(target), target, threshold, batch_size=len(target),
@@ -125,8 +114,8 @@ def samples(
 
 
 @torch.no_grad()
-def main(config: GuideConfig) -> list[Row]:
-    """Print the table and return its rows."""
+def main(config: GuideConfig) -> list[dict]:
+    """Print the table and return its rows: what was asked, and what came of it."""
     dataset = ImageDataset(config)
     pixels, labels = dataset[list(range(len(dataset)))]
     if config.random_flip:  # the model has learned both
@@ -149,26 +138,24 @@ def main(config: GuideConfig) -> list[Row]:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     target = labels[order].repeat(-(-config.num_samples // len(order)))[: config.num_samples]
     rows = []
-    print("| " + " | ".join(Row._fields) + " |\n|---" + "|--:" * (len(Row._fields) - 1) + "|")
+    print("| method | value | steps | classifier | nearest | distance | outside | kept |\n|---" + "|--:" * 7 + "|")
     for steps in config.num_inference_steps:
         for method, value, images, classes, kept in samples(config, pipe, classifier, target, steps):
             shown = images.clamp(-1, 1)
-            judged = classifier.logits(shown).argmax(1), nearest_class(shown, examples, labels)
-            row = Row(
-                method,
-                value,
-                steps,
-                *[(found == classes).float().mean().item() for found in judged],
-                distances(classifier(((shown + 1) * 127.5).round().to(torch.uint8)))["frechet"],
-                (images.abs() > 1.05).float().mean().item(),
-                kept,
-            )
+            row = {
+                "method": method,  # what the classifier saw in guidance, "free" or "rejection"
+                "value": value,  # scale or threshold
+                "steps": steps,
+                # Shares of images that have the class that was asked, by the classifier and by the nearest real image.
+                "classifier": (classifier.logits(shown).argmax(1) == classes).float().mean().item(),
+                "nearest": (nearest_class(shown, examples, labels) == classes).float().mean().item(),
+                # Frechet, in the classifier's features.
+                "distance": distances(classifier(((shown + 1) * 127.5).round().to(torch.uint8)))["frechet"],
+                "outside": (images.abs() > 1.05).float().mean().item(),  # share of pixels that are clipped
+                "kept": kept,  # share of the drawn images
+            }
             rows.append(row)
-            print(
-                f"| {method} | {value:g} | {steps} | {row.classifier:.1%} | {row.nearest:.1%} | {row.distance:.2f} "
-                f"| {row.outside:.1%} | {kept:.0%} |",
-                flush=True,
-            )
+            print("| {} | {:g} | {} | {:.1%} | {:.1%} | {:.2f} | {:.1%} | {:.0%} |".format(*row.values()), flush=True)
     return rows
 
 

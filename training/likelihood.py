@@ -2,7 +2,7 @@
 """Bits per dimension of images under a CTM and a teacher: `python -m training.likelihood --model assets/digits-ctm`."""
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from diffusers.utils import logging
@@ -13,7 +13,7 @@ from diffusers_ctm import CTMPipeline, log_likelihood
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, option, run_program
 from .data.images import ImageDataset
 from .measure.options import PairOptions
 from .measure.reports import facts, write_report
@@ -25,80 +25,81 @@ NAMES = {"ctm": "CTM, exact score", "heun": "teacher"}
 
 @dataclass
 class LikelihoodConfig(PairOptions):
-    """Measure the likelihood of images by the probability-flow ODE and by the variational bound."""
+    """Measure the likelihood of images by the probability-flow ODE and by the variational bound.
 
-    model: str | None = option(
-        None, "The CTM, whose exact score is measured: a folder or a repository on the Hub. Default: the teacher alone."
+    A CTM is measured by its exact score.
+    """
+
+    methods: list[str] = option(
+        ["ode", "elbo"],
+        "'ode' (the density of the ODE) and 'elbo' (a lower bound).",
+        must_be=("'ode', 'elbo' or both", lambda method: method in ("ode", "elbo")),
     )
-    methods: list[str] = option(["ode", "elbo"], "'ode' (the density of the ODE) and 'elbo' (a lower bound).")
-    num_images: int | None = option(None, "Images, drawn from the split by --seed. Default: all.")
-    num_draws: int | None = option(None, "Estimates per image: default 1 of the ODE, 32 of the bound.")
-    num_probes: int = option(1, "Hutchinson probes per ODE.")
-    rtol: float = option(1e-4, "Relative tolerance of the ODE solver.")
-    atol: float = option(1e-4, "Absolute tolerance, of images and of nats per dimension.")
-    seed: int = option(0, "Seed of the images' choice, dequantization, probes and noise.")
-    batch_size: int = option(100, "Most images per network evaluation.")
+    num_images: int | None = option(
+        None, "Images, two or more, drawn from the split by --seed. Default: all.", must_be=POSITIVE
+    )
+    num_draws: int | None = option(
+        None, "Estimates per image: default 1 of the ODE, 32 of the bound.", must_be=POSITIVE
+    )
+    num_probes: int = option(1, "Hutchinson probes per ODE.", must_be=POSITIVE)
+    rtol: float = option(1e-4, "Relative tolerance of the ODE solver.", must_be=POSITIVE)
+    atol: float = option(1e-4, "Absolute tolerance, of images and of nats per dimension.", must_be=POSITIVE)
+    seed: int = option(0, "Seed of the images' choice, dequantization, probes and noise.", must_be=NOT_NEGATIVE)
+    batch_size: int = option(100, "Most images per network evaluation.", must_be=POSITIVE)
     output_dir: str | None = option(
         None,
         "Folder for likelihood.json, with the bits per dimension of each image. The page looks for it in the folder "
         "`evaluation` of the checkpoint. Default: no file.",
+        must_be=FOLDER,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = set(self.methods) <= {"ode", "elbo"} and len(self.methods) > 0
-        self.check(valid, "methods", "'ode', 'elbo' or both")
-        self.check_positive("num_probes", "rtol", "atol")
-        for name in ("num_images", "num_draws"):
-            self.check(getattr(self, name) is None or getattr(self, name) > 0, name, "positive")
-        self.check_not_negative("seed")
-        if self.output_dir is not None:
-            self.check_folder("output_dir")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The likelihood of images under one model by one method, as likelihood.json has it.
-
-    Args:
-        sampler: "ctm" for the CTM and "heun" for the teacher, as in evaluation.json.
-        name: the model in words.
-        bits_per_dim: mean over images.
-        standard_error: of that mean, over images, the noise of estimates included.
-        nfe: network evaluations per image.
-        images: bits per dimension of each.
-    """
-
-    sampler: str
-    name: str
-    method: str
-    bits_per_dim: float
-    standard_error: float
-    nfe: float
-    images: list[float]
+        self.check(len(self.methods) > 0, "methods", "one value or more")
 
 
 def measure(
     sampler: str, method: str, pipe: CTMPipeline, dataset: ImageDataset, indices: list[int], config: LikelihoodConfig
-) -> Measurement:
-    """Likelihood of the images `indices` by one method; class-conditional networks are told the class."""
-    options = {"num_draws": config.num_draws, "num_probes": config.num_probes, "rtol": config.rtol, "atol": config.atol}
+) -> dict:
+    """Likelihood of the images `indices` by one method, as likelihood.json has it.
+
+    "sampler" is "ctm" for the CTM and "heun" for the teacher, as in evaluation.json; "name" is the model in words.
+    "bits_per_dim" is the mean over images, and "standard_error" its error over images, the noise of estimates
+    included. "nfe" are the network evaluations per image, and "images" the bits per dimension of each.
+    Class-conditional networks are told the class.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     bits, evaluations = [], 0
     batches = range(0, len(indices), config.batch_size)
     for begin in tqdm(batches, desc=f"{NAMES[sampler]}, {method}", leave=False):
         images, labels = dataset[indices[begin : begin + config.batch_size]]
-        labels = labels if pipe.num_classes is not None else None
-        likelihood = log_likelihood(pipe, images, labels, method, generator=generator, **options)
+        labels = None if pipe.num_classes is None else labels
+        likelihood = log_likelihood(
+            pipe,
+            images,
+            labels,
+            method,
+            num_draws=config.num_draws,
+            num_probes=config.num_probes,
+            rtol=config.rtol,
+            atol=config.atol,
+            generator=generator,
+        )
         bits.append(likelihood.bits_per_dim)
         evaluations += likelihood.nfe * len(images)
     bits = torch.cat(bits)
-    error = (bits.std() / len(bits) ** 0.5).item()
-    images = [round(value, 4) for value in bits.tolist()]
-    return Measurement(sampler, NAMES[sampler], method, bits.mean().item(), error, evaluations / len(bits), images)
+    return {
+        "sampler": sampler,
+        "name": NAMES[sampler],
+        "method": method,
+        "bits_per_dim": bits.mean().item(),
+        "standard_error": (bits.std() / len(bits) ** 0.5).item(),
+        "nfe": evaluations / len(bits),
+        "images": [round(value, 4) for value in bits.tolist()],
+    }
 
 
-def main(config: LikelihoodConfig) -> list[Measurement]:
+def main(config: LikelihoodConfig) -> list[dict]:
     """Measure, print a table, and write likelihood.json if `output_dir` says where."""
     logging.set_verbosity_info()
     device = choose_device(config.device)
@@ -107,8 +108,8 @@ def main(config: LikelihoodConfig) -> list[Measurement]:
     for sampler, pipe in pipelines.items():
         if pipe.num_classes is not None and dataset.label_column is None:
             raise UserError(f"--label_column is needed: the {NAMES[sampler]} is class-conditional.")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    indices = order[: config.num_images]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
+    indices = order[: config.num_images].tolist()
     if len(indices) < 2:
         raise UserError("--num_images must leave 2 images or more.")
     if config.output_dir is not None:
@@ -121,9 +122,9 @@ def main(config: LikelihoodConfig) -> list[Measurement]:
     print(f"{config.dataset_name}, {config.dataset_split}: {len(indices)} images")
     print("| density | method | bits/dim | evaluations per image |\n|---|---|--:|--:|")
     for row in rows:
-        print(f"| {row.name} | {row.method} | {row.bits_per_dim:.3f} ± {row.standard_error:.3f} | {row.nfe:.0f} |")
+        print("| {name} | {method} | {bits_per_dim:.3f} ± {standard_error:.3f} | {nfe:.0f} |".format(**row))
     if config.output_dir is not None:
-        report = {**facts(config, device), "indices": indices, "results": [asdict(row) for row in rows]}
+        report = {**facts(config, device), "indices": indices, "results": rows}
         write_report(config.output_dir, "likelihood", report)
     return rows
 

@@ -4,19 +4,16 @@
 python -m training.memorization --model assets/emoji-ctm --dataset_name runs/twemoji.parquet
 """
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
-from torch import nn
 from tqdm.auto import tqdm
 
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, UNIT, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .measure.distances import features_for
@@ -37,28 +34,28 @@ class MemorizationConfig(PairOptions):
     """
 
     output_dir: str = option(
-        "runs/memorization", "Folder for memorization.json, memorization.md and memorization.png; others stay."
+        "runs/memorization",
+        "Folder for memorization.json, memorization.md and memorization.png; others stay.",
+        must_be=FOLDER,
     )
     held_out_split: str | None = option(
         None, "Split of the data set that the model was not trained on, to be measured too. Default: none."
     )
-    steps: list[int] = option([1, 18], "Numbers of steps of the CTM.")
-    gamma: float = option(0.0, "gamma of the CTM in [0, 1], from two steps on.")
-    teacher_steps: list[int] = option([18], "Numbers of Heun steps of the teacher.")
-    num_samples: int = option(1000, "Samples of each setting, and the most real images that are measured beside them.")
-    seed: int = option(0, "Seed of the noise and of the choice of real images.")
+    steps: list[int] = option([1, 18], "Numbers of steps of the CTM.", must_be=POSITIVE)
+    gamma: float = option(0.0, "gamma of the CTM in [0, 1], from two steps on.", must_be=UNIT)
+    teacher_steps: list[int] = option([18], "Numbers of Heun steps of the teacher.", must_be=POSITIVE)
+    num_samples: int = option(
+        1000, "Samples of each setting, and the most real images that are measured beside them.", must_be=POSITIVE
+    )
+    seed: int = option(0, "Seed of the noise and of the choice of real images.", must_be=NOT_NEGATIVE)
     features: str | None = option(
         None, "Measure on features too, not on pixels alone. " + FEATURES_HELP + " Default: none."
     )
-    num_pictures: int = option(12, "Pairs of sample and training image in each group of the picture.")
+    num_pictures: int = option(12, "Pairs of sample and training image in each group of the picture.", must_be=POSITIVE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lists("steps", "teacher_steps", low=1)
-        self.check(0 <= self.gamma <= 1, "gamma", "in [0, 1]")
-        self.check_positive("num_samples", "num_pictures")
-        self.check_not_negative("seed")
-        self.check_folder("output_dir")
+        self.sort_values("steps", "teacher_steps")
 
 
 def some(dataset: ImageDataset, count: int, seed: int) -> torch.Tensor:
@@ -73,18 +70,18 @@ def main(config: MemorizationConfig) -> dict:
     dataset = ImageDataset(config)
     if len(dataset) < 3:
         raise UserError(f"--dataset_name {config.dataset_name} holds {len(dataset)} images; 3 or more are needed.")
-    networks: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"pixels": pixels}
+    networks = {"pixels": pixels}
     if config.features is not None:
         networks["features"] = features_for(dataset, config.features, device)
     held_out = None
     if config.held_out_split is not None:
-        fitted = {"resolution": dataset.resolution, "image_mode": dataset.mode}
-        held_out = ImageDataset(dataclasses.replace(config, dataset_split=config.held_out_split, **fitted))
+        split, size, mode = config.held_out_split, dataset.resolution, dataset.mode
+        held_out = ImageDataset(replace(config, dataset_split=split, resolution=size, image_mode=mode))
     pipelines = load_pipelines(config, dataset, device)
     check_writable(config.output_dir)
 
     groups: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-    sampling = Sampling(pipelines, nn.Identity(), dataset.labels(), config.num_samples, config.batch_size)
+    sampling = Sampling(pipelines, torch.nn.Identity(), dataset.labels(), config.num_samples, config.batch_size)
     settings = settings_of(pipelines, config.steps, [config.gamma], config.teacher_steps)
     with tqdm(total=sum(one.nfe for one in settings) * len(sampling.sizes), desc="Samples", unit="call") as progress:
         for setting in settings:
@@ -98,10 +95,9 @@ def main(config: MemorizationConfig) -> dict:
         kind: find_neighbors(groups, dataset, network, config.random_flip, config.batch_size, device)
         for kind, network in networks.items()
     }
-    results = []
-    for name, (images, _) in groups.items():
-        summaries = {kind: nearest[name].summary() for kind, nearest in neighbors.items()}
-        results.append({"name": name, "num_images": len(images), **summaries})
+    results = [{"name": name, "num_images": len(images)} for name, (images, _) in groups.items()]
+    for row in results:
+        row |= {kind: nearest[row["name"]].summary() for kind, nearest in neighbors.items()}
     report = {
         **facts(config, device),
         "num_training_images": len(dataset),
@@ -124,8 +120,8 @@ def markdown(report: dict) -> str:
     for row in report["results"]:
         cells = [f"{row['name']} ({row['num_images']:,})"]
         for values in (row[kind] for kind in kinds):
-            cells += [number(round(values[name], 3)) for name in ("median", "percentile_5", "min")]
-            cells.append(f"{values['copies']:.1%}")
+            distances = (number(round(values[name], 3)) for name in ("median", "percentile_5", "min"))
+            cells += [*distances, f"{values['copies']:.1%}"]
         lines.append("| " + " | ".join(cells) + " |")
     mirrored = ", and of their mirror images" if report["options"]["random_flip"] else ""
     notes = [

@@ -8,12 +8,9 @@ from typing import ClassVar
 
 from .cli.errors import UserError
 from .cli.names import HUB_ID
-from .cli.options import Checked, option, run_program
+from .cli.options import NOT_NEGATIVE, Checked, option, run_program
 from .hub.license import check_license_name, license_of
 from .hub.publication import publish
-
-
-BRANCH = re.compile(r"[\w-][\w./-]*")
 
 
 @dataclass
@@ -26,7 +23,11 @@ class PublishConfig(Checked):
     POSITIONAL: ClassVar[tuple[str, ...]] = ("folder", "name")
 
     folder: str | None = option(None, "The pipeline's folder: with model_index.json, e.g. runs/digits/pipeline.")
-    name: str | None = option(None, "The repository on the Hub, user/name. It is created if it is not there.")
+    name: str | None = option(
+        None,
+        "The repository on the Hub, user/name. It is created if it is not there.",
+        must_be=("a repository on the Hub as user/name", HUB_ID.fullmatch),
+    )
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     private: bool = option(False, "Create a private repository.")
     license: str | None = option(
@@ -35,13 +36,19 @@ class PublishConfig(Checked):
     license_name: str | None = option(None, "Name of the license if --license is 'other'.")
     license_link: str | None = option(None, "Address of the license if --license is 'other'.")
     overwrite_card: bool = option(False, "Replace the card that is on the Hub even if someone has edited it.")
-    revision: str | None = option(None, "Branch to publish on, created if it is not there. Default: main.")
+    revision: str | None = option(
+        None,
+        "Branch to publish on, created if it is not there. Default: main.",
+        must_be=("the name of a branch", re.compile(r"[\w-][\w./-]*").fullmatch),
+    )
     evaluation: str | None = option(
         None,
         "Folder that training.evaluate, and maybe training.memorization, wrote. Default: `evaluation` in FOLDER, or "
         "beside it if FOLDER is a run's `pipeline`.",
     )
-    num_samples: int = option(16, "Samples in the card's picture; 0 is no picture. One is always drawn, as a check.")
+    num_samples: int = option(
+        16, "Samples in the card's picture; 0 is no picture. One is always drawn, as a check.", must_be=NOT_NEGATIVE
+    )
     device: str = option("auto", "Where they are drawn: 'auto', 'cpu', 'cuda', 'mps'.")
 
     def __post_init__(self) -> None:
@@ -50,22 +57,17 @@ class PublishConfig(Checked):
             raise UserError(
                 "FOLDER and NAME are needed: python -m training.publish runs/digits/pipeline user/name. See --help."
             )
-        self.check(HUB_ID.fullmatch(self.name) is not None, "name", "a repository on the Hub as user/name")
-        is_branch = self.revision is None or BRANCH.fullmatch(self.revision) is not None
-        self.check(is_branch, "revision", "the name of a branch")
-        self.check_not_negative("num_samples")
         check_license_name(self.license, "license")
         if self.license == "other" and not (self.license_name and self.license_link):
             raise UserError("--license other needs --license_name and --license_link.")
 
 
 def main(config: PublishConfig) -> str:
-    """Publish, say what was done, and return the commit's address."""
+    """Publish, say what was done, and return the last sentence, which ends with the commit's address."""
     if config.evaluation is not None and not os.path.isfile(os.path.join(config.evaluation, "evaluation.json")):
         raise UserError(f"--evaluation {config.evaluation} has no evaluation.json of training.evaluate.")
-    folder = os.path.normpath(config.folder)
-    publication = publish(
-        folder,
+    done = publish(
+        config.folder,
         config.name,
         private=config.private,
         license=license_of(vars(config)),
@@ -75,15 +77,8 @@ def main(config: PublishConfig) -> str:
         num_samples=config.num_samples,
         device=config.device,
     )
-    if publication.left_out:
-        print(f"Not uploaded: {', '.join(publication.left_out)}")
-    if not publication.new_card:
-        print(
-            f"Kept the card of {config.name}, which was edited there; --overwrite_card replaces it. It must name the "
-            f"license {publication.license}."
-        )
-    print(f"Published {folder} under {publication.license}: {publication.address}")
-    return publication.address
+    print("\n".join(done))
+    return done[-1]
 
 
 if __name__ == "__main__":

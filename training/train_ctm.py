@@ -11,12 +11,12 @@ from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DMo
 from diffusers_ctm.preconditioning import condition
 
 from .cli.errors import UserError
-from .cli.options import option, run_program
+from .cli.options import option, run_program, with_default
 from .cli.shared_options import NetworkOptions, TeacherOptions
 from .cli.training_options import RunOptions, StudentOptions
 from .data.batches import load_images
 from .networks.student import check_fit, choose_precision, label_dropout, make_student, student_scheduler, untrained
-from .networks.teacher import Teacher, teacher_of
+from .networks.teacher import Teacher, load_teacher
 from .objective.adversarial import (
     DiscriminatorOptions,
     ProjectedDiscriminator,
@@ -59,7 +59,7 @@ class CTMConfig(
 
     PROGRAM = "training.train_ctm"
 
-    output_dir: str = option("runs/ctm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
+    output_dir: str = with_default(RunOptions, "output_dir", "runs/ctm")
     teacher: str | None = option(
         None,
         "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its "
@@ -76,22 +76,16 @@ class CTMConfig(
                 "--teacher is needed: a folder or a repository on the Hub with `unet` and `scheduler`. To train "
                 "without one, give --solver_model ema."
             )
-        if self.teacher is None:
-            self.refuse([entry.name for entry in fields(TeacherOptions)], "needs --teacher")
-            labels = not self.label_dropout or self.label_column is not None
-            self.check(labels, "label_dropout", "0 without --label_column")
-        else:
+        if self.teacher is not None:
             self.refuse([entry.name for entry in fields(NetworkOptions)], "is for a run without --teacher")
         if self.matching == "global":
             self.refuse(["inner_target"], "does not go with --matching global, which has no inner jump")
         if self.discriminator_weight == 0:
-            self.refuse([entry.name for entry in fields(DiscriminatorOptions)], "needs a --discriminator_weight")
+            self.refuse([entry.name for entry in fields(DiscriminatorOptions)], "needs --discriminator_weight")
 
 
-def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
-    """Raise UserError if the options ask a consistency model for what it does not know."""
-    if not teacher.is_consistency_model:
-        return
+def check_consistency_teacher(config: CTMConfig) -> None:
+    """Raise UserError if the options ask a teacher that is a consistency model for what it does not know."""
     name = f"--teacher {config.teacher} is a consistency model"
     if config.matching != "global":
         raise UserError(
@@ -110,15 +104,12 @@ def check_consistency_teacher(teacher: Teacher, config: CTMConfig) -> None:
 def draw_dsm_sigma(config: ScoreMatchingOptions, scheduler: CTMScheduler, random: StepRandom) -> torch.Tensor:
     """Levels of denoising score matching, shape (B,)."""
     noise, ramp = random.normal(), random.uniform()
-    numbers = scheduler.config
-    levels = (numbers.sigma_min, numbers.sigma_max, numbers.rho)
+    low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
     if config.dsm_sigma == "lognormal":
         sigma = draw_lognormal_sigma(noise)
     else:
-        sigma = draw_half_lognormal_sigma(noise, ramp, *levels, random.own.start)
-    if not scheduler.preconditioning.kind.learnt_every_level:
-        sigma = sigma.clamp(numbers.sigma_min, numbers.sigma_max)
-    return sigma
+        sigma = draw_half_lognormal_sigma(noise, ramp, low, high, scheduler.config.rho, random.own.start)
+    return sigma if scheduler.preconditioning.kind.learned_every_level else sigma.clamp(low, high)
 
 
 def time_sampler(config: TimeOptions, scheduler: CTMScheduler) -> TimeSampler:
@@ -138,15 +129,13 @@ def make_solver(config: TargetOptions, teacher: Teacher, student_ema: torch.nn.M
     if teacher.is_consistency_model:
         return lambda x, levels, labels: teacher.jump_to_end(x, levels[0], labels)
 
-    def by_teacher(x: torch.Tensor, levels: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        return solve(lambda x, sigma: teacher.denoise(x, sigma, labels), x, levels)
-
-    def by_average(x: torch.Tensor, levels: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        g = teacher.preconditioning.g
-        return solve(lambda x, sigma: g(student_ema, x, sigma, sigma, **condition(labels)), x, levels)
+    def denoise(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        if config.solver_model == "teacher":
+            return teacher.denoise(x, sigma, labels)
+        return teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition(labels))
 
     solve = SOLVERS[config.solver].solve
-    return by_average if config.solver_model == "ema" else by_teacher
+    return lambda x, levels, labels: solve(lambda x, sigma: denoise(x, sigma, labels), x, levels)
 
 
 def make_adversary(
@@ -164,9 +153,10 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
     """Distil, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(step)`."""
     dataset = load_images(config)
     torch.manual_seed(config.seed)
-    teacher = untrained(config, dataset) if config.teacher is None else teacher_of(config)
-    check_fit(teacher, dataset)
-    check_consistency_teacher(teacher, config)
+    teacher = untrained(config, dataset) if config.teacher is None else load_teacher(config)
+    check_fit(teacher, config, dataset)
+    if teacher.is_consistency_model:
+        check_consistency_teacher(config)
     config = choose_precision(config, teacher)
     scheduler = student_scheduler(teacher, config)
     drop_labels = label_dropout(teacher, config)
@@ -176,18 +166,18 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
     judge = make_discriminator(config, dataset.channels, config.seed) if config.discriminator_weight > 0 else None
     if judge is not None and config.train_batch_size == 1:
         check_single_images(judge, dataset.channels, dataset.resolution)
-    torch.manual_seed(config.seed)
-    student = make_student(teacher.network, config.dropout)
 
     def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
         id2label = teacher.id2label or dataset.id2label
         return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=id2label, null_class=teacher.null_class)
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
+    torch.manual_seed(config.seed)
+    student = make_student(teacher.network, config.dropout)
     run = TrainingRun(
         config, dataset, student, make_pipeline, samples, teacher_revision=teacher.revision, on_step=on_step
     )
-    run.record["distance"] = distance.to(run.device).about
+    run.folder.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
         run.speed_up(run.place(teacher.network))
     sampler = time_sampler(config, scheduler)
@@ -234,9 +224,7 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
             if loss.dsm_samples is not None:
                 run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, dsm_sigma)
             run.update(loss.total, terms)
-    path = run.finish()
-    run.accelerator.print(f"Saved {path}")
-    return path
+    return run.finish()
 
 
 if __name__ == "__main__":

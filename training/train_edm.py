@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.preconditioning import condition
 
-from .cli.options import BELOW_ONE, POSITIVE, option, run_program
+from .cli.options import BELOW_ONE, POSITIVE, option, run_program, with_default
 from .cli.shared_options import NetworkOptions
 from .cli.training_options import RunOptions
 from .data.batches import load_images
@@ -26,15 +26,16 @@ class EDMConfig(NetworkOptions, RunOptions):
 
     PROGRAM = "training.train_edm"
 
-    output_dir: str = option("runs/edm", RunOptions.__dataclass_fields__["output_dir"].metadata["help"], recorded=False)
-    optimizer: str = option("adam", "'radam' (CTM), 'adam' (EDM) or 'adamw'.", ["radam", "adam", "adamw"])
-    learning_rate: float = option(1e-3, "Peak learning rate.", must_be=POSITIVE)
+    output_dir: str = with_default(RunOptions, "output_dir", "runs/edm")
+    optimizer: str = with_default(RunOptions, "optimizer", "adam")
+    learning_rate: float = with_default(RunOptions, "learning_rate", 1e-3)
     dropout: float = option(0.0, "Dropout probability.", must_be=BELOW_ONE)
     label_dropout: float = option(
         0.0,
         "Probability of leaving the class of an image out, for classifier-free guidance (guidance_scale); 0.1 is "
         "usual. Above 0 the network gets one label more, 'no class'.",
         must_be=BELOW_ONE,
+        needs="label_column",
     )
     sigma_min: float = option(0.002, "Lowest noise level when sampling.", must_be=POSITIVE)
     sigma_max: float = option(80.0, "Highest noise level when sampling.")
@@ -44,8 +45,6 @@ class EDMConfig(NetworkOptions, RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
-        labels = self.label_dropout == 0 or self.label_column is not None
-        self.check(labels, "label_dropout", "0 without --label_column")
 
 
 def main(config: EDMConfig) -> str:
@@ -60,7 +59,6 @@ def main(config: EDMConfig) -> str:
         return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=dataset.id2label, null_class=null_class)
 
     run = TrainingRun(config, dataset, network, make_pipeline, {"heun-18": {"num_inference_steps": 18}})
-    preconditioning = scheduler.preconditioning
     for batch in run.batches():
         with run.accumulate(), run.accelerator.autocast():
             # Karras et al. 2022, Table 1: log-normal levels, weight 1 / c_out^2.
@@ -68,14 +66,12 @@ def main(config: EDMConfig) -> str:
             noise = batch.random.normal(*batch.images.shape[1:])
             x_sigma = batch.images + sigma[:, None, None, None] * noise
             labels = batch.dropped_labels(config.label_dropout, null_class)
-            denoised = preconditioning.denoise(run.network, x_sigma, sigma, **condition(labels))
+            denoised = scheduler.preconditioning.denoise(run.network, x_sigma, sigma, **condition(labels))
             losses = dsm_loss(denoised, batch.images, sigma, config.sigma_data)
             run.note_by_level("dsm_loss_by_sigma", losses.detach(), sigma)
             loss = losses.mean()
             run.update(loss, {"dsm_loss": loss})
-    path = run.finish()
-    run.accelerator.print(f"Saved {path}")
-    return path
+    return run.finish()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,11 @@
 python -m training.tune --model runs/digits/pipeline
 """
 
-import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -21,7 +18,7 @@ from diffusers_ctm import CTMScheduler
 from .cli.device import choose_device, hardware
 from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, read_json, tensors_digest, write_files
-from .cli.options import option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .hub.client import file_of
@@ -49,20 +46,28 @@ class TuneConfig(ModelOptions):
     """
 
     model: str | None = option(None, "The CTM: a folder or a repository on the Hub. It is not changed.")
-    output_dir: str = option("runs/tune", "Folder for the results.")
-    steps: list[int] = option([2, 4], "Numbers of steps; each step is one network evaluation.")
+    output_dir: str = option("runs/tune", "Folder for the results.", must_be=FOLDER)
+    steps: list[int] = option([2, 4], "Numbers of steps; each step is one network evaluation.", must_be=POSITIVE)
     evaluations: int = option(60, "Most schedules to try for each number of steps.")
-    gammas: list[float] = option([0.0, 0.5, 1.0], "Values of gamma to begin with, on the Karras levels.")
+    gammas: list[float] = option(
+        [0.0, 0.5, 1.0], "Values of gamma in [0, 1] to begin with, on the Karras levels.", must_be=UNIT
+    )
     first_level: bool = option(
         False,
         "Search the level of the first step too; otherwise sampling starts at sigma_max. One step has nothing else.",
     )
     num_samples: int | None = option(
-        None, f"Images per schedule and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}."
+        None,
+        f"Images per schedule and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}.",
+        must_be=TWO_OR_MORE,
     )
-    seeds: list[int] = option([0, 1], "Seeds of the search: all schedules are tried on the same noise.")
+    seeds: list[int] = option(
+        [0, 1], "Seeds of the search: all schedules are tried on the same noise.", must_be=NOT_NEGATIVE
+    )
     confirm_seeds: list[int] = option(
-        [100, 101, 102, 103, 104], "Other seeds, on which the best schedule is measured once more; two or more."
+        [100, 101, 102, 103, 104],
+        "Other seeds, on which the best schedule is measured once more; two or more.",
+        must_be=NOT_NEGATIVE,
     )
     force: bool = option(
         False,
@@ -73,25 +78,25 @@ class TuneConfig(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise UserError("--model is needed: a folder or a repository on the Hub with a CTM.")
-        self.check_lists("steps", low=1)
-        self.check_lists("gammas", high=1)
-        self.check_lists("seeds", "confirm_seeds")
-        if self.steps[0] == 1 and not self.first_level:
-            raise UserError(
-                "--steps 1 has no level and no gamma to choose but where it starts: give --first_level true."
-            )
+        self.check(bool(self.model), "model", "a folder or a repository on the Hub with a CTM")
+        self.sort_values("steps", "gammas", "seeds", "confirm_seeds")
+        self.check(
+            self.first_level or self.steps[0] > 1,
+            "steps",
+            "2 or more, or --first_level true: one step has nothing to choose but the level where it starts",
+        )
         self.check(len(self.confirm_seeds) > 1, "confirm_seeds", "two different seeds or more")
-        if set(self.seeds) & set(self.confirm_seeds):
-            raise UserError("--confirm_seeds must be other seeds than --seeds: those the best schedule was chosen on.")
-        self.check(self.num_samples is None or self.num_samples > 1, "num_samples", "2 or more")
+        self.check(
+            not set(self.seeds) & set(self.confirm_seeds),
+            "confirm_seeds",
+            "other seeds than --seeds, on which the best schedule was chosen",
+        )
         self.check(self.evaluations > len(self.gammas), "evaluations", f"more than --gammas has ({len(self.gammas)})")
-        self.check_folder("output_dir")
-        if os.path.realpath(self.model) == os.path.realpath(self.pipeline_dir):
-            raise UserError(
-                f"--output_dir {self.output_dir} would replace --model {self.model}; choose another folder."
-            )
+        self.check(
+            os.path.realpath(self.model) != os.path.realpath(self.pipeline_dir),
+            "output_dir",
+            f"another folder, because this would replace --model {self.model}",
+        )
 
     @property
     def pipeline_dir(self) -> str:
@@ -102,16 +107,17 @@ class Measure:
     """The distances of a setting on some seeds. Nothing is measured twice: they stay in FOLDER/cache.json.
 
     Args:
-        common: all that distances depend on beside setting and seed. Distances of other runs stay in the file unused.
+        common: digest of all that distances depend on beside setting and seed. Distances of other runs stay in the
+            file unused.
         progress: counts network calls.
     """
 
-    def __init__(self, sampling: Sampling, distances: Distances, folder: str, common: dict[str, Any], progress: tqdm):
-        self.sampling, self.distances, self.folder, self.progress = sampling, distances, folder, progress
-        self.common = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
+    def __init__(self, sampling: Sampling, distances: Distances, folder: str, common: str, progress: tqdm):
+        self.sampling, self.distances, self.progress = sampling, distances, progress
+        self.folder, self.common = folder, common
         self.cache = read_json(folder, CACHE)
 
-    def __call__(self, setting: Setting, seeds: Sequence[int]) -> list[float]:
+    def __call__(self, setting: Setting, seeds: list[int]) -> list[float]:
         keys = [json.dumps([self.common, setting.options, seed]) for seed in seeds]
         for key, seed in zip(keys, seeds):
             if key in self.cache:
@@ -123,7 +129,7 @@ class Measure:
         return [self.cache[key] for key in keys]
 
 
-def improvement(now: Sequence[float], best: Sequence[float]) -> dict[str, Any]:
+def improvement(now: list[float], best: list[float]) -> dict:
     """By how much `best` is lower than `now`, seed by seed.
 
     `better` says whether its mean is more than its standard deviation over the seeds, and more than a thousandth of
@@ -151,15 +157,15 @@ def main(config: TuneConfig) -> dict:
         dataset, network, config.batch_size, device, config.random_flip, config.dataloader_num_workers
     )
     sampling = Sampling({"ctm": pipe}, network, real_labels, num_samples, config.batch_size)
-    common = {
-        "weights": tensors_digest(pipe.unet.state_dict().items()).hex(),
+    depends_on = {
         "scheduler": {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")},
-        "reference": hashlib.sha256(reference.contiguous().numpy().tobytes()).hexdigest(),
         "labels": None if real_labels is None else real_labels.tolist(),
         "sizes": sampling.sizes,
         "device": hardware(device)["device"],
         "torch": torch.__version__,
     }
+    tensors = [("reference", reference), *pipe.unet.state_dict().items()]
+    common = tensors_digest(tensors, json.dumps(depends_on, sort_keys=True)).hex()[:16]
     results = []
     most = (len(config.seeds) * config.evaluations + len(config.confirm_seeds) * 3) * len(sampling.sizes)
     with tqdm(total=most * sum(config.steps), unit="call") as progress:  # less if a search ends early
@@ -189,20 +195,19 @@ def main(config: TuneConfig) -> dict:
 
 def confirmed(
     steps: int, trials: dict[Setting, list[float]], scheduler: CTMScheduler, config: TuneConfig, measure: Measure
-) -> dict[str, Any]:
+) -> dict:
     """The best of `trials` on the seeds of the search and on others.
 
     Beside it stand the best of the first gammas ("karras") and the checkpoint's own schedule ("now").
     """
-
-    def best_of(settings: list[Setting]) -> Setting:
-        return min(settings, key=lambda setting: mean(trials[setting]))
-
-    tried = list(trials)
-    karras, best = best_of(tried[: len(config.gammas) if steps > 1 else 1]), best_of(tried)
-    seeds = {"search": config.seeds, "confirm": config.confirm_seeds}
+    means = {setting: mean(by_seed) for setting, by_seed in trials.items()}
+    first = list(trials)[: len(config.gammas) if steps > 1 else 1]
+    karras, best = min(first, key=means.get), min(trials, key=means.get)
     distances = {
-        name: {kind: summary(measure(setting, some)) for kind, some in seeds.items()}
+        name: {
+            "search": summary(measure(setting, config.seeds)),
+            "confirm": summary(measure(setting, config.confirm_seeds)),
+        }
         for name, setting in (("now", Setting("ctm", steps)), ("karras", karras), ("best", best))
     }
     gain = improvement(distances["now"]["confirm"]["by_seed"], distances["best"]["confirm"]["by_seed"])
@@ -216,7 +221,7 @@ def confirmed(
         "improvement": gain,
         "saved": gain["better"] or config.force,
         "trials": [
-            {**setting.options, "by_seed": by_seed, "mean": mean(by_seed)} for setting, by_seed in trials.items()
+            {**setting.options, "by_seed": by_seed, "mean": means[setting]} for setting, by_seed in trials.items()
         ],
     }
 
@@ -224,8 +229,8 @@ def confirmed(
 def save_with_presets(presets: dict[str, dict[str, list[float]]], config: TuneConfig) -> None:
     """Write the model with `presets` beside those that it has, and the records of its origin and license."""
     pipe = load_model(config.model, ())  # as it was: the other was moved to the device
-    old = pipe.scheduler.config.presets or {}
-    pipe.scheduler = CTMScheduler.from_config(pipe.scheduler.config, presets={**old, **presets})
+    presets = (pipe.scheduler.config.presets or {}) | presets
+    pipe.scheduler = CTMScheduler.from_config(pipe.scheduler.config, presets=presets)
     with atomic_folder(config.pipeline_dir) as draft:
         pipe.save_pretrained(draft)
         for name in (RECORD, CONVERSION, NOTICE):
@@ -262,8 +267,8 @@ def markdown(report: dict) -> str:
         f"On {report['hardware']['device']}, {report['hardware']['cpu_threads']} threads.",
         *report["notes"],
     ]
-    title = "Frechet distance to real images (lower is better), mean ± standard deviation over seeds:"
-    return "\n".join([title, "", *distances, "", *schedules, "", *(f"- {note}" for note in notes)]) + "\n"
+    lines = ["Frechet distance to real images (lower is better), mean ± standard deviation over seeds:", "", *distances]
+    return "\n".join([*lines, "", *schedules, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def plot(report: dict):
@@ -272,9 +277,8 @@ def plot(report: dict):
     results = report["results"]
     for row, color in zip(results, itertools.cycle(PALETTE)):
         means = [trial["mean"] for trial in row["trials"]]
-        tried = range(1, len(means) + 1)
+        tried, lowest = range(1, len(means) + 1), list(itertools.accumulate(means, min))
         left.plot(tried, means, ".", color=color, alpha=0.4, markersize=4)
-        lowest = list(itertools.accumulate(means, min))
         left.step(tried, lowest, where="post", color=color, label=setting_name("ctm", row["steps"]))
     left.set(yscale="log", xlabel="schedules tried", ylabel="Frechet distance, seeds of the search")
     plain_ticks(left)
@@ -286,14 +290,17 @@ def plot(report: dict):
         "best": ("found", "#0072b2", 1.04),
     }
     for key, (label, color, shift) in marks.items():
-        rows = [row[key]["confirm"] for row in results]
-        means, spreads = ([row[name] for row in rows] for name in ("mean", "std"))
         places = [shift * n for n in steps]
+        means, spreads = ([row[key]["confirm"][name] for row in results] for name in ("mean", "std"))
         right.errorbar(places, means, spreads, fmt="o", color=color, capsize=3, markersize=5, label=label)
     right.set_xscale("log", base=2)
     right.set_xticks(steps, [str(n) for n in steps])
-    right.set(xlim=(steps[0] * 0.7, steps[-1] * 1.4), ylim=(0, None))
-    right.set(xlabel="steps (network evaluations)", ylabel="Frechet distance, other seeds")
+    right.set(
+        xlim=(steps[0] * 0.7, steps[-1] * 1.4),
+        ylim=(0, None),
+        xlabel="steps (network evaluations)",
+        ylabel="Frechet distance, other seeds",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9, frameon=False)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.serving import ROOT, serving
+from helpers.places import ROOT
+from helpers.serving import serving
+from training.report.pictures import grid
 
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -141,22 +143,37 @@ def shown(page):
     return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB"))
 
 
+def slider_of(page, label):
+    return panel(page).get_by_role("slider", name=re.compile(label)).first
+
+
 def move(page, label, keys):
     """Move a slider by the keyboard."""
-    slider = panel(page).get_by_role("slider", name=re.compile(label)).first
+    slider = slider_of(page, label)
     slider.focus()
     for key in keys:
         slider.press(key)
     settle(page)
 
 
-def code(page):
-    box = panel(page)
-    if not box.locator(".cm-content").is_visible():
-        box.get_by_text("Python that makes the same").click()
+def press(page, name):
+    """Press a button of the tab and wait for what follows from it."""
+    panel(page).get_by_role("button", name=name).click()
+    page.wait_for_timeout(700)  # an example fills the controls first
+    settle(page)
+
+
+def draw(page, start, end):
+    """Draw a line on the canvas of the tab, from and to offsets from its middle, in sides of the canvas."""
+    panel(page).get_by_role("button", name=re.compile("brush|draw", re.IGNORECASE)).first.click()
+    canvas = panel(page).locator("canvas").first.bounding_box()
+    x, y = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
+    side = min(canvas["width"], canvas["height"])
+    page.mouse.move(x + start[0] * side, y + start[1] * side)
+    page.mouse.down()
+    page.mouse.move(x + end[0] * side, y + end[1] * side, steps=12)
+    page.mouse.up()
     page.wait_for_timeout(300)
-    box.get_by_role("button", name=re.compile("Copy", re.IGNORECASE)).first.click()
-    return page.evaluate("navigator.clipboard.readText()")
 
 
 @pytest.mark.parametrize("width, height, scheme", [(1280, 900, "light"), (390, 844, "dark")])
@@ -186,15 +203,12 @@ def test_sliders_are_live(open_page):
     assert not np.array_equal(first, moved)
     move(page, "gamma", ["Home"])
     assert np.array_equal(first, shown(page))  # from the same noise
-    panel(page).get_by_role("button", name="New seed").click()
-    settle(page)
+    press(page, "New seed")
     assert not np.array_equal(first, shown(page))
-    panel(page).get_by_role("button", name="Seed before").click()
-    settle(page)
+    press(page, "Seed before")
     assert np.array_equal(first, shown(page))
-    slider = panel(page).get_by_role("slider", name=re.compile("gamma")).first
     for _ in range(20):  # faster than the answers come: the last one counts
-        slider.press("ArrowRight", no_wait_after=True)
+        slider_of(page, "gamma").press("ArrowRight", no_wait_after=True)
     page.wait_for_timeout(500)
     settle(page)
     assert np.array_equal(moved, shown(page))
@@ -212,21 +226,17 @@ def test_a_movement_ends_the_run_with_other_values(open_page):
         turn = page.evaluate(moves)
     assert answer.value.ok and len(sent) == 1 and f'"{turn}"' in sent[0]
     assert page.evaluate("ctmStarts('tab', [2, null])[1]") != turn
-    slider = panel(page).get_by_role("slider", name=re.compile("Images")).first
-    for key in ("End", "Home", "End", "Home"):
-        slider.press(key, no_wait_after=True)
-    panel(page).locator(".prose.report").get_by_text(
-        "1 image, 20 steps"
-    ).wait_for()  # whatever was ended, the last is shown
+    for key in ("End", "Home", "End", "Home"):  # whatever was ended, the last is shown
+        slider_of(page, "Images").press(key, no_wait_after=True)
+    panel(page).locator(".prose.report").get_by_text("1 image, 20 steps").wait_for()
     settle(page)
     assert page.locator(".toast-body").count() == 0
 
 
 def test_from_slider_to_picture(open_page):
     page = open_page("/?tab=sample&steps=1")
-    slider = panel(page).get_by_role("slider", name=re.compile("Images")).first
     for i in range(16):
-        slider.press("ArrowLeft" if i % 8 < 4 else "ArrowRight")
+        slider_of(page, "Images").press("ArrowLeft" if i % 8 < 4 else "ArrowRight")
         page.wait_for_timeout(350)
     log = page.locator("#latency").inner_text()
     print(log)
@@ -241,8 +251,7 @@ def test_a_link_restores_the_page(open_page):
     move(page, "gamma", ["ArrowRight"] * 5)
     move(page, "Steps", ["ArrowRight"] * 3)
     panel(page).get_by_label("Tuned schedule").check()
-    panel(page).get_by_role("button", name="New seed").click()
-    settle(page)
+    press(page, "New seed")
     other = open_page(page.url[page.url.index("/?") :])
     assert np.array_equal(shown(page), shown(other))
     assert "gamma=0.25" in other.url and "steps=5" in other.url
@@ -257,10 +266,11 @@ def test_a_link_restores_the_page(open_page):
 
 
 def test_the_copied_python_makes_what_is_on_the_screen(open_page, tmp_path, monkeypatch):
-    from demo.pictures import grid
-
     page = open_page("/?tab=sample&steps=3&gamma=0.75&seed=42&count=6")
-    text = code(page)
+    panel(page).get_by_text("Python that makes the same").click()
+    page.wait_for_timeout(300)
+    panel(page).get_by_role("button", name=re.compile("Copy", re.IGNORECASE)).first.click()
+    text = page.evaluate("navigator.clipboard.readText()")
     assert "42" in text and "0.75" in text
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
@@ -274,27 +284,12 @@ def test_the_copied_python_makes_what_is_on_the_screen(open_page, tmp_path, monk
 def test_a_mask_is_drawn(open_page):
     page = open_page()
     choose(page, "Inpaint")
-    panel(page).get_by_role("button", name="Example: middle").click()
-    page.wait_for_timeout(1000)
-    settle(page)
+    press(page, "Example: middle")
     before = shown(page)
-    panel(page).get_by_role("button", name=re.compile("brush|draw", re.IGNORECASE)).first.click()
-    canvas = panel(page).locator("canvas").first.bounding_box()
-    left, top, side = canvas["x"], canvas["y"], min(canvas["width"], canvas["height"])
-    x, y = left + canvas["width"] / 2, top + canvas["height"] / 2
-    page.mouse.move(x - side / 4, y - side / 3)
-    page.mouse.down()
-    page.mouse.move(x + side / 4, y - side / 3, steps=12)
-    page.mouse.up()
-    page.wait_for_timeout(300)
-    panel(page).get_by_role("button", name="Run").click()
-    page.wait_for_timeout(500)
-    settle(page)
-    cell = before.shape[0] // 3
-    hidden = [
-        (np.abs(picture[:cell, :cell].astype(int) - (200, 60, 160)).sum(-1) < 9).mean()
-        for picture in (before, shown(page))
-    ]
+    draw(page, (-1 / 4, -1 / 3), (1 / 4, -1 / 3))
+    press(page, "Run")
+    first, after = (picture[: len(picture) // 3, : len(picture) // 3].astype(int) for picture in (before, shown(page)))
+    hidden = [(np.abs(picture - (200, 60, 160)).sum(-1) < 9).mean() for picture in (first, after)]
     assert 0.2 < hidden[0] < 0.3 and hidden[1] > hidden[0] + 0.05  # the first picture shows what is hidden
     page.screenshot(path=SCREENSHOTS / "drawn.png", full_page=True)
 
@@ -304,16 +299,8 @@ def test_strokes_are_drawn(open_page):
     choose(page, "Strokes")
     panel(page).get_by_role("button", name="Run").click()
     page.locator(".toast-body.error").get_by_text("Draw something first").wait_for()
-    panel(page).get_by_role("button", name=re.compile("brush|draw", re.IGNORECASE)).first.click()
-    canvas = panel(page).locator("canvas").first.bounding_box()
-    x, y = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
-    page.mouse.move(x, y - 80)
-    page.mouse.down()
-    page.mouse.move(x, y + 80, steps=12)
-    page.mouse.up()
-    panel(page).get_by_role("button", name="Run").click()
-    page.wait_for_timeout(500)
-    settle(page)
+    draw(page, (0, -1 / 4), (0, 1 / 4))
+    press(page, "Run")
     assert "8 images" in words(page) and shown(page).max() > 200
 
 
@@ -323,7 +310,7 @@ def test_a_bad_upload_is_a_message(open_page, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     panel(page).locator("input[type=file]").first.set_input_files(tmp_path / "text.png")
     page.wait_for_timeout(500)
-    panel(page).get_by_role("button", name="Run").click()
+    press(page, "Run")
     page.locator(".toast-body.error").get_by_text("cannot be read").wait_for()
     choose(page, "Sample")
     move(page, "gamma", ["End"])
@@ -339,7 +326,7 @@ def test_another_checkpoint(open_page):
     assert not panel(page).get_by_label("Tuned schedule").is_visible()  # it carries none
     emoji = shown(page)
     assert emoji.shape != digits.shape or not np.array_equal(emoji, digits)
-    assert (emoji[..., 0] != emoji[..., 2]).any() and "model=emoji-ctm" in page.url  # it has colours
+    assert (emoji[..., 0] != emoji[..., 2]).any() and "model=emoji-ctm" in page.url  # it has colors
     panel(page).get_by_label("Class").click()
     page.get_by_role("option", name="flags").click()
     settle(page)

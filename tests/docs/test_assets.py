@@ -28,10 +28,10 @@ def test_assets_are_small():
     assert max(sizes.values()) < 8 * 2**20 and sum(sizes.values()) < 25 * 2**20
 
 
-def test_checkpoints_are_a_teacher_and_its_student():
-    teacher, student = load("digits-edm"), load("digits-ctm")
+@pytest.mark.parametrize("data", ["digits", "emoji"])
+def test_checkpoints_are_a_teacher_and_its_student(data):
+    teacher, student = load(f"{data}-edm"), load(f"{data}-ctm")
     assert type(teacher.unet) is UNet2DModel and isinstance(student.unet, diffusers_ctm.CTMUNet2DModel)
-    assert student.config.id2label[7] == "7"
     names = ("sigma_data", "sigma_min", "sigma_max", "rho", "timestep_scale", "prediction_type")
     assert all(teacher.scheduler.config[name] == student.scheduler.config[name] for name in names)
 
@@ -39,6 +39,7 @@ def test_checkpoints_are_a_teacher_and_its_student():
 def test_student_has_the_schedules_of_the_report():
     report = json.loads((ASSETS / "tune" / "tune.json").read_text())
     student = load("digits-ctm")
+    assert student.config.id2label[7] == "7"
     assert student.scheduler.config.presets == {str(row["steps"]): row["preset"] for row in report["results"]}
     assert all(row["improvement"]["better"] and not report["options"]["force"] for row in report["results"])
     student(num_inference_steps=2)
@@ -66,49 +67,27 @@ def test_student_draws_the_digit_it_is_asked(options):
     assert distance.mean() < noise.mean() / 2
 
 
-def test_student_in_one_step_ends_where_its_teacher_does():
-    labels = torch.arange(10).repeat(5)
-    latents = torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("data, classes, copies, shape", [("digits", 10, 5, (1, 8, 8)), ("emoji", 9, 3, (3, 16, 16))])
+def test_student_ends_where_its_teacher_does(data, classes, copies, shape):
+    labels = torch.arange(classes).repeat(copies)
+    latents = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(0))
     options = {"class_labels": labels, "latents": latents, "output_type": "latent"}
-    heun = load("digits-edm")(num_inference_steps=18, **options).images
-    student = load("digits-ctm")
+    teacher, student = load(f"{data}-edm"), load(f"{data}-ctm")
+    heun, euler = (teacher(num_inference_steps=steps, **options).images for steps in (18, 1))
     one, eight = (student(num_inference_steps=steps, gamma=0.0, **options).images for steps in (1, 8))
-    euler = load("digits-edm")(num_inference_steps=1, **options).images  # the untrained student in one step
-
-    def error(images):
-        return (images - heun).square().mean().sqrt().item()
-
-    assert error(one) < error(euler) / 2 and error(eight) < error(euler) / 2
+    errors = [(images - heun).square().mean().sqrt().item() for images in (eight, one, euler)]
+    assert errors[0] < errors[1] < errors[2] / 2  # Euler's step is the untrained student
 
 
 GROUPS = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
 
 
-def test_emoji_are_a_teacher_and_its_student_under_their_license():
-    teacher, student = load("emoji-edm"), load("emoji-ctm")
-    assert type(teacher.unet) is UNet2DModel and isinstance(student.unet, diffusers_ctm.CTMUNet2DModel)
-    for name, pipe in (("emoji-edm", teacher), ("emoji-ctm", student)):
-        assert [pipe.config.id2label[i] for i in range(9)] == GROUPS and pipe.num_classes == 9
-        assert pipe.config.null_class == 9 and pipe.unet.dtype == torch.float32
-        assert json.loads((ASSETS / name / "training.json").read_text())["license"] == "cc-by-4.0"
-    names = ("sigma_data", "sigma_min", "sigma_max", "rho", "timestep_scale", "prediction_type")
-    assert all(teacher.scheduler.config[name] == student.scheduler.config[name] for name in names)
-
-
-def test_emoji_student_ends_where_its_teacher_does():
-    options = {
-        "class_labels": torch.arange(9).repeat(3),
-        "latents": torch.randn(27, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
-        "output_type": "latent",
-    }
-    teacher, student = load("emoji-edm"), load("emoji-ctm")
-    heun, euler = (teacher(num_inference_steps=steps, **options).images for steps in (18, 1))
-    one, eight = (student(num_inference_steps=steps, **options).images for steps in (1, 8))
-
-    def error(images):
-        return (images - heun).square().mean().sqrt().item()
-
-    assert error(eight) < error(one) < error(euler)
+@pytest.mark.parametrize("name", ["emoji-edm", "emoji-ctm"])
+def test_emoji_have_groups_and_a_license(name):
+    pipe = load(name)
+    assert [pipe.config.id2label[i] for i in range(9)] == GROUPS and pipe.num_classes == 9
+    assert pipe.config.null_class == 9 and pipe.unet.dtype == torch.float32
+    assert json.loads((ASSETS / name / "training.json").read_text())["license"] == "cc-by-4.0"
 
 
 def test_emoji_are_of_the_group_that_is_asked():

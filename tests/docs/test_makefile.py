@@ -1,3 +1,4 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """`make distill` with programs that only note how they are called."""
 
 import shutil
@@ -12,11 +13,11 @@ from helpers.places import ROOT
 @pytest.mark.parametrize("ending", ["exit 0", "kill -INT 0", "exit 3"])
 def test_a_distillation_that_does_not_finish_says_how_it_goes_on(tmp_path, ending):
     """`kill -INT 0` is Ctrl-C: every process of the terminal gets it, make and its shell too."""
-    (tmp_path / "bin").mkdir()
+    programs = tmp_path / "bin"
+    programs.mkdir()
     for name, body in (("torchrun", ending), ("python", "exit 0")):
-        program = tmp_path / "bin" / name
-        program.write_text(f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/calls\n{body}\n')
-        program.chmod(0o755)
+        (programs / name).write_text(f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/calls\n{body}\n')
+        (programs / name).chmod(0o755)
     (tmp_path / ".installed").touch()
     command = ["make", "-C", str(ROOT), "distill", f"VENV={tmp_path}", "OUT=runs/mine"]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=60)

@@ -3,11 +3,11 @@
 
 import argparse
 import random
-import threading
 import time
 from collections import defaultdict
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 from gradio_client import Client
 
 from helpers.serving import serving
@@ -16,53 +16,37 @@ from helpers.serving import serving
 def visit(address: str, number: int, until: float, found: dict, errors: dict) -> None:
     """Move sliders as a visitor does, now and then on another tab, half a second between two movements."""
     client, chance = Client(address, verbose=False, analytics_enabled=False), random.Random(number)
-    model = "digits-ctm"
     while time.monotonic() < until:
-        tab = chance.choices(
-            ("sample", "trajectory", "steps_and_gamma", "compare", "interpolate_seeds", "guide"), (20, 2, 2, 2, 2, 1)
-        )[0]
         seed = chance.randrange(1000)
-        arguments = {
-            "sample": (model, "all", chance.choice((1, 1, 2, 4)), chance.random(), seed, 16),
-            "trajectory": (model, "3", 5, seed),
-            "steps_and_gamma": (model, "3", seed),
-            "compare": (model, "all", 1, seed, 9),
-            "interpolate_seeds": (model, "3", seed, seed + 1, 4, 9),
-            "guide": (model, "3", 10.0, 8, 1.0, seed, 8),
-        }[tab]
+        actions = {
+            "sample": ("all", chance.choice((1, 1, 2, 4)), chance.random(), seed, 16),
+            "trajectory": ("3", 5, seed),
+            "steps_and_gamma": ("3", seed),
+            "compare": ("all", 1, seed, 9),
+            "interpolate_seeds": ("3", seed, seed + 1, 4, 9),
+            "guide": ("3", 10.0, 8, 1.0, seed, 8),
+        }
+        tab = chance.choices(list(actions), (20, 2, 2, 2, 2, 1))[0]
         start = time.monotonic()
         try:
-            client.predict(*arguments, api_name=f"/{tab}")
+            client.predict("digits-ctm", *actions[tab], api_name=f"/{tab}")
             found[tab].append(time.monotonic() - start)
         except Exception as error:
             errors[f"{tab}: {type(error).__name__}: {str(error)[:100]}"] += 1
         time.sleep(chance.uniform(0.25, 0.75))
 
 
-def memory(process: int) -> float:
-    """MiB that a process holds (Linux), 0 elsewhere."""
-    try:
-        line = next(
-            line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmRSS")
-        )
-    except (OSError, StopIteration):
-        return 0.0
-    return int(line.split()[1]) / 1024
-
-
 def main(clients: int, seconds: float) -> int:
     """Run, print a table, and return the number of errors."""
     found, errors = defaultdict(list), defaultdict(int)
     with serving() as (address, process):
-        Client(address, verbose=False, analytics_enabled=False).predict("digits-ctm", api_name="/sample")
-        before, until = memory(process), time.monotonic() + seconds
-        threads = [threading.Thread(target=visit, args=(address, i, until, found, errors)) for i in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        after = memory(process)
-        alive = Client(address, verbose=False, analytics_enabled=False).predict("digits-ctm", api_name="/sample")[1]
+        client, page = Client(address, verbose=False, analytics_enabled=False), psutil.Process(process)
+        client.predict("digits-ctm", api_name="/sample")
+        before, until = page.memory_info().rss / 2**20, time.monotonic() + seconds
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda i: visit(address, i, until, found, errors), range(clients)))
+        after = page.memory_info().rss / 2**20
+        alive = client.predict("digits-ctm", api_name="/sample")[1]
     total = sum(map(len, found.values()))
     print(
         f"{clients} visitors for {seconds:g} s: {total} requests, {total / seconds:.1f} a second, "

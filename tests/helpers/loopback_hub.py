@@ -174,8 +174,8 @@ class LoopbackHub:
         owner, name = request.path_params["owner"], request.path_params["name"]
         files = [{"rfilename": path, "size": len(content)} for path, content in sorted(repo.commits[index].items())]
         info = {"id": f"{owner}/{name}", "modelId": f"{owner}/{name}", "author": owner, "sha": repo.sha(index)}
-        info |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
-        return JSONResponse(info | {"siblings": files, "lastModified": DATE, "createdAt": DATE})
+        about = {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+        return JSONResponse(info | about | {"siblings": files, "lastModified": DATE, "createdAt": DATE})
 
     def _tree(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
         folder = request.path_params.get("path", "").strip("/")
@@ -188,11 +188,10 @@ class LoopbackHub:
         return JSONResponse(below)
 
     def _preupload(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
-        answer, oids = [], {path: git_oid(content) for path, content in repo.commits[index].items()}
-        for file in json.loads(body)["files"]:
-            oid = oids.get(file["path"])  # the client leaves out files that did not change
-            answer.append({"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oid})
-        return JSONResponse({"files": answer})
+        oids = {path: git_oid(content) for path, content in repo.commits[index].items()}
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        answer = {"uploadMode": "regular", "shouldIgnore": False}  # the client leaves out files that did not change
+        return JSONResponse({"files": [answer | {"path": path, "oid": oids.get(path)} for path in paths]})
 
     def _commit(self, request: Request, body: bytes, repo: Repo, index: int) -> Response:
         branch, name = request.path_params["rev"], "{owner}/{name}".format(**request.path_params)
@@ -208,10 +207,9 @@ class LoopbackHub:
                     raise Refused(412)
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif key == "deletedFile":
-                del files[value["path"]]
             else:
-                raise Refused(400, error=f"{key} is not served")
+                assert key == "deletedFile", f"{key} is not served"
+                del files[value["path"]]
         sha = repo.commit(files, message, branch)
         return JSONResponse({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"})
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Pickles as NVIDIA's `torch_utils.persistence` writes them: each object is the source text of its class, and its attributes."""
+"""Pickles as NVIDIA's `torch_utils.persistence` writes them: an object is its class's source text and attributes."""
 
 import pickle
 import sys

@@ -2,18 +2,16 @@
 """The page in a process of its own, as visitors meet it."""
 
 import contextlib
-import http.client
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+import httpx
 
 from helpers.places import ROOT
 
@@ -22,18 +20,11 @@ RUNNING = re.compile(r"Running on local URL: +(http://\S+)\n")
 LONGEST_START = 120  # seconds until the page answers; CI is slow and busy
 
 
-def ending(status: int) -> str:
-    """An exit status in words: a process that a signal ended has written nothing of it."""
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-
-
 def answers(address: str) -> bool:
     """Whether anybody serves HTTP there, be it to ask for a password."""
     try:
-        urllib.request.urlopen(address, timeout=10).read()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, http.client.HTTPException):
+        httpx.get(address, timeout=10)
+    except httpx.TransportError:
         return False
     return True
 
@@ -45,9 +36,8 @@ def serving(*arguments: str, environment: dict[str, str] | None = None) -> Itera
     Raises:
         RuntimeError: it ended before its time, or does not answer; with its exit status and what it wrote.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if environment is None else environment
     environment = {
-        **environment,
+        **({**os.environ, "HF_HUB_OFFLINE": "1"} if environment is None else environment),
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",  # what it wrote is in the log however it ends
         "PYTHONFAULTHANDLER": "1",  # and where it was when it crashed
@@ -56,8 +46,10 @@ def serving(*arguments: str, environment: dict[str, str] | None = None) -> Itera
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
 
-        def failure(what: str) -> RuntimeError:
-            return RuntimeError(f"app.py {what}. It wrote:\n{log.read_text(errors='replace')[-5000:] or 'nothing'}")
+        def check(running: bool, otherwise: str) -> None:
+            if not running:
+                wrote = log.read_text(errors="replace")[-5000:] or "nothing"
+                raise RuntimeError(f"app.py {otherwise}, exit status {process.returncode}. It wrote:\n{wrote}")
 
         # The page takes a free port itself and says which: one that is chosen here could be taken until it starts.
         command = [sys.executable, str(ROOT / "app.py"), *arguments]
@@ -66,19 +58,13 @@ def serving(*arguments: str, environment: dict[str, str] | None = None) -> Itera
         try:
             until = time.monotonic() + LONGEST_START
             while not ((said := RUNNING.search(log.read_text(errors="replace"))) and answers(said[1])):
-                if process.poll() is not None:
-                    raise failure(ending(process.returncode))
-                if time.monotonic() > until:
-                    raise failure(f"does not answer after {LONGEST_START} s")
+                check(process.poll() is None, "ended")
+                check(time.monotonic() < until, f"does not answer after {LONGEST_START} s")
                 time.sleep(0.1)
-            address = said[1].rstrip("/")
-            yield address, process.pid
-            if process.poll() is not None:
-                raise failure(f"{ending(process.returncode)} while it was used")
-        except BaseException as error:  # a request that failed because the page was gone, say
-            if not isinstance(error, RuntimeError) and process.poll() is not None:
-                raise failure(f"{ending(process.returncode)} while it was used") from error
-            raise
+            try:
+                yield said[1].rstrip("/"), process.pid
+            finally:  # a request may have failed because the page was gone
+                check(process.poll() is None, "ended while it was used")
         finally:
             process.terminate()
             try:

@@ -52,7 +52,7 @@ def ratio(t, s, variance=V):
 
 
 class Observed(Guidance):
-    """y = x_0 + r noise: -log p(y | x_0), or if it is `aware` of the noise -log p(y | x_t) as a function of D or x_t."""
+    """y = x_0 + r noise: -log p(y | x_0), or if `aware` of the noise -log p(y | x_t) as a function of D or of x_t."""
 
     y, r = torch.tensor([[1.0, -0.5], [0.3, 0.0]]), 0.4
 

@@ -270,7 +270,7 @@ BAD = {
     "no images": ((["a.png"], "{index}.png"), "images must be PIL images, an array .* got list"),
     "four channels": ((torch.rand(1, 4, 4, 4), "{index}.png"), r"got ndarray of shape \(1, 4, 4, 4\)"),
     "one record for two": ((IMAGES, "{index}.png", [{}]), "provenance has 1 entries for 2 images"),
-    "unknown key": ((IMAGES, "{index}.png", {"prompt": "a cat"}), "provenance has no prompt; it holds digital_source_type"),
+    "unknown key": ((IMAGES, "{index}.png", {"prompt": "a"}), "provenance has no prompt; it holds digital_source_type"),
     "no JSON": ((IMAGES, "{index}.png", {"gamma": {0.5}}), r"provenance\['gamma'\] must be a value that JSON knows"),
 }  # fmt: skip
 

@@ -552,9 +552,9 @@ def test_consistency_models_equal_diffusers(sigma_min):
 
 def test_facts_of_the_kinds():
     """Programs ask for these instead of comparing names; a new kind must say them too."""
-    facts = {name: (k.is_denoiser, k.learnt_every_level, k.magnifies_rounding) for name, k in PREDICTIONS.items()}
+    facts = {name: (k.is_denoiser, k.learned_every_level, k.magnifies_rounding) for name, k in PREDICTIONS.items()}
     assert [name for name, (is_denoiser, *_) in facts.items() if not is_denoiser] == ["consistency"]
-    assert [name for name, (_, learnt_every_level, _) in facts.items() if learnt_every_level] == ["edm"]
+    assert [name for name, (_, learned_every_level, _) in facts.items() if learned_every_level] == ["edm"]
     assert [name for name, (*_, magnifies_rounding) in facts.items() if magnifies_rounding] == ["epsilon", "score"]
     for name, kind in PREDICTIONS.items():
         assert hasattr(diffusers, kind.default_scheduler) and kind.name == name

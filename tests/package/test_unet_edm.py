@@ -183,7 +183,7 @@ def test_the_residual_encoder_filters_what_its_convolution_gives(taps):
 )
 @both_times
 def test_other_encoders_and_decoders_are_the_standard_one_and_more(part, kind, target_time):
-    """They keep every standard weight. Without their own (and sqrt(1/2) of "residual") they are the standard network."""
+    """They keep every standard weight. Without their own (and sqrt(1/2) of "residual") they are the standard one."""
     standard = make_edm(target_time=target_time)
     other = make_edm(target_time=target_time, **{part: kind})
     missing, unexpected = other.load_state_dict(standard.state_dict(), strict=False)

@@ -130,7 +130,7 @@ def test_arguments_that_do_not_fit():
     for options, message in (
         ({"gammas": []}, "at least one entry"),
         ({"seeds": []}, "at least one entry"),
-        ({"latents": torch.zeros(2, 3, 4, 4)}, "latents must hold one latent"),
+        ({"latents": torch.zeros(2, 3, 4, 4)}, r"latents must have shape \(1, 3, 4, 4\)"),
         ({"gammas": [2.0]}, r"gamma must lie in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):

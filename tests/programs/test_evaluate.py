@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from helpers.gaussian_models import SIGMA_DATA, gaussian_pixels, save_exact, save_parquet
-from training import evaluate
 from training.cli.errors import UserError
-from training.evaluate import EvaluateConfig
+from training.evaluate import EvaluateConfig, main
 from training.report.numbers import cell
 from training.report.tables import setting_name
 
@@ -66,8 +65,8 @@ def mean(report: dict, sampler: str, steps: int, gamma: float | None = None, dis
 
 
 def test_better_model_scores_better_and_more_steps_help(gaussian, config):
-    right = evaluate.main(config(teacher=gaussian["teacher"], teacher_steps=[2, 16], seeds=[0]))
-    wrong = evaluate.main(
+    right = main(config(teacher=gaussian["teacher"], teacher_steps=[2, 16], seeds=[0]))
+    wrong = main(
         config(model=gaussian["wrong_ctm"], teacher=gaussian["wrong_teacher"], teacher_steps=[16], steps=[3], seeds=[0])
     )
     for distance in ("frechet", "kernel"):
@@ -83,7 +82,7 @@ def test_files_agree_and_the_same_command_gives_the_same_numbers(gaussian, confi
     options = config(
         model=conditional, teacher=gaussian["teacher"], teacher_steps=[2], label_column="label", random_flip=True
     )
-    report = evaluate.main(options)
+    report = main(options)
     out = Path(options.output_dir)
     assert sorted(os.listdir(out)) == ["evaluation.json", "evaluation.md", "evaluation.png", "gammas.png"]
     assert json.loads((out / "evaluation.json").read_text()) == json.loads(json.dumps(report))
@@ -111,11 +110,11 @@ def test_files_agree_and_the_same_command_gives_the_same_numbers(gaussian, confi
         kept = [{k: v for k, v in row.items() if k != "seconds_per_image"} for row in report["results"]]
         return kept, report["real_against_real"], report["features"], report["reference"]
 
-    assert numbers(evaluate.main(options)) == numbers(report)
+    assert numbers(main(options)) == numbers(report)
 
 
 def test_one_seed_and_the_teacher_alone(gaussian, config):
-    report = evaluate.main(config(model=None, teacher=gaussian["teacher"], teacher_steps=[2], seeds=[3], kid=False))
+    report = main(config(model=None, teacher=gaussian["teacher"], teacher_steps=[2], seeds=[3], kid=False))
     assert [row["sampler"] for row in report["results"]] == ["heun"]
     assert set(report["results"][0]) == {"sampler", "steps", "gamma", "nfe", "frechet", "seconds_per_image"}
     text = Path(report["options"]["output_dir"], "evaluation.md").read_text()
@@ -127,7 +126,7 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
     [
         ({"model": None}, "--model or --teacher is needed"),
         ({"gammas": [0.0, 1.5]}, r"--gammas must be in \[0, 1\]"),
-        ({"steps": [0, 1]}, "--steps must be 1 or more"),
+        ({"steps": [0, 1]}, "--steps must be positive"),
         ({"seeds": []}, "--seeds must be one value"),
         ({"num_samples": 64}, "--num_samples: 64 samples are too few for 64 features"),
         ({"model": "no/such/folder"}, r"--model no/such/folder cannot be loaded\. No such folder is here\. It must"),
@@ -145,23 +144,21 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
         ({"output_dir": "{data}/results"}, "results cannot be written"),
     ],
 )
-def test_errors_name_the_option_and_leave_nothing(gaussian, config, monkeypatch, changes, words):
+def test_errors_name_the_option_and_leave_nothing(gaussian, config, tmp_path, monkeypatch, changes, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     filled = {name: value.format(**gaussian) if isinstance(value, str) else value for name, value in changes.items()}
-    options = None
     with pytest.raises(UserError, match=words):
-        options = config(**filled)
-        evaluate.main(options)
-    assert options is None or not os.path.exists(options.output_dir)
+        main(config(**filled))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_keeps_the_former_result(config):
     options = config(seeds=[0], steps=[1])
-    evaluate.main(options)
+    main(options)
     folder = Path(options.output_dir)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     (folder / ".gammas.draft.png").symlink_to("/dev/full")  # where the last file is written
     with pytest.raises(UserError, match="gammas.png could not be written: .*No space left"):
-        evaluate.main(config(seeds=[1], steps=[1]))
+        main(config(seeds=[1], steps=[1]))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

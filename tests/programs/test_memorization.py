@@ -61,7 +61,7 @@ def test_options_that_do_not_fit(data, tmp_path):
     for options, message in (
         ({"dataset_name": data}, "--model or --teacher is needed"),
         ({"model": "m", "gamma": 2.0}, r"--gamma must be in \[0, 1\]"),
-        ({"model": "m", "steps": [0]}, "--steps must be 1 or more"),
+        ({"model": "m", "steps": [0]}, "--steps must be positive"),
         ({"model": "m", "dataset_name": two}, "3 or more are needed"),
     ):
         with pytest.raises(UserError, match=message):

@@ -25,13 +25,15 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.places import ROOT
 from training import publish, train_ctm, train_edm
 from training.cli.errors import UserError, without_token
+from training.cli.files import sha256, write_files
 from training.cli.options import parse_config, run_program
+from training.cli.shared_options import TeacherOptions
 from training.hub import client
 from training.hub.client import LAST_CHECKPOINT, download_checkpoint
 from training.hub.push import Pusher
@@ -71,50 +73,54 @@ def author(work: Path) -> dict:
     """Train, publish and be refused."""
     client.RETRY_WAITS, sleep = (0.05, 0.05), time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.02))  # the client waits half a minute for a Hub that is away
-    results = {}
 
     def command(*arguments: str):
         return attempt(publish.main, parse_config(PublishConfig, [str(argument) for argument in arguments]))
 
     options = {**SMALL, **NETWORK, "checkpointing_steps": 0, "max_train_steps": 2}
     teacher = Path(train_edm.main(EDMConfig(output_dir=str(work / "edm"), **options)))
-    (teacher / "notes.txt").write_text(f"remember {TOKEN}")
-    (teacher / "optimizer.bin").write_bytes(b"0" * 1000)
-    (teacher / "checkpoint-2").mkdir()
-    (teacher / "checkpoint-2" / "run_state.pt").write_bytes(b"0")
     evaluation = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
     folders = {"model": teacher, "dataset_name": work / "digits", "output_dir": work / "evaluation"}
     evaluation["options"] |= {name: str(folder) for name, folder in folders.items()}
     evaluation["features"]["name"] = str(work / "digits")
     evaluation["results"] = [row | {"sampler": "heun"} for row in evaluation["results"] if row["gamma"] is None]
-    (teacher / "evaluation").mkdir()
-    (teacher / "evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
-    shutil.copy(ROOT / "assets/digits-ctm/evaluation/evaluation.png", teacher / "evaluation")
+    files = {
+        "notes.txt": f"remember {TOKEN}".encode(),
+        "optimizer.bin": b"0" * 1000,
+        "checkpoint-2/run_state.pt": b"0",
+        "evaluation/evaluation.json": json.dumps(evaluation).encode(),
+        "evaluation/evaluation.png": (ROOT / "assets/digits-ctm/evaluation/evaluation.png").read_bytes(),
+    }
+    write_files(str(teacher), files)
     for path in teacher.rglob("*.py"):
         path.unlink()  # as in assets/
 
     # Publishing and its refusals
-    results["no license"] = command(teacher, "team/teacher")
-    results["no repo yet"] = attempt(lambda: HfApi().model_info("team/teacher").id)
-    results["teacher"] = command(teacher, "team/teacher", "--license", NC, "--private")
-    results["again"] = command(teacher, "team/teacher", "--license", NC)  # nothing changed
-    results["run folder"] = command(work / "edm", "team/nothing", "--license", "mit")
+    results = {
+        "no license": command(teacher, "team/teacher"),
+        "no repo yet": attempt(lambda: HfApi().model_info("team/teacher").id),
+        "teacher": command(teacher, "team/teacher", "--license", NC, "--private"),
+        "again": command(teacher, "team/teacher", "--license", NC),  # nothing changed
+        "run folder": command(work / "edm", "team/nothing", "--license", "mit"),
+    }
     broken = work / "broken"
     shutil.copytree(teacher, broken)
-    weights = broken / WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:-50])
-    results["truncated"] = command(broken, "team/nothing", "--license", "mit")
-    state = load_file(teacher / WEIGHTS)
-    save_file({k: v for k, v in state.items() if k != "conv_in.weight"}, weights)
-    results["missing"] = command(broken, "team/nothing", "--license", "mit")
-    save_file({k: v * float("nan") for k, v in state.items()}, weights)
-    results["not finite"] = command(broken, "team/nothing", "--license", "mit")
-    shutil.copy(teacher / WEIGHTS, weights)
-    (broken / "training.json").write_text(json.dumps({"dataset": {"name": TOKEN}, "steps": 1, "images_per_step": 1}))
-    results["secret"] = command(broken, "team/secret", "--license", "mit")
-    results["public asked private"] = command(teacher, "team/edited", "--license", NC, "--private")
-    results["edited"] = command(teacher, "team/edited", "--license", NC)
-    results["edited, other license"] = command(teacher, "team/mitcard", "--license", NC)
+    weights, state = (teacher / WEIGHTS).read_bytes(), load_file(teacher / WEIGHTS)
+    for case, content in {
+        "truncated": weights[:-50],
+        "missing": save({name: value for name, value in state.items() if name != "conv_in.weight"}),
+        "not finite": save({name: value * float("nan") for name, value in state.items()}),
+    }.items():
+        (broken / WEIGHTS).write_bytes(content)
+        results[case] = command(broken, "team/nothing", "--license", "mit")
+    (broken / WEIGHTS).write_bytes(weights)
+    (broken / "training.json").write_text(json.dumps({"dataset": {"name": TOKEN}}))
+    results |= {
+        "secret": command(broken, "team/secret", "--license", "mit"),
+        "public asked private": command(teacher, "team/edited", "--license", NC, "--private"),
+        "edited": command(teacher, "team/edited", "--license", NC),
+        "edited, other license": command(teacher, "team/mitcard", "--license", NC),
+    }
 
     # Training
     def distil(name: str, **options):
@@ -134,42 +140,42 @@ def author(work: Path) -> dict:
     results["plain"] = distil("plain")
     results["midway"] = distil("midway", repo="team/midway")
     results["left behind"] = [path.name for path in (work / "midway" / ".push").glob("*")]
-    results["student"] = command(results["midway"], "team/student", "--license", NC)
-    results["student, mit"] = command(results["midway"], "team/mit", "--license", "mit")
     Pusher.push = push
-    results["down at start"] = distil("later", repo="team/later", max_train_steps=2)
-    results["refused at end"] = distil("refused", repo="team/refused", max_train_steps=1, hub_strategy="end")
-    results["forbidden"] = distil("forbidden", repo="team/forbidden")
-    results["mit run"] = distil("mit_run", repo="team/mit", hub_license="mit")
-
-    # Resuming from the Hub
-    results["first"] = distil("first", repo="team/resume", max_train_steps=3, hub_strategy="checkpoint")
-    results["resumed"] = distil("second", resume_from_checkpoint="team/resume")
-    results["no checkpoint"] = distil("third", resume_from_checkpoint="team/midway")
-    results["no repo"] = distil("third", resume_from_checkpoint="team/nowhere")
+    results |= {
+        "student": command(results["midway"], "team/student", "--license", NC),
+        "student, mit": command(results["midway"], "team/mit", "--license", "mit"),
+        "down at start": distil("later", repo="team/later", max_train_steps=2),
+        "refused at end": distil("refused", repo="team/refused", max_train_steps=1, hub_strategy="end"),
+        "forbidden": distil("forbidden", repo="team/forbidden"),
+        "mit run": distil("mit_run", repo="team/mit", hub_license="mit"),
+        # Resuming from the Hub
+        "first": distil("first", repo="team/resume", max_train_steps=3, hub_strategy="checkpoint"),
+        "resumed": distil("second", resume_from_checkpoint="team/resume"),
+        "no checkpoint": distil("third", resume_from_checkpoint="team/midway"),
+        "no repo": distil("third", resume_from_checkpoint="team/nowhere"),
+    }
     damage = {"path_or_fileobj": b"other", "path_in_repo": f"{LAST_CHECKPOINT}/optimizer.bin", "repo_id": "team/resume"}
     HfApi().upload_file(**damage)
     results["tampered"] = distil("third", resume_from_checkpoint="team/resume")
     results["third written"] = (work / "third").exists()
-
-    def weights_of(name: str) -> bytes:
-        return (Path(results[name]) / WEIGHTS).read_bytes()
-
-    results |= {f"{name} is plain": weights_of(name) == weights_of("plain") for name in ("midway", "resumed")}
+    for name in ("plain", "midway", "resumed"):
+        results[f"weights of {name}"] = sha256(Path(results[name], WEIGHTS))
 
     # A teacher that is published again after it was loaded
     command(teacher, "team/moved", "--license", NC, "--num_samples", "0")
-    loaded = load_teacher("team/moved").revision
+    loaded = load_teacher(TeacherOptions("team/moved")).revision
     command(teacher, "team/moved", "--license", "mit", "--num_samples", "0")
     options = CTMConfig(teacher="team/moved")
     results["loaded"] = training_record(options, 1, teacher_revision=loaded)
     results["not loaded"] = training_record(options, 1)
 
     # A branch, a Hub that dies in the middle of an upload, two processes
-    results["branch"] = command(results["midway"], "team/branch", "--revision", "v2", "--num_samples", "0")
-    results["branch again"] = command(results["midway"], "team/branch", "--revision", "v2", "--num_samples", "0")
-    results["images"] = [attempt(image_of, "team/student"), attempt(image_of, "team/branch", "v2")]
-    results["died"] = command(results["midway"], "team/dies", "--num_samples", "0")
+    results |= {
+        "branch": command(results["midway"], "team/branch", "--revision", "v2", "--num_samples", "0"),
+        "branch again": command(results["midway"], "team/branch", "--revision", "v2", "--num_samples", "0"),
+        "images": [attempt(image_of, "team/student"), attempt(image_of, "team/branch", "v2")],
+        "died": command(results["midway"], "team/dies", "--num_samples", "0"),
+    }
     (work / "died").touch()  # it comes back
     while "Error" in str(attempt(HfApi().model_info, "team/dies")):
         sleep(0.05)
@@ -187,6 +193,15 @@ def image_of(repo: str, revision: str | None = None) -> str:
         class_labels=[3], generator=torch.Generator().manual_seed(0), output_type="np"
     ).images
     return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+REFUSED = {  # status and numbers of the requests that the Hub answers with it
+    "/api/models/team/midway/commit/main": (503, range(2, 8)),  # saves 2 and 3 with all their attempts
+    "/api/models/team/later/auth-check/write": (503, [1]),
+    f"/team/edited/resolve/{0:040x}/README.md": (503, range(1, 11)),  # with the client's own attempts
+    "/api/models/team/refused/commit/main": (403, range(1, 100)),
+    "/api/models/team/forbidden/auth-check/write": (403, range(1, 100)),
+}
 
 
 # Runs the line of each card that is for people without the package.
@@ -233,16 +248,8 @@ def session(tmp_path_factory):
                 hub.kill()
                 threading.Thread(target=revive).start()
                 time.sleep(0.5)  # the answer comes too late
-            if path == "/api/models/team/midway/commit/main" and 2 <= commits[path] <= 7:
-                return 503  # saves 2 and 3 with all their attempts
-            if path == "/api/models/team/later/auth-check/write" and commits[path] == 1:
-                return 503
-            if path.startswith("/team/edited/resolve/") and len(asked := commits.setdefault("card", [])) < 10:
-                asked.append(path)
-                return 503  # with the client's own attempts
-            if path in ("/api/models/team/refused/commit/main", "/api/models/team/forbidden/auth-check/write"):
-                return 403
-            return None
+            status, numbers = REFUSED.get(path, (None, ()))
+            return status if commits[path] in numbers else None
 
         def revive():
             hub._thread.join()
@@ -268,7 +275,7 @@ def session(tmp_path_factory):
 # What is uploaded  ----------------------------------------------------------------------------------------------------
 
 
-def test_only_the_pipeline_its_card_and_pictures_are_uploaded(session):
+def test_only_the_pipeline_its_card_pictures_and_measurements_with_public_names_are_uploaded(session):
     assert sorted(session["repos"]["teacher"].files) == [
         "README.md", "evaluation/evaluation.json", "evaluation/evaluation.png", "model_index.json", "pipeline.py",
         "samples.png", "scheduler/diffusers_ctm.py", "scheduler/scheduler_config.json", "training.json",
@@ -277,9 +284,6 @@ def test_only_the_pipeline_its_card_and_pictures_are_uploaded(session):
     assert "Not uploaded: checkpoint-2/, notes.txt, optimizer.bin" in session["output"]
     assert session["repos"]["teacher"].private and len(session["repos"]["teacher"].commits) == 2  # again: nothing to do
     assert "non-standard module" not in session["output"] and "ModuleList" not in session["output"]
-
-
-def test_measurements_are_uploaded_with_public_names(session):
     report = json.loads(session["repos"]["teacher"].files["evaluation/evaluation.json"])
     kept = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
     assert report["options"]["model"] == "edm" and report["options"]["dataset_name"] == "digits"
@@ -381,14 +385,13 @@ def test_edited_card_is_kept_and_its_license_is_checked(session):
 
 
 def test_a_failing_hub_changes_nothing_in_the_training(session):
-    assert session["midway is plain"] and session["left behind"] == []
+    assert session["weights of midway"] == session["weights of plain"] and session["left behind"] == []
     repo = session["repos"]["midway"]
     saves = [f"Training in progress, step {step}" for step in (1, 4, 5)]
     assert repo.messages[1:] == [*saves, "Publish the pipeline"]
     assert session["output"].count("Warning: team/midway on the Hub") == 1
     assert "team/midway on the Hub is up to date again: step 4" in session["output"]
-    final = Path(session["midway"]) / WEIGHTS
-    assert repo.files[WEIGHTS] == final.read_bytes()
+    assert repo.files[WEIGHTS] == Path(session["midway"], WEIGHTS).read_bytes()
     assert json.loads(repo.files["training.json"])["steps"] == 5 and "5 steps of 4" in repo.files["README.md"].decode()
     assert not any(path.startswith(LAST_CHECKPOINT) for path in repo.files)
 
@@ -402,7 +405,7 @@ def test_hub_that_is_down_at_start_or_refuses_at_the_end_is_a_warning(session):
 
 
 def test_resumed_from_the_hub_is_uninterrupted(session):
-    assert session["resumed is plain"], session["resumed"]
+    assert session["weights of resumed"] == session["weights of plain"]
     assert f"{LAST_CHECKPOINT}/run_state.pt" in session["repos"]["resume"].files
     assert "has no checkpoint of this program" in session["no checkpoint"]
     assert "nor a repository on the Hub" in session["no repo"]
@@ -440,8 +443,7 @@ def test_of_several_processes_one_pushes(session):
     repo, folder = session["repos"]["processes"], session["work"] / "processes"
     assert repo.messages[1:] == ["Training in progress, step 1", "Training in progress, step 2", "Publish the pipeline"]
     assert json.loads(repo.files["training.json"])["images_per_step"] == 2 * 2
-    final = folder / "pipeline" / WEIGHTS
-    assert repo.files[WEIGHTS] == final.read_bytes()
+    assert repo.files[WEIGHTS] == (folder / "pipeline" / WEIGHTS).read_bytes()
     assert len(list((folder / "checkpoint-2").glob("random_states_*.pkl"))) == 2  # so many took part
     assert not (folder / ".push").exists()
 
@@ -469,6 +471,44 @@ def test_positional_arguments_and_their_names_are_the_same():
     ):
         with pytest.raises(SystemExit):
             parse_config(PublishConfig, wrong.split())
+
+
+FAILING_RUN = """
+import threading
+from pathlib import Path
+from training.data.stream import ahead
+from training.hub import push
+from training.train_edm import EDMConfig
+
+def hang(*_, **__):
+    begun.release()
+    threading.Event().wait()
+
+def pieces():
+    yield 1
+    hang()
+
+begun = threading.Semaphore(0)
+push.open_repo = lambda *_: None
+push.stage = hang  # as a Hub that never answers
+
+def run():
+    pusher = push.Pusher(EDMConfig(output_dir="run", hub_model_id="a/b", hub_license="mit"), {"license": "mit"})
+    pusher.push(lambda folder: Path(folder).mkdir(parents=True), 1, "checkpoint-1")
+    for _ in ahead(pieces(), 1):
+        begun.acquire(), begun.acquire()
+        raise ValueError("the run fails")
+
+run()
+"""
+
+
+def test_a_run_that_fails_waits_neither_for_an_upload_nor_for_a_stream(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_RUN], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, timeout=300
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: the run fails\n"), done.stderr
 
 
 def test_tokens_are_hidden(monkeypatch, capsys):

@@ -15,20 +15,24 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline, CTMScheduler
-from training import tune
 from training.cli.errors import UserError
-from training.hub import client as hub
 from training.measure.sampling import Sampling, Setting
-from training.tune import Measure, TuneConfig, improvement, main
+from training.tune import Measure, TuneConfig, improvement, load_model, main, save_with_presets
 
 
-def test_a_preset_must_be_better_by_more_than_its_spread():
-    assert improvement([3.0, 4.0, 5.0], [2.0, 2.9, 4.1])["better"]
-    assert improvement([3.0, 4.0, 5.0], [2.0, 2.9, 4.1])["mean"] == pytest.approx(1.0)
-    assert not improvement([3.0, 4.0, 5.0], [1.0, 4.5, 5.5])["better"]  # 0.33 in the mean, spread 1.4
-    assert not improvement([3.0, 4.0, 5.0], [3.1, 4.1, 5.1])["better"]
-    same = [3.0, 4.0, 5.0]
-    assert not improvement(same, same)["better"] and not improvement(same, [2.999, 3.999, 4.999])["better"]
+@pytest.mark.parametrize(
+    "best, mean, better",
+    [
+        ([2.0, 2.9, 4.1], 1.0, True),
+        ([1.0, 4.5, 5.5], 1 / 3, False),  # the spread is 1.4
+        ([3.1, 4.1, 5.1], -0.1, False),
+        ([3.0, 4.0, 5.0], 0.0, False),
+        ([2.999, 3.999, 4.999], 0.001, False),
+    ],
+)
+def test_a_preset_must_be_better_by_more_than_its_spread(best, mean, better):
+    gain = improvement([3.0, 4.0, 5.0], best)
+    assert gain["mean"] == pytest.approx(mean) and gain["better"] == better
 
 
 def test_the_cache_holds_what_other_runs_measured_too(tmp_path):
@@ -39,12 +43,12 @@ def test_the_cache_holds_what_other_runs_measured_too(tmp_path):
         return Measure(sampling, distances, folder, common, tqdm(disable=True))(setting, seeds)
 
     asked, first = [], Setting("ctm", 2, (0.5, 0.0), (80.0, 1.0))
-    assert measured({"weights": 1}, first, [0, 1]) == measured({"weights": 1}, first, [0, 1]) == [0.25, 1.25]
-    for other in (({"weights": 2}, first), ({"weights": 1}, Setting("ctm", 2)), ({"weights": 1}, first)):
+    assert measured("one", first, [0, 1]) == measured("one", first, [0, 1]) == [0.25, 1.25]
+    for other in (("two", first), ("one", Setting("ctm", 2)), ("one", first)):
         assert measured(*other, [0]) == [0.25]
     assert asked == [0, 1, 0, 0]
     (tmp_path / "deep" / "cache.json").write_text('{"key": "abc')  # as a disk may leave it
-    assert measured({"weights": 1}, first, [0]) == [0.25] and len(asked) == 5
+    assert measured("one", first, [0]) == [0.25] and len(asked) == 5
 
 
 BAD = {"4": {"gamma": 0.0, "final_sigma": 0.7}}  # leaves noise in the images
@@ -132,7 +136,7 @@ def test_what_is_not_better_is_not_saved_unless_forced(model, tmp_path, monkeypa
             self.calls += 1
             return {"frechet": 1.0 - 0.01 * self.calls if self.calls <= 4 else 0.5}
 
-    monkeypatch.setattr(tune, "Distances", Same)
+    monkeypatch.setattr("training.tune.Distances", Same)
     report = main(small(model, tmp_path))
     assert not report["results"][0]["saved"] and not (tmp_path / "out" / "pipeline").exists()
     assert "| no |" in capsys.readouterr().out
@@ -151,10 +155,9 @@ def test_what_a_model_on_the_hub_says_of_its_making_goes_with_it(model, tmp_path
         assert repo == "user/name"
         return os.path.join(model, name)
 
-    load = tune.load_model
-    monkeypatch.setattr(tune, "load_model", lambda name, gammas: load(model if name == "user/name" else name, gammas))
-    monkeypatch.setattr(hub, "api", lambda: SimpleNamespace(hf_hub_download=download))
-    tune.save_with_presets({"2": {"gamma": [0.5, 0.0]}}, small("user/name", tmp_path))
+    monkeypatch.setattr("training.tune.load_model", lambda name, gammas: load_model(model, gammas))
+    monkeypatch.setattr("training.hub.client.api", lambda: SimpleNamespace(hf_hub_download=download))
+    save_with_presets({"2": {"gamma": [0.5, 0.0]}}, small("user/name", tmp_path))
     saved = tmp_path / "out" / "pipeline"
     for name in ("training.json", "NOTICE.md"):
         assert (saved / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
@@ -165,22 +168,21 @@ def test_what_a_model_on_the_hub_says_of_its_making_goes_with_it(model, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": None}, "--model is needed"),
-        ({"steps": [1]}, "--steps 1 has no level and no gamma to choose"),
-        ({"steps": [0, 2]}, "--steps must be 1 or more"),
+        ({"model": None}, "--model must be a folder or a repository"),
+        ({"steps": [1]}, "--steps must be 2 or more, or --first_level true"),
+        ({"steps": [0, 2]}, "--steps must be positive"),
+        ({"steps": [120], "evaluations": 300}, "--steps 120 is too many to search"),
         ({"gammas": [0.5, 1.5]}, r"--gammas must be in \[0, 1\]"),
         ({"seeds": [0, 3], "confirm_seeds": [3, 4]}, "--confirm_seeds must be other seeds than --seeds"),
         ({"confirm_seeds": [7, 7]}, "--confirm_seeds must be two different seeds"),
         ({"evaluations": 2}, r"--evaluations must be more than --gammas has \(2\)"),
         ({"batch_size": 0}, "--batch_size must be positive"),
-        ({"model": "runs/a/pipeline", "output_dir": "runs/a"}, "would replace --model"),
+        (
+            {"model": "runs/a/pipeline", "output_dir": "runs/a"},
+            "--output_dir must be another folder, because this would replace --model",
+        ),
     ],
 )
 def test_options_that_do_not_fit(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        small(options.pop("model", "assets/digits-ctm"), tmp_path, **options)
-
-
-def test_steps_that_are_too_many(model, tmp_path):
-    with pytest.raises(UserError, match="--steps 120 is too many to search"):
-        main(small(model, tmp_path, steps=[120], evaluations=300))
+        main(small(options.pop("model", "assets/digits-ctm"), tmp_path, **options))

@@ -2,7 +2,6 @@
 """The device, in code and in words; waiting for it."""
 
 import platform
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def hardware(device: torch.device) -> dict[str, str | int]:
     """The device, in words, and the CPU threads in use."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "cpu_threads": torch.get_num_threads()}

@@ -46,5 +46,4 @@ def without_token(text: str) -> str:
 
 def error_text(error: BaseException) -> str:
     """An error's type and message in one line, without a token."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_token(f"{type(error).__name__}: {' '.join(lines)[:400]}")
+    return without_token(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")

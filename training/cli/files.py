@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -34,37 +34,26 @@ def atomic_folder(path: str) -> Iterator[str]:
     draft = os.path.join(parent, f".{name}.draft")
     former = os.path.join(parent, f".{name}.former")
     try:
-        if os.path.isdir(former) and not os.path.exists(path):
-            os.rename(former, path)  # a process was killed between the two renames
         shutil.rmtree(draft, ignore_errors=True)
         os.makedirs(draft)
         yield draft
-        replace_folder(draft, path, former)
+        if os.path.exists(path):
+            shutil.rmtree(former, ignore_errors=True)
+            os.rename(path, former)
+        os.rename(draft, path)
     except WRITE_ERRORS as error:
         raise UserError(f"{path} could not be written: {error}. Its former content is unchanged.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def replace_folder(draft: str, path: str, former: str) -> None:
-    """Rename `draft` to `path`, moving what is there out of the way first."""
-    shutil.rmtree(former, ignore_errors=True)
-    if os.path.exists(path):
-        os.rename(path, former)
-    try:
-        os.rename(draft, path)
-    except OSError:
-        if os.path.exists(former):
-            os.rename(former, path)
-        raise
-    shutil.rmtree(former, ignore_errors=True)
+        if os.path.exists(former) and not os.path.exists(path):
+            os.rename(former, path)  # the second rename failed, or a process was killed before it
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def check_writable(folder: str) -> None:
     """Raise UserError if `folder` cannot be written, before long work and not after it. Leaves nothing behind."""
-    existing = os.path.abspath(folder)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
+    path = Path(folder).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
@@ -78,8 +67,7 @@ def atomic_file(path: str) -> Iterator[str]:
     stem, extension = os.path.splitext(name)
     draft = os.path.join(parent, f".{stem}.draft{extension}")
     try:
-        if parent:
-            os.makedirs(parent, exist_ok=True)
+        os.makedirs(parent or ".", exist_ok=True)
         yield draft
         os.replace(draft, path)
     except WRITE_ERRORS as error:
@@ -93,8 +81,7 @@ def write_files(folder: str, files: dict[str, bytes]) -> None:
     """Write `files`, contents by name, into `folder`. All are written before the first replaces a former one."""
     with contextlib.ExitStack() as results:
         for name, content in files.items():
-            with open(results.enter_context(atomic_file(os.path.join(folder, name))), "wb") as file:
-                file.write(content)
+            Path(results.enter_context(atomic_file(os.path.join(folder, name)))).write_bytes(content)
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -115,18 +102,15 @@ def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]], prefix: str = ""
     return digest.digest()
 
 
-def read_json(folder: str, name: str) -> dict[str, Any]:
+def read_json(folder: str, name: str) -> dict:
     """The object in a JSON file of `folder`; empty if there is none or it cannot be read."""
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(Path(folder, name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def write_json(value: dict[str, Any], name: str, folder: str) -> None:
+def write_json(value: dict, name: str, folder: str) -> None:
     """Write a JSON file to `folder`."""
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+    Path(folder, name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@
 import os
 import re
 import urllib.parse
-from typing import Any
 
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -36,7 +35,7 @@ def public_name(name: str) -> str:
     return parts[-1] if parts else name
 
 
-def without_folders(value: Any) -> Any:
+def without_folders(value: object) -> object:
     """`value`, or its public name if it is a path."""
     is_path = isinstance(value, str) and (os.path.isabs(value) or ("/" in value and os.path.exists(value)))
     return public_name(value) if is_path else value

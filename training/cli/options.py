@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
@@ -29,6 +30,8 @@ POSITIVE: Limit = ("positive", lambda value: value > 0)
 NOT_NEGATIVE: Limit = ("0 or more", lambda value: value >= 0)
 TWO_OR_MORE: Limit = ("2 or more", lambda value: value >= 2)
 BELOW_ONE: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
+UNIT: Limit = ("in [0, 1]", lambda value: 0 <= value <= 1)
+FOLDER: Limit = ("a folder", lambda path: path != "" and not os.path.isfile(path))
 
 
 def option(
@@ -38,6 +41,7 @@ def option(
     recorded: bool = True,
     free: bool = False,
     must_be: Limit | None = None,
+    needs: str | None = None,
 ) -> Any:
     """A field of an option class.
 
@@ -48,15 +52,26 @@ def option(
             and what is shown.
         free: whether a resumed run may have another value. An option that is not recorded may always differ.
         must_be: a limit of its value, or of each value of a list. If the default is None, None is allowed.
+        needs: another option, without which (None, 0, false or empty) this one has no use and must be left out.
     """
-    metadata = {"help": help.replace("%", "%%"), "recorded": recorded, "free": free or not recorded}  # argparse formats
     if choices is not None:
-        metadata["choices"] = list(choices)
-        must_be = (f"one of {', '.join(map(str, choices))}", metadata["choices"].__contains__)
-    metadata["must_be"] = must_be
+        must_be = (f"one of {', '.join(map(str, choices))}", list(choices).__contains__)
+    metadata = {
+        "help": help.replace("%", "%%"),  # argparse formats it
+        "choices": choices,
+        "recorded": recorded,
+        "free": free or not recorded,
+        "must_be": must_be,
+        "needs": needs,
+    }
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def with_default(config_class: type, name: str, default: Any) -> Any:
+    """The option `name` of `config_class` again, for a subclass where it has another default."""
+    return field(default=default, metadata=config_class.__dataclass_fields__[name].metadata)
 
 
 class Checked:
@@ -65,35 +80,28 @@ class Checked:
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            words, holds = entry.metadata.get("must_be") or ("", lambda value: True)
-            values = value if isinstance(value, list) else [value]
+            words, holds = entry.metadata["must_be"] or ("", lambda value: True)
             if value is not None or entry.default is not None:
-                self.check(all(map(holds, values)), entry.name, words)
+                self.check(all(map(holds, value if isinstance(value, list) else [value])), entry.name, words)
+            needed = entry.metadata["needs"]
+            if needed is not None and not getattr(self, needed):
+                self.refuse([entry.name], f"needs --{needed}", "give both, or neither")
 
     def check(self, condition: bool, name: str, advice: str) -> None:
         """Raise UserError that the option `name` must be `advice`, unless `condition` holds."""
         if not condition:
             raise UserError(f"--{name} must be {advice}, got {getattr(self, name)!r}.")
 
-    def check_positive(self, *names: str) -> None:
-        for name in names:
-            self.check(getattr(self, name) > 0, name, "positive")
-
-    def check_not_negative(self, *names: str) -> None:
-        for name in names:
-            self.check(getattr(self, name) >= 0, name, "0 or more")
-
-    def refuse(self, names: list[str], reason: str) -> None:
-        """Raise UserError, with the reason, if one of these options differs from its default."""
+    def refuse(self, names: list[str], reason: str, advice: str = "leave it out") -> None:
+        """Raise UserError, with the reason and advice, if one of these options differs from its default."""
         for entry in dataclasses.fields(self):
             default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
             if entry.name in names and getattr(self, entry.name) != default:
-                raise UserError(f"--{entry.name} {reason}; leave it out.")
+                raise UserError(f"--{entry.name} {reason}; {advice}.")
 
     def check_folder(self, name: str) -> None:
         """Raise UserError unless the option `name` can be a folder that is written."""
-        folder = getattr(self, name)
-        self.check(folder != "" and not os.path.isfile(folder), name, "a folder")
+        self.check(FOLDER[1](getattr(self, name)), name, FOLDER[0])
 
 
 class OptionHelp(argparse.HelpFormatter):
@@ -118,18 +126,15 @@ class OptionParser(HfArgumentParser):
 
     def _add_dataclass_arguments(self, config_class: type) -> None:
         hints = get_type_hints(config_class)
-        classes = [each for each in reversed(config_class.__mro__) if dataclasses.is_dataclass(each)]  # as the fields
-        owners = {}
-        for each in classes:
-            owners.update(dict.fromkeys(each.__annotations__.keys() - owners, each))
-        for each in classes:
-            entries = [entry for entry in dataclasses.fields(config_class) if owners[entry.name] is each]
+        left = {entry.name: entry for entry in dataclasses.fields(config_class)}
+        for each in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):  # in the order of the fields
+            entries = [left.pop(name) for name in each.__annotations__ if name in left]
             group = self
             if entries and each is not config_class:
                 group = self.add_argument_group(each.__doc__.splitlines()[0].rstrip("."))
             for entry in map(copy.copy, entries):
                 entry.type = hints[entry.name]
-                entry.metadata = {key: entry.metadata[key] for key in ("help", "choices") if key in entry.metadata}
+                entry.metadata = {key: entry.metadata[key] for key in ("help", "choices") if entry.metadata[key]}
                 self._parse_dataclass_field(group, entry)
 
 
@@ -193,8 +198,7 @@ def _yaml_arguments(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        with open(path) as file:
-            values = yaml.safe_load(file) or {}
+        values = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
@@ -209,8 +213,7 @@ def _yaml_arguments(path: str | None) -> list[str]:
 def save_config(config: Any, path: str) -> None:
     """Write the options as YAML, readable by `--config`, with the defaults that were filled in."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
-    with open(path, "w") as file:
-        yaml.safe_dump(values, file, sort_keys=False)
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:

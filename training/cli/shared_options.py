@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from diffusers_ctm.preconditioning import PREDICTION_TYPES
+from diffusers_ctm.preconditioning import PREDICTIONS
 
 from .options import NOT_NEGATIVE, POSITIVE, Checked, option
 
@@ -49,20 +49,25 @@ class TeacherOptions(Checked):
         None,
         "Folder of the teacher's network, or of its pipeline, if --teacher holds several. Default: the only one.",
         free=True,
+        needs="teacher",
     )
-    teacher_revision: str | None = option(None, "Branch, tag or commit of the teacher's repository. Default: main.")
+    teacher_revision: str | None = option(
+        None, "Branch, tag or commit of the teacher's repository. Default: main.", needs="teacher"
+    )
     teacher_prediction_type: str | None = option(
         None,
         "What the teacher predicts: 'edm', 'epsilon', 'v_prediction', 'sample' (those three with the betas of its "
         "scheduler), 'flow_prediction', 'score' (variance exploding, images in [0, 1]) or 'consistency'. Default: "
         "what its scheduler says.",
-        [None, *PREDICTION_TYPES],
+        [None, *PREDICTIONS],
+        needs="teacher",
     )
     teacher_timestep_scale: float | None = option(
         None,
         "An EDM teacher or consistency model is shown this times ln(sigma) / 4: 1 for NVIDIA's EDM, 1000 for "
         "OpenAI's. Default: what its scheduler says.",
         must_be=POSITIVE,
+        needs="teacher",
     )
 
 
@@ -95,11 +100,16 @@ class NetworkOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         groups, channels = self.norm_num_groups, self.block_out_channels
-        fits = all(width > 0 and width % groups == 0 for width in channels)
-        self.check(fits, "block_out_channels", "multiples of norm_num_groups")
+        self.check(
+            all(width > 0 and width % groups == 0 for width in channels),
+            "block_out_channels",
+            "multiples of norm_num_groups",
+        )
         if self.architecture == "ddpmpp":
-            others = ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"]
-            self.refuse(others, "is not for --architecture ddpmpp, which has its own")
+            self.refuse(
+                ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"],
+                "is not for --architecture ddpmpp, which has its own",
+            )
             self.check(all(width % 2 == 0 for width in channels), "block_out_channels", "even numbers")
         levels = range(len(channels))
         self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")

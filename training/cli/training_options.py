@@ -1,10 +1,14 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Options of the training programs, in groups; a function takes the group that it needs."""
+"""Options of the training programs, in groups; a function takes the group that it needs.
+
+A new option is one field, `option(default, sentence)`, of the group that its reader takes. The command line, YAML
+files, `--help`, `training.json` and the comparison of a resumed run with its checkpoint follow from it.
+"""
 
 from dataclasses import dataclass
 
 from .names import HUB_ID
-from .options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, Checked, option
+from .options import BELOW_ONE, FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, Checked, option
 from .shared_options import DataOptions, NetworkOptions
 
 
@@ -19,13 +23,11 @@ class StreamOptions(DataOptions):
         "stored class by class needs to be stored in another order.",
     )
     shuffle_buffer: int = option(
-        10_000, "Images that are shuffled together, and held in memory, with --streaming.", must_be=POSITIVE
+        10_000,
+        "Images that are shuffled together, and held in memory, with --streaming.",
+        must_be=POSITIVE,
+        needs="streaming",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.streaming:
-            self.refuse(["shuffle_buffer"], "needs --streaming true")
 
 
 @dataclass
@@ -36,7 +38,10 @@ class OutputOptions(Checked):
         None, "YAML file with any of these options; the command line overrides it.", recorded=False
     )
     output_dir: str = option(
-        "runs/run", "Folder of the run: checkpoints, samples, logs, and the finished `pipeline`.", recorded=False
+        "runs/run",
+        "Folder of the run: checkpoints, samples, logs, and the finished `pipeline`.",
+        recorded=False,
+        must_be=FOLDER,
     )
     resume_from_checkpoint: str | None = option(
         None,
@@ -59,10 +64,6 @@ class OutputOptions(Checked):
     checkpoints_total_limit: int = option(
         2, "Keep at most this many checkpoints, the newest; 0 keeps all.", recorded=False, must_be=NOT_NEGATIVE
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_folder("output_dir")
 
 
 @dataclass
@@ -136,13 +137,12 @@ class AverageOptions(Checked):
         "Keep a snapshot of each every so many steps, and at the end; for --posthoc_ema.",
         recorded=False,
         must_be=POSITIVE,
+        needs="posthoc_ema",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(len(set(self.posthoc_ema)) != 1, "posthoc_ema", "two different widths or more")
-        if not self.posthoc_ema:
-            self.refuse(["posthoc_ema_every"], "needs --posthoc_ema")
 
 
 @dataclass
@@ -203,9 +203,13 @@ class HubOptions(Checked):
         False,
         "Upload the pipeline to the Hub as --hub_model_id. Log in before with `hf auth login` or HF_TOKEN.",
         recorded=False,
+        needs="hub_model_id",
     )
     hub_model_id: str | None = option(
-        None, "The repository on the Hub, user/name. It is created if it is not there.", recorded=False
+        None,
+        "The repository on the Hub, user/name. It is created if it is not there.",
+        recorded=False,
+        must_be=("a repository on the Hub as user/name", HUB_ID.fullmatch),
     )
     hub_private: bool = option(False, "Create a private repository.", recorded=False)
     hub_strategy: str = option(
@@ -219,12 +223,6 @@ class HubOptions(Checked):
     hub_license: str | None = option(
         None, "License of the weights, as the Hub names it, e.g. 'mit'. Default: the teacher's.", recorded=False
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.push_to_hub or self.hub_model_id is not None:
-            well_formed = HUB_ID.fullmatch(self.hub_model_id or "") is not None
-            self.check(well_formed, "hub_model_id", "a repository on the Hub as user/name")
 
 
 @dataclass
@@ -243,14 +241,15 @@ class RunOptions(
     def __post_init__(self) -> None:
         """Check, and fill in the features that measure the digits."""
         super().__post_init__()
-        measures = self.eval_every > 0
         self.check(
-            not (measures and self.streaming), "eval_every", "0 with --streaming: the real images are not at hand"
+            not (self.eval_every and self.streaming),
+            "eval_every",
+            "0 with --streaming: the real images are not at hand",
         )
         if self.eval_features is None and self.dataset_name == "digits":
             self.eval_features = "digits"
         self.check(
-            self.eval_features is not None or not measures,
+            self.eval_features is not None or not self.eval_every,
             "eval_features",
             "given with --eval_every: a folder that training.features saved, FID's Inception, or an image model of "
             "transformers",
@@ -284,4 +283,5 @@ class StudentOptions(NetworkOptions, GridOptions):
         "Probability of leaving the class of an image out, without a teacher or for one that was trained so. Default: "
         "0.1 for such a teacher, else 0.",
         must_be=BELOW_ONE,
+        needs="label_column",
     )

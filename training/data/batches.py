@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, error_text
 from ..cli.training_options import RunOptions, StreamOptions
 from .images import ImageDataset
 from .stream import ImageStream, stream_batches
@@ -104,10 +104,9 @@ def load_batches(
         except (RuntimeError, OSError, EOFError) as error:
             if not num_workers or "Caught " in str(error):  # by a process that lives
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"A process that reads images died ({reason}), mostly for want of memory, or of shared memory in a "
-                f"container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
+                f"A process that reads images died ({error_text(error)}), mostly for want of memory, or of shared "
+                f"memory in a container (--shm-size). Lower --dataloader_num_workers {num_workers}, then resume with "
                 "--resume_from_checkpoint latest."
             ) from error
 

@@ -1,11 +1,12 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Images of one size and mode and their classes, as samples in [-1, 1], and mirrored."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Features
+from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 
 from ..cli.errors import UserError, loading
@@ -44,11 +45,8 @@ class Images:
             self.id2label = dict(enumerate(features[self.label_column].names))
         image = first[self.image_column]
         self.mode = options.image_mode or ("L" if image.mode in GRAY_MODES else "RGB")
+        self.channels = 1 if self.mode == "L" else 3
         self.resolution = options.resolution or min(image.size)
-
-    @property
-    def channels(self) -> int:
-        return 1 if self.mode == "L" else 3
 
     def check_labels(self, labels: list[int | None]) -> None:
         """Raise UserError if an image has no class."""
@@ -58,6 +56,22 @@ class Images:
                 f"--label_column {self.label_column} has no class (null or negative) for {missing} of {len(labels)} "
                 "images; remove such images, or leave --label_column out."
             )
+
+    def decode(
+        self, images: list[dict[str, Any]], labels: list[int | None] | None, names: Iterable[Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encoded images as uint8 of shape (n, C, H, W), and their classes as int64 of shape (n,), or None.
+
+        Raises UserError for an image that cannot be read, by its name, or has no class.
+        """
+        decoded = []
+        for image, name in zip(images, names):
+            with loading(f"Image {name} of the data set"):
+                decoded.append(Image().decode_example(image))
+        if self.label_column is None:
+            return self.stack(decoded), None
+        self.check_labels(labels)
+        return self.stack(decoded), torch.tensor(labels)
 
     def stack(self, images: list[PILImage.Image]) -> torch.Tensor:
         """uint8 of shape (n, C, H, W)."""
@@ -99,7 +113,7 @@ class ImageDataset(Images, torch.utils.data.Dataset):
             self.check_labels(labels)
             if self.num_classes is None:
                 self.num_classes = max(labels) + 1
-        self.source = source.select_columns(self.columns)
+        self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -109,15 +123,8 @@ class ImageDataset(Images, torch.utils.data.Dataset):
         return torch.tensor(self.source[self.label_column][:]) if self.label_column else None
 
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        try:
-            rows = self.source[indices]
-        except Exception:  # PIL and datasets raise many kinds for a broken file
-            for index in indices:
-                with loading(f"Image {index} of the data set"):
-                    self.source[index]
-            raise
-        labels = torch.tensor(rows[self.label_column]) if self.label_column else None
-        return self.stack(rows[self.image_column]), labels
+        rows = self.source[indices]
+        return self.decode(rows[self.image_column], rows.get(self.label_column), indices)
 
     __getitems__ = __getitem__  # torch's DataLoader then asks for a whole batch at once
 

@@ -2,11 +2,11 @@
 """Images read as they come, in an order that a run can resume."""
 
 import collections
-import concurrent.futures
 import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import torch
@@ -95,18 +95,10 @@ class ImageStream(Images):
                 raise UserError("The streamed data set holds no images any more.")
             position = Position(position.epoch + 1, first=position.first)
 
-    def decode(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """uint8 images of shape (n, C, H, W) and int64 classes of shape (n,), or None. Raises UserError."""
-        images = []
-        for row in rows:
-            name = (row[self.image_column] or {}).get("path") or "without a name"
-            with loading(f"An image of the data set ({name})"):
-                images.append(Image().decode_example(row[self.image_column]))
-        if self.label_column is None:
-            return self.stack(images), None
-        labels = [row[self.label_column] for row in rows]
-        self.check_labels(labels)
-        return self.stack(images), torch.tensor(labels)
+    def decode_rows(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        images = [row[self.image_column] for row in rows]
+        names = [(image or {}).get("path") or "without a name" for image in images]
+        return self.decode(images, [row.get(self.label_column) for row in rows], names)
 
 
 def stream_batches(
@@ -129,8 +121,7 @@ def stream_batches(
 
     def batches_of_rows() -> Iterator[tuple[list[Row], dict[str, Any]]]:
         batch = []
-        start = Position() if position is None else Position(**position)
-        for number, row, place in stream.rows(seed, start, first_step * total):
+        for number, row, place in stream.rows(seed, Position(**position or {}), first_step * total):
             step, index = divmod(number, total)
             if step == last_step:
                 return
@@ -142,23 +133,23 @@ def stream_batches(
 
     if num_workers == 0:
         for rows, place in batches_of_rows():
-            yield *stream.decode(rows), place
+            yield *stream.decode_rows(rows), place
         return
-    with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
-        begun = ((pool.submit(stream.decode, rows), place) for rows, place in batches_of_rows())
+    with ThreadPool(num_workers) as decoders:
+        begun = ((decoders.apply_async(stream.decode_rows, [rows]), place) for rows, place in batches_of_rows())
         with contextlib.closing(ahead(begun, num_workers)) as batches:
             for batch, place in batches:
-                yield *batch.result(), place
+                yield *batch.get(), place
 
 
 def ahead(iterator: Iterator[T], depth: int) -> Iterator[T]:
-    """The pieces of `iterator`, made by another thread up to `depth` ahead. Its errors are raised here."""
+    """The pieces of `iterator`, made by another thread up to `depth` ahead. Its errors are raised here.
+
+    The thread is a daemon: one that hangs keeps neither the caller nor the program from ending.
+    """
     end = object()
-    with contextlib.closing(iterator), concurrent.futures.ThreadPoolExecutor(1, "reading ahead") as reader:
-        made = collections.deque(reader.submit(next, iterator, end) for _ in range(depth + 1))
-        try:
-            while (piece := made.popleft().result()) is not end:
-                made.append(reader.submit(next, iterator, end))
-                yield piece
-        finally:
-            reader.shutdown(cancel_futures=True)
+    with ThreadPool(1) as reader:
+        made = collections.deque(reader.apply_async(next, [iterator, end]) for _ in range(depth + 1))
+        while (piece := made.popleft().get()) is not end:
+            made.append(reader.apply_async(next, [iterator, end]))
+            yield piece

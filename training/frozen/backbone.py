@@ -65,7 +65,7 @@ class Backbone(FrozenNetwork):
     antialiasing, as the authors of CTM do, and normalized with mean and deviation of the network's training images.
     Maps are differentiable in the images; the parameters get no gradient.
 
-    A subclass sets up its network, then calls `freeze`.
+    A subclass sets up its network, then calls `freeze`, and has `maps(x)`: the maps of the result of `shown`.
 
     Args:
         resolution: height and width in pixels of the images that it is shown.
@@ -75,8 +75,6 @@ class Backbone(FrozenNetwork):
     Attributes:
         num_channels: C_i.
     """
-
-    num_channels: list[int]
 
     def __init__(self, resolution: int, mean: Any, std: Any, about: dict[str, Any], channels: int = 3):
         super().__init__((resolution, resolution), {**about, "resolution": resolution}, channels)
@@ -91,22 +89,16 @@ class Backbone(FrozenNetwork):
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         try:
             with torch.no_grad():
-                maps = self(torch.zeros(1, self.channels, *self.side))
+                self.num_channels = [m.shape[1] for m in self(torch.zeros(1, self.channels, *self.side))]
         except RuntimeError as error:
             raise UserError(
                 f"the network gives no feature maps of images of {self.resolution}x{self.resolution} pixels. Show it "
                 f"larger images, or images of the size that it was trained on ({error_text(error)})."
             ) from error
-        self.num_channels = [m.shape[1] for m in maps]
 
     def shown(self, images: torch.Tensor) -> torch.Tensor:
         """The resized and normalized images that the network is shown."""
-        x = self.resized(images) * self.scale + self.shift
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of the result of `shown`."""
-        raise NotImplementedError
+        return (self.resized(images) * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return self.maps(self.shown(images))

@@ -43,7 +43,6 @@ class FeatureNetwork(nn.Module):
             "num_classes": num_classes,
             "num_features": num_features,
         }
-        self.about = dict(self.config)
         half = num_features // 2
         self.body = nn.Sequential(
             *_convolution(channels, half),
@@ -93,10 +92,9 @@ def is_saved(folder: str | Path) -> bool:
 
 def load_saved(folder: str | Path) -> FeatureNetwork:
     """The network that training.features saved in `folder`, on the CPU; `about` holds its config and its accuracy."""
-    folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads(Path(folder, CONFIG).read_text())
     network = FeatureNetwork(*(config[name] for name in ("channels", "resolution", "num_classes", "num_features")))
-    network.load_state_dict(load_file(folder / "model.safetensors"))
+    network.load_state_dict(load_file(Path(folder, "model.safetensors")))
     network.about = {name: value for name, value in config.items() if name not in ("_class_name", "options")}
     return network.eval()
 

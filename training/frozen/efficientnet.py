@@ -51,12 +51,12 @@ def batch_norm(weight: torch.Tensor) -> nn.BatchNorm2d:
 class InvertedBottleneck(nn.Module):
     """Expand, convolve each channel, project; added to the input where shapes allow (Sandler et al. 2018)."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], stride: int):
+    def __init__(self, weights: Mapping[str, torch.Tensor], name: str, stride: int):
         super().__init__()
-        self.stride, self.expands = stride, "expand_conv.weight" in weights
-        depthwise, project = weights["depthwise_conv.weight"], weights["project_conv.weight"]
+        self.stride, self.expands = stride, f"{name}.expand_conv.weight" in weights
+        depthwise, project = weights[f"{name}.depthwise_conv.weight"], weights[f"{name}.project_conv.weight"]
         if self.expands:
-            self.expand_conv = SameConv2d(weights["expand_conv.weight"])
+            self.expand_conv = SameConv2d(weights[f"{name}.expand_conv.weight"])
             self.bn0 = batch_norm(depthwise)
         self.depthwise_conv = SameConv2d(depthwise, stride, groups=len(depthwise))
         self.bn1 = batch_norm(depthwise)
@@ -84,16 +84,17 @@ class EfficientNetLite0(Backbone):
 
     def __init__(self, weights: Mapping[str, torch.Tensor], resolution: int | None = None):
         super().__init__(resolution or 224, 0.5, 0.5, {"kind": "EfficientNet-Lite0", "normalisation": "[-1, 1]"})
-        weights = {name.replace("._", ".").removeprefix("_"): value for name, value in weights.items()}
-        weights = {name: value for name, value in weights.items() if name.startswith(("conv_stem.", "bn0.", "blocks."))}
+        weights = {
+            name.replace("._", ".").removeprefix("_"): value
+            for name, value in weights.items()
+            if name.startswith(("_conv_stem.", "_bn0.", "_blocks."))
+        }
         try:
             self.conv_stem = SameConv2d(weights["conv_stem.weight"], 2)
             self.bn0 = batch_norm(weights["conv_stem.weight"])
-            self.blocks = nn.ModuleList()
-            for index, stride in enumerate(STRIDES):
-                prefix = f"blocks.{index}."
-                of_block = {name.removeprefix(prefix): v for name, v in weights.items() if name.startswith(prefix)}
-                self.blocks.append(InvertedBottleneck(of_block, stride))
+            self.blocks = nn.ModuleList(
+                InvertedBottleneck(weights, f"blocks.{index}", stride) for index, stride in enumerate(STRIDES)
+            )
             self.load_state_dict(weights)
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"these are no weights of EfficientNet-Lite0: {str(error)[:200]}") from error

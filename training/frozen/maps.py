@@ -12,7 +12,7 @@ from ..cli.errors import UserError
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, outputs_of
 from .classifier import FeatureNetwork, kind_of, load_saved, loading_network
 from .efficientnet import EFFICIENTNET, EfficientNetLite0, installed_efficientnet
-from .pretrained import image_processing, load_pretrained
+from .pretrained import height_width, image_processing, load_pretrained
 
 
 BACKBONES_HELP = (
@@ -88,17 +88,16 @@ class TransformersBackbone(Backbone):
             (side, _), mean, std = image_processing(name)
             mean, std, normalization = mean / 255, std / 255, "of its image processor"
         except OSError:  # it has no image processor
-            size = getattr(config, "image_size", None) or 224
-            side = size if isinstance(size, int) else size[0]
+            side, _ = height_width(getattr(config, "image_size", None) or 224)
             mean, std, normalization = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's (it has no image processor)"
         about = {"kind": type(network).__name__, "normalisation": normalization}
         super().__init__(resolution or side, mean, std, about, getattr(config, "num_channels", 3))
         self.network = network
         patch = getattr(config, "patch_size", None)
         self.grid = self.resolution // patch if isinstance(patch, int) else 0  # patches along a side
-        self.options = {}
-        if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
-            self.options["interpolate_pos_encoding"] = getattr(config, "image_size", side) != self.resolution
+        interpolates = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+        other_size = getattr(config, "image_size", side) != self.resolution
+        self.options = {"interpolate_pos_encoding": other_size} if interpolates else {}
         self.freeze()
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:

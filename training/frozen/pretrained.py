@@ -50,16 +50,14 @@ def image_processing(name: str) -> tuple[tuple[int, int], torch.Tensor, torch.Te
         raise UserError("its image processor gives it colors in the order blue, green, red, which is not supported.")
     crop = processor.get("do_center_crop", False) and processor.get("crop_size")
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
-    values = {"image_mean": 0.0, "image_std": 1.0}
-    if processor.get("do_normalize", True):
-        values = {key: processor.get(key, neutral) for key, neutral in values.items()}
-    mean, std = (torch.tensor(value, dtype=torch.float32).expand(3) / factor for value in values.values())
-    return _height_width(crop or processor["size"]), mean, std
+    values = processor if processor.get("do_normalize", True) else {}
+    mean = torch.tensor(values.get("image_mean", 0.0), dtype=torch.float32).expand(3) / factor
+    std = torch.tensor(values.get("image_std", 1.0), dtype=torch.float32).expand(3) / factor
+    return height_width(crop or processor["size"]), mean, std
 
 
-def _height_width(size: int | dict | list) -> tuple[int, int]:
-    """An image processor's `size` or `crop_size` as (height, width)."""
+def height_width(size: int | dict | list) -> tuple[int, int]:
+    """An image processor's `size` or `crop_size`, or a model's `image_size`, as (height, width)."""
     if isinstance(size, dict):
-        side = size.get("shortest_edge")
-        return (size["height"], size["width"]) if side is None else (side, side)
+        size = size.get("shortest_edge") or (size["height"], size["width"])
     return (size, size) if isinstance(size, int) else tuple(size)

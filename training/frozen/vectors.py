@@ -65,8 +65,7 @@ class TorchScriptFeatures(ResizedFeatures):
         network = torch.jit.load(path, map_location=device)
         resizes = "return_features" in [argument.name for argument in network.forward.schema.arguments]
         resizing = "its own" if resizes else f"bilinear to {INCEPTION_SIDE}x{INCEPTION_SIDE}, antialiased"
-        about = {"kind": "TorchScript", "resizing": resizing}
-        super().__init__((INCEPTION_SIDE, INCEPTION_SIDE), about, antialias=True)
+        super().__init__((INCEPTION_SIDE,) * 2, {"kind": "TorchScript", "resizing": resizing}, antialias=True)
         self.network, self.resizes_itself = network, resizes
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

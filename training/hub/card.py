@@ -15,7 +15,7 @@ import diffusers_ctm
 
 from ..cli.files import read_json
 from ..cli.names import HUB_ID
-from ..report.tables import distance_table
+from ..report.tables import distance_table, setting_name
 from .license import License, license_fields, license_of
 from .record import ORIGINS, origins_of
 
@@ -24,15 +24,13 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "model_card.md"
 
 MARK = re.compile(r"\n<!-- diffusers-ctm card ([0-9a-f]{16}): replaced when published again, kept if edited -->\n$")
 
-DATASETS = {
+ATTRIBUTIONS = {  # of data sets
     "digits": "scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0)",
     "twemoji.parquet": (  # as the README has training.emoji write it
         "[Twemoji](https://github.com/jdecked/twemoji)'s graphics, copyright Twitter, Inc and other contributors, "
         "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), made smaller and laid on white"
     ),
 }
-
-CLASS_NAMES = 20  # the most that are listed
 
 
 def is_generated(card: str) -> bool:
@@ -65,7 +63,7 @@ def make_card(
     """
     scheduler, unet = read_json(folder, "scheduler/scheduler_config.json"), read_json(folder, "unet/config.json")
     measured = os.path.join(folder, "evaluation")
-    evaluation, memorization = read_json(measured, "evaluation.json"), read_json(measured, "memorization.json")
+    evaluation = read_json(measured, "evaluation.json")
     index = read_json(folder, "model_index.json")
     names = index.get("id2label") or {}
     is_ctm = unet.get("_class_name") == "CTMUNet2DModel" or scheduler.get("_class_name") == "CTMScheduler"
@@ -75,7 +73,6 @@ def make_card(
     if unet.get("num_class_embeds") and index.get("null_class") is not None:
         num_classes -= 1  # the label that means "no class"
     teacher, first_stage = record.get("teacher") or {}, record.get("first_stage") or {}
-    source = _origin_text(teacher) if teacher else _code(conversion["source"]) if conversion.get("source") else ""
     values = {
         "title": repo.split("/")[-1],
         "repo": repo,
@@ -85,34 +82,37 @@ def make_card(
         "size": f"{width}x{height} pixels",
         "channels": unet.get("out_channels", 3),
         "num_classes": num_classes,
-        "class_names": _class_names(names),
+        "class_names": [_code(names[number]) for number in sorted(names, key=int)],
         "example_class": "class_labels=0" if num_classes else "",
         "parameters": _parameters(folder),
-        "licence": _license_text(license),
+        "license": _license_text(license),
         "samples": samples,
-        "teacher": source,
-        "teacher_licence": _text(license_of(teacher) or license_of(conversion) or ""),
-        "first_stage": _origin_text(first_stage),
-        "first_stage_licence": _text(license_of(first_stage) or ""),
-        "conversion": f"Converted from {_text(conversion['family'])} weights." if conversion.get("family") else "",
-        "dataset": _dataset_text(record.get("dataset") or {}),
-        "trained": bool(record),
-        "training": _training_text(record),
-        "distance": _distance_text(record.get("distance") or {}),
-        "options": sorted((_code(name), _code(value)) for name, value in (record.get("options") or {}).items()),
+        "record": record,
+        "teacher": teacher or {"name": conversion.get("source")},
+        "teacher_license": license_of(teacher) or license_of(conversion),
+        "first_stage": first_stage,
+        "first_stage_license": license_of(first_stage),
+        "conversion": conversion,
+        "dataset": record.get("dataset") or {},
+        "attributions": ATTRIBUTIONS,
+        "distance": record.get("distance") or {},
+        "options": sorted((record.get("options") or {}).items()),
         "evaluation_table": "\n".join(distance_table(evaluation, "frechet")) if evaluation else "",
         "features": _features(evaluation),
         "num_samples": f"{evaluation.get('num_samples', 0):,}",
         "plot": os.path.isfile(os.path.join(measured, "evaluation.png")),
         "gammas": os.path.isfile(os.path.join(measured, "gammas.png")),
-        "memorisation": _memorization_text(memorization),
-        "neighbours": os.path.isfile(os.path.join(measured, "memorization.png")),
+        "memorization": read_json(measured, "memorization.json"),
+        "neighbors": os.path.isfile(os.path.join(measured, "memorization.png")),
         "version": diffusers_ctm.__version__,
+        "text": _text,
+        "code": _code,
+        "link": _link,
     }
     data = card_data(repo, license, is_ctm, record, conversion, evaluation)
-    text = ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values).content
-    text = text.rstrip() + "\n"
-    return f"{text}\n<!-- diffusers-ctm card {_digest(text)}: replaced when published again, kept if edited -->\n"
+    card = ModelCard.from_template(data, template_str=TEMPLATE.read_text(encoding="utf-8"), **values).content
+    card = card.rstrip() + "\n"
+    return f"{card}\n<!-- diffusers-ctm card {_digest(card)}: replaced when published again, kept if edited -->\n"
 
 
 def _text(value: Any) -> str:
@@ -160,43 +160,25 @@ def _results(evaluation: dict[str, Any], dataset: dict[str, Any]) -> list[EvalRe
     name = (evaluation.get("reference") or {}).get("dataset_name") or dataset.get("name") or "unknown"
     options = evaluation.get("options") or {}
     rows = [row for row in evaluation.get("results") or [] if isinstance(row.get("frechet"), dict)]
-    results = []
-    for row in [row for row in rows if row["sampler"] == "ctm"] or rows:
-        gamma = "" if row["gamma"] is None else f", gamma {row['gamma']:g}"
-        steps = f"{row['steps']} step{'' if row['steps'] == 1 else 's'}{gamma}"
-        results.append(
-            EvalResult(
-                task_type="unconditional-image-generation",
-                task_name="Unconditional Image Generation",
-                dataset_type=name,
-                dataset_name=name,
-                dataset_config=options.get("dataset_config_name"),
-                dataset_split=options.get("dataset_split"),
-                metric_type="frechet_distance",
-                metric_name=f"Frechet distance, {steps}, features {_features(evaluation)}",
-                metric_value=round(row["frechet"]["mean"], 6),
-            )
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            task_name="Unconditional Image Generation",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_config=options.get("dataset_config_name"),
+            dataset_split=options.get("dataset_split"),
+            metric_type="frechet_distance",
+            metric_name=f"Frechet distance, {setting_name('ctm', row['steps'], row['gamma'])}, "
+            f"features {_features(evaluation)}",
+            metric_value=round(row["frechet"]["mean"], 6),
         )
-    return results
+        for row in [row for row in rows if row["sampler"] == "ctm"] or rows
+    ]
 
 
 def _features(evaluation: dict[str, Any]) -> str:
     return (evaluation.get("features") or {}).get("name") or "unknown"
-
-
-def _memorization_text(report: dict[str, Any]) -> str:
-    """The measurements of training.memorization on pixels, in sentences."""
-    if not report:
-        return ""
-    rows = [
-        f"{row['name']}: {row['pixels']['median']:.1f}, {row['pixels']['copies']:.1%} of {row['num_images']:,}"
-        for row in report["results"]
-    ]
-    return (
-        f"Median distance to the nearest of {report['num_training_images']:,} training images (root mean square of "
-        "pixels in 0..255), and share of copies, which are nearer than a third of the distance to the second nearest: "
-        f"{'; '.join(rows)}."
-    )
 
 
 def _license_text(license: License) -> str:
@@ -206,48 +188,11 @@ def _license_text(license: License) -> str:
     return f"[{name}]({license.link})" if is_link else name
 
 
-def _class_names(names: dict[str, str]) -> str:
-    listed = [_code(names[number]) for number in sorted(names, key=int)]
-    return ", ".join(listed[:CLASS_NAMES] + ["..."] * (len(listed) > CLASS_NAMES))
-
-
-def _origin_text(origin: dict[str, Any]) -> str:
-    """A teacher or a first stage, with its commit."""
-    if not origin.get("name"):
-        return ""
-    commit = f", commit {_code(origin['revision'])}" if origin.get("revision") else ""
-    return _link_text(origin, "") + commit
-
-
-def _link_text(source: dict[str, Any], kind: str) -> str:
-    """The name of a model or of a data set, as a link if it is on the Hub."""
+def _link(source: dict[str, Any], kind: str = "") -> str:
+    """The name of a model, or of a data set (`kind` is "datasets/"), as a link if it is on the Hub."""
     name = source["name"]
     is_link = source.get("on_hub") and HUB_ID.fullmatch(name)
     return f"[{name}](https://huggingface.co/{kind}{name})" if is_link else _code(name)
-
-
-def _dataset_text(dataset: dict[str, Any]) -> str:
-    if not dataset.get("name"):
-        return ""
-    if dataset["name"] in DATASETS:
-        return DATASETS[dataset["name"]]
-    return _link_text(dataset, "datasets/") + (f", split {_code(dataset['split'])}" if dataset.get("split") else "")
-
-
-def _training_text(record: dict[str, Any]) -> str:
-    steps, images = record.get("steps"), record.get("images_per_step")
-    if not steps or not images:
-        return ""
-    versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in (record.get("versions") or {}).items())
-    return f"{_text(record.get('program'))}, {steps:,} steps of {images:,} images; {versions}"
-
-
-def _distance_text(distance: dict[str, Any]) -> str:
-    """`name`, and what else the record of a distance says."""
-    if not distance.get("name"):
-        return ""
-    details = ", ".join(f"{_text(name)} {_text(value)}" for name, value in distance.items() if name != "name")
-    return f"{_code(distance['name'])} ({details})" if details else _code(distance["name"])
 
 
 def _parameters(folder: str) -> str:

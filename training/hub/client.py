@@ -103,8 +103,7 @@ def open_repo(repo: str, private: bool) -> None:
 def read_card(repo: str, revision: str | None = None) -> str | None:
     """README.md of a repository; None if it has none. The cache answers for a Hub that does not."""
     try:
-        with open(api().hf_hub_download(repo, "README.md", revision=revision), encoding="utf-8", newline="") as file:
-            return file.read()
+        return Path(api().hf_hub_download(repo, "README.md", revision=revision)).read_bytes().decode()
     except LocalEntryNotFoundError:  # neither the Hub nor the cache answers
         raise
     except EntryNotFoundError:
@@ -159,9 +158,8 @@ def commit_folder(repo: str, folder: str, message: str, revision: str | None = N
     refuse_secrets(files)
     folders = tuple(f"{path.split('/')[0]}/" for path in files if "/" in path and not path.startswith("evaluation/"))
     present = api().list_repo_files(repo, revision=revision)
-    old = [path for path in present if path not in files and path.startswith(folders)]
     operations = [CommitOperationAdd(path, local) for path, local in files.items()]
-    operations += [CommitOperationDelete(path) for path in old]
+    operations += [CommitOperationDelete(path) for path in present if path not in files and path.startswith(folders)]
     return api().create_commit(repo, operations, commit_message=message, revision=revision).commit_url
 
 

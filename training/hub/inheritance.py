@@ -12,14 +12,14 @@ from .record import CONVERSION, RECORD, origins_of
 
 def inherited_license(record: dict[str, Any], conversion: dict[str, Any]) -> tuple[License | None, str]:
     """The strictest license that weights inherit, by their records and by cards on the Hub, and from whom."""
-    licenses = []
+    licenses = {}
     for title, origin in origins_of(record, conversion).items():
         license = license_of(origin)
         if license is None and origin.get("on_hub"):
             license = card_license(origin["name"], origin.get("revision"))
-        licenses.append((license, f"its {title} {origin.get('name')} has that"))
-    strict = strictest(license for license, _ in licenses)
-    return next((license, reason) for license, reason in licenses if license is strict)
+        licenses[f"its {title} {origin.get('name')} has that"] = license
+    strict = strictest(licenses.values())
+    return strict, next(reason for reason, license in licenses.items() if license is strict)
 
 
 def choose_license(

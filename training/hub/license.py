@@ -71,14 +71,10 @@ def license_in(card: str) -> License | None:
 
 def strictest(licenses: Iterable[License | None]) -> License | None:
     """The first license that is not permissive, else the first. (Two that are not permissive are not compared.)"""
-    licenses = [license for license in licenses if license is not None]
-    strict = [license for license in licenses if license.id not in PERMISSIVE]
-    return next(iter(strict + licenses), None)
+    return min(filter(None, licenses), key=lambda license: license.id in PERMISSIVE, default=None)
 
 
 def license_fields(license: License | None) -> dict[str, str]:
     """The license as entries of a record or a card."""
-    if license is None:
-        return {}
-    values = {"license": license.id, "license_name": license.name, "license_link": license.link}
+    values = {"license": license.id, "license_name": license.name, "license_link": license.link} if license else {}
     return {key: value for key, value in values.items() if value}

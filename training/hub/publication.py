@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Publish a pipeline: check it, draw samples, write its card, upload."""
 
+import functools
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,6 @@ from .record import CONVERSION, RECORD
 from .staging import stage
 
 
-@dataclass
-class Publication:
-    """A pipeline that is on the Hub.
-
-    Args:
-        address: of the commit.
-        license: under which it is published.
-        new_card: whether its card is new. If not, the Hub has one that someone edited.
-        left_out: files and folders that were not uploaded.
-    """
-
-    address: str
-    license: License
-    new_card: bool
-    left_out: list[str]
-
-
 def publish(
     folder: str,
     repo: str,
@@ -56,8 +39,10 @@ def publish(
     evaluation: str | None = None,
     num_samples: int = 16,
     device: str = "auto",
-) -> Publication:
+) -> list[str]:
     """Check the pipeline in `folder`, draw samples, write its card, and upload all in one commit. Raises UserError.
+
+    Returns what was done, in sentences; the last one ends with the address of the commit.
 
     Args:
         repo: user/name on the Hub. It is created if it is not there.
@@ -79,16 +64,10 @@ def publish(
             columns = min(8, len(images))
             rows = len(images) // columns
             enlarged_grid(images[: rows * columns], rows, columns).save(os.path.join(target, "samples.png"))
+        about = {"samples": how if num_samples else None, "overwrite": overwrite_card, "revision": revision}
+        send = functools.partial(upload, target, repo, private, license, record, conversion, **about)
         try:
-            retried(lambda: open_repo(repo, private))
-            if revision not in (None, "main"):
-                retried(lambda: api().create_branch(repo, branch=revision, exist_ok=True))
-            new_card = retried(
-                lambda: add_card(
-                    target, repo, license, record, conversion, how if num_samples else None, overwrite_card, revision
-                )
-            )
-            address = retried(lambda: commit_folder(repo, target, "Publish the pipeline", revision))
+            address, new_card = retried(send)
         except UserError:
             raise
         except Exception as error:
@@ -96,7 +75,13 @@ def publish(
                 f"{folder} could not be uploaded to {repo}: {error_text(error)}. The repository is as it was before; "
                 "run the same command again, and what has arrived is not sent twice."
             ) from error
-    return Publication(address, license, new_card, left_out)
+    done = [f"Not uploaded: {', '.join(left_out)}"] if left_out else []
+    if not new_card:
+        done.append(
+            f"Kept the card of {repo}, which was edited there; --overwrite_card replaces it. It must name the license "
+            f"{license}."
+        )
+    return [*done, f"Published {folder} under {license}: {address}"]
 
 
 def load_checked(folder: str, name: str) -> CTMPipeline:
@@ -115,46 +100,53 @@ def load_checked(folder: str, name: str) -> CTMPipeline:
 
 def draw_samples(pipe: CTMPipeline, count: int, name: str, device: torch.device) -> tuple[list, str]:
     """Images, and words on how they were drawn. Raises UserError if the pipeline does not sample."""
-    is_ctm = jumps(pipe.scheduler)
-    settings: dict[str, Any] = {"num_inference_steps": 1 if is_ctm else 18, "output_type": "np"}
-    if pipe.num_classes:
-        settings["class_labels"] = [index % pipe.num_classes for index in range(count)]
+    steps, how = (1, "one step") if jumps(pipe.scheduler) else (18, "18 steps of Heun's method")
     try:
         pipe = pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
-        images = pipe(batch_size=count, generator=torch.Generator(device).manual_seed(0), **settings).images
+        images = pipe(
+            batch_size=count,
+            class_labels=[index % pipe.num_classes for index in range(count)] if pipe.num_classes else None,
+            num_inference_steps=steps,
+            generator=torch.Generator(device).manual_seed(0),
+            output_type="np",
+        ).images
     except Exception as error:
         raise UserError(f"{name} loads but does not sample: {error_text(error)}") from error
     if not np.isfinite(images).all() or images.std() == 0:
         raise UserError(f"{name} samples images that are not finite or all alike; nothing was published.")
-    how = "one step" if is_ctm else "18 steps of Heun's method"
     return pipe.numpy_to_pil(images), how
 
 
-def add_card(
+def upload(
     target: str,
     repo: str,
+    private: bool,
     license: License,
     record: dict[str, Any],
     conversion: dict[str, Any],
+    message: str = "Publish the pipeline",
     samples: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
-) -> bool:
-    """Write README.md to the staged pipeline unless the Hub has one that someone has edited; return whether it is new.
+) -> tuple[str, bool]:
+    """Upload a staged pipeline with its card in one commit; return its address, and whether the card is new.
 
-    Raises UserError if the card that stays names a license that the weights may not have.
+    A card that someone has edited on the Hub stays. Raises UserError if it names a license that the weights may not
+    have, or as `open_repo` and `commit_folder` do.
     """
+    open_repo(repo, private)
+    if revision not in (None, "main"):
+        api().create_branch(repo, branch=revision, exist_ok=True)
     commit = api().model_info(repo, revision=revision).sha  # the cache may hold an older card than the one of now
     present = read_card(repo, commit)
-    if present is None or overwrite or is_generated(present):
+    new_card = present is None or overwrite or is_generated(present)
+    if new_card:
         card = make_card(target, repo, license, record, conversion, samples, revision)
         Path(target, "README.md").write_text(card, encoding="utf-8", newline="\n")
-        return True
-    kept = license_in(present)
-    if kept is not None and not may_be_published(license, kept):
+    elif (kept := license_in(present)) and not may_be_published(license, kept):
         raise UserError(
             f"The card of {repo} was edited there and would be kept, but its license {kept} contradicts {license}, "
             "which these weights have. Correct it there, or give --overwrite_card."
         )
-    return False
+    return commit_folder(repo, target, message, revision), new_card

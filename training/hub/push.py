@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Uploads in the background of a run."""
 
+import contextlib
 import functools
 import os
+import queue
 import shutil
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from huggingface_hub import utils
@@ -16,10 +17,10 @@ from tqdm.auto import tqdm
 from ..cli.errors import UserError, error_text
 from ..cli.files import WRITE_ERRORS, write_json
 from ..cli.training_options import RunOptions
-from .client import LAST_CHECKPOINT, MANIFEST, commit_folder, manifest, open_repo, retried
+from .client import LAST_CHECKPOINT, MANIFEST, manifest, open_repo, retried
 from .inheritance import choose_license
 from .license import check_license_name
-from .publication import add_card, publish
+from .publication import publish, upload
 from .staging import link_or_copy, stage
 
 
@@ -30,6 +31,8 @@ def say(text: str) -> None:
 
 class Pusher:
     """Uploads what a run saves, one save at a time; while it does, a newer save replaces the one that waits.
+
+    A run that fails or is stopped ends at once, whatever the Hub does; one that is done waits for it in `finish`.
 
     Raises UserError at once if the Hub refuses the token or the name, or if the license is unknown or contradicts the
     teacher's. A Hub that cannot be reached is a warning, then and later: it is said once and tried again with each save
@@ -60,9 +63,9 @@ class Pusher:
         utils.disable_progress_bars()  # they would tear the training's own
         utils.logging.set_verbosity_error()
         shutil.rmtree(self.room, ignore_errors=True)  # of a run that was killed
-        self._uploads = ThreadPoolExecutor(1, "push")
-        self._newest: Future | None = None
-        self._superseded = threading.Event()  # whether a newer save waits for the newest upload
+        self._saves: queue.Queue[tuple[str, int]] = queue.Queue()  # at most one waits: its folder and step
+        self._superseded = threading.Event()  # whether something newer waits for the upload that runs
+        threading.Thread(target=self._work, name="push", daemon=True).start()  # a daemon does not keep a program alive
 
     def _failed(self, error: BaseException) -> None:
         if not self.failing:
@@ -80,7 +83,6 @@ class Pusher:
             return
         folder = os.path.join(self.room, f"step-{step}")
         try:
-            shutil.rmtree(folder, ignore_errors=True)
             save_pipeline(os.path.join(folder, "pipeline"))
             if self.options.hub_strategy == "checkpoint":
                 kept = os.path.join(folder, "upload", LAST_CHECKPOINT)  # also when the checkpoint is rotated away
@@ -90,32 +92,40 @@ class Pusher:
             self._failed(error)
             return
         self._superseded.set()
-        if self._newest is not None:
-            self._newest.cancel()  # unless it has begun
-        self._superseded = threading.Event()
-        self._newest = self._uploads.submit(self._upload, folder, step, self._superseded)
-        self._newest.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+        self._drop_waiting()
+        self._saves.put((folder, step))
 
-    def _upload(self, folder: str, step: int, superseded: threading.Event) -> None:
+    def _drop_waiting(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            folder, _ = self._saves.get_nowait()
+            shutil.rmtree(folder, ignore_errors=True)
+            self._saves.task_done()
+
+    def _work(self) -> None:
+        while True:
+            folder, step = self._saves.get()
+            self._superseded.clear()
+            try:
+                self._upload(folder, step)
+                if self.failing:
+                    say(f"{self.repo} on the Hub is up to date again: step {step}.")
+                self.failing = False
+            except Exception as error:
+                self._failed(error)
+            shutil.rmtree(folder, ignore_errors=True)
+            self._saves.task_done()
+
+    def _upload(self, folder: str, step: int) -> None:
         target = os.path.join(folder, "upload")
+        stage(os.path.join(folder, "pipeline"), target, with_code=True)
+        checkpoint = os.path.join(target, LAST_CHECKPOINT)
+        if os.path.isdir(checkpoint):
+            write_json(manifest(checkpoint), MANIFEST, checkpoint)
 
-        def send() -> None:
-            open_repo(self.repo, self.options.hub_private)
-            license = choose_license(self.record, {}, option_name="hub_license")
-            add_card(target, self.repo, license, {**self.record, "steps": step}, {})
-            commit_folder(self.repo, target, f"Training in progress, step {step}")
-
-        try:
-            stage(os.path.join(folder, "pipeline"), target, with_code=True)
-            checkpoint = os.path.join(target, LAST_CHECKPOINT)
-            if os.path.isdir(checkpoint):
-                write_json(manifest(checkpoint), MANIFEST, checkpoint)
-            retried(send, superseded.wait)
-            if self.failing:
-                say(f"{self.repo} on the Hub is up to date again: step {step}.")
-            self.failing = False
-        except Exception as error:
-            self._failed(error)
+        license = choose_license(self.record, {}, option_name="hub_license")
+        record, message = {**self.record, "steps": step}, f"Training in progress, step {step}"
+        send = functools.partial(upload, target, self.repo, self.options.hub_private, license, record, {}, message)
+        retried(send, self._superseded.wait)
 
     # At the end -----------------------------------------------------------------------------------------------------
 
@@ -127,12 +137,12 @@ class Pusher:
         """
         say(f"Uploading the finished pipeline to {self.repo} ...")
         self._superseded.set()
-        if self._newest is not None and self.options.hub_strategy != "checkpoint":
-            self._newest.cancel()  # the finished pipeline is newer, but brings no checkpoint
-        self._uploads.shutdown()
+        if self.options.hub_strategy != "checkpoint":  # the finished pipeline is newer, but brings no checkpoint
+            self._drop_waiting()
+        self._saves.join()
         shutil.rmtree(self.room, ignore_errors=True)
         try:
-            say(f"Published: {publish(folder, self.repo, private=self.options.hub_private).address}")
+            say("\n".join(publish(folder, self.repo, private=self.options.hub_private)))
         except Exception as error:
             private = " --private" if self.options.hub_private else ""
             say(

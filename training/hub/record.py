@@ -1,9 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """training.json: how a pipeline came to be."""
 
-import os
 import platform
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +46,23 @@ def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:
 
     The Hub is asked for the commit unless `revision` is one.
     """
-    license = None
-    if os.path.isdir(name):
-        license = recorded_license(name)
-    elif is_hub_id(name):
+    on_hub = is_hub_id(name)
+    if on_hub:
         revision = commit_of(name, revision) or revision
-        license = card_license(name, revision)
-    record = {"name": public_name(name), "on_hub": is_hub_id(name), "revision": revision}
-    return {**record, **license_fields(license)}
+    license = card_license(name, revision) if on_hub else recorded_license(name)
+    return {"name": public_name(name), "on_hub": on_hub, "revision": revision, **license_fields(license)}
 
 
 def changed_options(options: RunOptions) -> dict[str, Any]:
     """The recorded options that differ from the defaults, paths by their last part."""
-    values, changed = asdict(options), {}
+    changed = {}
     for entry in fields(options):
+        value = getattr(options, entry.name)
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        value = values[entry.name]
         if entry.metadata["recorded"] and value != default:
-            is_list = isinstance(value, list)
-            changed[entry.name] = [without_folders(item) for item in value] if is_list else without_folders(value)
+            changed[entry.name] = (
+                list(map(without_folders, value)) if isinstance(value, list) else without_folders(value)
+            )
     return changed
 
 

@@ -14,7 +14,7 @@ from .client import files_below
 from .record import CONVERSION, NOTICE, RECORD
 
 
-COMPONENT_FILES = re.compile(
+COMPONENT_FILE = (
     r"(config|scheduler_config|preprocessor_config)\.json"
     r"|(diffusion_pytorch_model|model)[\w.-]*\.safetensors(\.index\.json)?"
 )
@@ -47,10 +47,9 @@ def stage(folder: str, target: str, evaluation: str | None = None, with_code: bo
         raise UserError(f"{folder} is no pipeline: its model_index.json names {parts}, which are no folders in it.")
     files = files_below(folder)
     code = {"pipeline.py", *(f"{part}/diffusers_ctm.py" for part in parts)}
-    kept = {path for path in files if path in TOP_FILES or _is_of_component(path, parts)} | (
-        code if with_code else set()
-    )
-    sources = {path: files[path] for path in kept & files.keys()}
+    of_component = re.compile(f"({'|'.join(parts)})/({COMPONENT_FILE})")
+    kept = {path for path in files if path in TOP_FILES or of_component.fullmatch(path) or (with_code and path in code)}
+    sources = {path: files[path] for path in kept}
     evaluation = evaluation or _evaluation_of(folder)
     sources |= {f"evaluation/{name}": os.path.join(evaluation, name) for name in (*PICTURES, *REPORTS)}
     for path, source in sources.items():
@@ -60,11 +59,6 @@ def stage(folder: str, target: str, evaluation: str | None = None, with_code: bo
     others = files.keys() - kept - code
     shown = {path if os.path.dirname(path) in ("", *parts) else f"{path.split('/')[0]}/" for path in others}
     return sorted(shown - {"evaluation/"})
-
-
-def _is_of_component(path: str, parts: list[str]) -> bool:
-    part, name = os.path.split(path)
-    return part in parts and COMPONENT_FILES.fullmatch(name) is not None
 
 
 def _evaluation_of(folder: str) -> str:

@@ -3,11 +3,9 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 
 import torch
 from diffusers.utils import logging
-from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
@@ -39,7 +37,7 @@ class Distances:
     """
 
     def __init__(self, reference: torch.Tensor, kernel: bool = False):
-        identity = nn.Identity()  # torchmetrics expects a feature network, and is given features
+        identity = torch.nn.Identity()  # torchmetrics expects a feature network, and is given features
         identity.num_features = reference.shape[1]
         # In a training run only one of several processes measures, and it must not wait for the others.
         settings = {"feature": identity, "reset_real_features": False, "sync_on_compute": False}
@@ -73,7 +71,7 @@ class Distances:
 @torch.inference_mode()
 def reference_features(
     dataset: ImageDataset,
-    network: nn.Module,
+    network: torch.nn.Module,
     batch_size: int,
     device: torch.device,
     random_flip: bool = False,
@@ -105,7 +103,7 @@ def real_against_real(
     reference: torch.Tensor,
     distances: Distances,
     num_samples: int,
-    seeds: Sequence[int],
+    seeds: list[int],
     real_labels: torch.Tensor | None = None,
 ) -> dict:
     """Distances of real images: the floor that the number of images leaves. The Frechet distance is biased upwards.
@@ -142,8 +140,8 @@ def check_counts(num_samples: int, num_reference: int, num_features: int, prefix
         prefix: begins the names of the options in messages; "eval_" in a training run.
     """
     notes = []
-    counts = {f"{prefix or 'num_'}samples": (num_samples, "samples"), "dataset_name": (num_reference, "real images")}
-    for name, (count, what) in counts.items():
+    samples = f"{prefix or 'num_'}samples"
+    for name, count, what in ((samples, num_samples, "samples"), ("dataset_name", num_reference, "real images")):
         if count <= num_features:
             raise UserError(
                 f"--{name}: {count} {what} are too few for {num_features} features; the Frechet distance needs more "
@@ -155,7 +153,7 @@ def check_counts(num_samples: int, num_reference: int, num_features: int, prefix
     return notes
 
 
-def features_for(dataset: ImageDataset, name: str, device: torch.device, prefix: str = "") -> nn.Module:
+def features_for(dataset: ImageDataset, name: str, device: torch.device, prefix: str = "") -> torch.nn.Module:
     """The feature network `name`, which must take the images of `dataset`. Errors name --{prefix}features."""
     network = load_feature_network(name, device, prefix)
     network.check_images(dataset.channels, dataset.resolution, dataset.resolution, prefix)
@@ -164,7 +162,7 @@ def features_for(dataset: ImageDataset, name: str, device: torch.device, prefix:
 
 def what_is_compared(
     dataset: ImageDataset, features: str, num_samples: int | None, device: torch.device
-) -> tuple[nn.Module, int, list[str]]:
+) -> tuple[torch.nn.Module, int, list[str]]:
     """The feature network, the number of samples, and notes on these numbers. Raises UserError if they do not fit."""
     network = features_for(dataset, features, device)
     num_samples = num_samples or min(len(dataset), MOST_SAMPLES)

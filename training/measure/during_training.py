@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -51,7 +50,7 @@ class DistanceToData:
         self._distances: Distances | None = None
 
     @torch.inference_mode()
-    def __call__(self, pipe: CTMPipeline, sample_settings: dict[str, dict[str, Any]]) -> dict[str, float]:
+    def __call__(self, pipe: CTMPipeline, sample_settings: dict[str, dict]) -> dict[str, float]:
         """Distance of each setting's samples, by its name; NaN if the network makes infinite or NaN pixels.
 
         Empty in all but the main process.
@@ -78,8 +77,7 @@ class DistanceToData:
         return measured
 
     def _reference(self, indices: torch.Tensor, batch: int) -> torch.Tensor:
-        spaced = indices * len(self.dataset) // self.num_reference
-        images, _ = self.dataset[spaced.tolist()]
+        images, _ = self.dataset[(indices * len(self.dataset) // self.num_reference).tolist()]
         if self.options.random_flip:
             images = mirrored(images, torch.rand(len(images), generator=torch.Generator().manual_seed(batch)))
         return images.to(self.accelerator.device)
@@ -102,7 +100,7 @@ class DistanceToData:
         return torch.cat([batches[batch] for batch in sorted(batches)]) if accelerator.is_main_process else None
 
 
-def keep_metrics(output_dir: str, step: int, *new: dict[str, Any]) -> None:
+def keep_metrics(output_dir: str, step: int, *new: dict) -> None:
     """Rewrite output_dir/metrics.jsonl as a whole: its lines of the steps before `step`, then `new`."""
     path, lines = os.path.join(output_dir, METRICS), []
     if os.path.isfile(path):

@@ -85,12 +85,10 @@ def find_neighbors(
     def features(images: torch.Tensor) -> torch.Tensor:
         return torch.cat([network(batch.to(device)).float().cpu() for batch in images.split(batch_size)]).double()
 
-    queries, neighbors = {}, {}
-    for name, (images, _) in groups.items():
-        count = len(images)
-        queries[name] = features(images)
-        far = torch.full((count, 2), math.inf, dtype=torch.float64)
-        neighbors[name] = Neighbors(far, torch.full((count,), -1), torch.zeros(count, dtype=torch.bool))
+    queries, neighbors = {name: features(images) for name, (images, _) in groups.items()}, {}
+    for name, query in queries.items():
+        far = torch.full((len(query), 2), math.inf, dtype=torch.float64)
+        neighbors[name] = Neighbors(far, torch.full((len(query),), -1), torch.zeros(len(query), dtype=torch.bool))
     for indices in tqdm(torch.arange(len(dataset)).split(batch_size), desc="Training images", unit="batch"):
         images, _ = dataset[indices.tolist()]
         plain = features(images)

@@ -20,13 +20,12 @@ from ..report.pictures import png
 
 def facts(config: Any, device: torch.device) -> dict[str, Any]:
     """When, with which options, on what and with which versions a report was made."""
-    packages = (diffusers_ctm, diffusers, torch, torchmetrics)
+    versions = {package.__name__: package.__version__ for package in (diffusers_ctm, diffusers, torch, torchmetrics)}
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "options": asdict(config),
         "hardware": hardware(device),
-        "versions": {package.__name__: package.__version__ for package in packages}
-        | {"python": platform.python_version()},
+        "versions": {**versions, "python": platform.python_version()},
     }
 
 
@@ -43,8 +42,7 @@ def write_report(
     files = {f"{name}.json": (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()}
     if text:
         files[f"{name}.md"] = text.encode()
-    for title, picture in (pictures or {}).items():
-        files[f"{title}.png"] = png(picture)
+    files |= {f"{title}.png": png(picture) for title, picture in (pictures or {}).items()}
     write_files(folder, files)
     if text:
         print(f"\n{text}")

@@ -3,12 +3,9 @@
 
 import math
 import time
-from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline
@@ -50,16 +47,15 @@ class Setting:
         return setting_name(self.sampler, self.steps, self.shown_gamma if self.sigmas is None else None)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict:
         """For `CTMPipeline.__call__`, and with `sigmas` also for `CTMScheduler.config.presets`."""
         if self.sigmas is not None:
             return {"sigmas": list(self.sigmas), "gamma": list(self.gamma)}
-        options = {"num_inference_steps": self.steps}
-        return options if self.gamma is None else {**options, "gamma": self.gamma}
+        return {"num_inference_steps": self.steps, "gamma": self.gamma}
 
 
 def settings_of(
-    pipelines: Container[str], steps: Sequence[int], gammas: Sequence[float], teacher_steps: Sequence[int]
+    pipelines: dict[str, CTMPipeline], steps: list[int], gammas: list[float], teacher_steps: list[int]
 ) -> list[Setting]:
     """All settings of the samplers in `pipelines`. One step comes once, because gamma has no effect there."""
     ctm = [Setting("ctm", n, gamma) for n in steps for gamma in (gammas if n > 1 else gammas[:1])]
@@ -90,8 +86,7 @@ def draw(
 
     The noise depends on seed, batch and count, not on the setting: all settings start alike.
     """
-    device = pipe._execution_device
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + batch)
+    generator = torch.Generator(pipe._execution_device).manual_seed(seed * 1_000_003 + batch)
     images = pipe(
         batch_size=count, class_labels=labels, generator=generator, output_type="pt", **setting.options
     ).images
@@ -114,7 +109,7 @@ class Sampling:
     def __init__(
         self,
         pipelines: dict[str, CTMPipeline],
-        network: nn.Module,
+        network: torch.nn.Module,
         real_labels: torch.Tensor | None,
         num_samples: int,
         batch_size: int,
@@ -128,8 +123,8 @@ class Sampling:
             self.labels[sampler] = [None] * num_batches if labels is None else labels.split(self.sizes)
 
     def _draw(self, setting: Setting, seed: int, batch: int) -> torch.Tensor:
-        sampler = setting.sampler
-        return draw(self.pipelines[sampler], setting, self.sizes[batch], self.labels[sampler][batch], seed, batch)
+        pipe, labels = self.pipelines[setting.sampler], self.labels[setting.sampler][batch]
+        return draw(pipe, setting, self.sizes[batch], labels, seed, batch)
 
     def features(self, setting: Setting, seed: int, progress: tqdm) -> tuple[torch.Tensor, float]:
         """Features of one setting and seed, float32 (num_samples, F) on the CPU, and the seconds that sampling took."""

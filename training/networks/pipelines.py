@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
 
-from diffusers_ctm import CTMPipeline
+from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel
 from diffusers_ctm.guidance import ClassAverage
 from diffusers_ctm.scheduling_karras import jumps
-from diffusers_ctm.two_times import image_size
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions, TeacherOptions
 from ..data.images import ImageDataset
-from .teacher import ctm_of_consistency_model, teacher_of
+from .student import check_data
+from .teacher import load_teacher
 
 
 def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
@@ -33,7 +33,8 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
                 f"{label} is a consistency model, which has no score and samples with gamma = 1 only: "
                 "`training.evaluate` takes it with --gammas 1."
             )
-        return ctm_of_consistency_model(pipe.unet, scheduler.config)
+        # One step, and more at gamma = 1, sample as the consistency model does; it never learnt other jumps.
+        return CTMPipeline(CTMUNet2DModel.from_unet(pipe.unet), CTMScheduler.from_config(scheduler.config, gamma=1.0))
     if not jumps(scheduler):
         kind = type(pipe).__name__ if scheduler is None else f"a {type(pipe).__name__} with {type(scheduler).__name__}"
         raise UserError(f"{label} is no CTM but {kind}. A diffusion model goes to --teacher.")
@@ -52,31 +53,22 @@ def load_pipelines(
         pipelines["ctm"] = load_model(config.model, gammas)
         prepare(pipelines["ctm"], "--model", config, dataset, device)
     if config.teacher is not None:
-        teacher = teacher_of(config)
+        teacher = load_teacher(config)
         if teacher.is_consistency_model:
             raise UserError(
                 f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no "
                 "denoiser. Measure it with --model and --gammas 1."
             )
-        labels = {"id2label": teacher.id2label, "null_class": teacher.null_class}
-        pipelines["heun"] = CTMPipeline(teacher.network, teacher.scheduler, **labels)
+        pipelines["heun"] = CTMPipeline(
+            teacher.network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class
+        )
         prepare(pipelines["heun"], "--teacher", config, dataset, device)
     return pipelines
 
 
 def prepare(pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDataset, device: torch.device) -> None:
     """Check the pipeline of the option `name` against the data, and put it on the device, silent. Raises UserError."""
-    makes = (pipe.unet.config.out_channels, *image_size(pipe.unet))
-    given = (dataset.channels, dataset.resolution, dataset.resolution)
-    if makes != given:
-        raise UserError(
-            f"--dataset_name {config.dataset_name} gives images of shape {given}, {name} makes {makes}; set "
-            "--resolution and --image_mode, or choose another data set."
-        )
-    if pipe.num_classes is not None and (dataset.num_classes or 0) > pipe.num_classes:
-        raise UserError(
-            f"--label_column {dataset.label_column} has {dataset.num_classes} classes, {name} knows {pipe.num_classes}."
-        )
+    check_data(pipe.unet, pipe.num_classes, name, config, dataset)
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)

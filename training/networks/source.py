@@ -67,17 +67,15 @@ class Source:
         """Class of every model by its folder, "" for the top."""
         classes = {}
         for path in sorted(self.root.rglob("config.json")):
-            folder = path.parent.relative_to(self.root)
-            if any(part.startswith(".") for part in folder.parts):
+            file = path.relative_to(self.root)
+            if any(part.startswith(".") for part in file.parts):
                 continue
-            name = "" if folder == Path() else folder.as_posix()
-            config = self.json(join(name, "config.json"))
+            config = self.json(file.as_posix())
             # The first versions of diffusers did not record the class.
             unet = "UNet2DModel" if {"in_channels", "block_out_channels", "down_block_types"} <= config.keys() else None
             class_name = config.get("_class_name", unet) or next(iter(config.get("architectures") or []), None)
-            if class_name is not None:
-                classes[name] = class_name
-        return classes
+            classes[os.path.dirname(file.as_posix())] = class_name
+        return {folder: class_name for folder, class_name in classes.items() if class_name is not None}
 
     def choose_network(self, subfolder: str | None) -> str:
         """The folder of the only network that can be a teacher. Raises UserError that lists what there is."""
@@ -94,7 +92,7 @@ class Source:
                 f"{where} holds {count} of the classes {', '.join(NETWORKS)}. It holds: {listed or 'no model at all'}. "
                 + ("Choose one with --teacher_subfolder." if candidates else "It must be a diffusion model of pixels.")
             )
-        folder = candidates[0]
+        [folder] = candidates
         for other, class_name in classes.items():
             beside = folder and os.path.dirname(other) == os.path.dirname(folder)
             if beside and class_name.startswith(("VQModel", "Autoencoder")):

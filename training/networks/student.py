@@ -11,29 +11,41 @@ from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.two_times import image_size
 
 from ..cli.errors import UserError
+from ..cli.shared_options import DataOptions
 from ..cli.training_options import GridOptions, HardwareOptions, StudentOptions
-from ..data.images import ImageDataset
+from ..data.images import Images
 from .build import build_scheduler, build_unet
 from .teacher import Teacher
 
 
-def check_fit(teacher: Teacher, dataset: ImageDataset) -> None:
-    """Raise UserError if images or classes of the data are not those of the teacher."""
-    config = teacher.network.config
-    expected = (config.in_channels, *image_size(teacher.network))
+def check_data(
+    network: UNet2DModel | EDMUNet2DModel, num_classes: int | None, name: str, config: DataOptions, dataset: Images
+) -> None:
+    """Raise UserError if the data's images have another shape than the network of the option `name` makes, or more
+    classes than it knows.
+    """
+    makes = (network.config.out_channels, *image_size(network))
     given = (dataset.channels, dataset.resolution, dataset.resolution)
-    if given != expected:
+    if makes != given:
         raise UserError(
-            f"--dataset_name gives images of shape {given}, the teacher takes {expected}; set --resolution and "
-            "--image_mode."
+            f"--dataset_name {config.dataset_name} gives images of shape {given}, {name} makes {makes}; set "
+            "--resolution and --image_mode, or choose another data set."
         )
-    if config.num_class_embeds is not None and dataset.num_classes is None:
-        raise UserError(f"--label_column is needed: the teacher is conditional on {config.num_class_embeds} classes.")
-    if config.num_class_embeds is None and dataset.num_classes is not None:
+    if num_classes is not None and (dataset.num_classes or 0) > num_classes:
+        raise UserError(
+            f"--label_column {dataset.label_column} has {dataset.num_classes} classes, {name} knows {num_classes}."
+        )
+
+
+def check_fit(teacher: Teacher, config: DataOptions, dataset: Images) -> None:
+    """Raise UserError if images or classes of the data are not those of the teacher."""
+    labels = teacher.network.config.num_class_embeds
+    if labels is not None and dataset.num_classes is None:
+        raise UserError(f"--label_column is needed: the teacher is conditional on {labels} classes.")
+    if labels is None and dataset.num_classes is not None:
         raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
-    classes = (config.num_class_embeds or 0) - (teacher.null_class is not None)
-    if dataset.num_classes is not None and dataset.num_classes > classes:
-        raise UserError(f"--label_column has {dataset.num_classes} classes, the teacher knows {classes}.")
+    num_classes = labels if teacher.null_class is None else teacher.null_class  # which is the last label
+    check_data(teacher.network, num_classes, "--teacher", config, dataset)
 
 
 def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOptions:
@@ -50,10 +62,8 @@ def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOpti
 def student_scheduler(teacher: Teacher, options: GridOptions) -> CTMScheduler:
     """A CTMScheduler with the teacher's whole preconditioning, and its levels unless options say others."""
     names = {field.name for field in fields(Preconditioning)} | {"sigma_min", "sigma_max", "rho"}
-    numbers = {name: teacher.scheduler.config[name] for name in names}
-    for name in ("sigma_min", "sigma_max"):
-        if getattr(options, name) is not None:
-            numbers[name] = getattr(options, name)
+    asked = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
+    numbers = {name: teacher.scheduler.config[name] if asked.get(name) is None else asked[name] for name in names}
     if teacher.is_consistency_model and numbers["sigma_min"] != teacher.scheduler.config.sigma_min:
         raise UserError("--sigma_min cannot differ from that of a consistency model, whose jumps end there.")
     try:
@@ -84,25 +94,28 @@ def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) ->
             module.dropout.p = probability
 
 
-def untrained(options: StudentOptions, dataset: ImageDataset) -> Teacher:
+def untrained(options: StudentOptions, dataset: Images) -> Teacher:
     """The start of a student without a teacher: the network that the options describe, with random weights."""
-    label_dropout = options.label_dropout or 0.0
-    network = build_unet(options, dataset, options.dropout or 0.0, label_dropout)
+    network = build_unet(options, dataset, options.dropout or 0.0, options.label_dropout or 0.0)
     try:
         scheduler = build_scheduler(options, options.sigma_min or 0.002, options.sigma_max or 80.0)
     except ValueError as error:
         raise UserError(f"--sigma_min or --sigma_max: {error}") from error
-    null_class = dataset.num_classes if label_dropout else None
-    return Teacher(network.requires_grad_(False).eval(), scheduler, dataset.id2label, null_class=null_class)
+    return Teacher(
+        network.requires_grad_(False).eval(),
+        scheduler,
+        dataset.id2label,
+        null_class=dataset.num_classes if options.label_dropout else None,
+    )
 
 
 def label_dropout(teacher: Teacher, options: StudentOptions) -> float:
     """The probability of leaving a class out, checked against the teacher."""
-    if teacher.null_class is None and options.label_dropout:
+    if teacher.null_class is not None:
+        return 0.1 if options.label_dropout is None else options.label_dropout
+    if options.label_dropout:
         raise UserError(
             "--label_dropout needs a teacher that was trained with it (`training.train_edm --label_dropout 0.1`); "
             "this one has no label for 'no class'."
         )
-    if teacher.null_class is None:
-        return 0.0
-    return 0.1 if options.label_dropout is None else options.label_dropout
+    return 0.0

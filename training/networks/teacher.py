@@ -1,5 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""A teacher: a frozen denoiser, its preconditioning, and the repository and commit that it was loaded from."""
+"""A teacher: a frozen denoiser, its preconditioning, and the repository and commit that it was loaded from.
+
+A further class of networks begins in `source.NETWORKS`, a further scheduler in `diffusers_ctm/scheduler_configs.py`,
+and a further kind of prediction in `PREDICTIONS` of `diffusers_ctm/preconditioning.py`.
+"""
 
 import os
 from dataclasses import dataclass
@@ -8,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.utils import logging
 
-from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler, EDMUNet2DModel
+from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
 from diffusers_ctm.preconditioning import PREDICTIONS, Preconditioning, condition
 from diffusers_ctm.scheduler_configs import own_config
 from diffusers_ctm.trajectory import jump
@@ -62,54 +66,29 @@ class Teacher:
         return jump(x_t, g, t, end)
 
 
-def load_teacher(
-    name: str,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    prediction_type: str | None = None,
-    timestep_scale: float | None = None,
-) -> Teacher:
-    """Load the teacher in the folder or Hub repository `name`: the one network in it, and its scheduler's config.
+def load_teacher(options: TeacherOptions) -> Teacher:
+    """The teacher that the options name: the one network in its folder or Hub repository, and its scheduler's config.
 
-    Args:
-        name: a folder, or a repository on the Hub. The network's files lie in a subfolder (`unet`) or at the top.
-        subfolder: folder in it that holds the network, or one pipeline, where there are several.
-        revision: branch, tag or commit of the repository.
-        prediction_type, timestep_scale: instead of what the scheduler's config says.
-
-    Raises:
-        UserError: it is not there, cannot be read, holds no or several networks, or has an unknown scheduler.
+    The network's files lie in a subfolder (`unet`) or at the top. Raises UserError if it is not there, cannot be read,
+    holds no or several networks, or has an unknown scheduler.
     """
+    name = options.teacher
     label, here = f"--teacher {name}", "" if os.path.isdir(name) else "No such folder is here. "
     advice = (
         f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs `hf "
         "auth login` or HF_TOKEN."
     )
     with loading(label, advice):
-        source = Source(name, revision)
-        folder = source.choose_network(subfolder)
+        source = Source(name, options.teacher_revision)
+        folder = source.choose_network(options.teacher_subfolder)
         network = source.load_network(folder)
         scheduler_config = source.scheduler(folder)
         index = source.json(join(os.path.dirname(folder), "model_index.json"))
     null_class = index.get("null_class")
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})
-    scheduler = _make_scheduler(label, scheduler_config, prediction_type, timestep_scale)
-    if network.dtype != torch.float32:
-        network = network.to(torch.float32)
-    network = network.requires_grad_(False).eval()
-    return Teacher(network, scheduler, id2label, name, source.revision, null_class)
-
-
-def teacher_of(options: TeacherOptions) -> Teacher:
-    """The teacher that the options name."""
-    return load_teacher(
-        options.teacher,
-        options.teacher_subfolder,
-        options.teacher_revision,
-        options.teacher_prediction_type,
-        options.teacher_timestep_scale,
-    )
+    scheduler = _make_scheduler(label, scheduler_config, options)
+    return Teacher(network.float().requires_grad_(False).eval(), scheduler, id2label, name, source.revision, null_class)
 
 
 def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> None:
@@ -153,45 +132,32 @@ def _read_labels(label: str, labels: object) -> dict[int, str] | None:
         raise UserError(f'{label}: id2label in model_index.json must be like {{"0": "airplane"}}.') from error
 
 
-def _make_scheduler(
-    label: str, config: dict, prediction_type: str | None, timestep_scale: float | None
-) -> EDMHeunScheduler:
+def _make_scheduler(label: str, config: dict, options: TeacherOptions) -> EDMHeunScheduler:
     """The teacher's levels and preconditioning from the config of any scheduler, and what options say instead."""
+    given = {"prediction_type": options.teacher_prediction_type, "timestep_scale": options.teacher_timestep_scale}
+    given = {name: value for name, value in given.items() if value is not None}
     if not config:
-        if prediction_type is None:
+        if "prediction_type" not in given:
             raise UserError(
                 f"{label} has no scheduler_config.json, which says what the network predicts. Say it with "
                 "--teacher_prediction_type; the rest is then as in diffusers' scheduler of that kind."
             )
-        if PREDICTIONS[prediction_type].edm_scheduler_type and timestep_scale is None:
+        kind = PREDICTIONS[given["prediction_type"]]
+        if kind.edm_scheduler_type and "timestep_scale" not in given:
             raise UserError(
                 f"{label} has no scheduler_config.json: say --teacher_timestep_scale too, 1 for NVIDIA's EDM, 1000 for "
                 "OpenAI's."
             )
-        config = {"_class_name": PREDICTIONS[prediction_type].default_scheduler}
+        config = {"_class_name": kind.default_scheduler}
         logger.warning(f"{label} has no scheduler_config.json; taking the defaults of {config['_class_name']}.")
-    options = {"prediction_type": prediction_type, "timestep_scale": timestep_scale}
-    options = {name: value for name, value in options.items() if value is not None}
     try:
         own = own_config(config)
-        if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in options:
+        if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in given:
             raise UserError(
                 f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without "
                 "betas, flow or scores. Say --teacher_prediction_type."
             )
-        return EDMHeunScheduler.from_config({**own, **options})
+        return EDMHeunScheduler.from_config({**own, **given})
     except ValueError as error:
-        said = "".join(f" --teacher_{name} {value}" for name, value in options.items())
+        said = "".join(f" --teacher_{name} {value}" for name, value in given.items())
         raise UserError(f"{label}{said} does not fit its scheduler_config.json: {error}") from error
-
-
-def ctm_of_consistency_model(network: UNet2DModel, config: dict) -> CTMPipeline:
-    """A consistency model as a CTM, untrained: one step, and more at gamma = 1, sample as the consistency model does.
-
-    All its jumps end at sigma_min; at gamma < 1 others are asked, which it never learnt.
-
-    Args:
-        network: F of the consistency model.
-        config: of its `CMStochasticIterativeScheduler`.
-    """
-    return CTMPipeline(CTMUNet2DModel.from_unet(network), CTMScheduler.from_config(config, gamma=1.0))

@@ -120,13 +120,8 @@ def network_distance(options: "DistanceOptions") -> PerceptualDistance:
     return PerceptualDistance(backbone, about={"name": "features", "network": public_name(options.distance_network)})
 
 
-# Each distance by its name, as a function of the options.
-DISTANCES = {
-    "l2": lambda options: PixelDistance("l2", l2_distance),
-    "pseudo_huber": lambda options: PixelDistance("pseudo_huber", pseudo_huber_distance),
-    "lpips": lpips_distance,
-    "features": network_distance,
-}
+PIXEL_DISTANCES: dict[str, Distance] = {"l2": l2_distance, "pseudo_huber": pseudo_huber_distance}
+NETWORK_DISTANCES = {"lpips": lpips_distance, "features": network_distance}  # functions of the options
 
 
 @dataclass
@@ -137,7 +132,7 @@ class DistanceOptions(Checked):
         "l2",
         "Distance of the two estimates at time 0: 'l2', 'pseudo_huber', 'lpips' (the paper's, for color images), or "
         "'features': unit-normalized features of any frozen network.",
-        DISTANCES,
+        [*PIXEL_DISTANCES, *NETWORK_DISTANCES],
     )
     distance_network: str | None = option(
         None,
@@ -164,12 +159,10 @@ class DistanceOptions(Checked):
     def __post_init__(self) -> None:
         """Check, and fill in the network and pooling of LPIPS."""
         super().__post_init__()
-        unread = {
-            "l2": ["distance_network", "distance_weights", "distance_resolution", "distance_pooling"],
-            "pseudo_huber": ["distance_network", "distance_weights", "distance_resolution", "distance_pooling"],
-            "features": ["distance_weights", "distance_pooling"],
-        }
-        self.refuse(unread.get(self.distance, []), f"says nothing about --distance {self.distance}")
+        unread = ["distance_weights", "distance_pooling"] if self.distance != "lpips" else []
+        if self.distance in PIXEL_DISTANCES:
+            unread += ["distance_network", "distance_resolution"]
+        self.refuse(unread, f"says nothing about --distance {self.distance}")
         if self.distance == "lpips":
             self.distance_network = self.distance_network or "vgg"
             self.distance_pooling = self.distance_pooling or "average"
@@ -182,11 +175,10 @@ class DistanceOptions(Checked):
 
 
 def make_distance(options: DistanceOptions) -> nn.Module:
-    """The distance that `options` ask for: a module, `distance(a, b)` of shape (B,) for images (B, C, H,
-    W) in [-1, 1].
+    """The distance that `options` ask for: a module, `distance(a, b)` of shape (B,) for images (B, C, H, W) in [-1, 1].
 
-    `about` says what it is, in JSON's types.
-
-    Raises UserError if its network cannot be loaded.
+    `about` says what it is, in JSON's types. Raises UserError if its network cannot be loaded.
     """
-    return DISTANCES[options.distance](options)
+    if options.distance in PIXEL_DISTANCES:
+        return PixelDistance(options.distance, PIXEL_DISTANCES[options.distance])
+    return NETWORK_DISTANCES[options.distance](options)

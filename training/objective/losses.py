@@ -28,18 +28,15 @@ class ScoreMatchingOptions(Checked):
         True,
         "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. "
         "12).",
+        needs="dsm_weight",
     )
     dsm_sigma: str = option(
         "half_lognormal",
         "Noise levels of denoising score matching: 'lognormal' (EDM), or 'half_lognormal': every other sample from "
         "the upper 70 % of the Karras ramp (the authors').",
         ["lognormal", "half_lognormal"],
+        needs="dsm_weight",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dsm_weight == 0:
-            self.refuse(["dsm_adaptive", "dsm_sigma"], "needs a --dsm_weight above 0")
 
 
 def dsm_loss(denoised: torch.Tensor, x_0: torch.Tensor, sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:

@@ -76,8 +76,8 @@ def defaults(shapes: Shapes) -> dict[str, float]:
 def network_of(shapes: Shapes, **overrides) -> UNet2DModel | CTMUNet2DModel:
     """The network with these official names and shapes, on "meta".
 
-    `overrides` are arguments of UNet2DModel that win over what was inferred or what shapes do not tell. Raises UserError, with the
-    name, if one is missing, surplus or of another shape than in such a network.
+    `overrides` are arguments of UNet2DModel that win over what was inferred or what shapes do not tell. Raises
+    UserError, with the name, if one is missing, surplus or of another shape than in such a network.
     """
     flavour = flavour_of(shapes)
     shapes = {name: (*shape, 1) if _is_one_dimensional(name, shape) else shape for name, shape in bare(shapes).items()}
@@ -87,7 +87,8 @@ def network_of(shapes: Shapes, **overrides) -> UNet2DModel | CTMUNet2DModel:
     for name, shape in shapes.items():
         if name.endswith(".qkv.weight") and shape and shape[0] % (3 * head_dim):
             raise UserError(
-                f"--num_head_channels {head_dim} does not divide the {shape[0] // 3} channels of {name}; pass one that does."
+                f"--num_head_channels {head_dim} does not divide the {shape[0] // 3} channels of {name}; pass one that "
+                "does."
             )
     network = empty_network(CTMUNet2DModel if flavour == "ctm" else UNet2DModel, config, overrides)
     check_shapes(shapes, network, _layers(network, flavour))
@@ -99,8 +100,8 @@ def to_diffusers(
 ) -> UNet2DModel | CTMUNet2DModel:
     """The network of an official state dict, float32, in evaluation mode, on the device of its tensors (meta included).
 
-    Shares no storage with `state_dict`. `qkv_order`, one of `QKV_ORDERS`, is needed only for checkpoints whose `qkv` is a
-    one-dimensional convolution (guided-diffusion), where it depends on an option of theirs ("head_three_dim" unless
+    Shares no storage with `state_dict`. `qkv_order`, one of `QKV_ORDERS`, is needed only for checkpoints whose `qkv` is
+    a one-dimensional convolution (guided-diffusion), where it depends on an option of theirs ("head_three_dim" unless
     use_new_attention_order). Raises UserError as `network_of` does.
     """
     shapes = shapes_of(state_dict)
@@ -108,17 +109,18 @@ def to_diffusers(
     for name, shape in shapes.items():
         if qkv_order is None and name.endswith(".qkv.weight") and _is_one_dimensional(name, shape):
             raise UserError(
-                f"{name} is a one-dimensional convolution, as in guided-diffusion, whose order of channels the checkpoint does not "
-                "tell. Give --qkv_order head_three_dim (guided-diffusion's default), or three_head_dim if it was trained with "
-                "use_new_attention_order."
+                f"{name} is a one-dimensional convolution, as in guided-diffusion, whose order of channels the "
+                "checkpoint does not tell. Give --qkv_order head_three_dim (guided-diffusion's default), or "
+                "three_head_dim if it was trained with use_new_attention_order."
             )
     return filled(network, _layers(network, flavour, qkv_order), bare(state_dict))
 
 
 def without_variances(state_dict: Mapping[str, torch.Tensor]) -> Tensors:
-    """The weights of OpenAI's network without the outputs of a learned variance, if it has them (Nichol & Dhariwal 2021).
+    """The weights of OpenAI's network without the outputs of a learned variance, if it has any.
 
-    They are the second half of its channels; sampling by the ODE and distillation need the first.
+    They are the second half of its channels (Nichol & Dhariwal 2021). Sampling by the ODE and distillation need the
+    first.
     """
     if flavour_of(state_dict) != "openai":
         raise UserError("--prediction_type epsilon is for OpenAI's guided-diffusion; these weights have other names.")
@@ -132,8 +134,8 @@ def to_official(network: UNet2DModel | CTMUNet2DModel, flavour: str | None = Non
     """The state dict of `network` under official names, copies of its weights.
 
     Args:
-        flavour: "ctm" for a CTMUNet2DModel (the default there), "openai" (the default) or "nvidia" for a UNet2DModel. The two biases
-            of a CTM's residual block are one here: it goes to `emb_layers`, zeros to `emb_layers_s`.
+        flavour: "ctm" for a CTMUNet2DModel (the default there), "openai" (the default) or "nvidia" for a UNet2DModel.
+            The two biases of a CTM's residual block are one here: it goes to `emb_layers`, zeros to `emb_layers_s`.
 
     Raises UserError for a network that the official classes cannot be, saying which entry of its config is the reason.
     """
@@ -177,7 +179,7 @@ RESNET_NAMES = {  # own: (OpenAI's, NVIDIA's)
 
 @dataclass(frozen=True)
 class _Names:
-    """Official names, without prefix. Lists have an entry per level of the side, from the start of the network to its end.
+    """Official names, without prefix. A list has an entry per level of the side, in the order of the network.
 
     Args:
         outer: layers outside of the blocks, with their own names.
@@ -195,7 +197,7 @@ class _Names:
 
 
 def _openai_names(network: UNet2DModel) -> _Names:
-    """`input_blocks` and `output_blocks` number blocks through all levels. An upsampler has the last number of its level."""
+    """`input_blocks` and `output_blocks` number blocks through all levels. An upsampler has its level's last number."""
     per_level, levels = network.config.layers_per_block + 1, range(len(network.down_blocks))
     outer = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
     if isinstance(network, CTMUNet2DModel):
@@ -276,14 +278,14 @@ def _layers(network: UNet2DModel, flavour: str, qkv_order: str | None = None) ->
 
 
 def _openai_config(shapes: Shapes) -> dict:
-    count = len(numbers(shapes, r"output_blocks\.(\d+)\."))
-    ups = numbers(shapes, r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight$")
+    count = len(numbers(shapes, r"output_blocks\.(\d{1,4})\."))
+    ups = numbers(shapes, r"output_blocks\.(\d{1,4})\.[12]\.(?:in_layers\.0|conv)\.weight$")
     levels = len(ups) + 1
     layers = count // levels - 1
     if layers < 1 or count % levels or ups != [(i + 1) * (layers + 1) - 1 for i in range(levels - 1)]:
         raise UserError(
-            f"The checkpoint has {count} output_blocks, of which numbers {ups} upsample; in an ADM network with {levels} levels "
-            "each level has as many, and its last one upsamples."
+            f"The checkpoint has {count} output_blocks, of which numbers {ups} upsample; in an ADM network with "
+            f"{levels} levels each level has as many, and its last one upsamples."
         )
     first = [1 + level * (layers + 1) for level in range(levels)]
     has_resnet_sampling = levels == 1 or f"input_blocks.{first[1] - 1}.0.in_layers.2.weight" in shapes
@@ -306,8 +308,8 @@ def _nvidia_config(shapes: Shapes) -> dict:
     widths = tuple(shape_of(shapes, f"{block}.conv0.weight", 4)[0] for block in blocks)
     if min(widths) < 128:
         raise UserError(
-            f"The network has widths {widths}. Below 128 channels NVIDIA's norms have a quarter as many groups as channels, each "
-            "its own number, and UNet2DModel has one for all."
+            f"The network has widths {widths}. Below 128 channels NVIDIA's norms have a quarter as many groups as "
+            "channels, each its own number, and UNet2DModel has one for all."
         )
     return _config(
         shapes,
@@ -330,7 +332,7 @@ def _config(
     has_resnet_sampling: bool,
     **others,
 ) -> dict:
-    """Arguments of UNet2DModel. `names`: first and last convolution, first linear of the time, linear of a residual block."""
+    """Arguments of UNet2DModel. `names`: first and last convolution, linear layers of the time and of a block."""
     conv_in, conv_out, time, projection = (f"{name}.weight" for name in names)
     time_dim, rows = shape_of(shapes, time, 2)[0], shape_of(shapes, projection, 2)[0]
     plain_down, plain_up = "DownBlock2D", "UpBlock2D"

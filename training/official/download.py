@@ -61,7 +61,8 @@ class _OnlySecure(urllib.request.HTTPRedirectHandler):
 def download(address: str, folder: str) -> str:
     """Fetch `address` into `folder`; return the file's path.
 
-    torch.hub.download_url_to_file does not serve: it has no timeout, follows any redirection, and keeps a file that broke off.
+    torch.hub.download_url_to_file does not serve: it has no timeout, follows any redirection, and keeps a file that
+    broke off.
     """
     check_address(address)
     path, name = os.path.join(folder, "download"), public_name(address)

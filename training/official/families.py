@@ -19,9 +19,10 @@ WRAPPERS = 4  # that may lie around each other
 class Family(Protocol):
     """A family of official networks.
 
-    To add one, write a file in this room that has what is listed here, and put it into FAMILIES. layers.py has what most of it is made
-    of: list the network's layers as `Layer(official, own, kind)`, infer its arguments from names and shapes, and let `empty_network`,
-    `check_shapes`, `filled` and `official_tensors` do the rest. song.py is the shorter example.
+    To add one, write a file in this room that has what is listed here, and put it into FAMILIES. layers.py has what
+    most of it is made of: list the network's layers as `Layer(official, own, kind)`, infer its arguments from names and
+    shapes, and let `empty_network`, `check_shapes`, `filled` and `official_tensors` do the rest. song.py is the shorter
+    example.
 
     Attributes:
         NAME: what `conversion.json` records.
@@ -43,7 +44,7 @@ class Family(Protocol):
         """The network. `overrides` are arguments of its class. UserError names what does not fit."""
 
     def without_variances(self, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
-        """The weights of a network that predicts epsilon, without the outputs of a learned variance. UserError if none does."""
+        """The weights without the outputs of a learned variance. UserError if the family never predicts epsilon."""
 
     def to_official(self, network: torch.nn.Module, flavour: str | None = None) -> Tensors:
         """The state dict with the authors' names, in one of the family's `flavour`s."""
@@ -55,8 +56,9 @@ FAMILIES: tuple[Family, ...] = (song, adm)
 def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[str, torch.Tensor]]:
     """(family, state dict without wrappers' prefixes), recognized by names and shapes.
 
-    DistributedDataParallel, torch.compile or a trainer's module put a prefix before every name ("module.", "_orig_mod.", "net.",
-    several of them). It is left out where the names with it are of no family. Raises UserError if the weights are of no family.
+    DistributedDataParallel, torch.compile or a trainer's module put a prefix before every name ("module.",
+    "_orig_mod.", "net.", several of them). It is left out where the names with it are of no family. Raises UserError if
+    the weights are of no family.
     """
     bare = {name: tensor for name, tensor in state_dict.items() if name != "n_averaged"}  # of torch's AveragedModel
     for _ in range(WRAPPERS + 1):
@@ -69,8 +71,8 @@ def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[st
         bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
     some = ", ".join(f"{name[:60]} {list(tensor.shape)}" for name, tensor in list(state_dict.items())[:4])
     raise UserError(
-        f"These weights are of no network that is known here ({len(state_dict)} tensors: {some}, ...). Known are EDM's DDPM++, "
-        "NCSN++ and ADM, OpenAI's ADM, and the CTMs of both."
+        f"These weights are of no network that is known here ({len(state_dict)} tensors: {some}, ...). Known are EDM's "
+        "DDPM++, NCSN++ and ADM, OpenAI's ADM, and the CTMs of both."
     )
 
 
@@ -91,8 +93,8 @@ def said_by(part: Any) -> dict[str, float]:
     name = part.class_name.rpartition(".")[2]
     if name.endswith("Precond") and name != "EDMPrecond":
         raise UserError(
-            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something else and are "
-            "shown other times. Only those with EDM's preconditioning are converted."
+            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something "
+            "else and are shown other times. Only those with EDM's preconditioning are converted."
         )
     values = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
     said = {key: numbers.pop() for key, numbers in values.items() if len(numbers) == 1}

@@ -105,16 +105,17 @@ def _read(path: str) -> Any:
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
-    """What the file `path` holds: nested dicts, lists, tuples and sets of tensors and plain values. Nothing of it is run.
+    """What the file `path` holds: nested dicts, lists, tuples and sets of tensors and plain values. It is not run.
 
-    Reads files of torch.save of any version, safetensors, and pickles, NVIDIA's included. Parameters and numpy arrays become
-    tensors, OrderedDict and the like dict, devices text, and objects of the classes that NVIDIA's files and torch.nn have `Record`s.
-    Tensors keep their strides and share storages as they were saved. Storages of torch.save's present format are parts of the
-    mapped file: they take memory when they are read, and changing them does not change the file.
+    Reads files of torch.save of any version, safetensors, and pickles, NVIDIA's included. Parameters and numpy arrays
+    become tensors, OrderedDict and the like dict, devices text, and objects of the classes that NVIDIA's files and
+    torch.nn have `Record`s. Tensors keep their strides and share storages as they were saved. Storages of torch.save's
+    present format are parts of the mapped file: they take memory when they are read, and changing them does not change
+    the file.
 
     Raises:
-        UserError: the file is not there, broken, truncated, none of these formats, names anything else, or would take more memory
-            than its size warrants.
+        UserError: the file is not there, broken, truncated, none of these formats, names anything else, or would take
+            more memory than its size warrants.
     """
     try:
         return _read(os.fspath(path))
@@ -125,6 +126,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except Exception as error:  # a broken pickle raises errors of many kinds: IndexError, KeyError, struct.error, ...
         reason = f"it is no checkpoint, or broken ({type(error).__name__}: {ascii(str(error)[:200])})"
     raise UserError(
-        f"{path} cannot be read: {reason}. Nothing of it was run. Readable are files of torch.save, safetensors, and pickles of "
-        "tensors and plain values; if you trust this one, load it with its own software and save its state dict with safetensors."
+        f"{path} cannot be read: {reason}. Nothing of it was run. Readable are files of torch.save, safetensors, and "
+        "pickles of tensors and plain values; if you trust this one, load it with its own software and save its state "
+        "dict with safetensors."
     )

@@ -135,7 +135,7 @@ def join_qkv(parts: Iterable[torch.Tensor], head_dim: int, order: str) -> torch.
 
 
 def resample_filter(name: str, taps: tuple[int, ...] = (1, 1)) -> Layer:
-    """The constant filter of the official layer `name`, a tensor of shape (1, 1, taps, taps) that networks here do not have."""
+    """The constant filter of the official layer `name`, of shape (1, 1, taps, taps). Networks here have none."""
     row = torch.tensor(taps, dtype=torch.float32, device="cpu") / sum(taps)
     constant = torch.outer(row, row)[None, None]
 
@@ -177,13 +177,13 @@ def numbers(shapes: Iterable[str], pattern: str) -> list[int]:
 
 
 def resolutions(shapes: Shapes) -> tuple[list[int], int]:
-    """(sides of the levels, blocks of a level) of NVIDIA's names. Raises UserError, before a network of any size is made."""
+    """(sides of the levels, blocks of a level) by NVIDIA's names. Raises UserError before any network is made."""
     tops = numbers(shapes, r"enc\.(\d{1,4})x\1_conv\.weight$")
     sizes = numbers(shapes, r"enc\.(\d{1,4})x\1_block0\.")[::-1]
     if not tops or not sizes or sizes != [tops[-1] >> level for level in range(len(sizes))]:
         raise UserError(
-            f"The checkpoint has a first convolution enc.<size>x<size>_conv.weight at {tops} and blocks at {sizes}; each level "
-            "of a network halves the side of the image, and all have blocks."
+            f"The checkpoint has a first convolution enc.<size>x<size>_conv.weight at {tops} and blocks at {sizes}; "
+            "each level of a network halves the side of the image, and all have blocks."
         )
     blocks = len(numbers(shapes, rf"enc\.{sizes[0]}x{sizes[0]}_block(\d{{1,4}})\."))
     if blocks * len(sizes) > len(shapes):
@@ -202,7 +202,7 @@ def sides_of(network: torch.nn.Module) -> list[str]:
 
 
 def empty_network(kind: Callable[..., Network], inferred: dict, overrides: dict) -> Network:
-    """A network on "meta". Raises UserError for overrides that are no arguments of it, and for arguments that give none."""
+    """A network on "meta". Raises UserError if an override is no argument of it, or the arguments do not fit."""
     for name in overrides:
         if name not in inspect.signature(kind.__init__).parameters:
             raise UserError(f"{name} is not an argument of {kind.__name__} and cannot be overridden.")
@@ -243,7 +243,8 @@ def official_tensors(network: torch.nn.Module, layers: list[Layer]) -> Tensors:
     different = weights.keys() ^ {name for layer in layers for name in layer.own_names()}
     if different:
         raise UserError(
-            f"{min(different)} has no official name in a network like this; unload adapters and unfuse the attention before."
+            f"{min(different)} has no official name in a network like this; unload adapters and unfuse the attention "
+            "before."
         )
     for layer in layers:
         official |= layer.to_official(weights)

@@ -1,16 +1,16 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Read pickles without running them.
 
-A pickle is a program. `Reader` is the standard library's unpickler in Python with the steps taken out or replaced that could look up a
-name, call something, or cost more than the file warrants. A name in the file stands for one of the functions of this file or is
-refused; nothing is imported. What the standard library alone does not hold, and what this file therefore adds:
+A pickle is a program. `Reader` is the standard library's unpickler in Python, without the steps that could look up a
+name, call something, or cost more than the file warrants. A name in the file stands for one of the functions of this
+file or is refused; nothing is imported. The standard library alone leaves four doors open, which are closed here:
 
-- A name is looked up and called: `find_class`, `load_reduce`, `load_build`.
-- The hash of a tuple of tuples of tuples can take for ever: `load_setitem` and its like accept plain keys only.
-- Memory is taken for a length that the file only claims, a call repeats what the file holds once, and small instructions make
-  larger objects: `Budget`.
+- It looks names up, calls them and sets their state: `find_class`, `load_reduce`, `load_build`.
+- It hashes tuples of tuples of tuples, which can take for ever: `load_setitem` and its like accept plain keys only.
+- It takes memory for a length that the file only claims: `Reader` reads no more than the file has.
+- It lets a file call a function on the same data again and again and make large objects by small steps: `Budget`.
 
-`pickle.Unpickler` in C has no place for the last two, and torch's `weights_only` reader reads none of NVIDIA's files.
+`pickle.Unpickler` in C can close the first door only. torch's `weights_only` reader reads none of NVIDIA's files.
 """
 
 import io
@@ -24,9 +24,7 @@ from typing import Any, BinaryIO
 import torch
 
 
-MAX_READS = (
-    2_000_000  # two for most instructions; a training checkpoint with 1,000 tensors and Adam's moments has 400,000
-)
+MAX_READS = 2_000_000  # of a name, number, ...; a training checkpoint with 1,000 tensors and Adam's moments has 265,000
 SLACK = 2**20  # bytes that a small file may ask for beyond its size
 ELEMENT_BYTES = {str: 1, bytes: 1, list: 100, dict: 100, set: 100}  # what an element of a copy takes, at most
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before 1.6
@@ -72,7 +70,7 @@ class Budget:
             raise Refused("it unfolds to more bytes than it has")
 
     def copy_all(self, values: tuple) -> None:
-        """The arguments of a call, as if the call copied them. Tuples are left out: the functions of CALLS keep short ones only."""
+        """The arguments of a call, as if it copied them. Tuples are free: functions of CALLS keep short ones only."""
         for value in values:
             if type(value) in ELEMENT_BYTES:
                 self.copy(ELEMENT_BYTES[type(value)] * len(value))
@@ -99,7 +97,7 @@ def integers(values: Any) -> tuple[int, ...]:
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, *rest) -> torch.Tensor:
-    """A view of the storage of the tensor `storage`. Expanded tensors (stride 0) may be 1 MB larger than what they repeat.
+    """A view of the storage of the tensor `storage`. One that repeats it (stride 0) may be up to 1 MB large.
 
     `rest` may hold another type and what else torch notes: whether the tensor is conjugated or negated.
     """
@@ -258,7 +256,7 @@ class Reader(pickle._Unpickler):
     Args:
         file: the open file.
         budget: what the whole file may cost.
-        storage: gives the storage of (dtype, key, number of elements), as a tensor; None: the pickle may have none outside of it.
+        storage: gives the storage of (dtype, key, number of elements) as a tensor. None: all are within the pickle.
         is_inner: the pickle is a storage within another pickle.
     """
 
@@ -377,7 +375,7 @@ def read_pickle(file: BinaryIO, budget: Budget, is_inner: bool = False) -> Any:
 
 
 def _read_legacy(file: BinaryIO, budget: Budget, is_inner: bool) -> Any:
-    """torch.save before 1.6, behind its magic number: a version, the system, the object, its storages' keys; then their bytes."""
+    """torch.save before 1.6, after its magic number: version, system, object, its storages' keys, their bytes."""
     storages: dict[str, torch.Tensor] = {}
 
     def storage(dtype: torch.dtype, key: str, count: int) -> torch.Tensor:

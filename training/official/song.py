@@ -58,8 +58,8 @@ def defaults(shapes: Shapes) -> dict[str, float]:
 def network_of(shapes: Shapes, **overrides) -> EDMUNet2DModel:
     """The network with these official names and shapes, on "meta".
 
-    `overrides` are arguments of EDMUNet2DModel that win over what was inferred or what shapes do not tell. Raises UserError, with
-    the name, if one is missing, surplus or of another shape than in such a network.
+    `overrides` are arguments of EDMUNet2DModel that win over what was inferred or what shapes do not tell. Raises
+    UserError, with the name, if one is missing, surplus or of another shape than in such a network.
     """
     shapes = bare(shapes)
     network = empty_network(EDMUNet2DModel, _inferred(shapes), overrides)
@@ -70,8 +70,8 @@ def network_of(shapes: Shapes, **overrides) -> EDMUNet2DModel:
 def to_diffusers(state_dict: Mapping[str, torch.Tensor], qkv_order: str | None = None, **overrides) -> EDMUNet2DModel:
     """The network of an official state dict, float32, in evaluation mode, on the device of its tensors (meta included).
 
-    Shares no storage with `state_dict`. Raises UserError as `network_of` does, and for a resampling filter that EDMUNet2DModel does
-    not have.
+    Shares no storage with `state_dict`. Raises UserError as `network_of` does, and for a resampling filter that
+    EDMUNet2DModel does not have.
     """
     if qkv_order is not None:
         raise UserError("--qkv_order is for ADM networks; this is a SongUNet, which has one order only.")
@@ -86,8 +86,8 @@ def without_variances(state_dict: Mapping[str, torch.Tensor]) -> Tensors:
 def to_official(network: EDMUNet2DModel, flavour: str | None = None) -> Tensors:
     """The state dict that the authors' EDMPrecond or EDMPrecond_CTM loads.
 
-    A CTM's two biases per block are one here: it goes to `affine.bias`, and `affine_s.bias` is zero. Raises UserError if
-    `sample_size` is not one number, because the official names contain it.
+    A CTM's two biases per block are one here: it goes to `affine.bias`, and `affine_s.bias` is zero. Raises UserError
+    if `sample_size` is not one number, because the official names contain it.
     """
     if flavour is not None:
         raise UserError("--flavour is for ADM networks; this is a SongUNet, which has one set of names only.")

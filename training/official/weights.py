@@ -77,8 +77,8 @@ def find_weights(checkpoint: Any, entry: str | None = None) -> tuple[str, dict |
 
     Args:
         checkpoint: a state dict, a module, or a dict that holds one of them, maybe one dict further down.
-        entry: its name, dotted if it lies deeper. None takes the first of ENTRIES that is there, averaged weights before others,
-            and the checkpoint itself, named "", if it is a state dict.
+        entry: its name, dotted if it lies deeper. None takes the first of ENTRIES that is there, averaged weights
+            before others, and the checkpoint itself, named "", if it is a state dict.
 
     Raises:
         UserError: no entry has weights; the message lists what the file has.
@@ -106,7 +106,7 @@ def find_weights(checkpoint: Any, entry: str | None = None) -> tuple[str, dict |
 
 
 def _parts(checkpoint: Any) -> dict[str, dict | Record]:
-    """The dicts and objects within the dict `checkpoint`, and within those, by dotted names. A shared one is listed once."""
+    """The dicts and objects in the dict `checkpoint`, and in those, by dotted names. A shared one is listed once."""
     parts, level, seen = {}, {"": checkpoint}, {id(checkpoint)}
     for _ in range(2):
         inner = {}

@@ -2,10 +2,19 @@
 """Small images enlarged, in grids, with captions, and pictures as PNG files."""
 
 import io
+import math
+from collections.abc import Sequence
 
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+GAP = 4  # pixels between the images of a table
+
+HEADER = 28  # pixels above a table for its words
+
+GRAY = (128, 128, 128)  # of gaps and words; it shows on light and dark pages
 
 
 def captioned(rows: list[list[tuple[str, Image.Image]]], gap: int = 12, text_height: int = 18) -> Image.Image:
@@ -36,11 +45,57 @@ def tiles(images: torch.Tensor, columns: int) -> Image.Image:
 
 def enlarged_grid(images: list[Image.Image], rows: int, columns: int, smallest_side: int = 48) -> Image.Image:
     """Images in rows, small ones enlarged without smoothing."""
-    factor = max(1, -(-smallest_side // images[0].height))
-    size = (images[0].width * factor, images[0].height * factor)
-    return make_image_grid(
-        [image.resize(size, Image.Resampling.NEAREST).convert("RGB") for image in images], rows, columns
-    )
+    factor = -(-smallest_side // images[0].height)
+    return make_image_grid([magnified(image, factor).convert("RGB") for image in images], rows, columns)
+
+
+def magnified(image: Image.Image, factor: int) -> Image.Image:
+    """`image` with each pixel as a square of `factor` pixels, at least one."""
+    factor = max(1, factor)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """`image` with each pixel as a square, as large as fits `side` pixels, at least as it is."""
+    return magnified(image, side // max(image.size))
+
+
+def grid(images: Sequence[Image.Image]) -> Image.Image:
+    """All images in an almost square grid about 480 pixels wide."""
+    columns = math.isqrt(len(images) - 1) + 1
+    columns = next((n for n in range(columns, 2 * columns) if len(images) % n == 0), columns)
+    return table(images, columns, 480 // columns)
+
+
+def table(images: Sequence[Image.Image], columns: int, cell: int) -> Image.Image:
+    """Images in rows of `columns`, each about `cell` pixels wide."""
+    images = [enlarged(image, cell).convert("RGB") for image in images]
+    width, height = columns * (images[0].width + GAP), math.ceil(len(images) / columns) * (images[0].height + GAP)
+    picture = Image.new("RGB", (width - GAP, height - GAP), GRAY)
+    _paste(picture, images, columns)
+    return picture
+
+
+def labeled_table(images: Sequence[Image.Image], left: Sequence[str], above: Sequence[str], cell: int) -> Image.Image:
+    """A table with a word before each row and one above each column; its background is transparent."""
+    images = [enlarged(image, cell).convert("RGB") for image in images]
+    width, height = images[0].width + GAP, images[0].height + GAP
+    font = ImageFont.load_default(20)
+    margin = int(max(map(font.getlength, left))) + 8
+    picture = Image.new("RGBA", (margin + len(above) * width, HEADER + len(left) * height))
+    brush = ImageDraw.Draw(picture)
+    for j, word in enumerate(above):
+        brush.text((margin + j * width + images[0].width / 2, HEADER / 2), word, GRAY, font, anchor="mm")
+    for i, word in enumerate(left):
+        brush.text((margin - 8, HEADER + i * height + images[0].height / 2), word, GRAY, font, anchor="rm")
+    _paste(picture, images, len(above), margin, HEADER)
+    return picture
+
+
+def _paste(picture: Image.Image, images: Sequence[Image.Image], columns: int, left: int = 0, top: int = 0) -> None:
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        picture.paste(image, (left + column * (image.width + GAP), top + row * (image.height + GAP)))
 
 
 def png(picture) -> bytes:

@@ -12,14 +12,10 @@ from ..cli.training_options import AverageOptions
 from .devices import whole
 
 
-Decay = Callable[[int], float]
-
 SNAPSHOTS = "ema-snapshots"
 
-WARM = 10**9  # updates after which every warm-up is over
 
-
-def exponential_decay(decay: float, warmup: bool = False) -> Decay:
+def exponential_decay(decay: float, warmup: bool = False) -> Callable[[int], float]:
     """The decay of update n = 1, 2, ...: `decay`, or with `warmup` n / (9 + n) up to it. The first update copies."""
 
     def at(update: int) -> float:
@@ -30,7 +26,7 @@ def exponential_decay(decay: float, warmup: bool = False) -> Decay:
     return at
 
 
-def power_decay(sigma_rel: float) -> Decay:
+def power_decay(sigma_rel: float) -> Callable[[int], float]:
     """(1 - 1/n)^(gamma + 1): the average then weighs update m by about m^gamma (Karras et al. 2024, Eqs. 125 to 127).
 
     `sigma_rel` in (0, 1/sqrt(12)) is the standard deviation of these weights over the training so far, 0.1 a tenth
@@ -51,7 +47,7 @@ class EMA:
         warmup: let a constant decay rise to its value as n / (9 + n).
     """
 
-    def __init__(self, network: torch.nn.Module, decay: float | Decay, warmup: bool = False):
+    def __init__(self, network: torch.nn.Module, decay: float | Callable[[int], float], warmup: bool = False):
         self.module = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay = decay if callable(decay) else exponential_decay(decay, warmup)
         self.updates = 0
@@ -77,7 +73,7 @@ class EMA:
     def start_from(self, weights: dict[str, torch.Tensor]) -> None:
         """Go on from an average of another run, at the full decay: neither copying at first nor warming up."""
         self.module.load_state_dict(weights)
-        self.updates = WARM
+        self.updates = 10**9  # after which every warm-up is over
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "weights": self.module.state_dict()}

@@ -4,7 +4,6 @@
 import os
 import re
 from dataclasses import asdict, fields
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -41,8 +40,8 @@ def decisive_options(options: RunOptions, num_processes: int) -> dict[str, str]:
     decisive = {
         entry.name: str(getattr(options, entry.name)) for entry in fields(options) if not entry.metadata["free"]
     }
-    total = options.train_batch_size * options.gradient_accumulation_steps * num_processes
-    return {**decisive, "train_batch_size x accumulation x processes": str(total)}
+    images = options.train_batch_size * options.gradient_accumulation_steps * num_processes
+    return {**decisive, "train_batch_size x accumulation x processes": str(images)}
 
 
 def start_output_dir(options: OutputOptions) -> str | None:
@@ -74,14 +73,12 @@ def start_output_dir(options: OutputOptions) -> str | None:
     return resume
 
 
-def load_run_state(checkpoint: str) -> dict[str, Any]:
+def load_run_state(checkpoint: str) -> dict:
     """The part of a checkpoint that is not Accelerate's. No code in it runs."""
     return torch.load(os.path.join(checkpoint, STATE), map_location="cpu", weights_only=True)
 
 
-def check_same_run(
-    state: dict[str, Any], options: RunOptions, num_processes: int, networks: list[str], path: str
-) -> None:
+def check_same_run(state: dict, options: RunOptions, num_processes: int, networks: list[str], path: str) -> None:
     """Raise UserError if the checkpoint `path` with this state is of another run than that of options and networks."""
     before, now = state["options"], decisive_options(options, num_processes)
     changed = [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
@@ -102,9 +99,6 @@ def check_same_run(
 # A first stage --------------------------------------------------------------------------------------------------------
 
 
-Weights = dict[str, torch.Tensor]
-
-
 def find_first_stage(name: str) -> str:
     """The checkpoint, pipeline's folder or Hub repository that --init_from means. Raises UserError if there is none."""
     if is_hub_id(name):
@@ -120,7 +114,7 @@ def find_first_stage(name: str) -> str:
     )
 
 
-def load_first_stage(folder: str) -> tuple[Weights, dict[str | None, Weights], Preconditioning | None]:
+def load_first_stage(folder: str) -> tuple[dict, dict[str | None, dict], Preconditioning | None]:
     """Read what `find_first_stage` returned. Raises UserError if that fails.
 
     Returns:
@@ -144,13 +138,11 @@ def load_first_stage(folder: str) -> tuple[Weights, dict[str | None, Weights], P
 
 
 def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, source: str) -> None:
-    """Raise UserError if weights were trained with another preconditioning than the run's.
+    """Raise UserError if weights are known to be trained with another preconditioning than the run's.
 
     Their shapes do not tell, and outputs would be wrong.
     """
-    if saved is None:
-        return
-    before, now = asdict(saved), asdict(own)
+    before, now = asdict(saved or own), asdict(own)
     changed = [f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         raise UserError(

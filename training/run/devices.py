@@ -15,19 +15,15 @@ from ..cli.training_options import HardwareOptions, OptimizerOptions, RunOptions
 WHAT_WORKS = "training/configs/accelerate has what works: ddp.yaml and fsdp.yaml."
 
 
+# Backends that a launcher may ask for and this training cannot use.
+REFUSED = {
+    "DEEPSPEED": "DeepSpeed resumes from pickles, which can run code, and does clipping and the step itself.",
+    "MEGATRON_LM": "Megatron-LM trains its own networks only.",
+}
+
+
 def _asked(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-
-
-def check_launch() -> None:
-    """Raise UserError if the launcher asks for a backend that this training cannot use."""
-    reasons = {
-        "DEEPSPEED": "DeepSpeed resumes from pickles, which can run code, and does clipping and the step itself.",
-        "MEGATRON_LM": "Megatron-LM trains its own networks only.",
-    }
-    for name, reason in reasons.items():
-        if _asked(name):
-            raise UserError(f"{reason} {WHAT_WORKS}")
 
 
 def check_sharding(accelerator: Accelerator, options: HardwareOptions) -> None:
@@ -61,7 +57,9 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         raise UserError(f"--report_to {tracker} needs the package {tracker}: pip install {tracker}, or choose 'none'.")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU; use bf16 or no.")
-    check_launch()
+    for name, reason in REFUSED.items():
+        if _asked(name):
+            raise UserError(f"{reason} {WHAT_WORKS}")
     accelerator = Accelerator(
         mixed_precision=precision,
         # The environment would overrule a plain number.
@@ -98,9 +96,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def load_whole(network: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """`load_state_dict` of whole weights, which each process has, into a network whose weights may be spread."""
-    if not any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
-        network.load_state_dict(weights)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        network.load_state_dict(weights)

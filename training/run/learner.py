@@ -32,7 +32,8 @@ class TrainedNetwork:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
     ):
-        self.accelerator, self.bare, self.scaler = accelerator, module, scaler
+        self.accelerator, self.bare = accelerator, module
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)  # which does nothing
         self.network, prepared = accelerator.prepare(module, optimizer)
         self.optimizer = prepared.optimizer
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -41,9 +42,7 @@ class TrainedNetwork:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss`, divided by the accumulation steps, to that of this network's parameters alone."""
-        loss = loss / self.accelerator.gradient_accumulation_steps
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
+        loss = self.scaler.scale(loss / self.accelerator.gradient_accumulation_steps)
         if self.accelerator.is_fsdp2:  # its graph has other tensors; there is one network
             loss.backward()
         else:
@@ -59,42 +58,38 @@ class TrainedNetwork:
             The norm before clipping, and whether the step was taken: a bool, or 1 or 0 on the device if the host does
             not know.
         """
-        optimizer = self.optimizer
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = whole(clip_gradient(self.parameters, max_grad_norm))
         # After the mean over processes the gradients are the same everywhere, so every process decides alike.
         broken = norm.isfinite().logical_not_()
         self.skipped += broken
-        self.skipped_in_a_row += 1
-        self.skipped_in_a_row *= broken
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and not self.accelerator.is_fsdp2:
+        self.skipped_in_a_row.add_(1).mul_(broken)
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False) and not self.accelerator.is_fsdp2:
             # Fused Adam and AdamW read the flag on the device, as they do for torch's GradScaler: nothing waits for it.
-            optimizer.found_inf = broken.float()
-            optimizer.step()
-            del optimizer.found_inf
+            self.optimizer.found_inf = broken.float()
+            self.optimizer.step()
+            del self.optimizer.found_inf
             applied = broken.logical_not()
         else:
             # RAdam does not read such a flag: on a GPU the host waits here for the backward pass, once per step.
             applied = not broken.item()
             if applied:
-                optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if self.scaler is not None:
-            self.scaler.update()
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
         return norm, applied
 
     def state_dict(self) -> dict:
         """What Accelerate does not save: the counts, and the loss scale of a second network."""
         state = {"skipped": self.skipped.item(), "skipped_in_a_row": self.skipped_in_a_row.item()}
-        if self.scaler is not None and self.scaler is not self.accelerator.scaler:
+        if self.scaler.is_enabled() and self.scaler is not self.accelerator.scaler:
             state["scaler"] = self.scaler.state_dict()
         return state
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped.fill_(state["skipped"])
         self.skipped_in_a_row.fill_(state["skipped_in_a_row"])
-        if self.scaler is not None and "scaler" in state:  # else the checkpoint is of a run in another precision
+        if self.scaler.is_enabled() and "scaler" in state:  # else the checkpoint is of a run in another precision
             self.scaler.load_state_dict(state["scaler"])
 
 

@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -47,8 +46,8 @@ class TrainingRun:
         network: the wrapped network. `bare_network` is the same without wrapping.
         averages: moving averages of it, by name. The losses call `ema`, one of them, and it is sampled and saved.
         networks: all that learn, by name; `network` is "main".
+        folder: the run's folder, with its record.
         step: number of steps done.
-        record: the contents of `training.json`; empty in all but the main process.
     """
 
     def __init__(
@@ -63,8 +62,10 @@ class TrainingRun:
     ):
         self.options, self.dataset, self.make_pipeline, self.on_step = options, dataset, make_pipeline, on_step
         self.accelerator = make_accelerator(options)
+        self.device = self.accelerator.device
+        # FSDP spreads rows of memory, which channels last would cut.
+        self._memory_format = torch.contiguous_format if self.accelerator.is_fsdp2 else torch.channels_last
         self.folder = RunFolder(options, self.accelerator, make_pipeline, teacher_revision)
-        self.record = self.folder.record
 
         if options.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -88,24 +89,14 @@ class TrainingRun:
         self._save_due = False
         self._position = None  # in a streamed data set
 
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def _memory_format(self) -> torch.memory_format:
-        # FSDP spreads rows of memory, which channels last would cut.
-        return torch.contiguous_format if self.accelerator.is_fsdp2 else torch.channels_last
-
     def place(self, network: torch.nn.Module) -> torch.nn.Module:
         """Move a network to the run's device."""
         return network.to(self.device, memory_format=self._memory_format)
 
-    def speed_up(self, network: torch.nn.Module) -> torch.nn.Module:
+    def speed_up(self, network: torch.nn.Module) -> None:
         """Compile a network that is on the device, if --compile says so."""
         if self.options.compile:
             compile_network(network)
-        return network
 
     def add_network(self, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainedNetwork:
         """Train a further network, such as a discriminator, by `update(..., network=name)`.
@@ -129,13 +120,20 @@ class TrainingRun:
 
     def batches(self) -> Iterator[Batch]:
         """The forward passes of all remaining steps of this process. Between steps it logs, samples and saves."""
-        self._start()
         options, accelerator = self.options, self.accelerator
+        # Nothing is written before all else is known to work.
+        if self.folder.checkpoint is not None:
+            self.folder.resume(list(self.networks), self.load_state_dict)
+        elif self.folder.first_stage is not None:
+            self.folder.start_from_first_stage(self.bare_network, self.averages)
+        self.folder.save_options()
+        self.monitor.start(self.step)
         size, processes = options.train_batch_size, accelerator.num_processes
         num_parts = options.gradient_accumulation_steps * processes
         parts = list(range(accelerator.process_index, num_parts, processes))
-        pin_memory = self.device.type == "cuda"
-        loaded = run_batches(self.dataset, options, self.step, parts, num_parts, self._position, pin_memory)
+        loaded = run_batches(
+            self.dataset, options, self.step, parts, num_parts, self._position, pin_memory=self.device.type == "cuda"
+        )
         with Interruption(accelerator) as interruption, self.monitor.progress, contextlib.closing(loaded):
             while self.step < options.max_train_steps:
                 for part in parts:
@@ -162,9 +160,7 @@ class TrainingRun:
             network: a name of `networks`.
         """
         trained, means = self.networks[network], self.monitor.means
-        finite = loss.detach().isfinite()
-        if terms:
-            finite = finite & means.add(terms)
+        finite = loss.detach().isfinite() & means.add(terms)
         # A NaN spreads to the gradients of all processes by their mean, so that all of them skip the step.
         trained.backward(loss * torch.where(finite, 1.0, float("nan")))
         if not self.accelerator.sync_gradients:
@@ -195,20 +191,10 @@ class TrainingRun:
         images = to_sample(images.to(self.device, non_blocking=True))
         if self.options.random_flip:
             images = mirrored(images, random.uniform())
-        images = images.contiguous(memory_format=self._memory_format)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
-        return Batch(images, labels, random)
+        return Batch(images.contiguous(memory_format=self._memory_format), labels, random)
 
     # Between steps --------------------------------------------------------------------------------------------------
-
-    def _start(self) -> None:
-        """Resume, or start from a first stage, or as it is. Nothing is written before all else is known to work."""
-        if self.folder.checkpoint is not None:
-            self.folder.resume(list(self.networks), self.load_state_dict)
-        elif self.folder.first_stage is not None:
-            self.folder.start_from_first_stage(self.bare_network, self.averages)
-        self.folder.save_options()
-        self.monitor.start(self.step)
 
     def _after_step(self, signum: int) -> None:
         """Log, sample, measure and save what is due; for a signal save at once, and end."""
@@ -227,7 +213,7 @@ class TrainingRun:
         if due(options.logging_steps):
             skipped = sum(int(trained.skipped) for trained in self.networks.values())
             monitor.log(step, skipped, self.lr_scheduler.get_last_lr()[0])
-        with monitor.stopwatch.paused():
+        with monitor.clock_stopped():
             if signum and not last:
                 self.save_checkpoint()  # first: the sender may not wait for the rest
             if due(options.sample_every):
@@ -249,15 +235,15 @@ class TrainingRun:
         """Number of steps in a row that have been skipped by now. Waits for the device."""
         return max(int(trained.skipped_in_a_row) for trained in self.networks.values())
 
-    def _stop(self, signum: int) -> NoReturn:
+    def _stop(self, signum: int) -> None:
         """Exit with the status that a shell gives to a process that this signal ended."""
         self.monitor.progress.close()  # ends its line
         if self.accelerator.is_main_process:
-            text = (
+            print(
                 f"Stopped by {signal.Signals(signum).name} after step {self.step} of {self.options.max_train_steps}. "
-                f"Saved {newest_checkpoint(self.options.output_dir)}; go on with --resume_from_checkpoint latest."
+                f"Saved {newest_checkpoint(self.options.output_dir)}; go on with --resume_from_checkpoint latest.",
+                file=sys.stderr,
             )
-            print(text, file=sys.stderr)
         self.monitor.tracking.finish()
         sys.exit(128 + signum)
 
@@ -273,7 +259,9 @@ class TrainingRun:
         self._check_weights()
         path = self.folder.finish(self.step, self.averages)
         self.monitor.tracking.finish()
-        self.folder.publish(path)
+        if self.folder.pusher is not None:
+            self.folder.pusher.finish(path)
+        self.accelerator.print(f"Saved {path}")
         return path
 
     def _check_weights(self) -> None:
@@ -282,11 +270,11 @@ class TrainingRun:
         norms = [whole(parameter.detach().norm()) for network in networks for parameter in network.parameters()]
         if not torch.stack(norms).isfinite().all():
             raise UserError(
-                f"The weights became infinite or NaN by step {self.step}. Lower --learning_rate, set "
-                "--max_grad_norm 1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
+                f"The weights became infinite or NaN by step {self.step}. Lower --learning_rate, set --max_grad_norm "
+                "1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict:
         """The part of a checkpoint that is not Accelerate's. All processes call it."""
         return {
             "step": self.step,
@@ -296,7 +284,7 @@ class TrainingRun:
             **self.monitor.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Go on from `state`, in place."""
         self.step = self._saved_step = state["step"]
         self._position = state["position"]

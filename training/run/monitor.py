@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Everything that a run shows: means of its losses, samples, distances, skipped steps, log lines."""
 
+import contextlib
 import math
 import os
 import sys
-from typing import Any
+import time
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,7 @@ from ..data.images import Images
 from ..measure.during_training import DistanceToData, keep_metrics
 from ..report.pictures import enlarged_grid
 from .checkpoints import newest_checkpoint
-from .tracking import Expendable, Stopwatch, Tracking
+from .tracking import Tracking
 
 
 # Bounds between the noise levels whose score-matching losses are logged apart; about a factor of 3 each.
@@ -65,16 +67,11 @@ class Means:
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], list[str]]:
         """The means, and the names that were not always finite. Waits for the device, and starts anew."""
         names = [name for group in self.sums for name in group]
-        means, broken = {}, []
-        if names:
-            sums = accelerator.reduce(torch.cat(list(self.sums.values()), dim=1), "sum")
-            for name, total, finite, count in zip(names, *sums.tolist(), strict=True):
-                if finite > 0:
-                    means[name] = total / finite
-                if finite < count:
-                    broken.append(name)
+        sums = accelerator.reduce(torch.cat(list(self.sums.values()), dim=1), "sum")
+        rows = list(zip(names, *sums.tolist(), strict=True))
         self.sums = {}
-        return means, broken
+        means = {name: total / finite for name, total, finite, _ in rows if finite > 0}
+        return means, [name for name, _, finite, count in rows if finite < count]
 
     def state_dict(self, accelerator: Accelerator) -> list:
         """The sums so far, over all processes: for one of them to load."""
@@ -101,7 +98,7 @@ class Monitor:
     Attributes:
         means: of the losses since the last log.
         tracking: the tracker.
-        progress, stopwatch: the progress bar and the speed, from `start` on.
+        progress: the progress bar, from `start` on.
     """
 
     def __init__(
@@ -109,21 +106,20 @@ class Monitor:
         options: RunOptions,
         dataset: Images,
         accelerator: Accelerator,
-        sample_settings: dict[str, dict[str, Any]],
+        sample_settings: dict[str, dict],
     ):
         self.options, self.dataset, self.accelerator = options, dataset, accelerator
         self.sample_settings = sample_settings
-        self.means, self.optional = Means(), Expendable()
-        self.tracking = Tracking(accelerator, options, self.optional)
+        self.means, self.tracking = Means(), Tracking(accelerator, options)
         self.distance = DistanceToData(options, dataset, accelerator) if options.eval_every else None
 
     def start(self, step: int) -> None:
         """Begin to show a run that has done `step` steps."""
         self.tracking.start(step)
         if self.distance is not None and self.accelerator.is_main_process:
-            with self.optional("metrics.jsonl"):  # the run measures the later steps again
+            with self.tracking.optional("metrics.jsonl"):  # the run measures the later steps again
                 keep_metrics(self.options.output_dir, step + 1)
-        self.stopwatch = Stopwatch(step)
+        self._timed_step, self._since = step, time.perf_counter()
         self.progress = tqdm(
             total=self.options.max_train_steps,
             initial=step,
@@ -132,11 +128,17 @@ class Monitor:
             disable=not self.accelerator.is_local_main_process,
         )
 
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave the time of this block out of the speed."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
     def check_skipped(self, step: int, in_a_row: int) -> None:
         """Raise UserError if too many steps in a row were skipped: at the end of a short run, half of it."""
-        limit = most = self.options.max_skipped_steps
-        if step == self.options.max_train_steps:
-            most = min(limit, max(2, step // 2))
+        limit = self.options.max_skipped_steps
+        most = min(limit, max(2, step // 2)) if step == self.options.max_train_steps else limit
         if in_a_row < most:
             return
         _, broken = self.means.read(self.accelerator)
@@ -144,9 +146,9 @@ class Monitor:
         newest = newest_checkpoint(self.options.output_dir)
         intact = f"{newest} is intact" if newest else "no checkpoint had been saved"
         raise UserError(
-            f"The last {in_a_row} steps were left out, up to step {step}: {names} became infinite or NaN. "
-            "Lower --learning_rate, set --max_grad_norm 1, or use --mixed_precision no or bf16; "
-            f"{intact}. (--max_skipped_steps {limit})"
+            f"The last {in_a_row} steps were left out, up to step {step}: {names} became infinite or NaN. Lower "
+            f"--learning_rate, set --max_grad_norm 1, or use --mixed_precision no or bf16; {intact}. "
+            f"(--max_skipped_steps {limit})"
         )
 
     def log(self, step: int, skipped: int, learning_rate: float) -> None:
@@ -156,11 +158,13 @@ class Monitor:
         shown = {name: f"{value:.3g}" for name, value in means.items() if "/" not in name}
         self.progress.set_postfix({**shown, "skipped": skipped} if skipped else shown)
         images = options.train_batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+        steps, seconds = step - self._timed_step, time.perf_counter() - self._since
+        self._timed_step, self._since = step, time.perf_counter()
         values = {
             **means,
             "learning_rate": learning_rate,
             "skipped_steps": skipped,
-            "images_per_second": images * self.stopwatch.read(step),
+            "images_per_second": images * steps / max(seconds, 1e-9),
         }
         self.tracking.log({name if "/" in name else f"train/{name}": value for name, value in values.items()}, step)
 
@@ -168,18 +172,15 @@ class Monitor:
         """Draw samples from fixed noise to output_dir/samples, one picture per setting."""
         if not self.accelerator.is_main_process:
             return
-        grids, columns, rows = {}, 10, 4
+        grids, columns, rows, classes = {}, 10, 4, self.dataset.num_classes
         pipe.set_progress_bar_config(disable=True)
-        labels = None
-        if self.dataset.num_classes is not None:
-            labels = [index % self.dataset.num_classes for index in range(columns)] * rows
+        labels = [index % classes for index in range(columns)] * rows if classes else None
         for name, settings in self.sample_settings.items():
             generator = torch.Generator(self.accelerator.device).manual_seed(0)
             images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images
-            grid = enlarged_grid(images, rows, columns)
-            grids[f"samples/{name}"] = grid
+            grids[f"samples/{name}"] = grid = enlarged_grid(images, rows, columns)
             path = os.path.join(self.options.output_dir, "samples", f"step-{step:06d}-{name}.png")
-            with self.optional("the samples"), atomic_file(path) as draft:
+            with self.tracking.optional("the samples"), atomic_file(path) as draft:
                 grid.save(draft)
         self.tracking.show(grids, step)
 
@@ -198,13 +199,13 @@ class Monitor:
             "num_reference": self.distance.num_reference,
             "features": self.options.eval_features,
         }
-        with self.optional("metrics.jsonl"):
+        with self.tracking.optional("metrics.jsonl"):
             keep_metrics(self.options.output_dir, step, line)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict:
         """The means so far and the tracker's run, for a checkpoint. All processes call it."""
         return {"means": self.means.state_dict(self.accelerator), "tracker_run": self.tracking.run_id}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.means.load_state_dict(state["means"], self.accelerator.device, self.accelerator.is_main_process)
         self.tracking.run_id = state["tracker_run"]

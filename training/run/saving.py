@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +48,7 @@ class RunFolder:
         checkpoint: the folder that the run resumes from, or None.
         first_stage: the folder or repository on the Hub whose weights a run without a checkpoint starts from, or None.
         record: the contents of `training.json`; empty in all but the main process.
+        pusher: uploads what is saved, from the main process and if asked to; else None.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class RunFolder:
         teacher_revision: str | None = None,
     ):
         self.options, self.accelerator, self.make_pipeline = options, accelerator, make_pipeline
-        self.checkpoint, self.first_stage = start_output_dir(options), None
-        if self.checkpoint is None and options.init_from is not None:
-            self.first_stage = find_first_stage(options.init_from)
+        self.checkpoint = start_output_dir(options)
+        starts = self.checkpoint is None and options.init_from is not None
+        self.first_stage = find_first_stage(options.init_from) if starts else None
         self.record, self.pusher = {}, None
         if accelerator.is_main_process:
             self.record = training_record(options, accelerator.num_processes, self.first_stage, teacher_revision)
@@ -70,7 +70,7 @@ class RunFolder:
 
     # The start ------------------------------------------------------------------------------------------------------
 
-    def resume(self, networks: list[str], load_state_dict: Callable[[dict[str, Any]], None]) -> None:
+    def resume(self, networks: list[str], load_state_dict: Callable[[dict], None]) -> None:
         """Load the checkpoint of a run with these `networks`: Accelerate's part here, the rest by `load_state_dict`."""
         accelerator, path = self.accelerator, self.checkpoint
         with loading(f"The checkpoint {path}", "It belongs to another network or is damaged; resume from another one."):
@@ -110,7 +110,7 @@ class RunFolder:
 
     # Saving ---------------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, state: dict[str, Any], ema: EMA) -> None:
+    def save_checkpoint(self, state: dict, ema: EMA) -> None:
         """Save output_dir/checkpoint-N, upload its pipeline if asked to, and remove the oldest beyond the limit."""
         accelerator, options, step = self.accelerator, self.options, state["step"]
         path = os.path.join(options.output_dir, f"checkpoint-{step}")
@@ -121,8 +121,8 @@ class RunFolder:
             accelerator.wait_for_everyone()  # each process writes its own random state
             if accelerator.is_main_process:
                 preconditioning = self.make_pipeline(ema.module).scheduler.preconditioning
-                state = {**state, "preconditioning": asdict(preconditioning)}
-                state["options"] = decisive_options(options, accelerator.num_processes)
+                decisive = decisive_options(options, accelerator.num_processes)
+                state = {**state, "preconditioning": asdict(preconditioning), "options": decisive}
                 torch.save(state, os.path.join(draft, STATE))
                 write_record(self.record, step, draft)
         accelerator.wait_for_everyone()
@@ -135,8 +135,7 @@ class RunFolder:
     def save_snapshots(self, step: int, averages: dict[str, EMA]) -> None:
         """Keep the power-function averages as they are now, for `training.ema`."""
         for width in self.options.posthoc_ema:
-            average = averages[f"sigma_rel-{width:g}"]
-            folder = snapshot_folder(self.options.output_dir, width, step)
+            average, folder = averages[f"sigma_rel-{width:g}"], snapshot_folder(self.options.output_dir, width, step)
             self._save_pipeline(folder, average, step, {"sigma_rel": width, "updates": average.updates})
 
     def finish(self, step: int, averages: dict[str, EMA]) -> str:
@@ -144,23 +143,17 @@ class RunFolder:
         options, path = self.options, os.path.join(self.options.output_dir, "pipeline")
         self.accelerator.wait_for_everyone()
         self._save_pipeline(path, averages[str(options.ema_decay)], step)
-        for decay in options.extra_ema_decays:
-            if decay != options.ema_decay:
-                self._save_pipeline(f"{path}-ema-{decay}", averages[str(decay)], step, {"decay": decay})
+        for decay in set(options.extra_ema_decays) - {options.ema_decay}:
+            self._save_pipeline(f"{path}-ema-{decay}", averages[str(decay)], step, {"decay": decay})
         self.accelerator.wait_for_everyone()  # launchers end all processes if one fails, even at its exit
         return path
 
-    def publish(self, pipeline: str) -> None:
-        """Upload the finished pipeline if asked to."""
-        if self.pusher is not None:
-            self.pusher.finish(pipeline)
-
-    def _save_pipeline(self, path: str, average: EMA, step: int, about: dict[str, Any] | None = None) -> None:
+    def _save_pipeline(self, path: str, average: EMA, step: int, about: dict | None = None) -> None:
         if self.accelerator.is_main_process:
             with atomic_folder(path) as draft:
                 self._write_pipeline(draft, average, step, about)
 
-    def _write_pipeline(self, folder: str, average: EMA, step: int, about: dict[str, Any] | None = None) -> None:
+    def _write_pipeline(self, folder: str, average: EMA, step: int, about: dict | None = None) -> None:
         """Write an averaged network as a diffusers folder, with the run's record, which says `about` the average."""
         self.make_pipeline(average.module).save_pretrained(folder)
         write_record(self.record if about is None else {**self.record, "average": about}, step, folder)

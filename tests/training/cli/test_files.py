@@ -2,6 +2,7 @@
 """Folders and files are whole or not there, whatever stops the writing."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -10,13 +11,11 @@ from training.cli.files import atomic_file, atomic_folder, check_writable
 
 
 def write(folder, text):
-    with open(os.path.join(folder, "a"), "w") as file:
-        file.write(text)
+    Path(folder, "a").write_text(text)
 
 
 def read(folder):
-    with open(os.path.join(folder, "a")) as file:
-        return file.read()
+    return Path(folder, "a").read_text()
 
 
 @pytest.fixture

@@ -61,6 +61,9 @@ def test_saved_options_are_read_again(config, tmp_path):
         (["--matching", "hard"], "matching"),
         (["--ema_decay", "1.5"], "--ema_decay must be in [0, 1)"),
         (["--extra_ema_decays", "0.9", "1"], "--extra_ema_decays must be in [0, 1)"),
+        (["--posthoc_ema", "0.3", "0.1"], "--posthoc_ema must be in (0, 0.288]"),
+        (["--posthoc_ema", "0.1"], "--posthoc_ema must be two different widths or more"),
+        (["--label_dropout", "1", "--label_column", "label"], "--label_dropout must be in [0, 1)"),
         (["--max_solver_steps", "18"], "--max_solver_steps must be in 1..17"),
         (["--mixed_precision", "fp8"], "mixed_precision"),
         (["--adam_weight_decay", "-1"], "--adam_weight_decay must be 0 or more"),
@@ -91,15 +94,12 @@ def test_bad_yaml(tmp_path, text, said, capsys):
     assert said in refused(CTMConfig, ["--teacher", "t", "--config", str(path)], capsys)
 
 
-def test_channels_must_divide():
-    with pytest.raises(UserError, match="block_out_channels"):
-        EDMConfig(block_out_channels=[30, 64])
-
-
 @pytest.mark.parametrize("architecture", ["unet_2d", "ddpmpp"])
 def test_a_head_of_attention_is_no_wider_than_its_level(architecture):
     options = {"architecture": architecture, "attention_head_dim": 16}
     EDMConfig(block_out_channels=[8, 16], **options)
+    with pytest.raises(UserError, match="--block_out_channels must be multiples"):
+        EDMConfig(block_out_channels=[30, 64], **options)
     for wrong in ({"block_out_channels": [16, 8]}, {"block_out_channels": [8, 16], "attention_levels": [0]}):
         with pytest.raises(UserError, match="--attention_head_dim must be at most 8"):
             EDMConfig(**options, **wrong)
@@ -197,13 +197,7 @@ def test_the_authors_configs_have_their_numbers(stem):
     assert (config.solver, config.inner_target, config.random_flip, config.ema_warmup) == ("heun", "live", True, False)
     assert (config.dsm_weight, config.dsm_adaptive, config.dsm_sigma) == (1, True, "half_lognormal")
     assert (config.distance, config.distance_network, config.distance_pooling) == ("lpips", "vgg", "average")
-    judge = {
-        "period": 2,
-        "start": 0,
-        "channels": 64,
-        "augment": True,
-        "learning_rate": 2e-3,
-    }
+    judge = {"period": 2, "start": 0, "channels": 64, "augment": True, "learning_rate": 2e-3}
     assert {name: getattr(config, f"discriminator_{name}") for name in judge} == judge
     if config.discriminator_weight:
         backbones = {"facebook/deit-base-distilled-patch16-224", "efficientnet_lite0"}

@@ -8,20 +8,16 @@ import pytest
 from huggingface_hub import ModelCard
 
 from diffusers_ctm import CTMPipeline, CTMScheduler
+from training.cli.files import write_files
 from training.hub.card import make_card
 from training.hub.license import License
 from training.hub.publication import draw_samples
 
 
 def card_of(folder, license=License("mit"), record=None, conversion=None, **files):  # noqa: B008
-    """The card of a folder with `files`: JSON objects or bytes, by path with __ for / and without .json."""
-    for name, content in files.items():
-        path = folder / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            path.with_suffix(".json").write_text(json.dumps(content))
+    """The card of a folder with `files`: JSON objects by path with __ for / and without .json."""
+    contents = {f"{name.replace('__', '/')}.json": json.dumps(value).encode() for name, value in files.items()}
+    write_files(str(folder), contents)
     return make_card(str(folder), "a/b", license, record or {}, conversion or {})
 
 
@@ -29,7 +25,7 @@ def card_of(folder, license=License("mit"), record=None, conversion=None, **file
 def test_a_first_stage_and_its_license_are_named(teacher, tmp_path):
     record = {"teacher": teacher, "first_stage": {"name": "first", "license": "openrail"}}
     card = card_of(tmp_path, record=record)
-    assert re.search("started from the weights of `first`, whose licen[cs]e is openrail", card)
+    assert "started from the weights of `first`, whose license is openrail" in card
     assert ("Distilled from `t`." in card) == (teacher is not None) and "from scratch" not in card
 
 
@@ -80,12 +76,10 @@ def test_a_license_links_to_the_web_or_into_the_repository(link, written, tmp_pa
     assert (f"[My terms]({link})" in card_of(tmp_path, License("other", "My terms", link))) == written
 
 
-def test_presets_are_named(tmp_path):
-    scheduler = {"_class_name": "CTMScheduler"}
-    plain = card_of(tmp_path, scheduler__scheduler_config=scheduler)
-    presets = {"10": {"gamma": 0.2}, "2": {"sigmas": [80.0, 1.0]}}
-    tuned = card_of(tmp_path, scheduler__scheduler_config={**scheduler, "presets": presets})
-    assert "presets" not in plain and "\n- 2, 10 steps have schedules of their own" in tuned
+@pytest.mark.parametrize("presets", [{}, {"10": {"gamma": 0.2}, "2": {"sigmas": [80.0, 1.0]}}])
+def test_presets_are_named(presets, tmp_path):
+    card = card_of(tmp_path, scheduler__scheduler_config={"_class_name": "CTMScheduler", "presets": presets})
+    assert ("presets" in card) == ("\n- 2, 10 steps have schedules of their own" in card) == bool(presets)
 
 
 def test_a_null_class_is_not_sampled(make_unet, monkeypatch):

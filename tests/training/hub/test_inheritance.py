@@ -7,10 +7,10 @@ import pytest
 
 from training.cli.errors import UserError
 from training.cli.names import public_name
-from training.cli.training_options import CTMConfig
 from training.hub.inheritance import choose_license
 from training.hub.license import License
 from training.hub.record import changed_options, origin_record, training_record
+from training.train_ctm import CTMConfig
 
 
 NC = "cc-by-nc-sa-4.0"

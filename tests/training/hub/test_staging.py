@@ -8,6 +8,7 @@ import pytest
 
 from helpers.places import ROOT
 from training.cli.errors import UserError
+from training.cli.files import write_files
 from training.hub.client import files_below
 from training.hub.staging import stage
 
@@ -23,14 +24,11 @@ def test_the_embedded_pipelines_are_staged_whole(tmp_path):
 @pytest.mark.parametrize("part", ["../other", "/etc", "a b", ""])
 def test_parts_of_a_pipeline_lie_in_its_folder(part, tmp_path):
     """A folder of someone else may name others in its index."""
-    folder, target = tmp_path / "pipeline", tmp_path / "target"
-    for path in (folder, tmp_path / "other"):
-        path.mkdir()
-    (tmp_path / "other" / "config.json").write_text("{}")
-    (folder / "model_index.json").write_text(json.dumps({part: ["diffusers", "UNet2DModel"]}))
+    index = json.dumps({part: ["diffusers", "UNet2DModel"]}).encode()
+    write_files(str(tmp_path), {"pipeline/model_index.json": index, "other/config.json": b"{}"})
     with pytest.raises(UserError, match="no folders in it"):
-        stage(str(folder), str(target))
-    assert not target.exists()
+        stage(str(tmp_path / "pipeline"), str(tmp_path / "target"))
+    assert not (tmp_path / "target").exists()
 
 
 @pytest.mark.parametrize(
@@ -38,16 +36,16 @@ def test_parts_of_a_pipeline_lie_in_its_folder(part, tmp_path):
 )
 def test_a_link_out_of_the_folder_is_not_followed(name, tmp_path):
     """As in a folder that was unpacked or cloned; links of the Hub's cache are its way to keep files."""
-    folder, secret, blob = tmp_path / "pipe", tmp_path / "id_rsa", tmp_path / "blobs" / "5f"
-    for path in (folder / "scheduler" / "x", folder / "evaluation" / "x", blob):
-        path.parent.mkdir(parents=True)
-    (folder / "model_index.json").write_text('{"scheduler": ["diffusers", "DDPMScheduler"]}')
-    secret.write_text("{}"), blob.write_text("{}")
-    (folder / name).symlink_to(secret)
+    folder, index = tmp_path / "pipe", b'{"scheduler": ["diffusers", "DDPMScheduler"]}'
+    write_files(
+        str(tmp_path), {"pipe/model_index.json": index, f"pipe/{name}": b"", "id_rsa": b"{}", "blobs/5f": b"{}"}
+    )
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "id_rsa")
     with pytest.raises(UserError, match="is a link to .*id_rsa"):
         stage(str(folder), str(tmp_path / "refused"))
     (folder / name).unlink()
-    (folder / name).symlink_to(blob)
+    (folder / name).symlink_to(tmp_path / "blobs" / "5f")
     stage(str(folder), str(tmp_path / "staged"))
     assert (tmp_path / "staged" / name).exists() and not (tmp_path / "refused" / name).exists()
 
@@ -58,16 +56,14 @@ def test_only_config_and_weights_of_a_component_are_staged(tmp_path):
     shutil.copytree(ROOT / "assets" / "digits-edm", folder, ignore=shutil.ignore_patterns("*.png", "*.md"))
     index = json.loads((folder / "model_index.json").read_text())
     index |= {"safety_checker": ["diffusers", "Some"], "feature_extractor": ["transformers", "Other"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
     wanted = {
         "unet/diffusion_pytorch_model.fp16.safetensors", "safety_checker/model.safetensors",
         "safety_checker/config.json", "feature_extractor/preprocessor_config.json",
     }  # fmt: skip
     code = {"pipeline.py", "unet/diffusers_ctm.py"}
     unwanted = {"unet/notes.json", "unet/other.py", "other.py"}
-    for path in wanted | code | unwanted:
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text("{}")
+    files = dict.fromkeys(wanted | code | unwanted, b"{}")
+    write_files(str(folder), {**files, "model_index.json": json.dumps(index).encode()})
     before = {path for path in files_below(str(folder)) if not path.endswith(".md")} - code - unwanted
     for with_code in (False, True):
         target = str(tmp_path / f"target{with_code}")

@@ -10,7 +10,6 @@ from training.cli.errors import UserError
 from training.cli.shared_options import DataOptions
 from training.data.images import ImageDataset
 from training.frozen.vectors import load_feature_network
-from training.measure import distances as measures
 from training.measure.distances import Distances, check_counts, real_against_real, reference_features
 
 
@@ -32,7 +31,7 @@ def test_frechet_distance_falls_to_zero_with_the_number_of_samples():
 
 @pytest.mark.parametrize("subset", [300, 100])
 def test_kernel_distance_is_the_unbiased_estimate(monkeypatch, subset):
-    monkeypatch.setattr(measures, "KERNEL_SUBSET", subset)
+    monkeypatch.setattr("training.measure.distances.KERNEL_SUBSET", subset)
     x, y = torch.randn(2, 300, 4, generator=seeded())
     y = y + 0.3
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_ctm import CTMScheduler
+from diffusers_ctm.trajectory import karras_ramp
 from training.measure.schedules import Space, mean, run_search
 
 
@@ -41,7 +42,7 @@ def test_the_search_finds_the_lowest_point():
     wanted, tried = np.array([0.0, 0.31, 0.77, 0.85, 0.4]), []
 
     def away(setting):
-        return np.array([*[space.ramp(level) for level in setting.sigmas], *setting.gamma[:-1]]) - wanted
+        return np.array([*[karras_ramp(level, *space.range) for level in setting.sigmas], *setting.gamma[:-1]]) - wanted
 
     def measure(setting):
         tried.append(setting)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints are read as torch.load and pickle.load would, and no file, however made, runs, hangs or fills the memory."""
+"""Checkpoints are read as torch.load and pickle.load do, and no file, however made, runs, hangs or fills the memory."""
 
 import collections
 import io

@@ -15,7 +15,6 @@ from training.cli.options import parse_config
 from training.ema import PostHocConfig, reconstruction
 from training.hub.record import write_record
 from training.run.averages import EMA, power_decay, snapshot_folder
-from training.train_ctm import CTMConfig
 
 
 def network(value):
@@ -151,9 +150,3 @@ def test_averages_that_cannot_be_reconstructed(run_with_snapshots, tmp_path_fact
         file.truncate(1000)
     with pytest.raises(UserError, match="sigma_rel-0.05-step-000008 cannot be loaded"):
         ema_module.main(PostHocConfig(run=str(folder), sigma_rel=0.1))
-
-
-@pytest.mark.parametrize("options", [{"extra_ema_decays": [1.0]}, {"posthoc_ema": [0.3, 0.1]}, {"posthoc_ema": [0.1]}])
-def test_impossible_options(options):
-    with pytest.raises(UserError, match=f"--{next(iter(options))} must be"):
-        CTMConfig(teacher="t", **options)

@@ -11,13 +11,12 @@ import accelerate.commands.config  # noqa: F401  (before launch, which imports i
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 
 from helpers.places import ROOT
+from helpers.runs import NETWORK, fresh_accelerate, weights  # noqa: F401
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
 from training.run.checkpoints import load_first_stage
@@ -27,22 +26,13 @@ from training.train_edm import EDMConfig
 
 
 CONFIGS = sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))
-NETWORK = {
-    "block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [1], "attention_head_dim": 8,
-    "norm_num_groups": 4, "sigma_data": 0.75,
-}  # fmt: skip
 SMALL = {"label_column": "label", "report_to": "none", "sample_every": 0, "logging_steps": 1, "max_train_steps": 3}
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
+def no_launcher(monkeypatch):
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         monkeypatch.delenv(f"ACCELERATE_USE_{name}", raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def weights(pipeline):
-    return load_file(os.path.join(pipeline, "unet", "diffusion_pytorch_model.safetensors"))
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def load(source: str) -> Checkpoint:
     if not isinstance(pipe, CTMPipeline) or not jumps(pipe.scheduler):
         raise UserError(
             f"{source} is no CTM but a {type(pipe).__name__} with {type(getattr(pipe, 'scheduler', None)).__name__}. "
-            f"Distil it first: python -m training.train_ctm --teacher {source}"
+            f"Distill it first: python -m training.train_ctm --teacher {source}"
         )
     size, channels = pipe.image_size, pipe.unet.config.in_channels
     if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:

@@ -1,1 +1,1 @@
-"""Programs that train EDM teachers, distil them into consistency trajectory models, and measure the result."""
+"""Programs that train EDM teachers, distill them into consistency trajectory models, and measure the result."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Distil a diffusion model into a CTM: `python -m training.train_ctm --config training/configs/digits.yaml`."""
+"""Distill a diffusion model into a CTM: `python -m training.train_ctm --config training/configs/digits.yaml`."""
 
 import copy
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class CTMConfig(
     RunOptions,
     TeacherOptions,
 ):
-    """Distil a diffusion model into a CTM (Kim et al. 2024), or train one without a teacher."""
+    """Distill a diffusion model into a CTM (Kim et al. 2024), or train one without a teacher."""
 
     PROGRAM = "training.train_ctm"
 
@@ -90,13 +90,13 @@ def check_consistency_teacher(config: CTMConfig) -> None:
     if config.matching != "global":
         raise UserError(
             f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global, which then learns "
-            "those jumps, or distil the diffusion model that it came from."
+            "those jumps, or distill the diffusion model that it came from."
         )
     config.refuse(["solver", "solver_model", "max_solver_steps"], f"has no use: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
             f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score "
-            "matching by, and without score matching nothing would be learnt. Give --dsm_adaptive false and a "
+            "matching by, and without score matching nothing would be learned. Give --dsm_adaptive false and a "
             "--dsm_weight above 0."
         )
 
@@ -150,7 +150,7 @@ def make_adversary(
 
 
 def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str:
-    """Distil, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(step)`."""
+    """Distill, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(step)`."""
     dataset = load_images(config)
     torch.manual_seed(config.seed)
     teacher = untrained(config, dataset) if config.teacher is None else load_teacher(config)

@@ -399,7 +399,7 @@ def test_measurements_in_every_form():
 
 
 def smooth_images(size=4):
-    """Gaussian images whose neighbouring pixels are much alike."""
+    """Gaussian images whose neighboring pixels are much alike."""
     at = torch.cartesian_prod(*[torch.arange(size, dtype=torch.float64)] * 2)
     distance = (at[:, None] - at[None]).square().sum(-1)
     cov = 0.25 * torch.exp(-distance / 8) + 0.01 * torch.eye(size**2, dtype=torch.float64)

@@ -405,12 +405,12 @@ def test_guidance_that_does_not_fit():
 
 # Classifiers ----------------------------------------------------------------------------------------------------------
 
-CENTRES = torch.tensor([-0.6, 0.0, 0.6])
+CENTERS = torch.tensor([-0.6, 0.0, 0.6])
 
 
 def by_mean(x, sigma=None):
     """Logits of a classifier that tells three classes by the mean of an image."""
-    return -((x.mean((1, 2, 3))[:, None] - CENTRES) ** 2) * 40
+    return -((x.mean((1, 2, 3))[:, None] - CENTERS) ** 2) * 40
 
 
 def test_a_classifier_leads_to_its_class():
@@ -641,8 +641,8 @@ def test_classifier_free_guidance_that_does_not_fit(make_unet):
 
 
 def of_classes():
-    """Class k has mean CENTRES[k], and its images are often taken for another class."""
-    return pipeline(gaussian(class_shift=CENTRES.tolist()))
+    """Class k has mean CENTERS[k], and its images are often taken for another class."""
+    return pipeline(gaussian(class_shift=CENTERS.tolist()))
 
 
 def test_rejection_keeps_what_the_classifier_believes():
@@ -669,7 +669,7 @@ def test_a_class_that_is_never_seen_does_not_keep_the_others_out():
 def test_the_acceptance_rate_is_that_of_the_classifier():
     # P(the mean of 4 values N(0, 0.5^2) lies where class 1 has at least probability 0.5)
     grid = torch.linspace(-0.6, 0.6, 100_001, dtype=torch.float64)
-    logits = -((grid[:, None] - CENTRES) ** 2) * 40
+    logits = -((grid[:, None] - CENTERS) ** 2) * 40
     inside = grid[logits.softmax(1)[:, 1] >= 0.5]
     expected = math.erf(float(inside.max()) / (STD / 2) / math.sqrt(2))
     output = rejection_sample(

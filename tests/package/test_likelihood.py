@@ -332,7 +332,7 @@ def test_bits_of_normal_images_are_their_entropy(method, options):
 
 @pytest.mark.parametrize("method, options", [("ode", {"num_draws": 2}), ("elbo", {"num_draws": 200})])
 def test_uniform_values_have_eight_bits(method, options):
-    """The constant of dequantisation: 256 equally likely values, whose cells fill [-1 - 1/255, 1 + 1/255]."""
+    """The constant of dequantization: 256 equally likely values, whose cells fill [-1 - 1/255, 1 + 1/255]."""
     network = ExactDenoiserNetwork(UniformData(256 / 255), sigma_data=0.58, size=12, channels=1)
     images = (torch.arange(144).reshape(1, 1, 12, 12) + 56).byte()
     found = log_likelihood(pipeline(network, 0.58), images, method=method, generator=seeded(), **options)

@@ -1047,5 +1047,5 @@ def test_a_consistency_model_has_no_score():
     heun = EDMHeunScheduler.from_config(CMStochasticIterativeScheduler().config)
     with pytest.raises(ValueError, match="needs a denoiser.*CTMUNet2DModel.from_unet"):
         CTMPipeline(network, heun)
-    # a CTM that started from one has learnt it
+    # a CTM that started from one has learned it
     CTMPipeline(ParametrizedCTM("consistency", GaussianData(0.5)), heun)

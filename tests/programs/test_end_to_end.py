@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The README's commands in a row, against a Hub on loopback: publish, distil by name, push, evaluate."""
+"""The README's commands in a row, against a Hub on loopback: publish, distill by name, push, evaluate."""
 
 import json
 import os

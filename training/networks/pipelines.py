@@ -33,7 +33,7 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
                 f"{label} is a consistency model, which has no score and samples with gamma = 1 only: "
                 "`training.evaluate` takes it with --gammas 1."
             )
-        # One step, and more at gamma = 1, sample as the consistency model does; it never learnt other jumps.
+        # One step, and more at gamma = 1, sample as the consistency model does; it never learned other jumps.
         return CTMPipeline(CTMUNet2DModel.from_unet(pipe.unet), CTMScheduler.from_config(scheduler.config, gamma=1.0))
     if not jumps(scheduler):
         kind = type(pipe).__name__ if scheduler is None else f"a {type(pipe).__name__} with {type(scheduler).__name__}"

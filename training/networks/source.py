@@ -85,17 +85,17 @@ class Source:
             subfolder = subfolder.strip("/")
             candidates = [folder for folder in candidates if f"{folder}/".startswith(f"{subfolder}/")]
         if len(candidates) != 1:
-            where = name + (f" --teacher_subfolder {subfolder}" if subfolder else "")
             listed = ", ".join(f"{folder or 'the top'} ({class_name})" for folder, class_name in classes.items())
             count = "no network" if not candidates else f"{len(candidates)} networks"
             raise UserError(
-                f"{where} holds {count} of the classes {', '.join(NETWORKS)}. It holds: {listed or 'no model at all'}. "
+                f"{name}{f' --teacher_subfolder {subfolder}' if subfolder else ''} holds {count} of the classes "
+                f"{', '.join(NETWORKS)}. It holds: {listed or 'no model at all'}. "
                 + ("Choose one with --teacher_subfolder." if candidates else "It must be a diffusion model of pixels.")
             )
         [folder] = candidates
         for other, class_name in classes.items():
-            beside = folder and os.path.dirname(other) == os.path.dirname(folder)
-            if beside and class_name.startswith(("VQModel", "Autoencoder")):
+            is_beside = folder and os.path.dirname(other) == os.path.dirname(folder)
+            if is_beside and class_name.startswith(("VQModel", "Autoencoder")):
                 raise UserError(
                     f"{name}: {folder} works on the latents of {other} ({class_name}), not on pixels, which is not "
                     "supported."

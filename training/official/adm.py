@@ -26,6 +26,7 @@ from .layers import (
     filled,
     numbers,
     official_tensors,
+    present,
     qkv,
     resample_filter,
     resolutions,
@@ -167,6 +168,13 @@ def _is_one_dimensional(name: str, shape: tuple[int, ...]) -> bool:
 
 # Layers under both names ----------------------------------------------------------------------------------------------
 
+OPENAI_OUTER = {  # official: own
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "time_embed_s.0": "target_time_embedding.linear_1",
+    "time_embed_s.2": "target_time_embedding.linear_2",
+    **{"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"},
+}
 RESNET_NAMES = {  # own: (OpenAI's, NVIDIA's)
     "norm1": ("in_layers.0", "norm0"),
     "conv1": ("in_layers.2", "conv0"),
@@ -199,29 +207,28 @@ class _Names:
 def _openai_names(network: UNet2DModel) -> _Names:
     """`input_blocks` and `output_blocks` number blocks through all levels. An upsampler has its level's last number."""
     per_level, levels = network.config.layers_per_block + 1, range(len(network.down_blocks))
-    outer = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
-    if isinstance(network, CTMUNet2DModel):
-        outer |= {
-            "time_embed_s.0": "target_time_embedding.linear_1",
-            "time_embed_s.2": "target_time_embedding.linear_2",
-        }
-    outer |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
     down = [[f"input_blocks.{1 + level * per_level + i}" for i in range(per_level)] for level in levels]
     up = [[f"output_blocks.{level * per_level + i}" for i in range(per_level)] for level in levels]
     places = [2 if hasattr(block, "attentions") else 1 for block in network.up_blocks]
-    samplers = {"down": [f"{names[-1]}.0" for names in down]}
-    samplers["up"] = [f"{names[-1]}.{place}" for names, place in zip(up, places)]
+    samplers = {
+        "down": [f"{names[-1]}.0" for names in down],
+        "up": [f"{names[-1]}.{place}" for names, place in zip(up, places)],
+    }
     middle = ("middle_block.0", "middle_block.1", "middle_block.2")
-    return _Names(outer, {"down": down, "up": up}, samplers, middle, (".0", ".1"))
+    return _Names(OPENAI_OUTER, {"down": down, "up": up}, samplers, middle, (".0", ".1"))
 
 
 def _nvidia_names(network: UNet2DModel) -> _Names:
     """A block is named by its resolution, and its attention is part of it."""
     sizes, count = sides_of(network), range(network.config.layers_per_block + 1)
-    outer = {"map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2"}
-    outer |= {f"enc.{sizes[0]}_conv": "conv_in", "out_norm": "conv_norm_out", "out_conv": "conv_out"}
-    blocks = {"down": [[f"enc.{size}_block{i}" for i in count] for size in sizes]}
-    blocks["up"] = [[f"dec.{size}_block{i}" for i in count] for size in reversed(sizes)]
+    outer = {
+        **{"map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2"},
+        **{f"enc.{sizes[0]}_conv": "conv_in", "out_norm": "conv_norm_out", "out_conv": "conv_out"},
+    }
+    blocks = {
+        "down": [[f"enc.{size}_block{i}" for i in count] for size in sizes],
+        "up": [[f"dec.{size}_block{i}" for i in count] for size in reversed(sizes)],
+    }
     samplers = {"down": [f"enc.{size}_down" for size in sizes[1:]], "up": [f"dec.{size}_up" for size in sizes[-2::-1]]}
     middle = (f"dec.{sizes[-1]}_in0", f"dec.{sizes[-1]}_in0", f"dec.{sizes[-1]}_in1")
     return _Names(outer, blocks, samplers, middle, ("", ""))
@@ -232,46 +239,42 @@ def _layers(network: UNet2DModel, flavour: str, qkv_order: str | None = None) ->
     names = _nvidia_names(network) if is_nvidia else _openai_names(network)
     attention_kind = qkv(network.config.attention_head_dim, qkv_order or QKV_ORDER[flavour])
     layers = [Layer(official, own, COPY) for official, own in names.outer.items()]
-    if network.class_embedding is not None:
-        layers.append(
-            Layer("map_label" if is_nvidia else "label_emb", "class_embedding", ONE_HOT if is_nvidia else EMBEDDING)
-        )
+    label, kind = ("map_label", ONE_HOT) if is_nvidia else ("label_emb", EMBEDDING)
+    layers.append(Layer(label, "class_embedding", kind))
 
     def add_resnet(official: str, own: str) -> None:
-        resnet = network.get_submodule(own)
         for part, officials in RESNET_NAMES.items():
             if flavour == "ctm" and part == "time_emb_proj":
                 layers.append(Layer(f"{official}.emb_layers", f"{own}.{part}", two_times(".1")))
-            elif getattr(resnet, part, None) is not None:
+            else:
                 layers.append(Layer(f"{official}.{officials[is_nvidia]}", f"{own}.{part}", COPY))
         if is_nvidia and official.endswith(("_up", "_down")):
             layers.extend(resample_filter(f"{official}.{name}") for name in ("conv0", "skip"))
 
     def add_attention(official: str, own: str) -> None:
         norm, projection = ("norm2", "proj") if is_nvidia else ("norm", "proj_out")
-        layers.append(Layer(f"{official}.{norm}", f"{own}.group_norm", COPY))
-        layers.append(Layer(f"{official}.qkv", own, attention_kind))
-        layers.append(Layer(f"{official}.{projection}", f"{own}.to_out.0", LINEAR))
+        layers.extend(
+            [
+                Layer(f"{official}.{norm}", f"{own}.group_norm", COPY),
+                Layer(f"{official}.qkv", own, attention_kind),
+                Layer(f"{official}.{projection}", f"{own}.to_out.0", LINEAR),
+            ]
+        )
 
     for side, convolution in (("down", "op"), ("up", "conv")):
         for level, block in enumerate(network.get_submodule(f"{side}_blocks")):
             own = f"{side}_blocks.{level}"
             for i, official in enumerate(names.blocks[side][level][: len(block.resnets)]):
                 add_resnet(official + names.ends[0], f"{own}.resnets.{i}")
-                if hasattr(block, "attentions"):
-                    add_attention(official + names.ends[1], f"{own}.attentions.{i}")
-            own = f"{own}.{side}samplers.0"
-            if getattr(block, f"{side}samplers") is None:
-                continue
-            if network.config[f"{side}sample_type"] == "resnet":
-                add_resnet(names.samplers[side][level], own)
-            else:
-                layers.append(Layer(f"{names.samplers[side][level]}.{convolution}", f"{own}.conv", COPY))
+                add_attention(official + names.ends[1], f"{own}.attentions.{i}")
+            if getattr(block, f"{side}samplers") is not None:  # a residual block or a convolution
+                official, own = names.samplers[side][level], f"{own}.{side}samplers.0"
+                add_resnet(official, own)
+                layers.append(Layer(f"{official}.{convolution}", f"{own}.conv", COPY))
     add_resnet(names.middle[0], "mid_block.resnets.0")
-    if network.config.add_attention or not is_nvidia:
-        add_attention(names.middle[1], "mid_block.attentions.0")
+    add_attention(names.middle[1], "mid_block.attentions.0")
     add_resnet(names.middle[2], "mid_block.resnets.1")
-    return layers
+    return present(layers, network)
 
 
 # Names and shapes to arguments ----------------------------------------------------------------------------------------

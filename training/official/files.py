@@ -88,18 +88,21 @@ def _read(path: str) -> Any:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(512)
-        if not head:
-            raise Refused("it is empty")
         if head.startswith(b"PK"):
             return _Zip(path).load()
         if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8:
             return safetensors.torch.load_file(path)
-        if head[257:262] == b"ustar":
-            raise Refused("it is a tar archive")
-        if head.startswith(b"version https://git-lfs"):
-            raise Refused("it is a pointer of git-lfs in the place of the file: run `git lfs pull`")
-        if head.lstrip().startswith(b"<"):
-            raise Refused("it is a web page in the place of the file: the download failed")
+        others = {
+            "it is empty": not head,
+            "it is a tar archive": head[257:262] == b"ustar",
+            "it is a pointer of git-lfs in the place of the file: run `git lfs pull`": head.startswith(
+                b"version https://git-lfs"
+            ),
+            "it is a web page in the place of the file: the download failed": head.lstrip().startswith(b"<"),
+        }
+        for reason, is_so in others.items():
+            if is_so:
+                raise Refused(reason)
         file.seek(0)
         return read_pickle(file, Budget(size))
 

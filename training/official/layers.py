@@ -150,6 +150,12 @@ def resample_filter(name: str, taps: tuple[int, ...] = (1, 1)) -> Layer:
 # What all families do -------------------------------------------------------------------------------------------------
 
 
+def present(layers: list[Layer], network: torch.nn.Module) -> list[Layer]:
+    """Those of `layers` that `network` has tensors of, and the constant filters, which have none."""
+    weights = network.state_dict().keys()
+    return [layer for layer in layers if not layer.kind.own or not weights.isdisjoint(layer.own_names())]
+
+
 def bare(named: Mapping[str, Any]) -> dict[str, Any]:
     """`named` without the wrapper's prefix. Raises UserError if a name is there with and without it."""
     for name in named:
@@ -228,12 +234,11 @@ def check_shapes(shapes: Shapes, network: torch.nn.Module, layers: list[Layer]) 
 
 def filled(network: Network, layers: list[Layer], state_dict: Mapping[str, torch.Tensor]) -> Network:
     """`network` with float32 copies of the official tensors, on their device, in evaluation mode."""
-    tensors = {name: tensor.detach().float() for name, tensor in state_dict.items()}
+    tensors = {name: tensor.float() for name, tensor in state_dict.items()}
     weights = {}
     for layer in layers:
         weights |= layer.to_own(tensors)
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-    network.load_state_dict(copies, assign=True)
+    network.load_state_dict(copied(weights), assign=True)
     return network.eval()
 
 

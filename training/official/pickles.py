@@ -189,8 +189,8 @@ def _persistent_object(meta) -> Record:
     return Record(meta["class_name"], meta.get("state"))
 
 
-# The names that may be called, and what is called instead.
-CALLS: dict[str, Callable] = {
+# The names that may be called, and what is called instead. None: the name stands beside others and is never called.
+CALLS: dict[str, Callable | None] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor,
@@ -217,20 +217,16 @@ CALLS: dict[str, Callable] = {
     "_codecs.encode": lambda text, encoding: _bytes(text),  # how protocol 2 writes bytes
     "copyreg._reconstructor": lambda kind, base, state: kind.make(),  # how protocols 0 and 1 write objects
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
-}
-
-# Names that stand beside others and are never called.
-NAMES = {
-    *("builtins.object", "builtins.dict", "builtins.list", "builtins.int", "builtins.float", "numpy.ndarray"),
-    *("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"),
+    **{"builtins.object": None, "builtins.dict": None, "builtins.list": None, "builtins.int": None},
+    **{"builtins.float": None, "numpy.ndarray": None, "torch.Tensor": None, "torch._tensor.Tensor": None},
+    **{"torch.nn.parameter.Parameter": None, "torch.nn.parameter.Buffer": None},
 }
 
 DTYPES = {
     f"torch.{name}": value
     for name, value in vars(torch).items()
     if isinstance(value, torch.dtype) and not name.startswith(("qint", "quint"))
-}
-DTYPES |= {  # a storage's class says the type of its elements
+} | {  # a storage's class says the type of its elements
     **{"torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16},
     **{"torch.BFloat16Storage": torch.bfloat16, "torch.BoolStorage": torch.bool, "torch.ByteStorage": torch.uint8},
     **{"torch.CharStorage": torch.int8, "torch.ShortStorage": torch.int16, "torch.IntStorage": torch.int32},
@@ -263,8 +259,7 @@ class Reader(pickle._Unpickler):
     dispatch = {code: step for code, step in pickle._Unpickler.dispatch.items() if bytes([code]) not in UNUSED}
 
     def __init__(self, file: BinaryIO, budget: Budget, storage: Callable | None = None, is_inner: bool = False):
-        source = types.SimpleNamespace(read=self._read_bytes, readline=self._read_line)
-        super().__init__(source, encoding="latin-1")
+        super().__init__(types.SimpleNamespace(read=self._read_bytes, readline=self._read_line), encoding="latin-1")
         self.file, self.budget, self.storage, self.is_inner = file, budget, storage, is_inner
 
     def _read_bytes(self, count: int) -> bytes:
@@ -283,8 +278,6 @@ class Reader(pickle._Unpickler):
         full = f"{PYTHON_2.get(module, module)}.{name}"
         if full in DTYPES:
             return DTYPES[full]
-        if full in NAMES:
-            return Name(full)
         if full in CALLS:
             return Name(full, CALLS[full])
         if full == "torch.storage._load_from_bytes":
@@ -353,19 +346,21 @@ class Reader(pickle._Unpickler):
         self.stack[-1].update(_set(items))
 
     def persistent_load(self, identity: Any) -> torch.Tensor:
-        is_storage = type(identity) is tuple and len(identity) in (5, 6) and identity[0] == "storage"
-        if self.storage is None or not is_storage or identity[5:] not in ((), (None,)):
-            raise Refused("it refers to something outside of it")
-        _, dtype, key, _, count = identity[:5]
-        if type(dtype) is not torch.dtype or type(key) is not str:
-            raise Refused("it refers to something outside of it")
-        return self.storage(dtype, key, *integers((count,)))
+        match identity:
+            case ("storage", torch.dtype() as dtype, str(key), _, count, *rest) if self.storage and rest in (
+                [],
+                [None],
+            ):
+                return self.storage(dtype, key, *integers((count,)))
+        raise Refused("it refers to something outside of it")
 
     # Read as bytes, because the standard library would take memory for the length that the file claims.
-    dispatch |= {pickle.FRAME[0]: load_frame, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
-    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build}
-    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict}
-    dispatch |= {pickle.FROZENSET[0]: load_frozenset, pickle.ADDITEMS[0]: load_additems}
+    dispatch |= {
+        **{pickle.FRAME[0]: load_frame, pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8},
+        **{pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_reduce, pickle.BUILD[0]: load_build},
+        **{pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict},
+        **{pickle.FROZENSET[0]: load_frozenset, pickle.ADDITEMS[0]: load_additems},
+    }
 
 
 def read_pickle(file: BinaryIO, budget: Budget, is_inner: bool = False) -> Any:

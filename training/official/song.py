@@ -24,6 +24,7 @@ from .layers import (
     empty_network,
     filled,
     official_tensors,
+    present,
     qkv,
     resample_filter,
     resolutions,
@@ -99,10 +100,10 @@ def _inferred(shapes: Shapes) -> dict:
     sizes, blocks = resolutions(shapes)
     top = f"{sizes[0]}x{sizes[0]}"
 
-    def present(pattern: str) -> list[str]:
+    def matching(pattern: str) -> list[str]:
         return [name for name in shapes if re.fullmatch(pattern, name)]
 
-    filters = present(r".*resample_filter")
+    filters = matching(r".*resample_filter")
     taps = shape_of(shapes, filters[0], 4)[-1] if filters else 2
     if taps not in (2, 4):
         raise UserError(f"{filters[0]} has {taps} taps; EDMUNet2DModel knows the filters (1, 1) and (1, 3, 3, 1).")
@@ -123,8 +124,8 @@ def _inferred(shapes: Shapes) -> dict:
         "time_embedding_type": "fourier" if "map_noise.freqs" in shapes else "positional",
         "time_proj_dim": time_proj_dim,
         "time_embedding_dim": time_embedding_dim,
-        "encoder_type": next((kind for kind, pattern in encoders.items() if present(pattern)), "standard"),
-        "decoder_type": "skip" if len(present(r"dec\..*_aux_conv\.weight")) > 1 else "standard",
+        "encoder_type": next((kind for kind, pattern in encoders.items() if matching(pattern)), "standard"),
+        "decoder_type": "skip" if len(matching(r"dec\..*_aux_conv\.weight")) > 1 else "standard",
         "resample_filter": (1, 3, 3, 1) if taps == 4 else (1, 1),
         "num_class_embeds": shape_of(shapes, "map_label.weight", 2)[1] if "map_label.weight" in shapes else None,
         "label_dropout": 0.0,
@@ -133,67 +134,63 @@ def _inferred(shapes: Shapes) -> dict:
     }
 
 
+EMBEDDINGS = [
+    Layer("map_layer0", "time_embedding.linear_1", COPY),
+    Layer("map_layer1", "time_embedding.linear_2", COPY),
+    Layer("map_layer0_s", "target_time_embedding.linear_1", COPY),
+    Layer("map_layer1_s", "target_time_embedding.linear_2", COPY),
+    Layer("map_noise", "time_proj", BITS),
+    Layer("map_label", "class_embedding", COPY),
+    Layer("map_augment", "augment_embedding", EMBEDDING),
+]
+RESNET_NAMES = {  # official: own
+    **{"norm0": "norm1", "conv0": "conv1", "norm1": "norm2", "conv1": "conv2"},
+    **{"affine": "time_emb_proj", "skip": "conv_shortcut"},
+}
+
+
 def _layers(network: EDMUNet2DModel) -> list[Layer]:
     """All layers under both names, the official ones without prefix."""
     config, taps = network.config, network.config.resample_filter
     enc, dec = ([f"{side}.{size}" for size in sides_of(network)] for side in ("enc", "dec"))
-    layers = [
-        Layer("map_layer0", "time_embedding.linear_1", COPY),
-        Layer("map_layer1", "time_embedding.linear_2", COPY),
-    ]
-    if network.has_target_time:
-        layers.append(Layer("map_layer0_s", "target_time_embedding.linear_1", COPY))
-        layers.append(Layer("map_layer1_s", "target_time_embedding.linear_2", COPY))
-    if config.time_embedding_type == "fourier":
-        layers.append(Layer("map_noise", "time_proj", BITS))
-    if network.class_embedding is not None:
-        layers.append(Layer("map_label", "class_embedding", COPY))
-    if network.augment_embedding is not None:
-        layers.append(Layer("map_augment", "augment_embedding", EMBEDDING))
-
-    layers.append(Layer(f"{enc[0]}_conv", "conv_in", COPY))
+    layers = [*EMBEDDINGS, Layer(f"{enc[0]}_conv", "conv_in", COPY)]
     for level, block in enumerate(network.down_blocks):
         own, size = f"down_blocks.{level}", enc[level]
         names = [f"{size}_down"] * (level > 0) + [f"{size}_block{i}" for i in range(config.layers_per_block)]
         layers += _blocks(network, own, names)
         if block.image_conv is not None:
-            layers.append(Layer(f"{size}_aux_skip", f"{own}.image_conv", COPY))
-            layers.append(resample_filter(f"{size}_aux_down", taps))
+            layers += [Layer(f"{size}_aux_skip", f"{own}.image_conv", COPY), resample_filter(f"{size}_aux_down", taps)]
         elif block.image_downsample is not None:
             layers.append(Layer(f"{size}_aux_residual", f"{own}.image_downsample.Conv2d_0", COPY))
             layers.append(resample_filter(f"{size}_aux_residual", taps))
     layers += _blocks(network, "mid_block", [f"{dec[-1]}_in0", f"{dec[-1]}_in1"])
-    for index, block in enumerate(network.up_blocks):
-        level, own = len(enc) - 1 - index, f"up_blocks.{index}"
-        size = dec[level]
+    for index, size in enumerate(reversed(dec)):
+        own, is_last = f"up_blocks.{index}", size == dec[0]
         names = [f"{size}_up"] * (index > 0) + [f"{size}_block{i}" for i in range(config.layers_per_block + 1)]
         layers += _blocks(network, own, names)
-        if block.conv_out is not None or level == 0:
-            start = f"{own}." if level else ""
-            layers.append(Layer(f"{size}_aux_norm", f"{start}conv_norm_out", COPY))
-            layers.append(Layer(f"{size}_aux_conv", f"{start}conv_out", COPY))
+        start = "" if is_last else f"{own}."
+        layers.append(Layer(f"{size}_aux_norm", f"{start}conv_norm_out", COPY))
+        layers.append(Layer(f"{size}_aux_conv", f"{start}conv_out", COPY))
         if config.decoder_type == "skip" and index > 0:
             layers.append(resample_filter(f"{size}_aux_up", taps))
-    return layers
+    return present(layers, network)
 
 
 def _blocks(network: EDMUNet2DModel, own: str, names: list[str]) -> list[Layer]:
     """The residual blocks of the submodule `own`, whose official names are `names`."""
     block, layers = network.get_submodule(own), []
-    for index, (resnet, name) in enumerate(zip(block.resnets, names, strict=True)):
-        path = f"{own}.resnets.{index}"
-        for official, part in {"norm0": "norm1", "conv0": "conv1", "norm1": "norm2", "conv1": "conv2"}.items():
-            layers.append(Layer(f"{name}.{official}", f"{path}.{part}", COPY))
-        affine = two_times() if network.has_target_time else COPY
-        layers.append(Layer(f"{name}.affine", f"{path}.time_emb_proj", affine))
-        if resnet.conv_shortcut is not None:
-            layers.append(Layer(f"{name}.skip", f"{path}.conv_shortcut", COPY))
+    kinds = {"affine": two_times() if network.has_target_time else COPY}
+    for index, name in enumerate(names):
+        for official, part in RESNET_NAMES.items():
+            layers.append(Layer(f"{name}.{official}", f"{own}.resnets.{index}.{part}", kinds.get(official, COPY)))
         if name.endswith(("_down", "_up")):
             layers += [resample_filter(f"{name}.{part}", network.config.resample_filter) for part in ("conv0", "skip")]
         if str(index) in block.attentions:
             attention, path = block.attentions[str(index)], f"{own}.attentions.{index}"
             head_dim = attention.to_q.out_features // attention.heads
-            layers.append(Layer(f"{name}.norm2", f"{path}.group_norm", COPY))
-            layers.append(Layer(f"{name}.qkv", path, qkv(head_dim, "head_dim_three")))
-            layers.append(Layer(f"{name}.proj", f"{path}.to_out.0", LINEAR))
+            layers += [
+                Layer(f"{name}.norm2", f"{path}.group_norm", COPY),
+                Layer(f"{name}.qkv", path, qkv(head_dim, "head_dim_three")),
+                Layer(f"{name}.proj", f"{path}.to_out.0", LINEAR),
+            ]
     return layers

@@ -87,22 +87,19 @@ def find_weights(checkpoint: Any, entry: str | None = None) -> tuple[str, dict |
     counts = {name: len(weights_of(part)) for name, part in parts.items()}
     parts = {name: part for name, part in parts.items() if counts[name]}
     listed = ", ".join(f"{short(name) or 'the file itself'} ({counts[name]})" for name in list(parts)[:8]) or "none"
-    if entry is not None:
-        if entry not in parts:
-            raise UserError(f"--entry {entry} has no tensors. Entries with tensors: {listed}.")
-        return entry, parts[entry]
-    nested = [name for name in parts if name]
-    for usual in ENTRIES:
-        for name in nested:  # the outer ones first
-            if name.rpartition(".")[2] == usual:
-                return name, parts[name]
-    if "" in parts:
-        return "", parts[""]
-    if len(nested) == 1:
-        return nested[0], parts[nested[0]]
-    raise UserError(
-        f"The file has no weights under a usual name; name one with --entry. Entries with tensors: {listed}."
-    )
+    if entry is None:
+        last = {name: name.rpartition(".")[2] for name in parts}
+        usual = [name for name in parts if last[name] in ENTRIES]
+        usual.sort(key=lambda name: ENTRIES.index(last[name]))  # of two that are named alike the outer one stays first
+        others = list(parts) if "" in parts or len(parts) == 1 else []
+        entry = next(iter(usual + others), None)
+    if entry is None:
+        raise UserError(
+            f"The file has no weights under a usual name; name one with --entry. Entries with tensors: {listed}."
+        )
+    if entry not in parts:
+        raise UserError(f"--entry {entry} has no tensors. Entries with tensors: {listed}.")
+    return entry, parts[entry]
 
 
 def _parts(checkpoint: Any) -> dict[str, dict | Record]:

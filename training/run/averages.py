@@ -54,7 +54,7 @@ class EMA:
 
     @torch.no_grad()
     def step(self, network: torch.nn.Module, applied: torch.Tensor | None = None) -> None:
-        """Move towards the weights of `network`.
+        """Move toward the weights of `network`.
 
         `applied`, 1 or 0 on the device, says whether the optimizer has moved them; at 0 the average stays too. The host
         need not know it. (diffusers' `EMAModel` has no such switch.)

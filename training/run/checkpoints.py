@@ -146,6 +146,6 @@ def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, s
     changed = [f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]]
     if changed:
         raise UserError(
-            f"--init_from {source} learnt with another preconditioning: {'; '.join(changed)}. Give the --teacher of "
+            f"--init_from {source} learned with another preconditioning: {'; '.join(changed)}. Give the --teacher of "
             "that run, or without one its --sigma_data and --timestep_scale."
         )

@@ -458,7 +458,7 @@ def test_the_range_of_levels_can_be_narrowed(layouts):
         student_scheduler(teacher, config)
 
 
-def test_levels_of_score_matching_stay_where_the_network_learnt(layouts):
+def test_levels_of_score_matching_stay_where_the_network_learned(layouts):
     scheduler = EDMHeunScheduler.from_config(DDPMScheduler().config)
     teacher = Teacher(None, scheduler)
     config = CTMConfig(teacher="none", dsm_sigma="lognormal")
@@ -496,7 +496,7 @@ TO_END = {"matching": "global", "dsm_adaptive": False}
     ],
     ids=["epsilon", "v", "sample", "score", "flow", "edm 1", "edm 1000", "consistency"],
 )
-def test_the_program_distils_every_kind(layouts, name, options, tmp_path):
+def test_the_program_distills_every_kind(layouts, name, options, tmp_path):
     """Two small steps: what is saved is near the teacher's denoiser, has begun to look at the target time, and samples
     in one step.
 

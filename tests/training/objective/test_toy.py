@@ -38,7 +38,7 @@ def oracle_problem(oracle):
 
 
 def train(data, steps):
-    """Distil the exact denoiser; the averaged network before training and after each of `steps` iterations."""
+    """Distill the exact denoiser; the averaged network before training and after each of `steps` iterations."""
     torch.manual_seed(0)
     settings = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     settings |= {"sample_size": 1, "in_channels": 2, "out_channels": 2, "layers_per_block": 1, "norm_num_groups": 8}

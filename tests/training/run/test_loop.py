@@ -257,12 +257,12 @@ def test_resuming_wins_over_a_first_stage(tmp_path, first_stage):
         (
             None,
             {"sigma_data": 0.5},
-            "run/checkpoint-4 learnt with another preconditioning: sigma_data 0.75, here 0.5. ",
+            "run/checkpoint-4 learned with another preconditioning: sigma_data 0.75, here 0.5. ",
         ),
         (
             "pipeline",
             {"sigma_data": 0.5},
-            "run/pipeline learnt with another preconditioning: sigma_data 0.75, here 0.5. ",
+            "run/pipeline learned with another preconditioning: sigma_data 0.75, here 0.5. ",
         ),
         (None, {"layers_per_block": 2}, "It is not of the network that this run trains.\n.* Missing key"),
     ],

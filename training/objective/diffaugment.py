@@ -94,9 +94,7 @@ def diff_augment(images: torch.Tensor, parameters: DiffAugmentParameters) -> tor
     x = mean + contrast * (x - mean)
 
     def axis(length: int, shift: torch.Tensor, center: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """For each pixel along an axis, shape (B, length): whence it comes, whether from inside, whether it is cut
-        out.
-        """
+        """Per pixel of an axis, shape (B, length): its source, whether that is inside, and whether it is cut out."""
         place = torch.arange(length, device=images.device)
         source = place + shift[:, None]
         size = _pixels(CUTOUT, length)

@@ -149,6 +149,8 @@ def to_official(network: UNet2DModel | CTMUNet2DModel, flavour: str | None = Non
     others = {*config["down_block_types"], *config["up_block_types"], config["mid_block_type"]} - BLOCKS
     if others:
         raise UserError(f"The network has blocks {others}; an ADM network has none such.")
+    if flavour != "nvidia" and not config["add_attention"]:
+        raise UserError(f"The network has add_attention=False; an ADM network of flavour {flavour!r} has True.")
     official = official_tensors(network, _layers(network, flavour))
     free = ("sample_size", "dropout", "attention_head_dim")
     converted = network_of(shapes_of(official), **{name: config[name] for name in free}).config

@@ -87,9 +87,8 @@ class Prediction:
     is_denoiser = True  # whether F gives D(x, t); else it knows the end of a trajectory only
     learned_every_level = False  # whether it was trained beyond [sigma_min, sigma_max] too
     magnifies_rounding = False  # whether rounding errors of F reach the image times the noise level
-    default_scheduler = (
-        "EDMEulerScheduler"  # the diffusers scheduler whose defaults hold if a network comes without one
-    )
+    # The diffusers scheduler whose defaults hold if a network comes without one.
+    default_scheduler = "EDMEulerScheduler"
     edm_scheduler_type: str | None = None  # what diffusers' EDM schedulers call it; None: they cannot sample it
 
     def check(self, p: "Preconditioning") -> None:
@@ -358,6 +357,7 @@ def _numbers_of_openai(config: Mapping) -> dict[str, Any]:
     return {"timestep_scale": 1000.0, **{name: config[name] for name in names if name in config}}
 
 
+# In the order in which they are asked: the first kind that recognizes a scheduler's config wins.
 PREDICTIONS = {
     kind.name: kind
     for kind in (

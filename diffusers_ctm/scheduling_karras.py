@@ -15,15 +15,20 @@ from .trajectory import append_dims, karras_starts
 
 
 class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
-    """Base of `CTMScheduler` and `EDMHeunScheduler`.
+    """Base of this package's schedulers.
 
-    A subclass registers `sigma_min, sigma_max, rho` and the numbers of `Preconditioning`, says what it can do by the
-    class attributes `jumps` and `schedule_options`, and its `set_timesteps` fills `timesteps` (what the network is
-    shown at each call) and `call_sigmas` (the noise level of each). diffusers' schedulers lack these attributes: they
-    do not jump, and choose their levels themselves.
+    A subclass says what it can do by the class attributes `jumps` and `schedule_options`, and writes:
+
+    - `__init__` with `@register_to_config`: `num_train_timesteps`, `sigma_min`, `sigma_max`, `rho` and the numbers of
+      `Preconditioning`; it ends with `self._init_state()`.
+    - `set_timesteps`: levels from `_start_levels`, kept in `sigmas` with the end of the last step, the noise level of
+      every network call to `_set_calls`, and `num_inference_steps`.
+    - `step`: the level from `sigma_of_call`, g from `preconditioning.g_of_output`, and `self._step_index += 1`.
+
+    diffusers' schedulers lack the two attributes: they do not jump, and choose their levels themselves.
     """
 
-    # Names are looked up in diffusers, where `import diffusers_ctm` puts ours.
+    # Schedulers to swap in, as diffusers lists them; it looks the names up among its own and ours.
     _compatibles = ["CTMScheduler", "EDMHeunScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"]
 
     # Whether the network is shown where each step ends too (`target_timesteps`). `step` then takes `project`.

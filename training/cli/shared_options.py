@@ -40,8 +40,7 @@ class TeacherOptions(Checked):
     """The teacher.
 
     The options say which network of a folder or repository it is, and what it predicts if its files do not say so. A
-    private repository
-    needs `hf auth login` or HF_TOKEN: a token is not an option, so that none is recorded.
+    private repository needs `hf auth login` or HF_TOKEN: a token is not an option, so that none is recorded.
     """
 
     teacher: str | None = option(None, "The teacher: a folder or a repository on the Hub.", recorded=False)

@@ -76,9 +76,7 @@ def _check_link(path: str, source: str) -> None:
         return
     parent = os.path.dirname(os.path.realpath(source))
     if parent != os.path.realpath(os.path.dirname(source)) and os.path.basename(parent) != "blobs":
-        raise UserError(
-            f"{path} is a link to {os.path.realpath(source)}; copy that file there if it shall be published."
-        )
+        raise UserError(f"{path} is a link to {os.path.realpath(source)}; copy that file there to publish it.")
 
 
 def _put(source: str, target: str) -> None:

@@ -22,8 +22,8 @@ class Setting:
     Args:
         sampler: "ctm" or "heun".
         steps: number of steps.
-        gamma: of the CTM, a number, or with `sigmas` one for each step. None is what the checkpoint does by itself when
-            it is told the number of steps alone, which for Heun's method is the only way.
+        gamma: of the CTM, a number, or with `sigmas` one for each step. None is the checkpoint's own choice for this
+            number of steps, always so for Heun's method.
         sigmas: the level at which each step starts. None is the Karras levels.
     """
 

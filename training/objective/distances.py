@@ -67,8 +67,8 @@ class PerceptualDistance(nn.Module):
     """Distance of the feature maps that a frozen network gives of two batches of images.
 
     With `heads`, one weight for each channel of each map, it is the sum over the maps: LPIPS. Without heads every
-    channel weighs the
-    same and it is the mean over the maps: LPIPS's baseline without learning (Zhang et al. 2018, Section 4.1).
+    channel weighs the same and it is the mean over the maps: LPIPS's baseline without learning (Zhang et al. 2018,
+    Section 4.1).
 
     It is in float32 whatever autocast says, as the authors' is: between images that differ by 0.01, the gradient in
     bfloat16 was at an angle of 40 degrees to this one for EfficientNet-Lite0 and of 15 for LPIPS. Gradient goes to each

@@ -123,7 +123,7 @@ def author(work: Path) -> dict:
     }
 
     # Training
-    def distil(name: str, **options):
+    def distill(name: str, **options):
         options = {"teacher": "team/teacher", "max_solver_steps": 2, "max_train_steps": 5, **SMALL, **options}
         if "repo" in options:
             options |= {"push_to_hub": True, "hub_model_id": options.pop("repo")}
@@ -137,26 +137,26 @@ def author(work: Path) -> dict:
             time.sleep(0.01)
 
     Pusher.push = push_and_wait  # each save then meets the Hub as it is at that time
-    results["plain"] = distil("plain")
-    results["midway"] = distil("midway", repo="team/midway")
+    results["plain"] = distill("plain")
+    results["midway"] = distill("midway", repo="team/midway")
     results["left behind"] = [path.name for path in (work / "midway" / ".push").glob("*")]
     Pusher.push = push
     results |= {
         "student": command(results["midway"], "team/student", "--license", NC),
         "student, mit": command(results["midway"], "team/mit", "--license", "mit"),
-        "down at start": distil("later", repo="team/later", max_train_steps=2),
-        "refused at end": distil("refused", repo="team/refused", max_train_steps=1, hub_strategy="end"),
-        "forbidden": distil("forbidden", repo="team/forbidden"),
-        "mit run": distil("mit_run", repo="team/mit", hub_license="mit"),
+        "down at start": distill("later", repo="team/later", max_train_steps=2),
+        "refused at end": distill("refused", repo="team/refused", max_train_steps=1, hub_strategy="end"),
+        "forbidden": distill("forbidden", repo="team/forbidden"),
+        "mit run": distill("mit_run", repo="team/mit", hub_license="mit"),
         # Resuming from the Hub
-        "first": distil("first", repo="team/resume", max_train_steps=3, hub_strategy="checkpoint"),
-        "resumed": distil("second", resume_from_checkpoint="team/resume"),
-        "no checkpoint": distil("third", resume_from_checkpoint="team/midway"),
-        "no repo": distil("third", resume_from_checkpoint="team/nowhere"),
+        "first": distill("first", repo="team/resume", max_train_steps=3, hub_strategy="checkpoint"),
+        "resumed": distill("second", resume_from_checkpoint="team/resume"),
+        "no checkpoint": distill("third", resume_from_checkpoint="team/midway"),
+        "no repo": distill("third", resume_from_checkpoint="team/nowhere"),
     }
     damage = {"path_or_fileobj": b"other", "path_in_repo": f"{LAST_CHECKPOINT}/optimizer.bin", "repo_id": "team/resume"}
     HfApi().upload_file(**damage)
-    results["tampered"] = distil("third", resume_from_checkpoint="team/resume")
+    results["tampered"] = distill("third", resume_from_checkpoint="team/resume")
     results["third written"] = (work / "third").exists()
     for name in ("plain", "midway", "resumed"):
         results[f"weights of {name}"] = sha256(Path(results[name], WEIGHTS))
@@ -182,7 +182,7 @@ def author(work: Path) -> dict:
     results["came back"] = command(results["midway"], "team/dies", "--num_samples", "0")
     AcceleratorState._reset_state(reset_partial_state=True)
     Pusher.push = push_and_wait
-    processes = functools.partial(distil, "processes", max_train_steps=2, train_batch_size=2, repo="team/processes")
+    processes = functools.partial(distill, "processes", max_train_steps=2, train_batch_size=2, repo="team/processes")
     results["processes"] = attempt(debug_launcher, processes, (), 2)
     return results
 

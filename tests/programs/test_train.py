@@ -58,13 +58,13 @@ def teacher(tmp_path_factory):
     return train_edm.main(EDMConfig(output_dir=str(folder), max_train_steps=6, ema_warmup=True, **SMALL, **NETWORK))
 
 
-def distil(teacher, folder, **options):
+def distill(teacher, folder, **options):
     options = {"max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, **SMALL, **options}
     return train_ctm.main(CTMConfig(teacher=teacher, output_dir=str(folder), **options))
 
 
 def test_saved_pipelines_load_and_sample(teacher, tmp_path, capfd):
-    student = distil(teacher, tmp_path / "run", sample_every=2, checkpointing_steps=2, report_to="tensorboard")
+    student = distill(teacher, tmp_path / "run", sample_every=2, checkpointing_steps=2, report_to="tensorboard")
     bar = capfd.readouterr().err.splitlines()[-1]
     assert "4/4" in bar and all(
         f"{name}=" in bar for name in ("trajectory_loss", "dsm_loss", "dsm_weight", "grad_norm")
@@ -91,7 +91,7 @@ def test_saved_pipelines_load_and_sample(teacher, tmp_path, capfd):
 def test_label_dropout(teacher, tmp_path):
     options = {"max_train_steps": 3, "label_dropout": 0.5, **SMALL, **NETWORK}
     with_null = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), **options))
-    student = distil(with_null, tmp_path / "ctm", learning_rate=0.01)  # RAdam starts slowly
+    student = distill(with_null, tmp_path / "ctm", learning_rate=0.01)  # RAdam starts slowly
     for folder in (with_null, student):
         pipe = DiffusionPipeline.from_pretrained(folder)
         pipe.set_progress_bar_config(disable=True)
@@ -106,7 +106,7 @@ def test_label_dropout(teacher, tmp_path):
     rows = [weights(folder)["class_embedding.weight"][10] for folder in (with_null, student)]
     assert not torch.equal(*rows)  # the student learns "no class" too
     with pytest.raises(UserError, match="--label_dropout needs a teacher that was trained with it"):
-        distil(teacher, tmp_path / "no", label_dropout=0.1)
+        distill(teacher, tmp_path / "no", label_dropout=0.1)
 
 
 def test_labels_are_dropped_at_the_rate_that_was_asked():
@@ -127,21 +127,21 @@ def test_labels_are_dropped_at_the_rate_that_was_asked():
 
 def test_resumed_is_uninterrupted_bit_for_bit(teacher, tmp_path):
     options = {"lr_scheduler": "cosine", "max_train_steps": 6}
-    whole = distil(teacher, tmp_path / "whole", checkpointing_steps=4, **options)
+    whole = distill(teacher, tmp_path / "whole", checkpointing_steps=4, **options)
     os.makedirs(tmp_path / "part")
     os.rename(tmp_path / "whole" / "checkpoint-4", tmp_path / "part" / "checkpoint-4")  # as if it had stopped there
-    part = distil(teacher, tmp_path / "part", resume_from_checkpoint="latest", **options)
+    part = distill(teacher, tmp_path / "part", resume_from_checkpoint="latest", **options)
     assert_same_weights(whole, part)
-    other = distil(teacher, tmp_path / "other", seed=1, **options)
+    other = distill(teacher, tmp_path / "other", seed=1, **options)
     with pytest.raises(AssertionError):  # dropout, data and noise do depend on the seed
         assert_same_weights(whole, other)
 
 
 def test_the_environment_does_not_overrule_accumulation(teacher, tmp_path, monkeypatch):
     """Accelerate reads it, and with it steps of several passes would be taken for one."""
-    one = distil(teacher, tmp_path / "one", max_train_steps=2, ema_decay=0.0, optimizer="adam")
+    one = distill(teacher, tmp_path / "one", max_train_steps=2, ema_decay=0.0, optimizer="adam")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    two = distil(teacher, tmp_path / "two", max_train_steps=2, ema_decay=0.0, optimizer="adam")
+    two = distill(teacher, tmp_path / "two", max_train_steps=2, ema_decay=0.0, optimizer="adam")
     assert_same_weights(one, two)
 
 
@@ -152,11 +152,11 @@ def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
     """
     options = {"dropout": 0.0, "dsm_adaptive": False, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
     options |= {"max_train_steps": 2, "checkpointing_steps": 1, "train_batch_size": 4, "gradient_accumulation_steps": 3}
-    same = distil(teacher, tmp_path / "same", **options)
+    same = distill(teacher, tmp_path / "same", **options)
     os.makedirs(tmp_path / "other")
     os.rename(tmp_path / "same" / "checkpoint-1", tmp_path / "other" / "checkpoint-1")
     options |= {"train_batch_size": 6, "gradient_accumulation_steps": 2}
-    other = distil(teacher, tmp_path / "other", resume_from_checkpoint="latest", **options)
+    other = distill(teacher, tmp_path / "other", resume_from_checkpoint="latest", **options)
     assert_same_weights(same, other, rtol=1e-4, atol=2e-5)
 
 
@@ -222,30 +222,30 @@ def test_two_processes_are_one(teacher, tmp_path):
 
 def test_checkpoints_rotate_and_the_folder_is_not_overwritten(teacher, tmp_path):
     folder = tmp_path / "run"
-    first = distil(teacher, folder, checkpointing_steps=1, checkpoints_total_limit=2)
+    first = distill(teacher, folder, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(os.listdir(folder)) == ["checkpoint-3", "checkpoint-4", "config.yaml", "pipeline"]
     before = weights(first)
     with pytest.raises(UserError, match="Continue that run with --resume_from_checkpoint latest"):
-        distil(teacher, folder)
+        distill(teacher, folder)
     (tmp_path / "failed").mkdir()
     (tmp_path / "failed" / "config.yaml").touch()  # such as a picture that cannot be read leaves
     with pytest.raises(
         UserError, match="No checkpoint is in it: start it afresh there with --resume_from_checkpoint latest"
     ):
-        distil(teacher, tmp_path / "failed")
+        distill(teacher, tmp_path / "failed")
     assert all(torch.equal(before[name], value) for name, value in weights(first).items())
-    distil(teacher, folder, resume_from_checkpoint="latest")  # a finished run: nothing to do, the same result
+    distill(teacher, folder, resume_from_checkpoint="latest")  # a finished run: nothing to do, the same result
     assert all(torch.equal(before[name], value) for name, value in weights(first).items())
 
 
 def test_resuming_from_an_older_checkpoint_loses_no_newer_one(teacher, tmp_path):
     folder = tmp_path / "run"
-    distil(teacher, folder, checkpointing_steps=2)
+    distill(teacher, folder, checkpointing_steps=2)
     with pytest.raises(UserError, match="holds .*checkpoint-4"):
-        distil(teacher, folder, checkpointing_steps=1, resume_from_checkpoint=str(folder / "checkpoint-2"))
+        distill(teacher, folder, checkpointing_steps=1, resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert {"checkpoint-2", "checkpoint-4"} <= set(os.listdir(folder))
     options = {"max_train_steps": 3, "checkpointing_steps": 1}
-    distil(teacher, tmp_path / "branch", resume_from_checkpoint=str(folder / "checkpoint-2"), **options)
+    distill(teacher, tmp_path / "branch", resume_from_checkpoint=str(folder / "checkpoint-2"), **options)
     assert "checkpoint-3" in os.listdir(tmp_path / "branch")
 
 
@@ -266,7 +266,7 @@ def test_score_matching_is_logged_by_noise_level(teacher, tmp_path, monkeypatch)
     draw = train_ctm.draw_dsm_sigma
     monkeypatch.setattr(train_ctm, "draw_dsm_sigma", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
-    distil(teacher, tmp_path / "run", max_train_steps=2)
+    distill(teacher, tmp_path / "run", max_train_steps=2)
     bins = torch.bucketize(torch.cat(drawn), torch.tensor(SIGMA_EDGES), right=True)
     shares = {f"dsm_loss_by_sigma/{SIGMA_BINS[index]}": (bins == index).float().mean() for index in set(bins.tolist())}
     assert shares.keys() == {name for name in logged[0] if name.startswith("dsm")} and len(shares) > 2
@@ -338,7 +338,7 @@ def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, opt
     live = options.get("matching") != "global"
     options |= {"inner_target": "live"} if live else {}
     options |= {"distance": "pseudo_huber", "dsm_sigma": "lognormal", "dsm_weight": 0.7, "dsm_adaptive": not live}
-    saved = distil(teacher, tmp_path / "run", max_train_steps=2, **options)
+    saved = distill(teacher, tmp_path / "run", max_train_steps=2, **options)
     assert not torch.equal(weights(saved)["conv_out.weight"], weights(teacher)["conv_out.weight"])
     assert (samplers[0].num_levels, samplers[0].matching) == (18, options.get("matching", "soft"))
     jumps, given = calls[0]
@@ -358,7 +358,7 @@ def test_without_a_teacher_the_student_follows_its_own_average(tmp_path, monkeyp
 
     monkeypatch.setitem(train_ctm.SOLVERS, "heun", dataclasses.replace(train_ctm.SOLVERS["heun"], solve=solve))
     network = {"block_out_channels": [16, 32], "layers_per_block": 1, "attention_head_dim": 8, "sigma_data": 0.75}
-    saved = distil(None, tmp_path / "scratch", max_train_steps=2, solver_model="ema", **network)
+    saved = distill(None, tmp_path / "scratch", max_train_steps=2, solver_model="ema", **network)
     assert len(solved) == 2
     pipe = DiffusionPipeline.from_pretrained(saved)
     assert list(pipe.unet.config.block_out_channels) == [16, 32] and pipe.scheduler.config.sigma_data == 0.75
@@ -387,8 +387,8 @@ def test_the_run_is_told_the_commit_of_its_teacher_and_counts_its_steps(teacher,
 def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp_path):
     """With an average that never moves the two are the same run: the student starts as its teacher."""
     options = {"max_train_steps": 2, "ema_decay": 0.9999999, "dropout": 0.0}
-    by_teacher = distil(teacher, tmp_path / "teacher", **options)
-    by_itself = distil(teacher, tmp_path / "ema", solver_model="ema", **options)
+    by_teacher = distill(teacher, tmp_path / "teacher", **options)
+    by_itself = distill(teacher, tmp_path / "ema", solver_model="ema", **options)
     assert_same_weights(by_teacher, by_itself, rtol=1e-4, atol=1e-6)
 
 
@@ -424,7 +424,7 @@ def test_choices_that_contradict_each_other_are_refused(options, message):
 def test_edms_own_network_is_trained_and_distilled(tmp_path):
     options = {"architecture": "ddpmpp", "block_out_channels": [16, 16], "layers_per_block": 1, "attention_head_dim": 8}
     edm = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), max_train_steps=2, **SMALL, **options))
-    student = distil(edm, tmp_path / "ctm", max_train_steps=2)
+    student = distill(edm, tmp_path / "ctm", max_train_steps=2)
     for folder, target_time in ((edm, False), (student, True)):
         unet = DiffusionPipeline.from_pretrained(folder).unet
         assert type(unet).__name__ == "EDMUNet2DModel" and unet.has_target_time == target_time
@@ -442,7 +442,7 @@ ADVERSARIAL = {
 
 def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path):
     options = {**ADVERSARIAL, "checkpointing_steps": 1, "checkpoints_total_limit": 0, "max_train_steps": 6}
-    whole = distil(teacher, tmp_path / "whole", **options)
+    whole = distill(teacher, tmp_path / "whole", **options)
 
     def saved(step):
         """Student, discriminator, the student's average."""
@@ -469,8 +469,8 @@ def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path
 
     for stop in (3, 4):  # before a turn of each
         folder = tmp_path / f"cut-{stop}"
-        distil(teacher, folder, **{**options, "max_train_steps": stop})
-        resumed = distil(teacher, folder, resume_from_checkpoint="latest", **options)
+        distill(teacher, folder, **{**options, "max_train_steps": stop})
+        resumed = distill(teacher, folder, resume_from_checkpoint="latest", **options)
         assert_same_weights(whole, resumed)
         for file in sorted((folder / "checkpoint-6").glob("model*.safetensors")):
             ours, theirs = load_file(file), load_file(tmp_path / "whole" / "checkpoint-6" / file.name)
@@ -480,9 +480,9 @@ def test_adversarial_stage_takes_turns_and_resumes_bit_for_bit(teacher, tmp_path
 def test_the_adversarial_term_moves_the_student_and_its_weight_counts(teacher, tmp_path):
     # With dropout: the discriminator draws nothing from the random numbers of the student.
     options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 1, "dropout": 0.1}
-    without = distil(teacher, tmp_path / "without", max_train_steps=1, dropout=0.1)
+    without = distill(teacher, tmp_path / "without", max_train_steps=1, dropout=0.1)
     students = [
-        distil(teacher, tmp_path / f"weight-{weight}", **{**options, "discriminator_weight": weight})
+        distill(teacher, tmp_path / f"weight-{weight}", **{**options, "discriminator_weight": weight})
         for weight in (1e-12, 1.0)
     ]
     assert_same_weights(without, students[0], rtol=1e-5, atol=1e-7)
@@ -507,7 +507,7 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
     watch(train_ctm, "discriminator_loss", "discriminator")
     watch(train_ctm, "ctm_estimate", "estimate")
     options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
-    saved = distil(teacher, tmp_path / "run", **options)
+    saved = distill(teacher, tmp_path / "run", **options)
     # The student's step asks the teacher before the discriminator; the discriminator's step does not ask it at all.
     assert "teacher" in events[:-3] and events[-3:] == ["generator", "estimate", "discriminator"]
     (jumps,) = seen["estimate"]
@@ -571,17 +571,17 @@ def test_single_images_cannot_train_discriminators_of_one_pixel(teacher, tmp_pat
     monkeypatch.setattr(train_ctm, "make_discriminator", lambda *_: ProjectedDiscriminator({"mean": Mean()}, 0, 1, 4))
     options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
     with pytest.raises(UserError, match="--train_batch_size must be 2 or more with these discriminators"):
-        distil(teacher, tmp_path / "one", train_batch_size=1, **options)
+        distill(teacher, tmp_path / "one", train_batch_size=1, **options)
     assert not (tmp_path / "one").exists()
-    distil(teacher, tmp_path / "two", train_batch_size=2, **options)
+    distill(teacher, tmp_path / "two", train_batch_size=2, **options)
     monkeypatch.undo()  # whose maps have several pixels
-    distil(teacher, tmp_path / "digits", train_batch_size=1, **options)
+    distill(teacher, tmp_path / "digits", train_batch_size=1, **options)
 
 
 def test_gradient_checkpointing_changes_nothing(teacher, tmp_path):
     options = {"max_train_steps": 2, "dropout": 0.0, "ema_decay": 0.0}
-    plain = distil(teacher, tmp_path / "plain", **options)
-    saving = distil(teacher, tmp_path / "saving", gradient_checkpointing=True, **options)
+    plain = distill(teacher, tmp_path / "plain", **options)
+    saving = distill(teacher, tmp_path / "saving", gradient_checkpointing=True, **options)
     assert_same_weights(plain, saving, rtol=1e-5, atol=1e-6)
 
 
@@ -600,9 +600,9 @@ def test_compiled_training_is_the_same_and_is_not_compiled_again(teacher, tmp_pa
         lambda *given: update(*given) or graphs.append(counters["stats"]["unique_graphs"]),
     )
     options = {"dropout": 0.0, "ema_decay": 0.0, "max_train_steps": 12, "train_batch_size": 12, "seed": 3}
-    plain = distil(teacher, tmp_path / "plain", **options)
+    plain = distill(teacher, tmp_path / "plain", **options)
     graphs.clear()
-    student = distil(teacher, tmp_path / "compiled", compile=True, **options)
+    student = distill(teacher, tmp_path / "compiled", compile=True, **options)
     assert len(compiled) == 3 and 3 <= graphs[5] <= 8  # student, average, teacher; with a gradient and without
     assert len(set(graphs[5:])) == 1
     assert_same_weights(plain, student, rtol=1e-4, atol=1e-6)
@@ -610,7 +610,7 @@ def test_compiled_training_is_the_same_and_is_not_compiled_again(teacher, tmp_pa
 
 
 def test_bf16_runs(teacher, tmp_path):
-    student = distil(teacher, tmp_path / "bf16", mixed_precision="bf16", max_train_steps=2)
+    student = distill(teacher, tmp_path / "bf16", mixed_precision="bf16", max_train_steps=2)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in weights(student).values())
 
 
@@ -620,7 +620,7 @@ def test_bf16_runs(teacher, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
 def test_fp16_without_a_gpu(teacher, tmp_path):
     with pytest.raises(UserError, match="--mixed_precision fp16 needs a GPU"):
-        distil(teacher, tmp_path / "run", mixed_precision="fp16")
+        distill(teacher, tmp_path / "run", mixed_precision="fp16")
 
 
 @pytest.mark.parametrize(
@@ -639,23 +639,23 @@ def test_fp16_without_a_gpu(teacher, tmp_path):
 )
 def test_what_does_not_fit_is_said_before_anything_is_written(teacher, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        distil(teacher, tmp_path / "run", **options)
+        distill(teacher, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_ctm_is_no_teacher(teacher, tmp_path):
-    student = distil(teacher, tmp_path / "run", max_train_steps=1)
+    student = distill(teacher, tmp_path / "run", max_train_steps=1)
     with pytest.raises(UserError, match="cannot become a CTM"):
-        distil(student, tmp_path / "again")
+        distill(student, tmp_path / "again")
 
 
 def test_folder_that_cannot_be_made_and_tracker_that_is_not_installed(teacher, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="config.yaml could not be written"):
-        distil(teacher, tmp_path / "file" / "run")
+        distill(teacher, tmp_path / "file" / "run")
     monkeypatch.setattr(devices, "get_available_trackers", list)
     with pytest.raises(UserError, match="--report_to wandb needs the package wandb"):
-        distil(teacher, tmp_path / "run", report_to="wandb")
+        distill(teacher, tmp_path / "run", report_to="wandb")
     assert not (tmp_path / "run").exists()
 
 
@@ -666,23 +666,23 @@ def test_resolution_must_fit_the_teachers_levels(tmp_path):
 
 def test_resuming_with_other_options_or_from_a_damaged_checkpoint_is_refused(teacher, tmp_path):
     folder = tmp_path / "run"
-    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    distill(teacher, folder, max_train_steps=2, checkpointing_steps=2)
     for changed, named in (
         ({"learning_rate": 1e-2}, "learning_rate was 0.001, is 0.01"),
         ({"train_batch_size": 4}, "was 8, is 4"),
     ):
         with pytest.raises(UserError, match=named):
-            distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest", **changed)
+            distill(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest", **changed)
     path = folder / "checkpoint-2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="checkpoint-2 cannot be loaded"):
-        distil(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest")
+        distill(teacher, folder, max_train_steps=4, resume_from_checkpoint="latest")
 
 
 def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
     """A limit on the size of files refuses the write, as a full disk does."""
     folder = tmp_path / "run"
-    distil(teacher, folder, max_train_steps=2, checkpointing_steps=2)
+    distill(teacher, folder, max_train_steps=2, checkpointing_steps=2)
     listing = sorted(os.listdir(folder / "checkpoint-2"))
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -702,7 +702,7 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
     assert "could not be written" in done.stderr and "Traceback" not in done.stderr
     assert sorted(os.listdir(folder)) == ["checkpoint-2", "config.yaml", "pipeline"]
     assert sorted(os.listdir(folder / "checkpoint-2")) == listing
-    distil(
+    distill(
         teacher, folder, max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest"
     )  # with room again
 

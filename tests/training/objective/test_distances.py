@@ -444,7 +444,7 @@ def test_never_in_training_mode_nor_in_a_state_dict():
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def distil(folder, **options):
+def distill(folder, **options):
     AcceleratorState._reset_state(reset_partial_state=True)
     small = {
         "teacher": "assets/digits-edm",
@@ -466,7 +466,7 @@ def test_training_uses_it_and_says_so(tmp_path, monkeypatch, precision):
         train_ctm, "ctm_loss", lambda *given, **named: seen.append(named["distance"]) or ctm_loss(*given, **named)
     )
     options = {"distance": "features", "distance_network": "assets/digits-features"}
-    pipeline = distil(tmp_path / "run", mixed_precision=precision, **options)
+    pipeline = distill(tmp_path / "run", mixed_precision=precision, **options)
     assert isinstance(seen[0], PerceptualDistance) and seen[0].backbone.resolution == 8
     weights = load_file(os.path.join(pipeline, "unet", "diffusion_pytorch_model.safetensors"))
     assert all(value.isfinite().all() for value in weights.values())
@@ -487,7 +487,7 @@ def test_training_uses_it_and_says_so(tmp_path, monkeypatch, precision):
 def test_lpips_trains_from_files(tmp_path):
     torch.save(tiny_weights("vgg"), tmp_path / "vgg.pth")
     options = {"distance": "lpips", "distance_weights": str(tmp_path / "vgg.pth"), "distance_resolution": 16}
-    pipeline = distil(tmp_path / "run", **options)
+    pipeline = distill(tmp_path / "run", **options)
     text = (tmp_path / "run" / "pipeline" / "training.json").read_text()
     assert json.loads(text)["distance"]["weights"] == "vgg.pth" and str(tmp_path) not in text
     assert os.path.isdir(pipeline)
@@ -495,5 +495,5 @@ def test_lpips_trains_from_files(tmp_path):
 
 def test_a_distance_that_cannot_be_had_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="--distance_network: The feature network nowhere cannot be"):
-        distil(tmp_path / "run", distance="features", distance_network="nowhere")
+        distill(tmp_path / "run", distance="features", distance_network="nowhere")
     assert not (tmp_path / "run").exists()

@@ -66,9 +66,9 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
 
 
-def check_callback(callback: Callable | None, names: list[str] | None) -> None:
-    """Raise ValueError if a pipeline's callback asks for another tensor than "latents"."""
+def check_callback(callback: Callable | None, names: list[str] | None, allowed: Sequence[str]) -> None:
+    """Raise ValueError if a pipeline's callback asks for a tensor that is not `allowed`."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         names = callback.tensor_inputs
-    if set(names or ()) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs may hold ['latents'], got {names}.")
+    if set(names or ()) - set(allowed):
+        raise ValueError(f"callback_on_step_end_tensor_inputs may hold {allowed}, got {names}.")

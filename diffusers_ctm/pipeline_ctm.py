@@ -64,6 +64,7 @@ class CTMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _optional_components = ["safety_checker", "feature_extractor"]
     _exclude_from_cpu_offload = ["safety_checker"]
+    _callback_tensor_inputs = ["latents"]
     _digital_source_type = GENERATED
 
     # `from_pipe` compares a network's class with this annotation, subclasses excluded.
@@ -312,7 +313,7 @@ class CTMPipeline(DiffusionPipeline):
         a scheduler that does not fit the network.
         """
         check_output_type(output_type)
-        check_callback(callback, callback_inputs)
+        check_callback(callback, callback_inputs, self._callback_tensor_inputs)
         if batch_size is not None:
             check_count(batch_size=batch_size)
             batch_size = int(batch_size)

@@ -177,7 +177,7 @@ class CTMInversionPipeline(CTMPipeline):
 
     def _follow(self, x, levels, condition, callback=None, callback_inputs=None) -> torch.Tensor:
         """Heun's method from `x` at the first of `levels` to the last, in either direction."""
-        check_callback(callback, callback_inputs)
+        check_callback(callback, callback_inputs, self._callback_tensor_inputs)
         denoiser = exact_denoiser(self, **condition)
         levels = levels.to(device=x.device, dtype=x.dtype)
         self._interrupt = False

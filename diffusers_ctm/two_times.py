@@ -26,7 +26,8 @@ def start_as(student: nn.Module, teacher: nn.Module) -> nn.Module:
     It comes on the teacher's device, in its dtype and mode. The target's embedding becomes a copy of the time's, and
     the columns that read it zero.
     """
-    student = student.to(device=teacher.device, dtype=teacher.dtype)
+    # Not by ModelMixin.to, which warns that an empty list of modules "should be kept in float32".
+    student = nn.Module.to(student, device=teacher.device, dtype=teacher.dtype)
     weights = dict(teacher.state_dict())
     for name in student.state_dict():
         if name.startswith("target_time_embedding."):

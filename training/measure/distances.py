@@ -6,8 +6,6 @@ import warnings
 
 import torch
 from diffusers.utils import logging
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm.auto import tqdm
 
 from ..cli.errors import UserError
@@ -37,6 +35,10 @@ class Distances:
     """
 
     def __init__(self, reference: torch.Tensor, kernel: bool = False):
+        # Imported here: torchmetrics brings matplotlib, for which a training run that measures nothing need not wait.
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+
         identity = torch.nn.Identity()  # torchmetrics expects a feature network, and is given features
         identity.num_features = reference.shape[1]
         # In a training run only one of several processes measures, and it must not wait for the others.

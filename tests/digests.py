@@ -16,10 +16,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffusers_ctm  # noqa: F401
+from helpers.places import ORACLE, ROOT
 
 
-ROOT = Path(__file__).resolve().parents[1]
-ORACLE = ROOT.parent / "shared" / "oracle"
 ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 QUIET = ["--checkpointing_steps", "0", "--sample_every", "0", "--report_to", "none"]
 HEADS = {"ctm_adm64_cond": ["--num_head_channels", "16"]}

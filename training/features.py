@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, write_json
-from .cli.options import BELOW_ONE, NOT_NEGATIVE, POSITIVE, option, run_program
+from .cli.options import BELOW_ONE, FOLDER, NOT_NEGATIVE, POSITIVE, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, mirrored
 from .frozen.classifier import CONFIG, FeatureNetwork, is_saved
@@ -24,7 +24,7 @@ class FeatureConfig(DataOptions):
     """Train a small classifier on the CPU. `training.evaluate` compares its features."""
 
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
-    output_dir: str = option("runs/features", "Folder of the result; a former result is replaced.")
+    output_dir: str = option("runs/features", "Folder of the result; a former result is replaced.", must_be=FOLDER)
     label_column: str | None = option("label", "Column that holds the class of each image.")
     num_features: int = option(
         64,
@@ -49,7 +49,6 @@ class FeatureConfig(DataOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.label_column is not None, "label_column", "a column of classes")
-        self.check_folder("output_dir")
 
 
 def split(length: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:

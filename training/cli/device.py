@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The device, in code and in words; waiting for it."""
+"""The device, in code and in words; waiting for it; and the versions of the software."""
 
 import platform
+from types import ModuleType
 
 import torch
 
@@ -35,3 +36,8 @@ def hardware(device: torch.device) -> dict[str, str | int]:
     except OSError:
         pass  # not Linux
     return {"device": f"{device.type}: {name}", "cpu_threads": torch.get_num_threads()}
+
+
+def versions(*packages: ModuleType) -> dict[str, str]:
+    """The versions of packages by name, and Python's."""
+    return {**{package.__name__: package.__version__ for package in packages}, "python": platform.python_version()}

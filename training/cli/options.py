@@ -69,6 +69,11 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+def default_of(entry: dataclasses.Field) -> Any:
+    """The default of an option."""
+    return entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+
+
 def with_default(config_class: type, name: str, default: Any) -> Any:
     """The option `name` of `config_class` again, for a subclass where it has another default."""
     return field(default=default, metadata=config_class.__dataclass_fields__[name].metadata)
@@ -95,13 +100,8 @@ class Checked:
     def refuse(self, names: list[str], reason: str, advice: str = "leave it out") -> None:
         """Raise UserError, with the reason and advice, if one of these options differs from its default."""
         for entry in dataclasses.fields(self):
-            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
-            if entry.name in names and getattr(self, entry.name) != default:
+            if entry.name in names and getattr(self, entry.name) != default_of(entry):
                 raise UserError(f"--{entry.name} {reason}; {advice}.")
-
-    def check_folder(self, name: str) -> None:
-        """Raise UserError unless the option `name` can be a folder that is written."""
-        self.check(FOLDER[1](getattr(self, name)), name, FOLDER[0])
 
 
 class OptionHelp(argparse.HelpFormatter):

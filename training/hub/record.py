@@ -1,8 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """training.json: how a pipeline came to be."""
 
-import platform
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import torch
 
 import diffusers_ctm
 
+from ..cli.device import versions
 from ..cli.files import read_json, write_json
 from ..cli.names import is_hub_id, public_name, without_folders
+from ..cli.options import default_of
 from ..cli.training_options import RunOptions
 from .client import card_license, commit_of
 from .license import License, license_fields, license_in, license_of, strictest
@@ -58,8 +59,7 @@ def changed_options(options: RunOptions) -> dict[str, Any]:
     changed = {}
     for entry in fields(options):
         value = getattr(options, entry.name)
-        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-        if entry.metadata["recorded"] and value != default:
+        if entry.metadata["recorded"] and value != default_of(entry):
             changed[entry.name] = (
                 list(map(without_folders, value)) if isinstance(value, list) else without_folders(value)
             )
@@ -92,12 +92,7 @@ def training_record(
         },
         "options": changed_options(options),
         "images_per_step": options.train_batch_size * options.gradient_accumulation_steps * num_processes,
-        "versions": {
-            "diffusers_ctm": diffusers_ctm.__version__,
-            "diffusers": diffusers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(diffusers_ctm, diffusers, torch),
         **license_fields(license),
     }
 

@@ -3,7 +3,6 @@
 
 import datetime
 import json
-import platform
 from dataclasses import asdict
 from typing import Any
 
@@ -13,19 +12,18 @@ import torchmetrics
 
 import diffusers_ctm
 
-from ..cli.device import hardware
+from ..cli.device import hardware, versions
 from ..cli.files import write_files
 from ..report.pictures import png
 
 
 def facts(config: Any, device: torch.device) -> dict[str, Any]:
     """When, with which options, on what and with which versions a report was made."""
-    versions = {package.__name__: package.__version__ for package in (diffusers_ctm, diffusers, torch, torchmetrics)}
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "options": asdict(config),
         "hardware": hardware(device),
-        "versions": {**versions, "python": platform.python_version()},
+        "versions": versions(diffusers_ctm, diffusers, torch, torchmetrics),
     }
 
 

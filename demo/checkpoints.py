@@ -110,11 +110,11 @@ class Checkpoint:
     @cached_property
     def examples(self) -> tuple[str, list[Image.Image], list[int] | None]:
         """(Words for them, images, classes): of the data set for digits, else samples of the checkpoint in 18 steps."""
-        conditional = self.pipe.num_classes is not None
+        classes = self.pipe.classes
         if self.dataset == "digits":
             data = digits()[:EXAMPLES]
-            return "images of the data set", data["image"], data["label"] if conditional else None
-        labels = [k * self.pipe.num_classes // EXAMPLES for k in range(EXAMPLES)] if conditional else None
+            return "images of the data set", data["image"], data["label"] if classes else None
+        labels = classes and [classes[k * len(classes) // EXAMPLES] for k in range(EXAMPLES)]
         images = recipes.sample(self.fresh(), labels, 18, 0.0, range(EXAMPLES)).images
         return "samples of this checkpoint", images, labels
 

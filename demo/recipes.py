@@ -95,7 +95,7 @@ def between_images(pipe, image, other_image, class_labels, steps, count):
 def guide_by_classifier(pipe, classifier, target, scale, steps, gamma, seeds):
     """The network is told no class: a conditional one is averaged over all classes."""
     network = load_saved(classifier).requires_grad_(False)
-    unet = pipe.unet if pipe.num_classes is None else ClassAverage(pipe.unet)
+    unet = pipe.unet if pipe.num_classes is None else ClassAverage(pipe.unet, pipe.classes)
     free = CTMPipeline(
         unet, pipe.scheduler, safety_checker=pipe.safety_checker, feature_extractor=pipe.feature_extractor
     )

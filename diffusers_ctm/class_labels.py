@@ -1,12 +1,25 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Classes of a batch: by number or name, drawn at random, or none."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Number
 from typing import Any
 
 import numpy as np
 import torch
+
+
+def finder(id2label: Mapping[Any, str]) -> Callable[[str], list[int]]:
+    """A function from a name to the numbers of the classes that have it.
+
+    A name is found as it is spelled; only if no class is spelled so, without regard to case.
+    """
+    exact, lowered = defaultdict(list), defaultdict(list)
+    for number, name in id2label.items():
+        exact[str(name)].append(int(number))
+        lowered[str(name).lower()].append(int(number))
+    return lambda name: exact.get(name) or lowered.get(name.lower(), [])
 
 
 def label_ids(
@@ -19,14 +32,17 @@ def label_ids(
     labels = [labels] if isinstance(labels, (Number, str)) else labels
     if not isinstance(labels, Sequence):
         raise ValueError(f"class_labels must be a number, a name or a list of these, got {labels!r}.")
-    names = {str(name).lower(): int(index) for index, name in (id2label or {}).items()}
-    ids = []
+    find, ids = finder(id2label or {}), []
     for label in labels:
         if isinstance(label, str):
-            if label.lower() not in names:
-                known = ", ".join(sorted(names)) or "none: this checkpoint carries no names, pass a number"
+            numbers = find(label)
+            if not numbers:
+                known = ", ".join(sorted(map(str, (id2label or {}).values())))
+                known = known or "none: this checkpoint carries no names, pass a number"
                 raise ValueError(f"class_labels={label!r} is not the name of a class. Known names: {known}.")
-            label = names[label.lower()]
+            if len(numbers) > 1:
+                raise ValueError(f"class_labels={label!r} is the name of the classes {numbers}; pass a number.")
+            label = numbers[0]
         if not isinstance(label, Integral) or isinstance(label, bool):
             raise ValueError(f"class_labels must be whole numbers or names, got {label!r}.")
         if not 0 <= int(label) < num_classes:
@@ -62,10 +78,10 @@ def labels_and_batch_size(
         return None, batch_size
     sources, count = (generator, 1) if isinstance(generator, list) else ([generator], batch_size)
     drawn = [
-        torch.randint(pipe.num_classes, (count,), generator=source, device=source.device if source else "cpu").cpu()
+        torch.randint(len(pipe.classes), (count,), generator=source, device=source.device if source else "cpu").cpu()
         for source in sources
     ]
-    return torch.cat(drawn).to(device), batch_size
+    return torch.tensor(pipe.classes, device="cpu")[torch.cat(drawn)].to(device), batch_size
 
 
 def null_labels(pipe: Any, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -329,21 +329,27 @@ class ClassifierFreeNetwork:
 
 
 class ClassAverage(nn.Module):
-    """F averaged over all classes, for a pipeline that names no class: the denoiser of their densities' geometric mean.
+    """F averaged over classes, for a pipeline that names no class: the denoiser of their densities' geometric mean.
 
     A conditional network has no other output that does not depend on the class, unless it was trained with label
     dropout.
+
+    Args:
+        network: class-conditional.
+        classes: the numbers of those to average over, such as `pipe.classes`; None is all.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, classes: Sequence[int] | None = None):
         super().__init__()
         self.network = network
+        classes = range(network.config.num_class_embeds) if classes is None else classes
+        self.register_buffer("classes", torch.tensor(list(classes), device=network.device), persistent=False)
         self.config = SimpleNamespace(**{**network.config, "num_class_embeds": None})
-        self.num_classes, self.dtype, self.device = network.config.num_class_embeds, network.dtype, network.device
+        self.dtype, self.device = network.dtype, network.device
         self.has_target_time = getattr(network, "has_target_time", False)
 
     def forward(self, sample: torch.Tensor, *times: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-        labels = torch.arange(self.num_classes, device=sample.device).repeat_interleave(len(sample))
-        repeated = sample.repeat(self.num_classes, 1, 1, 1)
-        output = self.network(repeated, *times, class_labels=labels, return_dict=False)[0]
-        return (output.unflatten(0, (self.num_classes, len(sample))).mean(0),)
+        count = len(self.classes)
+        labels = self.classes.repeat_interleave(len(sample))
+        output = self.network(sample.repeat(count, 1, 1, 1), *times, class_labels=labels, return_dict=False)[0]
+        return (output.unflatten(0, (count, len(sample))).mean(0),)

@@ -48,6 +48,8 @@ class CTMPipeline(DiffusionPipeline):
             `guidance_scale`. It must be the last, num_class_embeds - 1, and is not counted as a class. None: there is
             no such label. Saved with the pipeline. A network whose config says label_dropout > 0 (`EDMUNet2DModel`)
             needs no such label: its "no class" is a zero vector.
+        trained_classes: numbers of the classes that had images in training, None for all. Random classes are drawn from
+            these, and asking for another is warned of. Saved with the pipeline.
         safety_checker: optional; flags finished images, which are then returned black, whatever the `output_type`. It
             is called as diffusers' `StableDiffusionSafetyChecker` is (see `safety.unsafe_images`): that one, with a
             `feature_extractor`, or `OpenNSFWSafetyChecker`, without. If it fails, the call fails. Callbacks see states,
@@ -78,6 +80,7 @@ class CTMPipeline(DiffusionPipeline):
         feature_extractor: Callable | None = None,
         requires_safety_checker: bool | None = None,
         add_provenance: bool = False,
+        trained_classes: Sequence[int] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -97,12 +100,18 @@ class CTMPipeline(DiffusionPipeline):
             null_class=null_class,
             requires_safety_checker=requires_safety_checker,
             add_provenance=add_provenance,
+            trained_classes=None if trained_classes is None else list(trained_classes),
         )
         check_safety_checker(self)
         if null_class is not None and null_class != (unet.config.num_class_embeds or 0) - 1:
             raise ValueError(
                 f"null_class={null_class!r} must be the last of the network's labels, num_class_embeds - 1 with "
                 f"num_class_embeds = {unet.config.num_class_embeds}."
+            )
+        unknown = set(self.config.trained_classes or []) - set(range(self.num_classes or 0))
+        if unknown or trained_classes is not None and not self.config.trained_classes:
+            raise ValueError(
+                f"trained_classes={trained_classes!r} must hold classes of the network, which has {self.num_classes}."
             )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._preconditioning = None
@@ -238,6 +247,11 @@ class CTMPipeline(DiffusionPipeline):
         return num_labels if num_labels is None or self.config.null_class is None else num_labels - 1
 
     @property
+    def classes(self) -> list[int] | None:
+        """Numbers of the classes that the network was trained on; None for an unconditional network."""
+        return self.config.trained_classes or (None if self.num_classes is None else list(range(self.num_classes)))
+
+    @property
     def knows_no_class(self) -> bool:
         """Whether the network can be told no class, as `guidance_scale` needs: it was trained with label dropout."""
         return self.config.null_class is not None or bool(getattr(self.unet.config, "label_dropout", 0.0))
@@ -249,7 +263,13 @@ class CTMPipeline(DiffusionPipeline):
 
     def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
-        return label_ids(labels, self.num_classes, self.config.id2label)
+        ids = label_ids(labels, self.num_classes, self.config.id2label)
+        if untrained := sorted(set(ids) - set(self.classes)):
+            logging.get_logger(__name__).warning(
+                f"The network had no image of the classes {untrained} in training, so that their images mean nothing. "
+                f"It was trained on {self.classes}."
+            )
+        return ids
 
     def _guided_network(self, guidance_scale: float, guidance: Guidance | None) -> Callable:
         """The network with classifier-free guidance, if asked; checks both guidances."""

@@ -212,7 +212,7 @@ def gammas_picture(config: EvaluateConfig, pipelines: dict[str, CTMPipeline]) ->
 
     def group(caption: str, setting: Setting) -> tuple[str, Image.Image]:
         pipe = pipelines[setting.sampler]
-        labels = class_labels(pipe.num_classes, None, count)
+        labels = class_labels(pipe.classes, None, count)
         return caption, tiles(draw(pipe, setting, count, labels, config.seeds[0], 0), count)
 
     rows = []

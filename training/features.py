@@ -119,12 +119,14 @@ def main(config: FeatureConfig) -> str:
         "num_train_images": len(train),
         "num_held_out_images": len(test),
     }
-    save(network, config, measured)
+    save(network, config, dataset.id2label, measured)
     print(f"Accuracy {measured['accuracy']:.2%} on {len(test)} images held out. Saved {config.output_dir}")
     return config.output_dir
 
 
-def save(network: FeatureNetwork, config: FeatureConfig, measured: dict) -> None:
+def save(
+    network: FeatureNetwork, config: FeatureConfig, id2label: dict[int, str] | None, measured: dict[str, float]
+) -> None:
     """Write weights, config and README as one folder."""
     options = {name: value for name, value in asdict(config).items() if name not in ("config", "output_dir")}
     readme = (
@@ -139,7 +141,8 @@ def save(network: FeatureNetwork, config: FeatureConfig, measured: dict) -> None
     )
     with atomic_folder(config.output_dir) as draft:
         save_file(network.state_dict(), os.path.join(draft, "model.safetensors"))
-        about = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, "options": options}
+        names = {} if id2label is None else {"id2label": id2label}
+        about = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, **names, "options": options}
         write_json(about, CONFIG, draft)
         Path(draft, "README.md").write_text(readme)
 

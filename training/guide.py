@@ -20,6 +20,7 @@ from .data.images import ImageDataset, to_sample
 from .frozen.classifier import EMBEDDED, FeatureNetwork, load_saved
 from .measure.distances import Distances
 from .networks.pipelines import load_model, without_classes
+from .networks.student import fit_data
 
 
 FINITE = ("finite numbers", math.isfinite)
@@ -117,23 +118,21 @@ def samples(
 def main(config: GuideConfig) -> list[dict]:
     """Print the table and return its rows: what was asked, and what came of it."""
     dataset = ImageDataset(config)
-    pixels, labels = dataset[list(range(len(dataset)))]
-    if config.random_flip:  # the model has learned both
-        pixels, labels = torch.cat([pixels, pixels.flip(-1)]), labels.repeat(2)
-    examples = to_sample(pixels)
     pipe = load_model(config.model, ())
     pipe.set_progress_bar_config(disable=True)
     if config.guidance_scales and not pipe.knows_no_class:
         raise UserError(
             f"--guidance_scales need a network trained with --label_dropout, and --model {config.model} was not."
         )
-    if pipe.num_classes is not None and pipe.num_classes != dataset.num_classes:
-        raise UserError(
-            f"--model {config.model} knows {pipe.num_classes} classes, and the data set has {dataset.num_classes}."
-        )
     with loading(f"--classifier {config.classifier}"):
         classifier = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
+    fit_data(dataset, pipe.unet, pipe.num_classes, pipe.config.id2label, "--model", config)
+    dataset.number_classes(classifier.config["num_classes"], classifier.id2label, "--classifier")
 
+    pixels, labels = dataset[list(range(len(dataset)))]
+    if config.random_flip:  # the model has learned both
+        pixels, labels = torch.cat([pixels, pixels.flip(-1)]), labels.repeat(2)
+    examples = to_sample(pixels)
     distances = Distances(classifier(pixels))
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
     target = labels[order].repeat(-(-config.num_samples // len(order)))[: config.num_samples]

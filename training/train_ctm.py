@@ -41,6 +41,7 @@ from .objective.losses import (
 from .objective.solvers import SOLVERS, TargetOptions
 from .objective.times import TimeOptions, TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
 from .run.batch import StepRandom
+from .run.checkpoints import number_classes_as_before
 from .run.loop import TrainingRun
 
 
@@ -152,6 +153,7 @@ def make_adversary(
 def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str:
     """Distill, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(step)`."""
     dataset = load_images(config)
+    number_classes_as_before(dataset, config)
     torch.manual_seed(config.seed)
     teacher = untrained(config, dataset) if config.teacher is None else load_teacher(config)
     check_fit(teacher, config, dataset)
@@ -168,8 +170,13 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
         check_single_images(judge, dataset.channels, dataset.resolution)
 
     def make_pipeline(unet: CTMUNet2DModel | EDMUNet2DModel) -> CTMPipeline:
-        id2label = teacher.id2label or dataset.id2label
-        return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=id2label, null_class=teacher.null_class)
+        return CTMPipeline(
+            unet,
+            copy.deepcopy(scheduler),
+            id2label=teacher.id2label or dataset.id2label,
+            null_class=teacher.null_class,
+            trained_classes=dataset.trained_classes,
+        )
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
     torch.manual_seed(config.seed)

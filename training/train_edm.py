@@ -17,6 +17,7 @@ from .data.batches import load_images
 from .networks.build import build_scheduler, build_unet
 from .objective.losses import dsm_loss
 from .objective.times import draw_lognormal_sigma
+from .run.checkpoints import number_classes_as_before
 from .run.loop import TrainingRun
 
 
@@ -50,13 +51,20 @@ class EDMConfig(NetworkOptions, RunOptions):
 def main(config: EDMConfig) -> str:
     """Train, and save the averaged network as a pipeline; return its folder."""
     dataset = load_images(config)
+    number_classes_as_before(dataset, config)
     torch.manual_seed(config.seed)
     network = build_unet(config, dataset, config.dropout, config.label_dropout)
     scheduler = build_scheduler(config, config.sigma_min, config.sigma_max)
     null_class = dataset.num_classes if config.label_dropout else None
 
     def make_pipeline(unet: UNet2DModel) -> CTMPipeline:
-        return CTMPipeline(unet, copy.deepcopy(scheduler), id2label=dataset.id2label, null_class=null_class)
+        return CTMPipeline(
+            unet,
+            copy.deepcopy(scheduler),
+            id2label=dataset.id2label,
+            null_class=null_class,
+            trained_classes=dataset.trained_classes,
+        )
 
     run = TrainingRun(config, dataset, network, make_pipeline, {"heun-18": {"num_inference_steps": 18}})
     for batch in run.batches():

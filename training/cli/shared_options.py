@@ -23,6 +23,13 @@ class DataOptions(Checked):
     label_column: str | None = option(
         None, "Column that holds the class of each image, for class-conditional training. Default: no classes."
     )
+    num_classes: int | None = option(
+        None,
+        "Number of classes, where --label_column holds plain numbers. Default: the largest plus one. Needed with "
+        "--streaming, and to train a network for classes of which many have no image.",
+        must_be=POSITIVE,
+        needs="label_column",
+    )
     resolution: int | None = option(
         None,
         "Height and width in pixels; images are scaled and center-cropped to it. Default: that of the first image.",

@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Images of one size and mode and their classes, as samples in [-1, 1], and mirrored."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image as PILImage
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
+from .classes import numbers_by_name, shown
 from .sources import find_columns, load_source
 
 
@@ -28,6 +30,7 @@ class Images:
     Attributes:
         columns: the columns to read.
         num_classes, id2label: None without classes; `id2label` also where the classes are plain numbers.
+        classes: numbers of the classes that have images, ascending; None if that is not known.
 
     Raises UserError if the data set is empty, or a column is missing or of the wrong kind.
     """
@@ -37,25 +40,83 @@ class Images:
             raise UserError(
                 f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
             )
+        self.options = options
         self.image_column, self.label_column = find_columns(options, features)
         self.columns = [column for column in (self.image_column, self.label_column) if column is not None]
-        self.num_classes, self.id2label = None, None
+        self.num_classes, self.id2label, self.classes = options.num_classes, None, None
+        self._numbers, self._numbered_as = None, None
         if self.label_column is not None and isinstance(features[self.label_column], ClassLabel):
-            self.num_classes = features[self.label_column].num_classes
             self.id2label = dict(enumerate(features[self.label_column].names))
+            if self.num_classes not in (None, len(self.id2label)):
+                raise UserError(
+                    f"--num_classes {self.num_classes} is for plain numbers; --label_column {self.label_column} names "
+                    f"{len(self.id2label)} classes. Leave it out."
+                )
+            self.num_classes = len(self.id2label)
         image = first[self.image_column]
         self.mode = options.image_mode or ("L" if image.mode in GRAY_MODES else "RGB")
         self.channels = 1 if self.mode == "L" else 3
         self.resolution = options.resolution or min(image.size)
 
     def check_labels(self, labels: list[int | None]) -> None:
-        """Raise UserError if an image has no class."""
+        """Raise UserError if an image has no class, or one beyond their number."""
         missing = sum(label is None or label < 0 for label in labels)
         if missing:
             raise UserError(
                 f"--label_column {self.label_column} has no class (null or negative) for {missing} of {len(labels)} "
                 "images; remove such images, or leave --label_column out."
             )
+        known = self.num_classes if self._numbers is None else len(self._numbers)
+        if known is not None and max(labels, default=0) >= known:
+            raise UserError(
+                f"--label_column {self.label_column} holds the class {max(labels)}, and there are {known} classes, "
+                "from 0 on. Give a larger --num_classes."
+            )
+
+    @property
+    def trained_classes(self) -> list[int] | None:
+        """`classes`, if others have no image; None if all have, there are none, or it is not known."""
+        return None if self.classes is None or len(self.classes) == self.num_classes else self.classes
+
+    def number_classes(self, num_classes: int, id2label: Mapping[int, str] | None, network: str) -> None:
+        """Give the classes the numbers that a network has for them, found by name (`numbers_by_name`).
+
+        `num_classes`, `id2label`, `classes` and all labels are then the network's. One line says what was changed.
+
+        Args:
+            num_classes, id2label: of the network.
+            network: the option that names it, for messages.
+
+        Raises UserError for classes that the network does not have, and if another network has numbered them already
+        and this one differs.
+        """
+        numbers = {own: own for own in range(self.num_classes)}
+        if self.id2label is not None:
+            numbers |= numbers_by_name(self.id2label, num_classes, id2label, self.classes, network)
+        used = list(numbers) if self.classes is None else self.classes
+        if any(numbers[own] >= num_classes for own in used):
+            raise UserError(
+                f"--label_column {self.label_column} has {self.num_classes} classes, {network} knows {num_classes}."
+            )
+        moved = [f"{self.id2label[own]} from {own} to {numbers[own]}" for own in used if numbers[own] != own]
+        if moved and self._numbered_as is not None:
+            raise UserError(
+                f"{self._numbered_as} and {network} number the same classes differently: {shown(moved)}. Use one of "
+                "them at a time."
+            )
+        if moved:
+            self._numbers = torch.tensor(list(numbers.values()))
+            self.classes = self.classes and sorted(numbers[own] for own in used)
+            say_once(f"Classes numbered by name, as {network} has them: {shown(moved)}.")
+        if id2label or moved:
+            self._numbered_as = network
+            self.id2label = {int(number): name for number, name in id2label.items()} if id2label else None
+        self.num_classes = num_classes
+
+    def as_numbered(self, labels: list[int]) -> torch.Tensor:
+        """Labels of the data set in the numbers of the network, int64 of shape (n,)."""
+        labels = torch.tensor(labels)
+        return labels if self._numbers is None else self._numbers[labels]
 
     def decode(
         self, images: list[dict[str, Any]], labels: list[int | None] | None, names: Iterable[Any]
@@ -71,7 +132,7 @@ class Images:
         if self.label_column is None:
             return self.stack(decoded), None
         self.check_labels(labels)
-        return self.stack(decoded), torch.tensor(labels)
+        return self.stack(decoded), self.as_numbered(labels)
 
     def stack(self, images: list[PILImage.Image]) -> torch.Tensor:
         """uint8 of shape (n, C, H, W)."""
@@ -109,10 +170,11 @@ class ImageDataset(Images, torch.utils.data.Dataset):
         source = load_source(options)
         super().__init__(options, source.features, source[0] if len(source) else None)
         if self.label_column is not None:
-            labels = source[self.label_column]
+            labels = source[self.label_column][:]
             self.check_labels(labels)
+            self.classes = sorted(set(labels))
             if self.num_classes is None:
-                self.num_classes = max(labels) + 1
+                self.num_classes = self.classes[-1] + 1
         self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
 
     def __len__(self) -> int:
@@ -120,7 +182,7 @@ class ImageDataset(Images, torch.utils.data.Dataset):
 
     def labels(self) -> torch.Tensor | None:
         """Class of each image, int64 of shape (N,), or None without classes."""
-        return torch.tensor(self.source[self.label_column][:]) if self.label_column else None
+        return self.as_numbered(self.source[self.label_column][:]) if self.label_column else None
 
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows = self.source[indices]
@@ -146,6 +208,12 @@ def eight_bit(image: PILImage.Image) -> PILImage.Image:
         image = image.convert("RGBA")
         return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
     return image
+
+
+def say_once(line: str) -> None:
+    """Print a line, once in a program and in its main process only."""
+    if os.environ.get("RANK", "0") == "0":  # as launchers set it: data are loaded before the processes meet
+        print(line)
 
 
 def to_sample(images: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class ImageStream(Images):
         if self.label_column is not None and self.num_classes is None:
             raise UserError(
                 f"--label_column {self.label_column} holds plain numbers, whose number of classes a stream does not "
-                "tell; give the data set a feature ClassLabel there, or leave out --streaming."
+                "tell; give --num_classes, or leave out --streaming."
             )
         # Each image is decoded later, and only where it is used.
         self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))

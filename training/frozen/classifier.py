@@ -91,11 +91,15 @@ def is_saved(folder: str | Path) -> bool:
 
 
 def load_saved(folder: str | Path) -> FeatureNetwork:
-    """The network that training.features saved in `folder`, on the CPU; `about` holds its config and its accuracy."""
+    """The network that training.features saved in `folder`, on the CPU.
+
+    `about` holds its config and its accuracy, and `id2label` the names of its classes, None if it has none.
+    """
     config = json.loads(Path(folder, CONFIG).read_text())
     network = FeatureNetwork(*(config[name] for name in ("channels", "resolution", "num_classes", "num_features")))
     network.load_state_dict(load_file(Path(folder, "model.safetensors")))
-    network.about = {name: value for name, value in config.items() if name not in ("_class_name", "options")}
+    network.about = {k: v for k, v in config.items() if k not in ("_class_name", "id2label", "options")}
+    network.id2label = {int(number): name for number, name in (config.get("id2label") or {}).items()} or None
     return network.eval()
 
 

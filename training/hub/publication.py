@@ -106,7 +106,7 @@ def draw_samples(pipe: CTMPipeline, count: int, name: str, device: torch.device)
         pipe.set_progress_bar_config(disable=True)
         images = pipe(
             batch_size=count,
-            class_labels=[index % pipe.num_classes for index in range(count)] if pipe.num_classes else None,
+            class_labels=pipe.classes and [pipe.classes[index % len(pipe.classes)] for index in range(count)],
             num_inference_steps=steps,
             generator=torch.Generator(device).manual_seed(0),
             output_type="np",

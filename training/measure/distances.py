@@ -118,7 +118,7 @@ def real_against_real(
     """
     count = len(reference)
     classes = torch.zeros(count, dtype=torch.int64) if real_labels is None else real_labels
-    wanted = class_labels(1, real_labels, num_samples)
+    wanted = class_labels([0], real_labels, num_samples)
     resampled, halves = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)

@@ -56,7 +56,7 @@ class DistanceToData:
         Empty in all but the main process.
         """
         count = self.options.eval_samples
-        labels = class_labels(pipe.num_classes, self.dataset.labels(), count)
+        labels = class_labels(pipe.classes, self.dataset.labels(), count)
         pipe.set_progress_bar_config(disable=True)
         if self._distances is None:
             reference = self._features(self.num_reference, self._reference)

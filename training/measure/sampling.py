@@ -63,15 +63,15 @@ def settings_of(
     return [setting for setting in ctm + heun if setting.sampler in pipelines]
 
 
-def class_labels(num_classes: int | None, real_labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    """Classes of `count` samples, int64: in the shares of the real images, or without their labels each class in turn.
+def class_labels(classes: list[int] | None, real_labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """Labels of `count` samples, int64: in the shares of the real images, or without their labels each class in turn.
 
     Classes are spread evenly: any stretch of samples has nearly the same shares.
     """
-    if num_classes is None:
+    if classes is None:
         return None
     if real_labels is None:
-        return torch.arange(count) % num_classes
+        return torch.tensor(classes)[torch.arange(count) % len(classes)]
     classes = real_labels.sort().values
     sizes = classes.bincount()
     rank = torch.arange(len(classes)) - (sizes.cumsum(0) - sizes)[classes]
@@ -119,7 +119,7 @@ class Sampling:
         self.sizes = [num_samples * (i + 1) // num_batches - num_samples * i // num_batches for i in range(num_batches)]
         self.labels = {}
         for sampler, pipe in pipelines.items():
-            labels = class_labels(pipe.num_classes, real_labels, num_samples)
+            labels = class_labels(pipe.classes, real_labels, num_samples)
             self.labels[sampler] = [None] * num_batches if labels is None else labels.split(self.sizes)
 
     def _draw(self, setting: Setting, seed: int, batch: int) -> torch.Tensor:

@@ -8,13 +8,18 @@ from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
 
 from ..cli.errors import UserError
 from ..cli.shared_options import NetworkOptions
-from ..data.images import ImageDataset
+from ..data.classes import shown
+from ..data.images import Images
 
 
 def build_unet(
-    config: NetworkOptions, dataset: ImageDataset, dropout: float, label_dropout: float
+    config: NetworkOptions, dataset: Images, dropout: float, label_dropout: float
 ) -> UNet2DModel | EDMUNet2DModel:
-    """The network that the options describe. Untrained, its D is the best linear denoiser, as in EDM."""
+    """The network that the options describe. Untrained, its D is the best linear denoiser, as in EDM.
+
+    Raises UserError for a resolution that it cannot halve, and if many classes have no image.
+    """
+    check_classes(dataset)
     levels = range(len(config.block_out_channels))
     halvings = 2 ** (len(levels) - 1)
     if dataset.resolution % halvings:
@@ -48,6 +53,17 @@ def build_unet(
     torch.nn.init.zeros_(network.conv_out.weight)
     torch.nn.init.zeros_(network.conv_out.bias)
     return network
+
+
+def check_classes(dataset: Images) -> None:
+    """Raise UserError if more than a few of the classes to be learned have no image, unless --num_classes says so."""
+    empty = [label for label in range(dataset.num_classes or 0) if label not in (dataset.trained_classes or [label])]
+    if len(empty) > max(1, dataset.num_classes // 10 if empty else 0) and dataset.options.num_classes is None:
+        raise UserError(
+            f"--label_column {dataset.label_column}: {len(empty)} of {dataset.num_classes} classes have no image, "
+            f"{shown(map(str, empty))}. Number the classes without gaps, or give --num_classes {dataset.num_classes} "
+            "if the network is to have them all the same."
+        )
 
 
 def build_scheduler(config: NetworkOptions, sigma_min: float, sigma_max: float) -> EDMHeunScheduler:

@@ -14,7 +14,7 @@ from diffusers_ctm.scheduling_karras import jumps
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions, TeacherOptions
 from ..data.images import ImageDataset
-from .student import check_data
+from .student import fit_data
 from .teacher import load_teacher
 
 
@@ -67,8 +67,8 @@ def load_pipelines(
 
 
 def prepare(pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDataset, device: torch.device) -> None:
-    """Check the pipeline of the option `name` against the data, and put it on the device, silent. Raises UserError."""
-    check_data(pipe.unet, pipe.num_classes, name, config, dataset)
+    """Fit the data to the pipeline of the option `name` (`fit_data`), and put that on the device, silent."""
+    fit_data(dataset, pipe.unet, pipe.num_classes, pipe.config.id2label, name, config)
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
@@ -79,6 +79,6 @@ def without_classes(pipe: CTMPipeline) -> tuple[CTMPipeline, dict]:
     pipe.unet.requires_grad_(False)
     options = {"guidance_scale": 0.0} if pipe.knows_no_class else {}
     if pipe.num_classes is not None and not pipe.knows_no_class:
-        pipe = CTMPipeline(ClassAverage(pipe.unet), pipe.scheduler)
+        pipe = CTMPipeline(ClassAverage(pipe.unet, pipe.classes), pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe, options

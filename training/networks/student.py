@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The student of a teacher: its network, levels, labels and precision, and whether teacher and data fit."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from diffusers import UNet2DModel
@@ -18,11 +19,17 @@ from .build import build_scheduler, build_unet
 from .teacher import Teacher
 
 
-def check_data(
-    network: UNet2DModel | EDMUNet2DModel, num_classes: int | None, name: str, config: DataOptions, dataset: Images
+def fit_data(
+    dataset: Images,
+    network: UNet2DModel | EDMUNet2DModel,
+    num_classes: int | None,
+    id2label: Mapping[int, str] | None,
+    name: str,
+    config: DataOptions,
 ) -> None:
-    """Raise UserError if the data's images have another shape than the network of the option `name` makes, or more
-    classes than it knows.
+    """Give the data's classes the numbers that the network of the option `name` has for them, and say so.
+
+    Raises UserError if the images have another shape than the network makes, or classes that it does not know.
     """
     makes = (network.config.out_channels, *image_size(network))
     given = (dataset.channels, dataset.resolution, dataset.resolution)
@@ -31,10 +38,8 @@ def check_data(
             f"--dataset_name {config.dataset_name} gives images of shape {given}, {name} makes {makes}; set "
             "--resolution and --image_mode, or choose another data set."
         )
-    if num_classes is not None and (dataset.num_classes or 0) > num_classes:
-        raise UserError(
-            f"--label_column {dataset.label_column} has {dataset.num_classes} classes, {name} knows {num_classes}."
-        )
+    if num_classes is not None and dataset.num_classes is not None:
+        dataset.number_classes(num_classes, id2label, name)
 
 
 def check_fit(teacher: Teacher, config: DataOptions, dataset: Images) -> None:
@@ -45,7 +50,7 @@ def check_fit(teacher: Teacher, config: DataOptions, dataset: Images) -> None:
     if labels is None and dataset.num_classes is not None:
         raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
     num_classes = labels if teacher.null_class is None else teacher.null_class  # which is the last label
-    check_data(teacher.network, num_classes, "--teacher", config, dataset)
+    fit_data(dataset, teacher.network, num_classes, teacher.id2label, "--teacher", config)
 
 
 def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOptions:

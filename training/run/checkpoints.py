@@ -15,6 +15,7 @@ from diffusers_ctm.scheduling_karras import preconditioning_of
 from ..cli.errors import UserError, loading
 from ..cli.names import is_hub_id
 from ..cli.training_options import OutputOptions, RunOptions
+from ..data.images import Images
 from ..hub.client import download_checkpoint
 
 
@@ -73,9 +74,28 @@ def start_output_dir(options: OutputOptions) -> str | None:
     return resume
 
 
-def load_run_state(checkpoint: str) -> dict:
-    """The part of a checkpoint that is not Accelerate's. No code in it runs."""
-    return torch.load(os.path.join(checkpoint, STATE), map_location="cpu", weights_only=True)
+def load_run_state(checkpoint: str, mmap: bool = False) -> dict:
+    """The part of a checkpoint that is not Accelerate's. No code in it runs. `mmap` reads a tensor when it is used."""
+    return torch.load(os.path.join(checkpoint, STATE), map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def number_classes_as_before(dataset: Images, options: RunOptions) -> None:
+    """Give the data's classes the numbers that they have in the checkpoint or first stage that the run starts from.
+
+    Raises UserError for classes that these do not know (`Images.number_classes`).
+    """
+    checkpoint = start_output_dir(options)
+    if dataset.num_classes is None or (checkpoint or options.init_from) is None:
+        return
+    name = "--resume_from_checkpoint" if checkpoint else "--init_from"
+    source = checkpoint or find_first_stage(options.init_from)
+    with loading(f"{name} {source}"):
+        if os.path.isfile(os.path.join(source, STATE)):
+            id2label = load_run_state(source, mmap=True).get("id2label")
+        else:
+            id2label = DiffusionPipeline.load_config(source).get("id2label")
+    if id2label:
+        dataset.number_classes(len(id2label), id2label, f"{name} {source}")
 
 
 def check_same_run(state: dict, options: RunOptions, num_processes: int, networks: list[str], path: str) -> None:

@@ -172,9 +172,9 @@ class Monitor:
         """Draw samples from fixed noise to output_dir/samples, one picture per setting."""
         if not self.accelerator.is_main_process:
             return
-        grids, columns, rows, classes = {}, 10, 4, self.dataset.num_classes
+        grids, columns, rows = {}, 10, 4
         pipe.set_progress_bar_config(disable=True)
-        labels = [index % classes for index in range(columns)] * rows if classes else None
+        labels = pipe.classes and [pipe.classes[index % len(pipe.classes)] for index in range(columns)] * rows
         for name, settings in self.sample_settings.items():
             generator = torch.Generator(self.accelerator.device).manual_seed(0)
             images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images

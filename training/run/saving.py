@@ -120,9 +120,13 @@ class RunFolder:
             accelerator.save_state(draft)
             accelerator.wait_for_everyone()  # each process writes its own random state
             if accelerator.is_main_process:
-                preconditioning = self.make_pipeline(ema.module).scheduler.preconditioning
-                decisive = decisive_options(options, accelerator.num_processes)
-                state = {**state, "preconditioning": asdict(preconditioning), "options": decisive}
+                pipe = self.make_pipeline(ema.module)
+                state = {
+                    **state,
+                    "preconditioning": asdict(pipe.scheduler.preconditioning),
+                    "id2label": pipe.config.id2label,
+                    "options": decisive_options(options, accelerator.num_processes),
+                }
                 torch.save(state, os.path.join(draft, STATE))
                 write_record(self.record, step, draft)
         accelerator.wait_for_everyone()

@@ -37,7 +37,7 @@ def label_ids(
         if isinstance(label, str):
             numbers = find(label)
             if not numbers:
-                known = ", ".join(sorted(map(str, (id2label or {}).values())))
+                known = ", ".join(sorted(map(str, (id2label or {}).values()), key=str.lower))
                 known = known or "none: this checkpoint carries no names, pass a number"
                 raise ValueError(f"class_labels={label!r} is not the name of a class. Known names: {known}.")
             if len(numbers) > 1:

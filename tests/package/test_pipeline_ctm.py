@@ -234,7 +234,7 @@ def test_random_labels_come_from_the_generator():
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ("cat", "class_labels='cat' is not the name of a class. Known names: ant, bee, dog, sea cow"),
+        ("cat", "class_labels='cat' is not the name of a class. Known names: Ant, bee, Dog, sea cow"),
         (["bee", "cat"], "class_labels='cat' is not the name of a class"),
         (4, "is not a class; this network knows 0 to 3"),
         ([0, -7], "is not a class; this network knows 0 to 3"),

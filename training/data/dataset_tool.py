@@ -73,21 +73,25 @@ def read_file(image: dict[str, Any]) -> dict[str, Any]:
     """An encoded image, {"bytes", "path"}; one within a .zip file on this disk is read."""
     inner, _, archive = (image["path"] or "").rpartition("::")
     if image["bytes"] is None and inner.startswith("zip://") and os.path.isfile(archive):
-        return {"bytes": _opened(archive, os.getpid()).read(inner.removeprefix("zip://")), "path": None}
+        return {"bytes": archive_of(archive).read(inner.removeprefix("zip://")), "path": None}
     return image
 
 
-@functools.lru_cache(8)
-def _opened(archive: str, process: int) -> zipfile.ZipFile:
+def archive_of(path: str) -> zipfile.ZipFile:
     """The .zip file, opened once by each process: several that share one opening would move each other's place."""
-    return zipfile.ZipFile(archive)
+    return _opened(path, os.getpid())
+
+
+@functools.lru_cache(8)
+def _opened(path: str, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
 
 
 def _image_names(path: str) -> list[str]:
     """Names of the image files, relative to `path` and with slashes, sorted; hidden files are left out."""
     if path.endswith(".zip"):
         with loading(path):
-            names = _opened(path, os.getpid()).namelist()
+            names = archive_of(path).namelist()
     else:
         names = [
             os.path.relpath(os.path.join(folder, file), path).replace(os.sep, "/")
@@ -103,7 +107,7 @@ def _entries(path: str) -> dict[str, Any] | None:
     """The content of `dataset.json`; None if there is none, or it is another program's."""
     with loading(f"{path}{os.sep}{LABELS}", "Write it anew, or remove it if the data set has no classes."):
         if path.endswith(".zip"):
-            archive = _opened(path, os.getpid())
+            archive = archive_of(path)
             text = archive.read(LABELS) if LABELS in archive.namelist() else b"null"
         else:
             with open(os.path.join(path, LABELS), "rb") as file:

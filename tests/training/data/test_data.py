@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from training.cli.errors import UserError, error_text
 from training.cli.shared_options import DataOptions
 from training.data.batches import load_batches, step_indices
+from training.data.dataset_tool import archive_of
 from training.data.images import ImageDataset, mirrored, to_sample
 from training.data.sources import digits
 from training.data.stream import ImageStream, ahead, stream_batches
@@ -214,7 +215,7 @@ def both(options):
 
 def test_one_image_in_color_makes_the_data_set_color(parquet, capfd):
     gray, color = PILImage.new("L", (4, 4), 9), picture((4, 4))
-    for data in both(DataOptions(dataset_name=parquet([gray] + [color] * 9), label_column="kind")):
+    for data in both(DataOptions(dataset_name=parquet([gray] + [color] * 8 + [gray]), label_column="kind")):
         assert (data.mode, data.channels, data.resolution) == ("RGB", 3, 4)
         assert data.decode([row[data.image_column] for row in data.source], [0] * 10, range(10))[0].shape[1] == 3
     out = capfd.readouterr().out
@@ -479,6 +480,16 @@ def test_labels_that_do_not_fit_the_images_are_refused(archive, content, message
     for read in (ImageDataset, lambda options: ImageStream(options, 5)):
         with pytest.raises(UserError, match=message):
             read(DataOptions(dataset_name=path, label_column="label"))
+    if "no entry" in message:
+        assert len(ImageDataset(DataOptions(dataset_name=path))) == 7  # which needs no classes
+
+
+def test_each_process_opens_an_archive_itself(tool_output):
+    path = tool_output(True)
+    data = ImageDataset(DataOptions(dataset_name=path))
+    archive_of(path).close()  # that of this process
+    ((images, _, _),) = load_batches(data, [[1, 2]], 1, False)
+    assert images[:, 0, 0, 0].tolist() == [1, 2]
 
 
 def test_a_damaged_archive_names_the_image(tool_output):

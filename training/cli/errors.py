@@ -45,5 +45,20 @@ def without_token(text: str) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An error's type and message in one line, without a token."""
-    return without_token(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+    """An error's type and message in one line, without a token; also those of the errors that it was raised from.
+
+    Some libraries say in the last error only that something failed, and what in the first.
+    """
+    texts = [_one_line(error)]
+    while (error := error.__cause__) is not None:
+        text = _one_line(error)
+        if not any((text.partition(": ")[2] or text) in shown for shown in texts):
+            texts.append(text)
+    return without_token(". Cause: ".join(texts))
+
+
+def _one_line(error: BaseException) -> str:
+    message = " ".join(str(error).split())
+    if len(message) > 400:  # some say at the end what is wrong
+        message = f"{message[:250]} ... {message[-145:]}"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

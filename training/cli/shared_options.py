@@ -14,14 +14,19 @@ class DataOptions(Checked):
 
     dataset_name: str = option(
         "digits",
-        "Images: 'digits' (8x8, from scikit-learn, no download), a data set on the Hub, a local folder of images or "
-        "of parquet files, or one parquet file.",
+        "Images: 'digits' (8x8, from scikit-learn, no download), a data set on the Hub, a local folder (of images, of "
+        "parquet files, saved by `save_to_disk`, or of NVIDIA's dataset_tool), a parquet file, or a .zip file of that "
+        "tool.",
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set, if it has several.")
     dataset_split: str = option("train", "Split of the data set, or a part: 'train[:1500]', 'train[-10%:]'.")
-    image_column: str | None = option(None, "Column that holds the images. Default: the only image column.")
+    image_column: str | None = option(
+        None, "Column that holds the images, or the bytes of image files. Default: the only one."
+    )
     label_column: str | None = option(
-        None, "Column that holds the class of each image, for class-conditional training. Default: no classes."
+        None,
+        "Column that holds the class of each image, a number or a name, for class-conditional training; 'label' also "
+        "where folders or NVIDIA's dataset.json say the classes. Default: no classes.",
     )
     num_classes: int | None = option(
         None,
@@ -32,10 +37,16 @@ class DataOptions(Checked):
     )
     resolution: int | None = option(
         None,
-        "Height and width in pixels; images are scaled and center-cropped to it. Default: that of the first image.",
+        "Height and width in pixels; images are scaled and center-cropped to it. Needed where images differ in "
+        "size; otherwise their shorter side.",
         must_be=POSITIVE,
     )
-    image_mode: str | None = option(None, "'L' (gray) or 'RGB'. Default: that of the first image.", [None, "L", "RGB"])
+    image_mode: str | None = option(
+        None,
+        "'L' (gray) or 'RGB'. Default: RGB if one of 256 images spread over the data set is in color; of a stream, one "
+        "of the first 64.",
+        [None, "L", "RGB"],
+    )
     random_flip: bool = option(False, "Mirror images left to right with probability 1/2.")
     dataloader_num_workers: int = option(
         0, "Processes that decode images; 0 is the main one.", recorded=False, must_be=NOT_NEGATIVE

@@ -1,22 +1,29 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Images of one size and mode and their classes, as samples in [-1, 1], and mirrored."""
 
+import collections
+import io
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Features, Image
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 from PIL import Image as PILImage
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
 from .classes import numbers_by_name, shown
-from .sources import find_columns, load_source
+from .dataset_tool import read_file
+from .sources import TEXT, find_columns, load_source
 
 
-GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
+GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
+LOOKED_AT = 256  # images whose size and mode decide, of a data set at hand
 
 
 class Images:
@@ -24,39 +31,89 @@ class Images:
 
     Args:
         options: of the data.
-        features: of the data set.
-        first: its first row, or None if it is empty.
+        source: the data set.
 
     Attributes:
+        source: its rows, with the columns needed only; each image is decoded later, where it is used.
         columns: the columns to read.
         num_classes, id2label: None without classes; `id2label` also where the classes are plain numbers.
         classes: numbers of the classes that have images, ascending; None if that is not known.
+        mode, channels, resolution: of the images as they are made to fit; known after `look_at`.
 
-    Raises UserError if the data set is empty, or a column is missing or of the wrong kind.
+    Raises UserError if a column is missing or of the wrong kind.
     """
 
-    def __init__(self, options: DataOptions, features: Features, first: dict[str, Any] | None):
-        if first is None:
+    def __init__(self, options: DataOptions, source: Dataset | IterableDataset):
+        self.options, features = options, source.features
+        self.image_column, self.label_column = find_columns(options, features)
+        self.columns = [column for column in (self.image_column, self.label_column) if column is not None]
+        self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
+        self.num_classes, self.id2label, self.classes = options.num_classes, None, None
+        self._numbers, self._numbered_as, self._warned = None, None, set()
+        if self.label_column is not None:
+            kind = features[self.label_column]
+            if isinstance(kind, ClassLabel):
+                self._name_classes(kind.names)
+            elif kind.dtype.startswith(("float", "bool")):
+                with loading(f"--label_column {self.label_column}", "Each class must be a whole number."):
+                    self.source = self.source.cast_column(self.label_column, Value("int64"))
+
+    def look_at(self, images: list[dict[str, Any]], numbers: Iterable[int], length: int | None) -> None:
+        """Set mode, channels and resolution by the headers of some encoded images, and say what the data set is.
+
+        The images are in color if one of them is. Raises UserError if there are none, if one cannot be read, or if
+        their sizes differ and no option gives one.
+
+        Args:
+            numbers: of their rows, for messages.
+            length: of the data set, if it is known.
+        """
+        options = self.options
+        if not images:
             raise UserError(
                 f"--dataset_name {options.dataset_name} holds no images in --dataset_split {options.dataset_split}."
             )
-        self.options = options
-        self.image_column, self.label_column = find_columns(options, features)
-        self.columns = [column for column in (self.image_column, self.label_column) if column is not None]
-        self.num_classes, self.id2label, self.classes = options.num_classes, None, None
-        self._numbers, self._numbered_as = None, None
-        if self.label_column is not None and isinstance(features[self.label_column], ClassLabel):
-            self.id2label = dict(enumerate(features[self.label_column].names))
-            if self.num_classes not in (None, len(self.id2label)):
-                raise UserError(
-                    f"--num_classes {self.num_classes} is for plain numbers; --label_column {self.label_column} names "
-                    f"{len(self.id2label)} classes. Leave it out."
-                )
-            self.num_classes = len(self.id2label)
-        image = first[self.image_column]
-        self.mode = options.image_mode or ("L" if image.mode in GRAY_MODES else "RGB")
+        sizes, gray = collections.Counter(), True
+        for image, number in zip(images, numbers):
+            with loading(named(image, number), f"--image_column {self.image_column} must hold image files."):
+                opened = open_image(image)
+                sizes[min(opened.size)] += 1
+                gray = gray and has_gray_mode(opened)
+                opened.close()
+        self.mode = options.image_mode or ("L" if gray else "RGB")
         self.channels = 1 if self.mode == "L" else 3
-        self.resolution = options.resolution or min(image.size)
+        if options.resolution is None and len(sizes) > 1:
+            common = ", ".join(f"{side} ({count} images)" for side, count in sizes.most_common(3))
+            raise UserError(
+                f"--resolution is needed: the images of --dataset_name {options.dataset_name} differ in size. Among "
+                f"{len(images)} the shorter side has {min(sizes)} to {max(sizes)} pixels, most often {common}."
+            )
+        self.resolution = options.resolution or min(sizes)
+        number = "streamed images" if length is None else f"{length:,} images"
+        color, classes = "gray" if self.mode == "L" else "color", f"{self.num_classes or 'no'} classes"
+        if self.empty_classes:
+            names = [str((self.id2label or {}).get(label, label)) for label in self.empty_classes]
+            classes += f", without an image for {shown(names)}"
+        say(
+            f"Data: {options.dataset_name}, {options.dataset_split}: {number}, {self.resolution}x{self.resolution} "
+            f"pixels, {color}, {classes}."
+        )
+
+    def _name_classes(self, names: list[str]) -> None:
+        if self.num_classes not in (None, len(names)):
+            raise UserError(
+                f"--num_classes {self.num_classes} is for plain numbers; --label_column {self.label_column} names "
+                f"{len(names)} classes. Leave it out."
+            )
+        self.num_classes, self.id2label = len(names), dict(enumerate(names))
+
+    def check_images(self, missing: list[int], count: int) -> None:
+        """Raise UserError if there are rows without an image among `count`; `missing` are their numbers."""
+        if missing:
+            raise UserError(
+                f"--image_column {self.image_column} has no image (null) in {len(missing)} of {count} rows, the first "
+                f"in row {missing[0]} (from 0); remove such rows from the data set."
+            )
 
     def check_labels(self, labels: list[int | None]) -> None:
         """Raise UserError if an image has no class, or one beyond their number."""
@@ -74,9 +131,14 @@ class Images:
             )
 
     @property
+    def empty_classes(self) -> list[int]:
+        """Numbers of the classes that have no image; none if it is not known."""
+        return [] if self.classes is None else sorted(set(range(self.num_classes)) - set(self.classes))
+
+    @property
     def trained_classes(self) -> list[int] | None:
         """`classes`, if others have no image; None if all have, there are none, or it is not known."""
-        return None if self.classes is None or len(self.classes) == self.num_classes else self.classes
+        return self.classes if self.empty_classes else None
 
     def number_classes(self, num_classes: int, id2label: Mapping[int, str] | None, network: str) -> None:
         """Give the classes the numbers that a network has for them, found by name (`numbers_by_name`).
@@ -107,7 +169,7 @@ class Images:
         if moved:
             self._numbers = torch.tensor(list(numbers.values()))
             self.classes = self.classes and sorted(numbers[own] for own in used)
-            say_once(f"Classes numbered by name, as {network} has them: {shown(moved)}.")
+            say(f"Classes numbered by name, as {network} has them: {shown(moved)}.")
         if id2label or moved:
             self._numbered_as = network
             self.id2label = {int(number): name for number, name in id2label.items()} if id2label else None
@@ -119,36 +181,37 @@ class Images:
         return labels if self._numbers is None else self._numbers[labels]
 
     def decode(
-        self, images: list[dict[str, Any]], labels: list[int | None] | None, names: Iterable[Any]
+        self, images: list[dict[str, Any]], labels: list[int | None] | None, numbers: Iterable[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encoded images as uint8 of shape (n, C, H, W), and their classes as int64 of shape (n,), or None.
 
-        Raises UserError for an image that cannot be read, by its name, or has no class.
+        Raises UserError for an image that cannot be read, by the number of its row and its path, or has no class.
         """
-        decoded = []
-        for image, name in zip(images, names):
-            with loading(f"Image {name} of the data set"):
-                decoded.append(Image().decode_example(image))
+        fitted = []
+        for image, number in zip(images, numbers):
+            name = named(image, number)
+            with loading(name):
+                fitted.append(np.asarray(self._fit(Image().decode_example(read_file(image)), name)))
+        pixels = np.stack(fitted).reshape(len(images), self.resolution, self.resolution, self.channels)
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         if self.label_column is None:
-            return self.stack(decoded), None
+            return pixels, None
         self.check_labels(labels)
-        return self.stack(decoded), self.as_numbered(labels)
+        return pixels, self.as_numbered(labels)
 
-    def stack(self, images: list[PILImage.Image]) -> torch.Tensor:
-        """uint8 of shape (n, C, H, W)."""
-        pixels = np.stack([np.asarray(self._fit(image)) for image in images])
-        pixels = torch.from_numpy(pixels.reshape(len(images), self.resolution, self.resolution, self.channels))
-        return pixels.permute(0, 3, 1, 2).contiguous()
-
-    def _fit(self, image: PILImage.Image) -> PILImage.Image:
+    def _fit(self, image: PILImage.Image, name: str = "An image") -> PILImage.Image:
         """Scale the shorter side to the resolution and keep the center.
 
         ImageNet's images are made small like this since Dhariwal & Nichol (2021), for the teachers and figures that
         there are: means of 2x2 pixels as long as twice the resolution is left, then bicubic. Means alone would weigh
         pixels unevenly.
         """
-        image = eight_bit(image).convert(self.mode)
-        size = self.resolution
+        size, image = self.resolution, eight_bit(image)
+        if self.options.resolution is None and min(image.size) < size:
+            self._warn(name, f"is enlarged from {min(image.size)} to {size} pixels", "--resolution")
+        if self.options.image_mode is None and self.mode == "L" and has_color(image):
+            self._warn(name, "loses its color", "--image_mode")
+        image = image.convert(self.mode)
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), PILImage.Resampling.BOX)
         if image.size != (size, size):
@@ -157,6 +220,15 @@ class Images:
             left, top = ((side - size) // 2 for side in image.size)
             image = image.crop((left, top, left + size, top + size))
         return image
+
+    def _warn(self, name: str, what: str, option: str) -> None:
+        """Say what happens to an image that the first look did not show, once in each process."""
+        if option not in self._warned:
+            self._warned.add(option)
+            print(
+                f"Warning: {name} {what}, and others may too. Give {option} if you want that.",
+                file=sys.stderr,
+            )
 
 
 class ImageDataset(Images, torch.utils.data.Dataset):
@@ -167,15 +239,25 @@ class ImageDataset(Images, torch.utils.data.Dataset):
     """
 
     def __init__(self, options: DataOptions):
-        source = load_source(options)
-        super().__init__(options, source.features, source[0] if len(source) else None)
+        super().__init__(options, load_source(options))
+        length = len(self.source)
+        encoded = self.source.data.column(self.image_column)
+        empty = (pc.is_null(pc.struct_field(encoded, part)).to_numpy() for part in ("bytes", "path"))
+        self.check_images(np.flatnonzero(np.logical_and(*empty)).tolist(), length)
         if self.label_column is not None:
-            labels = source[self.label_column][:]
+            labels = self.source[self.label_column][:]
+            if self.source.features[self.label_column].dtype in TEXT:
+                names = sorted(set(labels) - {None})
+                self.source = self.source.cast_column(self.label_column, ClassLabel(names=names))
+                self._name_classes(names)
+                labels = self.source[self.label_column][:]
             self.check_labels(labels)
             self.classes = sorted(set(labels))
             if self.num_classes is None:
-                self.num_classes = self.classes[-1] + 1
-        self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
+                self.num_classes = max(labels, default=0) + 1
+        count = min(LOOKED_AT, length)
+        spread = [index * length // count for index in range(count)]
+        self.look_at(self.source[spread][self.image_column] if spread else [], spread, length)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -191,14 +273,51 @@ class ImageDataset(Images, torch.utils.data.Dataset):
     __getitems__ = __getitem__  # torch's DataLoader then asks for a whole batch at once
 
 
+def named(image: dict[str, Any], number: int) -> str:
+    """What messages call an encoded image in row `number`."""
+    path = f" ({image['path']})" if image["path"] else ""
+    return f"Image {number}{path} of the data set"
+
+
+def open_image(image: dict[str, Any]) -> PILImage.Image:
+    """An encoded image whose pixels are decoded when they are asked for, if its file is at hand."""
+    image = read_file(image)
+    if image["bytes"] is not None:
+        return PILImage.open(io.BytesIO(image["bytes"]))
+    return PILImage.open(image["path"]) if os.path.isfile(image["path"]) else Image().decode_example(image)
+
+
+def has_gray_mode(image: PILImage.Image) -> bool:
+    """Whether the image has gray alone by its mode, or by all colors of its palette. Decodes nothing."""
+    if image.mode not in ("P", "PA"):
+        return image.mode in GRAY_MODES
+    palette = PILImage.new("P", (1, 1))
+    palette.putpalette(image.palette)
+    red, green, blue = (palette.getpalette("RGB")[channel::3] for channel in range(3))
+    return red == green == blue
+
+
+def has_color(image: PILImage.Image) -> bool:
+    """Whether a pixel of an image is not gray."""
+    if image.mode in GRAY_MODES:
+        return False
+    red, green, blue = image.convert("RGB").split()
+    return red != green or red != blue
+
+
 def eight_bit(image: PILImage.Image) -> PILImage.Image:
     """`image` with at most 8 bits a channel and nothing transparent.
 
     16-bit gray is scaled and transparency is laid on white; PIL's own conversion clips the one and shows hidden colors
     in the other. Raises UserError for gray in 32 bits, whose range is not known.
     """
-    if image.mode.startswith("I;16"):
-        return PILImage.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    # PIL gives gray of 16 bits in PGM files, and in PNG files before version 11.3, a mode of 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        tags = getattr(image, "tag_v2", {})  # a TIFF may have 12 bits, and black as its highest value
+        scaled = np.asarray(image) * (255 / (2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1))
+        return PILImage.fromarray(
+            (255 - scaled if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else scaled).round().astype(np.uint8)
+        )
     if image.mode in ("I", "F"):
         raise UserError(
             f"The data set holds images in mode {image.mode!r} (32-bit gray), whose white is not known; save them with "
@@ -210,8 +329,8 @@ def eight_bit(image: PILImage.Image) -> PILImage.Image:
     return image
 
 
-def say_once(line: str) -> None:
-    """Print a line, once in a program and in its main process only."""
+def say(line: str) -> None:
+    """Print a line in the main process."""
     if os.environ.get("RANK", "0") == "0":  # as launchers set it: data are loaded before the processes meet
         print(line)
 

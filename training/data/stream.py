@@ -10,17 +10,18 @@ from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
 import torch
-from datasets import Image
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
 from .images import Images
-from .sources import load_source
+from .sources import TEXT, load_source
 
 
 T = TypeVar("T")
 
-Row = dict[str, Any]
+Row = tuple[int, dict[str, Any]]  # its number in an epoch, its columns
+
+FIRST = 64  # rows whose images are looked at before a stream begins
 
 
 @dataclass
@@ -51,17 +52,21 @@ class ImageStream(Images):
     def __init__(self, options: DataOptions, window: int):
         source = load_source(options, streaming=True)
         with loading(f"--dataset_name {options.dataset_name}"):
-            first = next(iter(source), None)
-            features = source.features or source._resolve_features().features
-        super().__init__(options, features, first)
-        if self.label_column is not None and self.num_classes is None:
+            if source.features is None:
+                source = source._resolve_features()
+            super().__init__(options, source)
+            first = list(enumerate(itertools.islice(iter(self.source), FIRST)))
+        is_text = self.label_column is not None and source.features[self.label_column].dtype in TEXT
+        if is_text or (self.label_column is not None and self.num_classes is None):
+            kind = "text" if is_text else "plain numbers"
             raise UserError(
-                f"--label_column {self.label_column} holds plain numbers, whose number of classes a stream does not "
-                "tell; give --num_classes, or leave out --streaming."
+                f"--label_column {self.label_column} holds {kind}, whose number of classes a stream does not tell; "
+                f"{'give the data set a feature ClassLabel there' if is_text else 'give --num_classes'}, or leave out "
+                "--streaming."
             )
-        # Each image is decoded later, and only where it is used.
-        self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
         self.window = window
+        self._check_rows(first)
+        self.look_at([row[self.image_column] for _, row in first], range(len(first)), None)
 
     def rows(self, seed: int, position: Position, begin: int) -> Iterator[tuple[int, Row, Position]]:
         """All rows from number `begin` on, shuffled and without end, with their numbers and the windows they are in.
@@ -85,9 +90,11 @@ class ImageStream(Images):
             iterator = iter(source)
             while True:
                 with loading("The rest of the data set", "Resume with --resume_from_checkpoint latest."):
-                    window = list(itertools.islice(iterator, self.window))
+                    # Every window of an epoch but the last is full.
+                    window = list(enumerate(itertools.islice(iterator, self.window), position.window * self.window))
                 if not window:
                     break
+                self._check_rows(window)
                 yield position, window
                 first = position.first + len(window)
                 position = Position(position.epoch, position.window + 1, first, source.state_dict())
@@ -96,9 +103,13 @@ class ImageStream(Images):
             position = Position(position.epoch + 1, first=position.first)
 
     def decode_rows(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        images = [row[self.image_column] for row in rows]
-        names = [(image or {}).get("path") or "without a name" for image in images]
-        return self.decode(images, [row.get(self.label_column) for row in rows], names)
+        images, labels = [row[self.image_column] for _, row in rows], [row.get(self.label_column) for _, row in rows]
+        return self.decode(images, labels, [number for number, _ in rows])
+
+    def _check_rows(self, rows: list[Row]) -> None:
+        images = ((number, row[self.image_column] or {}) for number, row in rows)
+        empty = [number for number, image in images if image.get("bytes") is None and image.get("path") is None]
+        self.check_images(empty, len(rows))
 
 
 def stream_batches(

@@ -57,8 +57,8 @@ def build_unet(
 
 def check_classes(dataset: Images) -> None:
     """Raise UserError if more than a few of the classes to be learned have no image, unless --num_classes says so."""
-    empty = [label for label in range(dataset.num_classes or 0) if label not in (dataset.trained_classes or [label])]
-    if len(empty) > max(1, dataset.num_classes // 10 if empty else 0) and dataset.options.num_classes is None:
+    empty = dataset.empty_classes
+    if len(empty) > 1 and 10 * len(empty) > dataset.num_classes and dataset.options.num_classes is None:
         raise UserError(
             f"--label_column {dataset.label_column}: {len(empty)} of {dataset.num_classes} classes have no image, "
             f"{shown(map(str, empty))}. Number the classes without gaps, or give --num_classes {dataset.num_classes} "

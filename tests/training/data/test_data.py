@@ -1,18 +1,26 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Images of any source and mode at one size, and the order in which a run reads them."""
 
+import io
+import json
+import struct
+import zipfile
+
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageFilter
 from sklearn.datasets import load_digits
 
-from training.cli.errors import UserError
+from training.cli.errors import UserError, error_text
 from training.cli.shared_options import DataOptions
-from training.data.batches import step_indices
+from training.data.batches import load_batches, step_indices
+from training.data.dataset_tool import archive_of
 from training.data.images import ImageDataset, mirrored, to_sample
 from training.data.sources import digits
 from training.data.stream import ImageStream, ahead, stream_batches
@@ -78,10 +86,13 @@ def test_images_are_mirrored_by_the_numbers_drawn():
         ({"image_column": "photo"}, "--image_column photo is not a column.*img"),
         ({"image_column": "note"}, "--image_column note holds no images"),
         ({"label_column": "species"}, "--label_column species is not a column.*kind"),
-        ({"label_column": "note"}, "--label_column note must hold"),
+        ({"label_column": "img"}, "--label_column img must hold one class for each image"),
         ({"dataset_name": "nowhere/at-all"}, "--dataset_name nowhere/at-all cannot be loaded"),
         ({"dataset_name": "digits", "dataset_split": "valid"}, r"--dataset_split valid: .*'train\[-10%:\]'.*Unknown"),
-        ({"dataset_name": "digits", "dataset_split": "train[1,2]"}, r"--dataset_split train\[1,2\]: the digits have"),
+        (
+            {"dataset_name": "digits", "dataset_split": "train[1,2]"},
+            r"--dataset_split train\[1,2\]: the data set has 'train'",
+        ),
         (
             {"dataset_name": "digits", "dataset_split": "train[2000:]"},
             r"no images in --dataset_split train\[2000:\]|size 0",
@@ -146,6 +157,373 @@ def test_sixteen_bits_are_scaled_and_transparency_is_white(parquet):
     assert [data._fit(palette).getpixel((x, 0)) for x in (0, 1)] == [0, 255]
     with pytest.raises(UserError, match="32-bit gray"):
         data._fit(floats)
+
+
+def gray_tiff(values, bits=16, polarity=1, order="<"):
+    """A TIFF file of gray with 12 or 16 bits; with polarity 0 its highest value is black."""
+    values = np.array(values)
+    if bits == 16:
+        data = values.astype(order + "u2").tobytes()
+    else:
+        data = int("".join(f"{value:012b}" for value in values.flatten()), 2).to_bytes(values.size * 3 // 2, "big")
+    height, width = values.shape
+    short = {256: width, 257: height, 258: bits, 259: 1, 262: polarity, 278: height}
+    long = {273: 8 + 2 + 8 * 12 + 4, 279: len(data)}
+    entries = b"".join(
+        struct.pack(order + "HHI", tag, 3 if tag in short else 4, 1)
+        + (struct.pack(order + "HH", short[tag], 0) if tag in short else struct.pack(order + "I", long[tag]))
+        for tag in sorted(short | long)
+    )
+    return {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, 8) + entries + bytes(4) + data
+
+
+DEEP = np.array([[0, 65535], [32896, 257]], dtype=np.uint16)
+
+
+def saved(image, kind):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        saved(PILImage.fromarray(DEEP), "PNG"),
+        saved(PILImage.fromarray(DEEP), "TIFF"),
+        saved(PILImage.fromarray(DEEP.astype(np.int32)), "PPM"),
+        b"P2 2 2 65535\n0 65535\n32896 257\n",
+        gray_tiff(DEEP, order=">"),
+        gray_tiff(65535 - DEEP, polarity=0),
+        gray_tiff([[0, 4095], [2056, 16]], bits=12),
+    ],
+    ids=["png", "tiff", "pgm", "plain pgm", "big-endian tiff", "white is zero", "12 bits"],
+)
+def test_gray_of_many_bits_is_scaled(file, tmp_path):
+    pq.write_table(pa.table({"image": [file]}), tmp_path / "deep.parquet")
+    images, _ = ImageDataset(DataOptions(dataset_name=str(tmp_path / "deep.parquet")))[[0]]
+    assert images.tolist() == [[[[0, 255], [128, 1]]]]
+
+
+# The first look -------------------------------------------------------------------------------------------------------
+
+
+def both(options):
+    """The data set at hand and streamed."""
+    return ImageDataset(options), ImageStream(options, 5)
+
+
+def test_one_image_in_color_makes_the_data_set_color(parquet, capfd):
+    gray, color = PILImage.new("L", (4, 4), 9), picture((4, 4))
+    for data in both(DataOptions(dataset_name=parquet([gray] + [color] * 8 + [gray]), label_column="kind")):
+        assert (data.mode, data.channels, data.resolution) == ("RGB", 3, 4)
+        assert data.decode([row[data.image_column] for row in data.source], [0] * 10, range(10))[0].shape[1] == 3
+    out = capfd.readouterr().out
+    assert out.count("Data: ") == 2 and "train: 10 images, 4x4 pixels, color, 3 classes, without an image for dog, eel." in out
+    ImageDataset(data.options)
+    assert capfd.readouterr().out == ""  # once in a program
+
+
+def test_palettes_are_gray_or_color_by_their_colors(parquet):
+    color = picture((4, 4)).quantize(8)
+    gray = PILImage.new("P", (4, 4), 1)
+    gray.putpalette([0, 0, 0, 7, 7, 7])
+    cmyk = picture((4, 4), "CMYK")  # as TIFF
+    for image, mode in ((gray, "L"), (color, "RGB"), (cmyk, "RGB"), (PILImage.new("LA", (4, 4)), "L")):
+        data = ImageDataset(DataOptions(dataset_name=parquet([image])))
+        assert data.mode == mode
+    images, _ = ImageDataset(DataOptions(dataset_name=parquet([gray])))[[0]]
+    assert images.tolist() == [[[[7] * 4] * 4]]
+
+
+def test_images_that_differ_in_size_need_a_resolution(parquet):
+    path = parquet([picture((12, 15))] + [picture((70, 64))] * 9)
+    for read in (ImageDataset, lambda options: ImageStream(options, 5)):
+        with pytest.raises(UserError, match=r"--resolution is needed.* 12 to 64 pixels, most often 64 \(9 images\)"):
+            read(DataOptions(dataset_name=path))
+        assert read(DataOptions(dataset_name=path, resolution=16)).resolution == 16
+    path = parquet([picture((12, 15)), picture((20, 12))])  # the shorter side counts
+    assert ImageDataset(DataOptions(dataset_name=path)).resolution == 12
+
+
+def test_what_the_first_look_did_not_show_is_warned_of_once(parquet, capsys):
+    """The 65th image of a stream and one of the 257th at hand: color in a gray data set, smaller than the others."""
+    gray = PILImage.new("L", (4, 4), 3)
+    unsaturated = gray.convert("RGB")  # loses nothing
+    for count, data in ((70, lambda options: ImageStream(options, 5)), (514, ImageDataset)):
+        rare = [unsaturated, picture((3, 4)), picture((2, 4))]
+        places = [65, 67, 69] if count == 70 else [1, 3, 5]
+        pictures = [gray] * count
+        for place, image in zip(places, rare):
+            pictures[place] = image
+        path = parquet(pictures)
+        for given in ({}, {"resolution": 4, "image_mode": "L"}):
+            read = data(DataOptions(dataset_name=path, **given))
+            rows = list(read.source)
+            capsys.readouterr()
+            for place in places:
+                read.decode([rows[place]["img"]], None, [place])
+            said = capsys.readouterr().err.splitlines()
+            if given:
+                assert said == []
+            else:
+                assert len(said) == 2 and all(f"Image {places[1]} of" in line for line in said)
+                assert "enlarged from 3 to 4 pixels" in said[0] and "--resolution" in said[0]
+                assert "loses its color" in said[1] and "--image_mode" in said[1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (7, 3)])
+def test_images_of_any_shape_are_made_square(size, parquet):
+    for resolution in (None, 1, 4):
+        data = ImageDataset(DataOptions(dataset_name=parquet([picture(size)]), resolution=resolution))
+        assert data[[0]][0].shape == (1, 3, resolution or min(size), resolution or min(size))
+
+
+def test_the_orientation_that_a_camera_noted_is_followed(tmp_path):
+    left = PILImage.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 2, axis=0))
+    exif = PILImage.Exif()
+    exif[274] = 6  # to be turned by 90 degrees to the right
+    left.save(tmp_path / "0.png", exif=exif)
+    for data in both(DataOptions(dataset_name=str(tmp_path))):
+        row = next(iter(data.source))
+        assert data.decode([row["image"]], None, [0])[0].tolist() == [[[[0, 0], [255, 255]]]]
+
+
+# Columns --------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_an_image_are_counted(parquet):
+    path = parquet([picture((4, 4)), picture((4, 4)), None, None])
+    with pytest.raises(UserError, match=r"--image_column img has no image \(null\) in 2 of 4 rows, the first in row 2"):
+        ImageDataset(DataOptions(dataset_name=path))
+    with pytest.raises(UserError, match="in 2 of 4 rows, the first in row 2"):
+        ImageStream(DataOptions(dataset_name=path), 5)
+    path = parquet([picture((4, 4))] * 70 + [None])  # later than the first look
+    for workers in (0, 2):
+        batches = stream_batches(ImageStream(DataOptions(dataset_name=path), 4), 5, 0, 0, 20, [0], 1, None, workers)
+        with pytest.raises(UserError, match="the first in row 70"):
+            list(batches)
+    pq.write_table(pa.table({"x": [{"bytes": saved(picture((4, 4)), "PNG"), "path": "a"}, {}]}), path)
+    for read in (ImageDataset, lambda options: ImageStream(options, 5)):  # no null, but a pair of them
+        with pytest.raises(UserError, match="in 1 of 2 rows, the first in row 1"):
+            read(DataOptions(dataset_name=path))
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct", "bytes alone", "large struct"])
+def test_bytes_of_image_files_are_images(kind, tmp_path):
+    pictures = [picture((4, 4), seed=seed) for seed in range(3)]
+    files, path = [saved(each, "PNG") for each in pictures], str(tmp_path / "files.parquet")
+    column = pa.array(files, pa.large_binary() if kind == "large_binary" else pa.binary())
+    if "struct" in kind or "alone" in kind:
+        fields = {"bytes": pa.large_binary() if "large" in kind else pa.binary(), "path": pa.string()}
+        rows = [{"bytes": file, "path": f"{index}.png"} for index, file in enumerate(files)]
+        column = pa.array(rows, pa.struct({k: v for k, v in fields.items() if k == "bytes" or kind != "bytes alone"}))
+    pq.write_table(pa.table({"photo": column, "hash": pa.array([b"1", b"2", b"3"]), "label": [0, 1, 2]}), path)
+    for read in (ImageDataset, lambda options: ImageStream(options, 5)):
+        with pytest.raises(UserError, match="--image_column is needed: .*photo, hash"):
+            read(DataOptions(dataset_name=path))
+        with pytest.raises(UserError, match="(?s)Image 0 of .*--image_column hash must hold image files.*Unidentified"):
+            read(DataOptions(dataset_name=path, image_column="hash"))
+        data = read(DataOptions(dataset_name=path, image_column="photo"))
+        images, _ = data.decode([row["photo"] for row in data.source], None, range(3))
+        np.testing.assert_array_equal(images[2].permute(1, 2, 0), np.asarray(pictures[2]))
+
+
+def test_paths_and_addresses_are_no_images(tmp_path):
+    path = str(tmp_path / "paths.parquet")
+    pq.write_table(pa.table({"url": ["https://example.com/a.png"], "several": [[b"x"]]}), path)
+    for given in ({}, {"image_column": "url"}, {"image_column": "several"}):
+        with pytest.raises(UserError, match=r"paths or addresses|url holds no images but text|no images but List"):
+            ImageDataset(DataOptions(dataset_name=path, **given))
+
+
+def test_names_of_classes_are_classes(parquet):
+    path = parquet([picture((4, 4))] * 4, ["eel", "cat", "eel", "ant"], Value("string"))
+    options = DataOptions(dataset_name=path, label_column="kind")
+    data = ImageDataset(options)
+    assert data.id2label == {0: "ant", 1: "cat", 2: "eel"} and data.num_classes == 3
+    assert data.labels().tolist() == [2, 1, 2, 0] == data[[0, 1, 2, 3]][1].tolist()
+    with pytest.raises(UserError, match="--label_column kind holds text.*ClassLabel there, or leave out --streaming"):
+        ImageStream(options, 5)
+    with pytest.raises(UserError, match="no class .* for 1 of 2 images"):
+        ImageDataset(
+            DataOptions(dataset_name=parquet([picture((4, 4))] * 2, ["a", None], Value("string")), label_column="kind")
+        )
+
+
+@pytest.mark.parametrize(
+    "labels, kind, expected",
+    [
+        ([False, True], "bool", [0, 1]),
+        ([0.0, 2.0], "float64", [0, 2]),
+        ([0.0, 0.5], "float32", "(?s)--label_column kind .* must be a whole number.*0.5"),
+        ([0.0, float("nan")], "float32", "(?s)--label_column kind .* must be a whole number.*nan"),
+        ([[0], [1, 2]], List(Value("int64")), "--label_column kind must hold one class for each image"),
+    ],
+)
+def test_classes_of_other_types(labels, kind, expected, parquet):
+    kind = Value(kind) if isinstance(kind, str) else kind
+    options = DataOptions(dataset_name=parquet([picture((4, 4))] * 2, labels, kind), label_column="kind")
+    if isinstance(expected, list):
+        assert ImageDataset(options).labels().tolist() == expected
+    else:
+        with pytest.raises(UserError, match=expected):
+            ImageDataset(options)
+
+
+def test_the_cause_of_a_failure_is_said(tmp_path):
+    for name in "ab":
+        Dataset.from_dict({"image": [picture((4, 4))], name: [1]}).to_parquet(tmp_path / f"train-{name}.parquet")
+    with pytest.raises(UserError, match="Cause: CastError: .*because column names don't match"):
+        ImageDataset(DataOptions(dataset_name=str(tmp_path)))
+    error = RuntimeError("it failed")
+    error.__cause__ = OSError("no file")
+    error.__cause__.__cause__ = AssertionError()
+    assert error_text(error) == "RuntimeError: it failed. Cause: OSError: no file. Cause: AssertionError"
+    error.__cause__ = OSError("it failed")  # says nothing new
+    assert error_text(error) == "RuntimeError: it failed"
+    assert error_text(ValueError(f"{'a' * 600} at last")).endswith("aaa at last")
+
+
+# Folders and archives -------------------------------------------------------------------------------------------------
+
+
+def write_images(folder, names):
+    """Images of 2x2 pixels whose gray is their place in the list."""
+    for index, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        PILImage.new("L", (2, 2), index).save(folder / name)
+
+
+@pytest.mark.parametrize(
+    "names, classes",
+    [
+        (["train/cat/0.png", "test/dog/1.png"], {0: "cat", 1: "dog"}),  # splits with one class each
+        (["train/cat/0.png", "train/cat/1.png"], {0: "cat"}),
+        (["train/cat/0.png", "train/dog/1.png", "test/2.png"], None),
+        (["train/0.png", "test/1.png"], None),  # the splits are no classes
+        (["0.png", "dog/1.png"], None),
+    ],
+)
+def test_folders_are_classes_in_every_split(names, classes, tmp_path):
+    write_images(tmp_path, names)
+    options = DataOptions(dataset_name=str(tmp_path), label_column="label")
+    for read in (ImageDataset, lambda options: ImageStream(options, 5)):
+        if classes is None:
+            with pytest.raises(UserError, match="folders are not one for each class.*train/CLASS/IMAGE"):
+                read(options)
+        else:
+            data = read(options)
+            assert data.id2label == classes and next(iter(data.source))["label"] == 0
+    assert ImageDataset(DataOptions(dataset_name=str(tmp_path))).num_classes is None
+
+
+TOOL_NAMES = [f"{index // 4:05}/img{index:08}.png" for index in range(7)]
+
+
+@pytest.fixture
+def tool_output(tmp_path):
+    """A function that writes what NVIDIA's dataset_tool writes, as a folder or .zip file; the class is i mod 3."""
+
+    def write(archive, content=None, names=TOOL_NAMES):
+        folder, path = tmp_path / "data", tmp_path / "data.zip"
+        write_images(folder, names)
+        if content is None:
+            content = {"labels": [[name, index % 3] for index, name in enumerate(TOOL_NAMES)]}
+        (folder / "dataset.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        if not archive:
+            return str(folder)
+        with zipfile.ZipFile(path, "w") as file:
+            for each in reversed(sorted(folder.rglob("*.*"))):
+                file.write(each, each.relative_to(folder).as_posix())
+            file.writestr("__MACOSX/00000/._img00000000.png", b"no image")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_output_of_the_dataset_tool_has_its_own_classes(archive, tool_output):
+    path = tool_output(archive)
+    options = DataOptions(dataset_name=path, label_column="label")
+    data = ImageDataset(options)
+    assert (len(data), data.num_classes) == (7, 3) and data.labels().tolist() == [0, 1, 2, 0, 1, 2, 0]
+    for workers in (0, 2):
+        batches = load_batches(data, [[6, 0], [3, 5], [1, 2], [4, 0]], workers, False)
+        assert [images[:, 0, 1, 1].tolist() for images, _, _ in batches] == [[6, 0], [3, 5], [1, 2], [4, 0]]
+    part = ImageDataset(DataOptions(dataset_name=path, label_column="label", dataset_split="train[4:]"))
+    assert part.num_classes == 3 and part[[0, 2]][0][:, 0, 0, 0].tolist() == [4, 6]
+    assert ImageDataset(DataOptions(dataset_name=path)).num_classes is None
+    whole, positions = drawn(options)
+    assert sorted(sum(whole, [])[:7]) == list(range(7)) and drawn(options, workers=2)[0] == whole
+    assert drawn(options, first=5, position=positions[4])[0] == whole[5:]
+    with pytest.raises(UserError, match="no configurations"):
+        ImageDataset(DataOptions(dataset_name=path, dataset_config_name="x"))
+
+
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"labels": None}, "--label_column: .*dataset.json is missing or has no labels"),
+        ({"labels": [[name, 0] for name in TOOL_NAMES[2:]]}, f"no entry for 2 of 7 images, such as {TOOL_NAMES[0]}"),
+        ({"labels": [["../secret.png", 0]]}, r"names 1 image files that are not there, such as \.\./secret.png"),
+        ({"labels": [[name, 0] for name in TOOL_NAMES * 2]}, "7 files more than once"),
+        ({"labels": [[name, [0.1, 0.2]] for name in TOOL_NAMES]}, "pairs of a file name and a class"),
+        ({"labels": [[name, -1] for name in TOOL_NAMES]}, "pairs of a file name and a class"),
+        ('{"labels": [["00000/im', "(?s)dataset.json cannot be loaded.*JSONDecodeError"),
+    ],
+)
+def test_labels_that_do_not_fit_the_images_are_refused(archive, content, message, tool_output, tmp_path):
+    write_images(tmp_path, ["secret.png"])
+    path = tool_output(archive, content)
+    for read in (ImageDataset, lambda options: ImageStream(options, 5)):
+        with pytest.raises(UserError, match=message):
+            read(DataOptions(dataset_name=path, label_column="label"))
+    if "no entry" in message:
+        assert len(ImageDataset(DataOptions(dataset_name=path))) == 7  # which needs no classes
+
+
+def test_each_process_opens_an_archive_itself(tool_output):
+    path = tool_output(True)
+    data = ImageDataset(DataOptions(dataset_name=path))
+    archive_of(path).close()  # that of this process
+    ((images, _, _),) = load_batches(data, [[1, 2]], 1, False)
+    assert images[:, 0, 0, 0].tolist() == [1, 2]
+
+
+def test_a_damaged_archive_names_the_image(tool_output):
+    path = tool_output(True)
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo(TOOL_NAMES[3]).header_offset
+    with open(path, "r+b") as file:
+        file.seek(place + 30 + len(TOOL_NAMES[3]) + 50)
+        file.write(b"damaged!")
+    with pytest.raises(UserError, match=f"(?s)Image .*{TOOL_NAMES[3]}.* cannot be loaded.*BadZipFile: Bad CRC"):
+        ImageDataset(DataOptions(dataset_name=path))
+
+
+@pytest.mark.parametrize("split", ["test", "test[1:]", "test[:1]+train[:1]"])
+def test_what_save_to_disk_wrote_is_read(split, tmp_path):
+    kind = ClassLabel(names=["cat", "dog"])
+    features = Features({"image": Image(), "kind": kind})
+    train, test = (
+        Dataset.from_dict({"image": [picture((4, 4), seed=seed)] * 2, "kind": [0, 1]}, features=features)
+        for seed in (0, 1)
+    )
+    DatasetDict(train=train, test=test).save_to_disk(tmp_path / "two")
+    test.save_to_disk(tmp_path / "one")
+    numbers = {"test": [1, 1], "test[1:]": [1], "test[:1]+train[:1]": [1, 0]}[split]
+    options = DataOptions(dataset_name=str(tmp_path / "two"), label_column="kind", dataset_split=split)
+    for data in both(options):
+        images, _ = data.decode([row["image"] for row in data.source], [0] * len(numbers), numbers)
+        for image, number in zip(images, numbers, strict=True):
+            np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(picture((4, 4), seed=number)))
+    if "+" not in split:  # a folder without names of splits counts as that which is asked for
+        alone = ImageDataset(DataOptions(dataset_name=str(tmp_path / "one"), label_column="kind", dataset_split=split))
+        assert alone.labels().tolist() == [0, 1][-len(numbers) :]
+    with pytest.raises(UserError, match="--dataset_split valid: the data set has 'train' and 'test'"):
+        ImageDataset(DataOptions(dataset_name=str(tmp_path / "two"), dataset_split="valid"))
 
 
 def test_order_depends_on_seed_and_step_alone():
@@ -239,9 +617,9 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     features = Features({"img": Image(decode=False)})
     Dataset.from_dict({"img": files}, features=features).cast_column("img", Image()).to_parquet(path)
     options = DataOptions(dataset_name=path)
-    with pytest.raises(UserError, match="Image 1 of the data set cannot be loaded"):
+    with pytest.raises(UserError, match=r"Image 1 \(b.png\) of the data set cannot be loaded"):
         ImageDataset(options)[[0, 1]]
-    with pytest.raises(UserError, match="Image b.png of the data set cannot be loaded"):
+    with pytest.raises(UserError, match=r"Image 1 \(b.png\) of the data set cannot be loaded"):
         next(stream_batches(ImageStream(options, 5), 2, 0, 0, 1, [0], 1, None, 0))
 
 

@@ -21,6 +21,7 @@ from diffusers_ctm import (
     LinearOperator,
     LossGuidance,
     MaskOperator,
+    rejection_sample,
 )
 from diffusers_ctm.preconditioning import Preconditioning
 from helpers.comparing import close, seeded
@@ -441,6 +442,23 @@ def test_the_images_that_people_get_have_the_measurement(make_unet, name, caplog
     eight_bit = torch.from_numpy(eight_bit / 255).permute(0, 3, 1, 2)
     assert (operator(eight_bit) - y).abs().max() <= rounding * 0.5 / 255 + 1e-5
     assert not caplog.records
+
+
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_images_that_a_classifier_accepts_have_it_too(make_unet, output_type):
+    y, operator = BlockAverageOperator(2)(image(size=8)), BlockAverageOperator(2)
+    pipe = pipeline(CTMRestorationPipeline, make_unet())
+    given = {"measurement": y, "operator": operator, "num_inference_steps": 2, "generator": seeded()}
+    found = rejection_sample(
+        pipe,
+        lambda x: x.flatten(1)[:, :2] / x.abs().max().clamp(max=1),
+        4,
+        threshold=0,
+        output_type=output_type,
+        **given,
+    ).images
+    close(operator(found if output_type == "pt" else found / 2 + 0.5), y.expand(4, -1, -1, -1), atol=3e-6)
+    assert (found.abs().max() > 1) == (output_type == "latent")
 
 
 def test_what_no_image_in_range_has_is_said(make_unet, caplog):

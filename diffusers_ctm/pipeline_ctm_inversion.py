@@ -122,7 +122,6 @@ class CTMInversionPipeline(CTMPipeline):
             scheduler="Heun",
             num_inference_steps=num_inference_steps,
             gamma=None,
-            target_sigmas=None,
             scheduler_config=None,
             sigmas=[float(f"{level:.6g}") for level in levels.tolist()],
         )

@@ -17,11 +17,9 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, PngImagePlugin
 
-from .checks import as_float64
 from .files import written_aside
 from .preconditioning import Preconditioning
 from .scheduling_karras import jumps
-from .trajectory import gamma_split
 from .version import __version__
 
 
@@ -50,7 +48,6 @@ FIELDS = {
     "batch_index": "BatchIndex",
     "batch_size": "BatchSize",
     "generator": "Generator",
-    "target_sigmas": "TargetSigmas",
     "scheduler_config": "SchedulerConfig",
     "guidance_scale": "GuidanceScale",
     "guidance": "Guidance",
@@ -247,16 +244,9 @@ def _options_of(scheduler: Any) -> dict[str, Any]:
     return {name: scheduler.config[name] for name in names if name in scheduler.config and name not in known}
 
 
-def _steps_of(scheduler: Any) -> dict[str, Any]:
-    """The levels of a scheduler's run, with the gamma that leads down them, or else the levels that are jumped to."""
-    steps = {"sigmas": [float(f"{sigma:.6g}") for sigma in scheduler.sigmas.tolist()]}
-    if not jumps(scheduler):
-        return steps
-    gammas = [round(gamma, 6) for gamma in scheduler.gammas.tolist()]
-    s, _ = gamma_split(scheduler.sigmas[1:].double(), as_float64(gammas, "gamma"), scheduler.config.sigma_min)
-    if torch.allclose(s[:-1], scheduler.target_sigmas[:-1].double(), rtol=1e-3, atol=0):
-        return steps | {"gamma": gammas}
-    return steps | {"target_sigmas": [float(f"{sigma:.6g}") for sigma in scheduler.target_sigmas.tolist()]}
+def _as_written(values: torch.Tensor) -> list[float]:
+    """Float32 numbers in as few digits as tell them from others: 0.7, not 0.699999988."""
+    return [float(str(value)) for value in values.numpy()]
 
 
 def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
@@ -294,7 +284,8 @@ def run_records(
         "pipeline": type(pipe).__name__,
         "scheduler": type(scheduler).__name__,
         "num_inference_steps": scheduler.num_inference_steps,
-        **_steps_of(scheduler),
+        "gamma": _as_written(scheduler.gammas) if jumps(scheduler) else None,
+        "sigmas": _as_written(scheduler.sigmas.float().cpu()),
         "scheduler_config": _options_of(scheduler),
         "dtype": None if pipe.unet.dtype == torch.float32 else str(pipe.unet.dtype).removeprefix("torch."),
         **changes,

@@ -56,7 +56,8 @@ def labels_and_batch_size(
 ) -> tuple[torch.Tensor | None, int]:
     """Labels of shape (B,) on `device`, None for an unconditional network, and B.
 
-    Without `class_labels` they are drawn from `generator`. Raises ValueError for labels or generators that are not B.
+    Without `class_labels` they are drawn at random, as `generator` says and without moving it: the noise that follows
+    is that of the same call with these labels. Raises ValueError for labels or generators that are not B.
     """
     ids = None if class_labels is None else pipe.get_label_ids(class_labels)
     if ids is not None:
@@ -77,11 +78,15 @@ def labels_and_batch_size(
     if pipe.num_classes is None:
         return None, batch_size
     sources, count = (generator, 1) if isinstance(generator, list) else ([generator], batch_size)
-    drawn = [
-        torch.randint(len(pipe.classes), (count,), generator=source, device=source.device if source else "cpu").cpu()
-        for source in sources
-    ]
+    beside = {source: source and _generator_beside(source) for source in sources}  # one that is listed twice goes on
+    drawn = [torch.randint(len(pipe.classes), (count,), generator=beside[source], device="cpu") for source in sources]
     return torch.tensor(pipe.classes, device="cpu")[torch.cat(drawn)].to(device), batch_size
+
+
+def _generator_beside(generator: torch.Generator) -> torch.Generator:
+    """A generator on the CPU whose seed is the number that `generator` would draw next. It does not share its bits."""
+    copy = torch.Generator(generator.device).set_state(generator.get_state())
+    return torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=copy, device=copy.device)))
 
 
 def null_labels(pipe: Any, class_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Linear measurements A of images with their pseudo-inverses A+, and the projection onto the images that match one."""
+"""Linear measurements A of images with their pseudo-inverses A+, and the projections onto the images that match one."""
 
 from collections.abc import Callable, Sequence
 
@@ -63,7 +63,7 @@ class GrayscaleOperator(LinearOperator):
 
     def __init__(self, weights: Sequence[float] = (0.299, 0.587, 0.114)):
         self.weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu").reshape(1, -1, 1, 1)
-        if not abs(float(self.weights.sum()) - 1) < 1e-6:  # else gray in [-1, 1] would not be a measurement
+        if not abs(float(self.weights.sum()) - 1) < 1e-6:  # else white would not be 1
             raise ValueError(f"weights must have the sum 1, got {list(weights)}.")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,6 +105,46 @@ def consistent_image(
     Written in this order a mask's known pixels are those of `known` bit for bit, and the others those of x.
     """
     return known + (x - pseudo_inverse(operator(x)))
+
+
+def nearest_image_in_range(
+    operator: Callable, pseudo_inverse: Callable, x: torch.Tensor, y: torch.Tensor, max_iterations: int = 1000
+) -> tuple[torch.Tensor, float]:
+    """The image in [-1, 1] nearest to x whose measurement is y, and the largest error of its measurement.
+
+    It is clip(x + A+ l) for the l where A of that is y. l is found by dual ascent, l <- l + y - A clip(x + A+ l), whose
+    step 1 is right because A+ A and clip never lengthen a difference; accelerated as a fast dual proximal gradient
+    method (Beck & Teboulle 2014), each image restarted where its momentum points against the ascent (O'Donoghue &
+    Candes 2015). Means, masks and luminance are matched to 1e-6 in 20 to 200 iterations; an operator that sees far
+    across an image with many pixels at the ends of the range may take all of them. Where no image in range has the
+    measurement, the nearest that was met is returned.
+
+    Args:
+        x: shape (B, C, H, W), of any range.
+        y: measurement of an image in [-1, 1], shape (B, ...).
+
+    Returns:
+        the images, and max |A x - y| relative to the larger of max |y| and max |A 1|, with 1 the white image.
+    """
+    scale = torch.maximum(operator(torch.ones_like(x)).abs().max(), y.abs().max())
+    dual = moved = torch.zeros_like(x)  # A+ l, in front of and behind the momentum
+    momentum = x.new_ones(len(x), *[1] * (x.ndim - 1))
+    best, least = x.clamp(-1, 1), torch.full_like(momentum, torch.inf)
+    for i in range(max_iterations):
+        image = (x + moved).clamp(-1, 1)
+        missing = y - operator(image)
+        error = missing.abs().flatten(1).amax(1).reshape_as(least)
+        best, least = torch.where(error < least, image, best), torch.minimum(error, least)
+        if i % 20 == 0 and not (least > 1e-6 * scale).any():  # one wait for the device in 20 iterations
+            break
+        ascent = pseudo_inverse(missing)
+        step = moved + ascent - dual
+        restart = (ascent * step).flatten(1).sum(1).reshape_as(least) < 0
+        following = (1 + (1 + 4 * momentum**2).sqrt()) / 2
+        dual = moved + ascent
+        moved = dual + torch.where(restart, 0, (momentum - 1) / following) * step
+        momentum = torch.where(restart, 1, following)
+    return best, float(least.max() / scale) if scale > 0 else 0.0
 
 
 def check_operator(
@@ -150,3 +190,33 @@ def check_operator(
     ):
         if not (one - other).abs().max() <= tolerance * torch.maximum(one.abs().max(), other.abs().max()):
             raise ValueError(f"{fault} for random images.")
+
+
+def check_measured_values(
+    operator: Callable, y: torch.Tensor, white: torch.Tensor, image_shape: tuple[int, ...]
+) -> None:
+    """Check that `y` lies in [0, A(1)] if no weight of A is negative, as what it gives for pixels in [0, 1] does.
+
+    A negative weight is seen in A of few bright pixels on black, at some density of these.
+
+    Args:
+        y: the measurement, shape (B, ...).
+        white: A(1), of the same shape, for the image of ones.
+        image_shape: (B, C, H, W).
+
+    Raises:
+        ValueError: that says what to pass.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for one_in in (2, 8, 32, 128, 512, 2048):
+        bright = (torch.rand(image_shape, generator=generator, device="cpu") * one_in < 1).to(y)
+        of_bright = operator(bright)
+        if not of_bright.min() >= -1e-4 * of_bright.abs().max():
+            return
+    slack = 1e-4 * white.max()
+    if not ((y >= -slack) & (y <= white + slack)).all():
+        raise ValueError(
+            f"measurement has values from {y.min():g} to {y.max():g}, and the operator gives values from 0 to "
+            f"{white.max():g} for pixels in [0, 1], nowhere more than for a white image. Pass what it gives for these: "
+            "`operator(image)`, or `operator((x + 1) / 2)` of an image x in [-1, 1]; clip a noisy measurement."
+        )

@@ -118,6 +118,7 @@ class CTMPipeline(DiffusionPipeline):
         self._interrupt = False
         self._num_timesteps = 0
         self._seeds = None
+        self._guided_by = {}
         self._match_scheduler()
 
     # `DiffusionPipeline.from_pretrained(folder, safety_checker=...)` reads this signature. It takes the parameters
@@ -277,6 +278,10 @@ class CTMPipeline(DiffusionPipeline):
             check_guidance(guidance, self)
             guidance.prepare(self.num_classes)
         guidance_scale = check_guidance_scale(guidance_scale, self)
+        self._guided_by = {
+            "guidance_scale": None if guidance_scale == 1 else guidance_scale,
+            "guidance": None if guidance is None else type(guidance).__name__,
+        }
         if guidance_scale == 1:
             return self.unet
         return ClassifierFreeNetwork(self.unet, guidance_scale, partial(null_labels, self))
@@ -355,7 +360,7 @@ class CTMPipeline(DiffusionPipeline):
                 raise ValueError("generator is an empty list; pass one generator, or one per image.")
             batch_size = batch_size or len(generator)
         self._match_scheduler()
-        self._seeds = fresh_seeds(generator)
+        self._seeds = None if latents is not None else fresh_seeds(generator)
         return batch_size
 
     def _batch_size_with(self, given: torch.Tensor, name: str, batch_size: int | None) -> int | None:
@@ -416,7 +421,8 @@ class CTMPipeline(DiffusionPipeline):
         its flags.
         """
         latents, flags = without_unsafe(self, latents, denormalize)
-        records = run_records(self, len(latents), class_labels, self._seeds, provenance)
+        seeds = None if self._interrupt else self._seeds
+        records = run_records(self, len(latents), class_labels, seeds, {**self._guided_by, **provenance})
         images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
         if output_type == "pil" and self.config.add_provenance:
             for image, record in zip(images, records):
@@ -451,7 +457,7 @@ class CTMPipeline(DiffusionPipeline):
         Args:
             batch_size: number of images. Default: as many as `class_labels`, `latents` or generators, else 1.
             class_labels: class of each image, numbers or (if the checkpoint carries `id2label`) names; one for all or
-                one each. Default for a class-conditional network: drawn at random from `generator`.
+                one each. Default for a class-conditional network: drawn at random, as `generator` says.
             num_inference_steps: number of steps N. Default 1 with `CTMScheduler`, else 18. N network evaluations with
                 `CTMScheduler`, 2N - 1 with `EDMHeunScheduler`. Where the checkpoint's scheduler has a preset for N
                 (`pipe.scheduler.config.presets`, made by `training.tune`) and none of the next five is given, its

@@ -78,7 +78,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         known = (~repaint[:, :1]).to(device=self._execution_device, dtype=image.dtype)  # once, not at every step
         operator = MaskOperator(known)
         latents, class_labels = self._restore(
-            operator((2 * image - 1).to(known.device)),
+            operator(image.to(known.device)),
             operator,
             operator.pseudo_inverse,
             {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma},

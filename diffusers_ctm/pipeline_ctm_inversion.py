@@ -113,7 +113,7 @@ class CTMInversionPipeline(CTMPipeline):
         levels = self._ode_levels(num_inference_steps)
         x = latents.to(device=device, dtype=torch.float32) * self.scheduler.config.sigma_max
         x = self._follow(x, levels, condition, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._seeds = None  # nothing is drawn
+        self._seeds, self._guided_by = None, {}  # nothing is drawn, and nothing guides
         return self._finish(
             x,
             output_type,
@@ -122,6 +122,7 @@ class CTMInversionPipeline(CTMPipeline):
             scheduler="Heun",
             num_inference_steps=num_inference_steps,
             gamma=None,
+            scheduler_config=None,
             sigmas=[float(f"{level:.6g}") for level in levels.tolist()],
         )
 

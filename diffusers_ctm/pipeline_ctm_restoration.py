@@ -7,12 +7,13 @@ from functools import partial
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import logging
 from PIL import Image
 
 from .class_labels import labels_and_batch_size
 from .guidance import Guidance
 from .image_inputs import read_images
-from .linear_operators import check_operator, consistent_image
+from .linear_operators import check_measured_values, check_operator, consistent_image, nearest_image_in_range
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
@@ -33,6 +34,10 @@ class CTMRestorationPipeline(CTMPipeline):
     one network evaluation each. The image counts as the state at sigma_min, so gamma = 1, where s = m, is Algorithm 4
     itself; without a measurement it is `CTMPipeline`'s step. What A sees of x_t is y plus noise of about the level at
     every step, and A x = y holds in the end.
+
+    x is then still unclipped, and is what output type "latent" gives. For the others the nearest image with pixels in
+    [0, 1] that has the measurement is looked for (`nearest_image_in_range`): it has it to 1e-5 of the largest value,
+    in PIL images up to their rounding to 8 bits. If no image in range is found, a warning says how far off it is.
 
     The method is approximate. The network is shown the noised measurement, and what A does not see follows from it as
     in an unconditional sample. With gamma > 0 and ever more steps the renoising of ever smaller levels is Langevin
@@ -70,9 +75,9 @@ class CTMRestorationPipeline(CTMPipeline):
         """Restore images.
 
         Args:
-            measurement: y, shape (B, ...): a tensor with the values that `operator` gives for pixels in [-1, 1]. Or,
-                where it is an image with black = -1 and white = 1, a PIL image, an array of shape (B, H, W, C) in [0,
-                1], or a list of these. One measurement serves a whole batch.
+            measurement: y, what `operator` gives for pixels in [0, 1], whatever it is passed as: a tensor of shape (B,
+                ...) or, where it looks like an image, a PIL image, an array of shape (B, H, W, C), or a list of these.
+                0..255 of uint8 count as 0 to 1. One measurement serves a whole batch.
             operator: A, linear, from images (B, C, H, W) to (B, ...), each image alone: a `LinearOperator` or any
                 function.
             pseudo_inverse: A+, with A A+ A = A. Default: `operator.pseudo_inverse`.
@@ -89,8 +94,9 @@ class CTMRestorationPipeline(CTMPipeline):
 
         Raises:
             ValueError: for an operator that is not linear, a pseudo-inverse that is not its own, a measurement of
-                another shape, and for arguments that do not fit each other, the network or the scheduler; the message
-                says what to pass.
+                another shape, or with values that an operator without negative weights does not give for pixels in [0,
+                1], and for arguments that do not fit each other, the network or the scheduler; the message says what to
+                pass.
         """
         if not callable(operator):
             raise ValueError(f"operator must be a LinearOperator or a function, got {operator!r}.")
@@ -129,7 +135,10 @@ class CTMRestorationPipeline(CTMPipeline):
         guidance,
         guidance_scale,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last sample, in [-1, 1], and its classes. `y` is a checked tensor; `levels` go to `set_timesteps`."""
+        """The last sample, in [-1, 1] unless it is "latent", and its classes.
+
+        `y` is what `operator` gives for pixels in [0, 1], a float tensor; `levels` go to `set_timesteps`.
+        """
         # 1. Check
         batch_size = self.check_call(batch_size, latents, generator, output_type, *callback)
         if not jumps(self.scheduler):
@@ -149,7 +158,11 @@ class CTMRestorationPipeline(CTMPipeline):
         self.set_timesteps(device, **levels, final_sigma=self.scheduler.config.sigma_min)
         y = y.to(device).expand(batch_size, *y.shape[1:])
         size = self.image_size or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
-        check_operator(operator, pseudo_inverse, (batch_size, self.unet.config.in_channels, *size), y)
+        shape = (batch_size, self.unet.config.in_channels, *size)
+        check_operator(operator, pseudo_inverse, shape, y)
+        white = operator(y.new_ones(shape))
+        check_measured_values(operator, y, white, shape)
+        y = 2 * y - white  # A is linear, and the network's pixels are 2 x - 1
         known = pseudo_inverse(y)
         start = known + self.prepare_latents(batch_size, device, generator, latents, size)
 
@@ -163,11 +176,20 @@ class CTMRestorationPipeline(CTMPipeline):
             generator=generator,
             project=partial(consistent_image, operator, pseudo_inverse, known=known),
         )
+
+        # 4. Bring into range
+        if output_type != "latent":
+            images, error = nearest_image_in_range(operator, pseudo_inverse, images, y)
+            if error > 1e-5:
+                logging.get_logger(__name__).warning(
+                    f"The measurement of the images is off by up to {error:.2g} of its largest value: no image with "
+                    "pixels in [0, 1] was found that has it. Is it what the operator gives for pixels in [0, 1]?"
+                )
         return images, class_labels
 
 
 def _read_measurement(measurement) -> torch.Tensor:
-    """A measurement as a float32 tensor of shape (B, ...); images in [0, 1] are brought to [-1, 1]."""
+    """A measurement as a float32 tensor (B, ...): tensors of any shape, arrays and PIL images as in `read_images`."""
     if measurement is None:
         raise ValueError("measurement is missing; pass what is known of the image.")
     first = measurement[0] if isinstance(measurement, (list, tuple)) and measurement else measurement
@@ -175,14 +197,19 @@ def _read_measurement(measurement) -> torch.Tensor:
         channels = (
             len(first.getbands()) if isinstance(first, Image.Image) else (first.shape[-1] if first.ndim > 2 else 1)
         )
-        return 2 * read_images(measurement, channels, None, "measurement") - 1
+        return read_images(measurement, channels, None, "measurement", bounded=False)
     if isinstance(measurement, (list, tuple)) and all(isinstance(value, torch.Tensor) for value in measurement):
-        if len({value.shape for value in measurement}) != 1:
-            raise ValueError("measurement must be a list of tensors of one shape, and not empty.")
+        if len({(value.shape, value.dtype) for value in measurement}) != 1:
+            raise ValueError("measurement must be a list of tensors of one shape and dtype, and not empty.")
         measurement = torch.stack(list(measurement))
+    if isinstance(measurement, torch.Tensor) and measurement.dtype == torch.uint8:
+        measurement = measurement.to(torch.float32) / 255
     if not isinstance(measurement, torch.Tensor) or not measurement.is_floating_point() or measurement.ndim == 0:
         got = f"{measurement.dtype} tensor" if isinstance(measurement, torch.Tensor) else type(measurement).__name__
-        raise ValueError(f"measurement must be a float tensor of shape (B, ...), or an image, got {got}.")
+        raise ValueError(
+            f"measurement must be a float or uint8 tensor of shape (B, ...), or an image, got {got}: what the operator "
+            "gives for pixels in [0, 1]."
+        )
     if not measurement.isfinite().all():
         raise ValueError("measurement holds values that are NaN or infinite.")
     return measurement.to(torch.float32)

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """How an image was made, written into its PNG file: that it is synthetic, by which model, with which numbers."""
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, PngImagePlugin
 
 from .files import written_aside
+from .preconditioning import Preconditioning
 from .scheduling_karras import jumps
 from .version import __version__
 
@@ -44,6 +47,11 @@ FIELDS = {
     "seed": "Seed",
     "batch_index": "BatchIndex",
     "batch_size": "BatchSize",
+    "generator": "Generator",
+    "scheduler_config": "SchedulerConfig",
+    "guidance_scale": "GuidanceScale",
+    "guidance": "Guidance",
+    "dtype": "DType",
 }
 
 TEXT_FIELDS = tuple(FIELDS)[:6]
@@ -212,15 +220,33 @@ def _path(pattern: str | os.PathLike, index: int, record: Mapping[str, Any]) -> 
     return path
 
 
-def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> int | list[int | None] | None:
-    """The seed of a generator, or of each; None if something was drawn from it, so that the seed does not repeat it."""
+def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> dict | list[dict]:
+    """The seed of a generator, or of each, and its device where that is not the CPU, by the names of `FIELDS`.
+
+    Nothing if something was drawn from it, or is drawn for another image of the list: the seed would not repeat it.
+    """
     if isinstance(generator, list):
-        return [fresh_seeds(one) for one in generator]
+        return [fresh_seeds(one) if generator.count(one) == 1 else {} for one in generator]
     if generator is None:
-        return None
-    seed = generator.initial_seed()
-    start = torch.Generator(generator.device).manual_seed(seed).get_state()
-    return seed if torch.equal(start, generator.get_state()) else None
+        return {}
+    seed, device = generator.initial_seed(), generator.device
+    start = torch.Generator(device).manual_seed(seed).get_state()
+    if not torch.equal(start, generator.get_state()):
+        return {}
+    return {"seed": seed} if device.type == "cpu" else {"seed": seed, "generator": device.type}
+
+
+def _options_of(scheduler: Any) -> dict[str, Any]:
+    """The numbers of a scheduler's config that a run depends on beside its levels, its gamma and the network's own."""
+    known = {field.name for field in dataclasses.fields(Preconditioning)}
+    known = known - {"sigma_min"} | {"num_train_timesteps", "gamma", "final_sigma", "presets"}
+    names = inspect.signature(type(scheduler).__init__).parameters
+    return {name: scheduler.config[name] for name in names if name in scheduler.config and name not in known}
+
+
+def _as_written(values: torch.Tensor) -> list[float]:
+    """Float32 numbers in as few digits as tell them from others: 0.7, not 0.699999988."""
+    return [float(str(value)) for value in values.numpy()]
 
 
 def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
@@ -239,13 +265,13 @@ def run_records(
     pipe: DiffusionPipeline,
     count: int,
     class_labels: torch.Tensor | None,
-    seeds: int | list[int | None] | None,
+    seeds: dict | list[dict] | None,
     changes: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """How each of `count` images was made, by the names of `FIELDS`; what is not known is left out.
 
     Args:
-        seeds: `fresh_seeds` of the run's generator.
+        seeds: `fresh_seeds` of the run's generator; None if it does not decide the images.
         changes: values that replace those of the scheduler's run.
     """
     scheduler = pipe.scheduler
@@ -258,16 +284,18 @@ def run_records(
         "pipeline": type(pipe).__name__,
         "scheduler": type(scheduler).__name__,
         "num_inference_steps": scheduler.num_inference_steps,
-        "gamma": [round(gamma, 6) for gamma in scheduler.gammas.tolist()] if jumps(scheduler) else None,
-        "sigmas": [float(f"{sigma:.6g}") for sigma in scheduler.sigmas.tolist()],
+        "gamma": _as_written(scheduler.gammas) if jumps(scheduler) else None,
+        "sigmas": _as_written(scheduler.sigmas.float().cpu()),
+        "scheduler_config": _options_of(scheduler),
+        "dtype": None if pipe.unet.dtype == torch.float32 else str(pipe.unet.dtype).removeprefix("torch."),
         **changes,
     }
     records = []
     for i in range(count):
         image = {"class_label": None if class_labels is None else int(class_labels[i])}
         if isinstance(seeds, list):
-            image["seed"] = seeds[i]
-        elif seeds is not None:
-            image |= {"seed": seeds, "batch_index": i, "batch_size": count}
+            image |= seeds[i]
+        elif seeds:
+            image |= {**seeds, "batch_index": i, "batch_size": count}
         records.append({name: value for name, value in {**record, **image}.items() if value is not None})
     return records

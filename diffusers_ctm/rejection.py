@@ -92,6 +92,7 @@ def rejection_sample(
 
     wanted = _wanted_labels(pipe, class_labels, num_images, generator)
     conditional = pipe.num_classes is not None
+    latent = output_type == "latent"  # else the pipeline's own clipping is what counts, as in restoration
     if top_fraction is not None and not conditional and class_labels is not None:
         raise ValueError(
             "An unconditional network cannot be asked for a class: with class_labels pass `threshold`, not "
@@ -115,12 +116,12 @@ def rejection_sample(
         if not labels:
             break
         condition = {"class_labels": labels} if conditional else {"batch_size": len(labels)}
-        output = pipe(**condition, generator=generator, output_type="latent", **sampling)
+        output = pipe(**condition, generator=generator, output_type="latent" if latent else "pt", **sampling)
         x_0, unsafe = output.images, output.nsfw_content_detected or [False] * len(labels)
         drawn.update(labels)
         batches += 1
         for label, score, image, flagged in zip(
-            *_judged(classifier, x_0, labels, pipe.num_classes), x_0, unsafe, strict=True
+            *_judged(classifier, x_0 if latent else 2 * x_0 - 1, labels, pipe.num_classes), x_0, unsafe, strict=True
         ):
             if label in kept and score >= (threshold or 0.0) and not flagged:
                 accepted += 1
@@ -186,7 +187,7 @@ def _judged(
 
 
 def _postprocessed(pipe: Any, images: torch.Tensor, output_type: str) -> Any:
-    """`images` as `output_type`, also if there are none."""
+    """`images`, in [0, 1] unless they are "latent", as `output_type`, also if there are none."""
     if len(images) or output_type == "latent":
-        return pipe.image_processor.postprocess(images, output_type=output_type)
+        return pipe.image_processor.postprocess(images, output_type, [False] * len(images))
     return {"pil": [], "pt": images, "np": images.permute(0, 2, 3, 1).cpu().numpy()}[output_type]

@@ -233,8 +233,8 @@ def draw_editing(pipe: CTMPipeline) -> Image.Image:
         sample(silent(CTMInpaintPipeline, pipe), DIGITS, image, lower_half),
     ]
     for operator in (BlockAverageOperator(2), RandomSums(24)):
-        kept = operator(2 * image - 1)
-        rows += [operator.pseudo_inverse(kept) / 2 + 0.5, sample(repair, DIGITS, kept, operator)]
+        shown = operator.pseudo_inverse(operator(2 * image - 1)) / 2 + 0.5
+        rows += [shown, sample(repair, DIGITS, operator(image), operator)]
     rows += [noisy, sample(edit, DIGITS, noisy, sigma=0.5, add_noise=False)]
     rows.append(sample(edit, [(k + 1) % 10 for k in DIGITS], image, 0.5, num_inference_steps=4))
     return tiles(torch.cat(rows), 10)
@@ -343,8 +343,8 @@ def draw_emoji_editing(pipe: CTMPipeline) -> Image.Image:
     repair, edit = silent(CTMRestorationPipeline, pipe), silent(CTMImg2ImgPipeline, pipe)
     classes, gray = list(range(pipe.num_classes)), GrayscaleOperator()
     image = sample(pipe, classes, seed=1, num_inference_steps=18, gamma=0.0)
-    kept = gray(2 * image - 1)
-    left = {"samples in 18 steps": image, "their gray": (kept / 2 + 0.5).expand_as(image)}
+    kept = gray(image)
+    left = {"samples in 18 steps": image, "their gray": kept.expand_as(image)}
     for seed, name in enumerate(("colored, 18 evaluations", "colored, from other noise")):
         left[name] = sample(repair, classes, kept, gray, seed=seed)
     drawn = strokes()[[k % 9 for k in classes]]

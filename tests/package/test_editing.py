@@ -18,8 +18,10 @@ from diffusers_ctm import (
     CTMScheduler,
     EDMHeunScheduler,
     GrayscaleOperator,
+    LinearOperator,
     LossGuidance,
     MaskOperator,
+    rejection_sample,
 )
 from diffusers_ctm.preconditioning import Preconditioning
 from helpers.comparing import close, seeded
@@ -268,7 +270,7 @@ def test_equals_the_update_written_by_hand(make_unet, gamma):
     operator = BlockAverageOperator(2)
     pipe = pipeline(CTMRestorationPipeline, unet, CTMScheduler(sigma_data=0.7))
     options = {"num_inference_steps": 3, "gamma": gamma, "generator": seeded(4), "output_type": "latent"}
-    restored = pipe(operator(given), operator, **options).images
+    restored = pipe(operator(given / 2 + 0.5), operator, **options).images
 
     def project(x):
         return x + operator.pseudo_inverse(operator(given - x))
@@ -292,7 +294,8 @@ def test_gamma_one_is_algorithm_4_of_consistency_models(make_unet):
     options = {"sigmas": levels, "gamma": 1.0, "output_type": "latent"}
     inpaint = pipeline(CTMInpaintPipeline, unet)(reference / 2 + 0.5, repaint, generator=seeded(6), **options).images
     operator = GrayscaleOperator()
-    color = pipeline(CTMRestorationPipeline, unet)(operator(reference), operator, generator=seeded(6), **options).images
+    gray = operator(reference / 2 + 0.5)
+    color = pipeline(CTMRestorationPipeline, unet)(gray, operator, generator=seeded(6), **options).images
 
     for result, basis, omega in ((inpaint, torch.eye(3), repaint), (color, colors, first)):
         generator = seeded(6)
@@ -377,10 +380,10 @@ def test_what_is_under_the_white_has_no_influence(make_unet):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("operator", [BlockAverageOperator(2), GrayscaleOperator()])
 def test_the_image_matches_the_measurement(make_unet, operator, gamma):
-    y = operator(2 * image(2, size=8) - 1)
+    y = operator(image(2, size=8))
     pipe = pipeline(CTMRestorationPipeline, make_unet())
     restored = pipe(y, operator, num_inference_steps=3, gamma=gamma, output_type="latent").images
-    close(operator(restored), y, atol=1e-5)
+    close(operator(restored / 2 + 0.5), y, atol=1e-5)
 
 
 def test_measurements_in_every_form():
@@ -389,10 +392,92 @@ def test_measurements_in_every_form():
     tensor = torch.stack([torch.from_numpy(np.array(one)).float() / 255 for one in pil])[:, None]
     pipe = pipeline(CTMRestorationPipeline, ExactNetwork(DATA, sigma_data=0.6, channels=1))
     options = {"operator": BlockAverageOperator(2), "num_inference_steps": 2, "output_type": "latent"}
-    expected = pipe(2 * tensor - 1, generator=seeded(), **options).images
-    eight_bits = (255 * tensor).round().byte().permute(0, 2, 3, 1).numpy()
-    for form in (pil, tensor.permute(0, 2, 3, 1).numpy(), eight_bits, list(2 * tensor - 1)):
+    expected = pipe(tensor, generator=seeded(), **options).images
+    close(options["operator"](expected) / 2 + 0.5, tensor)
+    counts = (255 * tensor).round().byte()
+    arrays = [form.permute(0, 2, 3, 1).numpy() for form in (tensor, tensor.double(), counts)]
+    for form in (pil, *arrays, list(arrays[0]), list(tensor), tensor.double(), counts, list(counts)):
         close(pipe(form, generator=seeded(), **options).images, expected)
+
+
+class Weighted(LinearOperator):
+    """Weighted sums of neighbors, whose weights do not sum to 1; one is negative if asked."""
+
+    def __init__(self, *weights):
+        self.weights = torch.tensor(weights)
+
+    def __call__(self, x):
+        return x.unflatten(-1, (-1, len(self.weights))) @ self.weights.to(x)
+
+    def pseudo_inverse(self, y):
+        return (y[..., None] * (self.weights / self.weights.square().sum()).to(y)).flatten(-2)
+
+
+MEASURED = {
+    "means of 2x2": BlockAverageOperator(2),
+    "means of 8x8": BlockAverageOperator(8),
+    "luminance": GrayscaleOperator(),
+    "mask": MaskOperator(torch.eye(8)),
+    "sums": Weighted(0.3, 1.5),
+    "differences": Weighted(-1.0, 0.4),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_images_that_people_get_have_the_measurement(make_unet, name, caplog):
+    """Also black, white and saturated ones: where clipping would lose it, by up to `lost`."""
+    operator, pipe = MEASURED[name], pipeline(CTMRestorationPipeline, make_unet())
+    given = image(6, size=8)
+    given[1], given[2], given[3], given[4, 0] = 0.0, 1.0, given[3].round(), 254 / 255
+    for picture in (given, given.double()):
+        options = {"num_inference_steps": 2, "generator": seeded()}
+        y = operator(picture)
+        images = pipe(y, operator, output_type="pt", **options).images
+        close(operator(images), y.float(), atol=3e-6)
+        assert images.min() >= 0 and images.max() <= 1
+    lost = operator((pipe(y, operator, output_type="latent", **options).images / 2 + 0.5).clamp(0, 1)) - y
+    assert name == "mask" or lost.abs().max() > 0.02
+    eight_bit = np.stack([np.asarray(one) for one in pipe(y, operator, **options).images])
+    rounding = operator(torch.ones(1, 3, 8, 8)).abs().max() if "di" not in name else 1.4
+    eight_bit = torch.from_numpy(eight_bit / 255).permute(0, 3, 1, 2)
+    assert (operator(eight_bit) - y).abs().max() <= rounding * 0.5 / 255 + 1e-5
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_images_that_a_classifier_accepts_have_it_too(make_unet, output_type):
+    y, operator = BlockAverageOperator(2)(image(size=8)), BlockAverageOperator(2)
+    pipe = pipeline(CTMRestorationPipeline, make_unet())
+    given = {"measurement": y, "operator": operator, "num_inference_steps": 2, "generator": seeded()}
+    found = rejection_sample(
+        pipe,
+        lambda x: x.flatten(1)[:, :2] / x.abs().max().clamp(max=1),
+        4,
+        threshold=0,
+        output_type=output_type,
+        **given,
+    ).images
+    close(operator(found if output_type == "pt" else found / 2 + 0.5), y.expand(4, -1, -1, -1), atol=3e-6)
+    assert (found.abs().max() > 1) == (output_type == "latent")
+
+
+def test_what_no_image_in_range_has_is_said(make_unet, caplog):
+    pipe = pipeline(CTMRestorationPipeline, make_unet())
+    y = torch.full((1, 3, 8, 4), -1.3)  # -1 to 0.4 can be
+    images = pipe(y, Weighted(-1.0, 0.4), num_inference_steps=1, output_type="pt").images
+    close(images, torch.tensor([1.0, 0.0]).repeat(4).expand(1, 3, 8, 8), atol=1e-4)  # the nearest
+    (record,) = caplog.records
+    assert "off by up to 0.3 of its largest value: no image with pixels in [0, 1] was found" in record.getMessage()
+
+
+def test_a_white_image_says_what_pixels_of_minus_one_add():
+    """y of [0, 1] is 2 y - A(1) of [-1, 1], also where A(1) is not 1."""
+    given, operator = image(2, size=4), Weighted(0.3, 1.5)
+    pipe = pipeline(CTMRestorationPipeline)
+    restored = pipe(operator(given), operator, num_inference_steps=2, output_type="latent").images
+    close(operator(restored), operator(2 * given - 1), atol=1e-5)
+    with pytest.raises(ValueError, match="from 0 to 1.8 for pixels in"):
+        pipe(operator(2 * given - 1), operator)
 
 
 # The conditional distribution -----------------------------------------------------------------------------------------
@@ -422,13 +507,13 @@ def conditional_error(operator, steps, gamma, count=2000):
     pipe = pipeline(
         CTMRestorationPipeline, ExactNetwork(data, sigma_data=0.5, channels=1), CTMScheduler(sigma_data=0.5)
     )
-    x = (data.mean + torch.linalg.cholesky(data.cov) @ randn(16, seed=1)).reshape(1, 1, 4, 4)
+    x = (data.mean + torch.linalg.cholesky(data.cov) @ randn(16, seed=1)).reshape(1, 1, 4, 4).clamp(-1, 1)
     a = operator(torch.eye(16, dtype=torch.float64).reshape(16, 1, 4, 4)).flatten(1).T
     a = a[a.abs().sum(1) > 0]
     mean, cov = data.given(a, a @ x.flatten())
     free = torch.linalg.svd(a)[2][len(a) :].T  # what A does not see
     options = {"num_inference_steps": steps, "gamma": gamma, "batch_size": count, "generator": seeded()}
-    samples = pipe(operator(x), operator, output_type="latent", **options).images.double().flatten(1)
+    samples = pipe(operator(x / 2 + 0.5), operator, output_type="latent", **options).images.double().flatten(1)
     close(samples @ a.T, (a @ x.flatten()).expand(count, -1), atol=1e-5)
     mean, cov = free.T @ mean, free.T @ cov @ free
     spread = cov.trace().sqrt()
@@ -469,7 +554,7 @@ def test_pixels_that_are_independent_keep_their_distribution():
 EDITS = {
     CTMImg2ImgPipeline: lambda: {"image": image(size=8)},
     CTMInpaintPipeline: lambda: {"image": image(size=8), "mask_image": 1 - torch.eye(8)},
-    CTMRestorationPipeline: lambda: {"measurement": torch.zeros(1, 3, 4, 4), "operator": BlockAverageOperator(2)},
+    CTMRestorationPipeline: lambda: {"measurement": torch.full((1, 3, 4, 4), 0.5), "operator": BlockAverageOperator(2)},
 }
 
 
@@ -536,11 +621,16 @@ def test_a_network_without_a_size(cls):
     "options, message",
     [
         ({"measurement": None}, "measurement is missing"),
-        ({"measurement": "y"}, "must be a float tensor .* got str"),
+        ({"measurement": "y"}, "must be a float or uint8 tensor .* got str"),
         ({"measurement": torch.zeros(1, 3, 4, 4, dtype=torch.int64)}, "got torch.int64 tensor"),
         ({"measurement": torch.full((1, 3, 4, 4), math.nan)}, "NaN or infinite"),
         ({"measurement": torch.zeros(1, 3, 2, 4)}, r"measurement has shape \(1, 3, 2, 4\), but the operator gives"),
         ({"measurement": []}, "measurement must be a list of tensors of one shape"),
+        (
+            {"measurement": torch.full((1, 3, 4, 4), -0.5)},
+            r"values from -0.5 to -0.5, .* from 0 to 1 for pixels in \[0, 1\]",
+        ),
+        ({"measurement": torch.full((1, 3, 4, 4), 1.01)}, r"Pass what it gives for these: `operator\(image\)`"),
         ({"operator": None}, "operator must be a LinearOperator or a function"),
         ({"operator": lambda x: x[..., ::2, ::2]}, "pseudo_inverse is missing"),
         (
@@ -604,11 +694,7 @@ def test_edits_are_guided_as_samples_are(gamma):
 @pytest.mark.parametrize("cls", [CTMInpaintPipeline, CTMRestorationPipeline])
 def test_guidance_leaves_what_is_known(cls):
     known = image(2)
-    given = (
-        (known, REPAINT)
-        if cls is CTMInpaintPipeline
-        else (2 * known * (1 - REPAINT) - (1 - REPAINT), MaskOperator(1 - REPAINT))
-    )
+    given = (known, REPAINT) if cls is CTMInpaintPipeline else (known * (1 - REPAINT), MaskOperator(1 - REPAINT))
     options = {"latents": unit_noise(2), "num_inference_steps": 3, "output_type": "pt"}
     plain, guided = (
         pipeline(cls)(*given, generator=seeded(), guidance=guidance, **options).images for guidance in (None, bright())

@@ -7,7 +7,12 @@ import torch
 from PIL import Image
 
 from diffusers_ctm import BlockAverageOperator, GrayscaleOperator, LinearOperator, MaskOperator
-from diffusers_ctm.linear_operators import check_operator, consistent_image
+from diffusers_ctm.linear_operators import (
+    check_measured_values,
+    check_operator,
+    consistent_image,
+    nearest_image_in_range,
+)
 from helpers.exact import randn
 
 
@@ -46,6 +51,58 @@ def test_the_consistent_image_is_the_nearest_that_matches(name):
     a, _ = matrices(operator)
     null_space = torch.eye(72, dtype=a.dtype) - torch.linalg.pinv(a) @ a
     torch.testing.assert_close((image - x).flatten(1) @ null_space, torch.zeros(2, 72).double())  # nothing else moved
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("spread", [0.3, 1.5])
+def test_the_image_in_range_is_the_nearest(name, spread):
+    """It is clip(x + A^T l), here with each l by bisection: no two rows of these A share a pixel."""
+    operator, given = OPERATORS[name], randn(8, *SHAPE).clamp(-1, 1)
+    given[0], given[1] = 1.0, -1.0
+    x, y = given + spread * randn(8, *SHAPE, seed=1), operator(given)
+    image, error = nearest_image_in_range(operator, operator.pseudo_inverse, x, y)
+    assert error < 2e-6 and image.abs().max() <= 1
+    torch.testing.assert_close(operator(image), y, rtol=0, atol=2e-6)
+    a, _ = matrices(operator)
+    high = torch.full((8, len(a)), 1e3, dtype=torch.float64)
+    low = -high
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (x.flatten(1) + middle @ a).clamp(-1, 1) @ a.T < y.flatten(1)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    nearest = (x.flatten(1) + middle @ a).clamp(-1, 1)
+    torch.testing.assert_close(image.flatten(1), nearest, rtol=0, atol=1e-4)
+
+
+def test_an_image_that_is_in_range_and_matches_stays():
+    x = randn(2, *SHAPE).clamp(-1, 1)
+    for operator in OPERATORS.values():
+        image, error = nearest_image_in_range(operator, operator.pseudo_inverse, x, operator(x))
+        assert torch.equal(image, x) and error == 0
+
+
+class Neighbors:
+    """A x: the sum of 4x4 pixels, and `side` times another pixel of the row."""
+
+    def __init__(self, side):
+        self.side = side
+
+    def __call__(self, x):
+        return sum(x.roll((i, j), (-2, -1)) for i in range(4) for j in range(4)) + self.side * x.roll(8, -1)
+
+
+@pytest.mark.parametrize("side", [-0.02, 0.4])
+def test_values_are_bounded_where_no_weight_is_negative(side):
+    operator, shape = Neighbors(side), (2, 3, 16, 16)
+    white, y = operator(torch.ones(shape)), operator(torch.zeros(shape))
+    for value in (-0.01, float(white.max()) + 0.01):
+        y[0, 0, 3, 4] = value
+        if side < 0:
+            check_measured_values(operator, y, white, shape)
+        else:
+            with pytest.raises(ValueError, match="measurement has values from .* from 0 to 16.4 for pixels in"):
+                check_measured_values(operator, y, white, shape)
+    check_measured_values(operator, white, white, shape)
 
 
 def test_a_mask_keeps_pixels_bit_for_bit():

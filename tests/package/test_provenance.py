@@ -23,6 +23,7 @@ from diffusers_ctm import (
     CTMScheduler,
     EDMHeunScheduler,
     GrayscaleOperator,
+    LossGuidance,
     read_provenance,
     save_images,
 )
@@ -53,7 +54,8 @@ def test_a_file_says_how_to_make_its_image_again(pipe, tmp_path):
     assert [path.name for path in paths] == ["00-7-2.png", "01-7-0.png"]
     for i, path in enumerate(paths):
         found = read_provenance(path)
-        assert set(found) == set(FIELDS) - {"model", "revision"}  # made in memory, it has neither
+        special = {"guidance_scale", "guidance", "generator", "dtype"}
+        assert set(found) == set(FIELDS) - special - {"model", "revision"}  # made in memory, it has neither
         assert found["digital_source_type"] == SYNTHETIC and found["software"] == SOFTWARE
         assert (found["pipeline"], found["scheduler"]) == ("CTMPipeline", "CTMScheduler")
         again = pipe(
@@ -67,6 +69,104 @@ def test_a_file_says_how_to_make_its_image_again(pipe, tmp_path):
         assert (found["batch_index"], found["batch_size"]) == (i, 2)
         difference = (again[found["batch_index"]] * 255).round() - pixels(path)
         assert np.abs(difference).max() <= 1  # levels are written with six digits
+
+
+def made_from(record, unet, *given):
+    """The image of a record, by a pipeline that knows nothing else; `given` is what was edited."""
+    cls = getattr(diffusers_ctm, record["pipeline"])
+    scheduler = getattr(diffusers_ctm, record["scheduler"])(**record["scheduler_config"])
+    pipe = cls(unet, scheduler, null_class=2)
+    pipe.set_progress_bar_config(disable=True)
+    options = {name: record[name] for name in ("gamma", "guidance_scale") if name in record}
+    if cls is CTMPipeline and "gamma" in record:  # given targets are told by their gamma
+        options["final_sigma"] = record["sigmas"][-1]
+    labels = [record["class_label"]] * record.get("batch_size", 1)
+    generator = seeded(record["seed"])
+    images = pipe(*given, class_labels=labels, sigmas=record["sigmas"][:-1], generator=generator, **options).images
+    return np.asarray(images[record.get("batch_index", 0)])
+
+
+LEVELS = {"sigmas": [80.0, 5.0, 0.6]}
+AGAIN = {
+    "classes": ({"num_inference_steps": 2}, {}),
+    "noise in between": ({"num_inference_steps": 4, "gamma": 0.7}, {}),
+    "gamma near 1": ({"gamma": [0.99999, 0.9999999, 0.0], **LEVELS}, {}),
+    "a generator each": ({"num_inference_steps": 3, "gamma": 0.7, "generator": [4, 5, 6]}, {}),
+    "jumps": ({"sigmas": [80.0, 60.0, 5.0], "target_sigmas": [0.06, 0.007, 0.002]}, {}),
+    "jumps that end higher": ({"target_sigmas": [1.0, 0.4, 0.3], **LEVELS}, {}),
+    "noise that is left": ({"final_sigma": 0.3, "gamma": 0.5, **LEVELS}, {}),
+    "to zero": ({"final_sigma": 0.0, "num_inference_steps": 3, "gamma": 1.0}, {}),
+    "classifier-free guidance": ({"num_inference_steps": 2, "guidance_scale": 2.5}, {}),
+    "a preset": ({"num_inference_steps": 2}, {"presets": {"2": {"sigmas": [70, 1.5], "target_sigmas": [0.01, 0.002]}}}),
+    "clipped": ({"num_inference_steps": 3, "gamma": 1.0}, {"clip_sample": True}),
+    "other ends": ({"num_inference_steps": 3, "gamma": 0.9}, {"sigma_min": 0.1, "sigma_max": 40.0}),
+    "Heun": ({"num_inference_steps": 3}, None),
+    "Heun with churn": ({"num_inference_steps": 3}, {"s_churn": 2.0, "s_noise": 1.01, "s_tmin": 0.1}),
+    "image to image": ({"strength": 0.6, "num_inference_steps": 3, "gamma": 0.4}, {}),
+    "image to image by Heun": ({"sigma": 3.0, "num_inference_steps": 2}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("seed", [9, 10])
+def test_a_record_alone_makes_the_image_again(make_unet, name, seed, tmp_path):
+    """Of classes that were drawn, which the record says."""
+    (options, numbers), unet = AGAIN[name], make_unet(num_class_embeds=3)
+    cls, given = CTMPipeline, ()
+    if "image" in name:
+        cls, given = CTMImg2ImgPipeline, (torch.rand(1, 3, 8, 8, generator=seeded()),)
+    scheduler = EDMHeunScheduler if "Heun" in name else CTMScheduler
+    pipe = cls(unet, scheduler(**numbers or {}), null_class=2)
+    seeds = options.get("generator")
+    generator = [seeded(one + seed) for one in seeds] if seeds else seeded(seed)
+    paths = save_images(pipe(*given, batch_size=3, **{**options, "generator": generator}), tmp_path / "{index}.png")
+    for path in paths:
+        difference = made_from(read_provenance(path), unet, *given).astype(int) - pixels(path)
+        assert np.abs(difference).max() <= 1
+
+
+def test_drawn_classes_leave_the_noise_alone(pipe):
+    """What draws classes is told by the generator's state and does not move it, nor does it share its bits."""
+    drawn = [pipe(batch_size=64, num_inference_steps=1, generator=seeded(seed)).provenance for seed in (0, 0, 1)]
+    labels = [[record["class_label"] for record in records] for records in drawn]
+    assert labels[0] == labels[1] != labels[2] and set(labels[0]) == {0, 1, 2}
+    assert labels[0] != torch.randint(3, (64,), generator=seeded(0)).tolist()
+    each = pipe(generator=[seeded(seed) for seed in range(30)], num_inference_steps=1).provenance
+    assert {record["class_label"] for record in each} == {0, 1, 2}
+    one = seeded(3)  # one that is listed for all goes on drawing
+    assert len({record["class_label"] for record in pipe(generator=[one] * 30).provenance}) == 3
+    torch.manual_seed(0)
+    free = [[record["class_label"] for record in pipe(batch_size=30).provenance] for _ in range(2)]
+    assert free[0] != free[1]
+
+
+def test_a_seed_is_written_only_where_it_makes_the_image_again(pipe):
+    def seeds(**options):
+        return [record.get("seed") for record in pipe(class_labels=1, **options).provenance]
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return {}
+
+    latents, one = torch.randn(2, 3, 8, 8), seeded(5)
+    assert seeds(generator=seeded(5), batch_size=2) == [5, 5]
+    assert seeds(generator=seeded(5), latents=latents) == [None, None]
+    assert seeds(generator=[seeded(5), seeded(6)], latents=latents) == [None, None]
+    assert seeds(generator=[one, seeded(6), one]) == [None, 6, None]
+    assert seeds(generator=seeded(5), num_inference_steps=2, callback_on_step_end=stop) == [None]
+
+
+def test_guidance_and_precision_are_said(pipe):
+    def record(**options):
+        return pipe(class_labels=1, **options).provenance[0]
+
+    guided = record(guidance=LossGuidance(lambda x: x.sum((1, 2, 3)), 0.1))
+    assert guided["guidance"] == "LossGuidance" and "guidance_scale" not in guided and "dtype" not in guided
+    inverter = CTMInversionPipeline.from_pipe(pipe)
+    assert not {"guidance", "scheduler_config"} & set(inverter.decode(torch.randn(1, 3, 8, 8), 0, 1).provenance[0])
+    assert "guidance" not in record()
+    pipe.unet.to(torch.bfloat16)
+    assert record()["dtype"] == "bfloat16"
 
 
 def test_one_generator_per_image_gives_one_seed_each(pipe):

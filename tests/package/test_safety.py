@@ -85,7 +85,7 @@ CALLS = {
     "restoration": (
         CTMRestorationPipeline,
         lambda pipe, **kw: pipe(
-            torch.tensor([-0.5, 0.5, 0.5, -0.5]).reshape(4, 1, 1, 1).expand(4, 1, 4, 4),
+            torch.tensor([0.25, 0.75, 0.75, 0.25]).reshape(4, 1, 1, 1).expand(4, 1, 4, 4),
             GrayscaleOperator(),
             num_inference_steps=2,
             class_labels=LABELS,

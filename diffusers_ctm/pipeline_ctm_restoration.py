@@ -16,6 +16,7 @@ from .linear_operators import check_operator, consistent_image
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .runs import own_run
 from .scheduling_karras import jumps
 
 
@@ -47,6 +48,7 @@ class CTMRestorationPipeline(CTMPipeline):
     _given = "measurement"  # the argument that y came from
 
     @torch.no_grad()
+    @own_run
     def __call__(
         self,
         measurement=None,
@@ -137,7 +139,7 @@ class CTMRestorationPipeline(CTMPipeline):
                 f"{type(self).__name__} works with CTMScheduler, not with {type(self.scheduler).__name__}: use "
                 "`CTMScheduler.from_config(pipe.scheduler.config)` and a CTM."
             )
-        network = self._guided_network(guidance_scale, guidance)
+        self._set_guidance(guidance_scale, guidance)
         batch_size = self._batch_size_with(y, self._given, batch_size)
         if all(levels[name] is None for name in ("num_inference_steps", "timesteps", "sigmas")):
             levels["num_inference_steps"] = 18
@@ -158,7 +160,6 @@ class CTMRestorationPipeline(CTMPipeline):
             start,
             class_labels,
             callback[0],
-            network,
             guidance,
             generator=generator,
             project=partial(consistent_image, operator, pseudo_inverse, known=known),

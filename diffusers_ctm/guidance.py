@@ -40,6 +40,7 @@ class Guidance:
     allow for that by `sigma` (docs/guidance.md says how, with measurements). "image" keeps a bias at gamma = 0 however
     short the steps.
 
+    A loss may not use tensors made inside `torch.inference_mode()`, which autograd refuses; the pipeline's own may be.
     A loss without a gradient is an error. If the gradient is 0 for all images at all steps, the pipeline warns that
     nothing was guided. Gradients are per sample and reach x_t alone, never the parameters of a network
     (`pipe.unet.requires_grad_(False)` saves their memory).

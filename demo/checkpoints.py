@@ -102,10 +102,8 @@ class Checkpoint:
         return (folder, names) if network == [self.channels, *self.size, len(names)] else None
 
     def fresh(self, pipe: CTMPipeline | None = None) -> CTMPipeline:
-        """A pipeline for one request: the networks are shared, the scheduler, which counts steps, is not."""
-        pipe = copy.copy(pipe or self.pipe)
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        return pipe
+        """A pipeline for one request, which may put another scheduler in place; the networks are shared."""
+        return copy.copy(pipe or self.pipe)
 
     @cached_property
     def examples(self) -> tuple[str, list[Image.Image], list[int] | None]:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Arguments checked, with a message that says what to pass."""
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -68,7 +69,49 @@ def check_output_type(output_type: str) -> None:
 
 def check_callback(callback: Callable | None, names: list[str] | None, allowed: Sequence[str]) -> None:
     """Raise ValueError if a pipeline's callback asks for a tensor that is not `allowed`."""
+    asked, advice = "callback_on_step_end_tensor_inputs", ""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-        names = callback.tensor_inputs
+        asked, names = f"tensor_inputs of {type(callback).__name__}", callback.tensor_inputs
+        advice = " To end guidance early, let a callback set `pipe._guidance_scale = 1.0`."
     if set(names or ()) - set(allowed):
-        raise ValueError(f"callback_on_step_end_tensor_inputs may hold {allowed}, got {names}.")
+        raise ValueError(f"{asked} may hold {allowed}, got {names}.{advice}")
+
+
+def check_differentiable(network: torch.nn.Module) -> None:
+    """Raise ValueError for a network made in inference mode, whose weights autograd cannot keep."""
+    if any(weight.is_inference() for weight in itertools.islice(network.parameters(), 1)):
+        raise ValueError(
+            "The network was made inside torch.inference_mode(), and its gradient is needed here. Load it outside, or "
+            "inside torch.no_grad()."
+        )
+
+
+class NotFiniteError(ValueError):
+    """The network gave NaN or infinite values; `where` says in which call, `level` the noise levels of that call."""
+
+    def __init__(self, where: str, level: torch.Tensor | float, source: str = "The network"):
+        low, high = (f"{value:.4g}" for value in torch.as_tensor(level).aminmax())
+        levels = f"noise level {low}" if low == high else f"noise levels {low} to {high}"
+        super().__init__(
+            f"{source} gave NaN or infinite values {where}, at {levels}. In float16 the values of a network often "
+            "overflow: load it with `torch_dtype=torch.bfloat16` or `torch.float32`. If it is not float16, its weights "
+            "are broken."
+        )
+
+
+def check_finite(
+    finite: Sequence[torch.Tensor],
+    levels: Sequence[torch.Tensor | float],
+    unit: str = "step",
+    source: str = "The network",
+) -> None:
+    """Raise NotFiniteError for the first step that gave NaN or infinite values. Waits for the device once.
+
+    Args:
+        finite: whether the values of each step were finite, 0-d tensors on the device.
+        levels: noise levels of each step, numbers or tensors.
+    """
+    seen = torch.stack(list(finite)).tolist() if finite else []
+    if not all(seen):
+        first = seen.index(False)
+        raise NotFiniteError(f"in {unit} {first + 1} of {len(levels)}", levels[first], source)

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import as_number, check_choice
+from .checks import NotFiniteError, as_number, check_choice, check_differentiable
 from .preconditioning import condition
 from .scheduling_karras import preconditioning_of
 
 
 GUIDANCE_INPUTS = ("prediction", "image", "noisy")
+
+# The number of classes of the network that is guided now. Threads may share a guidance, and pipelines too.
+_NUM_CLASSES: ContextVar[int | None] = ContextVar("_NUM_CLASSES", default=None)
 
 
 class Guidance:
@@ -36,6 +40,7 @@ class Guidance:
     allow for that by `sigma` (docs/guidance.md says how, with measurements). "image" keeps a bias at gamma = 0 however
     short the steps.
 
+    A loss may not use tensors made inside `torch.inference_mode()`, which autograd refuses; the pipeline's own may be.
     A loss without a gradient is an error. If the gradient is 0 for all images at all steps, the pipeline warns that
     nothing was guided. Gradients are per sample and reach x_t alone, never the parameters of a network
     (`pipe.unet.requires_grad_(False)` saves their memory).
@@ -107,11 +112,8 @@ class ClassifierGuidance(Guidance):
     ):
         super().__init__(scale, on)
         self.classifier = classifier
-        self.target = None if target is None else torch.as_tensor(target, device="cpu")
-        self.num_classes = None
-
-    def prepare(self, num_classes: int | None) -> None:
-        self.num_classes = num_classes
+        with torch.inference_mode(False):  # autograd keeps no tensor that was made in inference mode
+            self.target = None if target is None else torch.as_tensor(target, device="cpu").clone()
 
     def loss(self, x_0: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         logits = classifier_logits(self.classifier, x_0, *([sigma] if self.on == "noisy" else []))
@@ -121,7 +123,7 @@ class ClassifierGuidance(Guidance):
                 "ClassifierGuidance needs a `target`: the network is unconditional, there are no class_labels."
             )
         if self.target is None:
-            check_same_classes(logits, self.num_classes, "Pass `target` in the classifier's own numbers")
+            check_same_classes(logits, _NUM_CLASSES.get(), "Pass `target` in the classifier's own numbers")
         target = check_classes(target, len(x_0), logits.shape[1]).to(logits.device)
         return F.cross_entropy(logits, target, reduction="none")
 
@@ -190,6 +192,7 @@ def check_guidance(guidance: Any, pipe: Any) -> None:
         raise ValueError(f"guidance must be an object of a subclass of Guidance, got {type(guidance).__name__}.")
     if preconditioning_of(pipe.scheduler) is None:
         raise ValueError(f"{type(pipe.scheduler).__name__} takes no `guidance`; CTMScheduler and EDMHeunScheduler do.")
+    check_differentiable(pipe.unet)
     if guidance.on == "image" and not getattr(pipe.unet, "has_target_time", False):
         raise ValueError(
             f'guidance on the "image" needs a network that jumps, a CTM, and this is a {type(pipe.unet).__name__}. Use '
@@ -221,6 +224,7 @@ def guided_output(
     times: tuple[torch.Tensor, ...],
     class_labels: torch.Tensor | None,
     dtype: torch.dtype,
+    num_classes: int | None = None,
 ) -> tuple[torch.Tensor, bool]:
     """The network's output F for `scheduler.step`, moved so that g moves along the gradient; and whether it moved.
 
@@ -233,9 +237,11 @@ def guided_output(
         times: what the network is shown: it, and with `CTMScheduler` the target timestep.
         class_labels: shape (B,) or None.
         dtype: of the network's input.
+        num_classes: classes of the network, for a `ClassifierGuidance` without a target.
 
     Raises:
         ValueError: the loss has no gradient, another shape than (B,), or is not finite.
+        NotFiniteError: a network that gives NaN or infinite values.
     """
     preconditioning = scheduler.preconditioning
     with torch.inference_mode(False), torch.enable_grad():
@@ -260,13 +266,18 @@ def guided_output(
         else:
             seen, estimate = preconditioning.g_of_output(model_output, x, level), max(s, end)
 
-        loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
-        gradient, moved = _gradient(loss, seen, x, t)
+        token = _NUM_CLASSES.set(num_classes)
+        try:
+            loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
+        finally:
+            _NUM_CLASSES.reset(token)
+        network_finite = model_output.isfinite().all() & seen.isfinite().all()
+        gradient, moved = _gradient(loss, seen, x, t, network_finite, scheduler)
     weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
     return model_output.detach() - weight / float(preconditioning.scalings(level)[1]) * gradient, moved
 
 
-def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, bool]:
+def _gradient(loss, seen, x, sigma: float, network_finite: torch.Tensor, scheduler) -> tuple[torch.Tensor, bool]:
     """Gradient of each sample's loss with respect to `x`, through the loss's argument `seen`; and if any is not 0."""
     if not torch.is_tensor(loss) or loss.shape != (len(x),):
         got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
@@ -283,7 +294,10 @@ def _gradient(loss: torch.Tensor, seen: torch.Tensor, x: torch.Tensor, sigma: fl
         # A mean over all pixels has a gradient too small for fp16 on its way through the network.
         largest = slope.flatten(1).abs().amax(1).clamp(min=1e-30).reshape(-1, *[1] * (x.ndim - 1))
         slope = torch.autograd.grad(seen, x, slope / largest)[0] * largest
-    finite, moved = torch.stack([loss.isfinite().all() & slope.isfinite().all(), slope.any()]).tolist()  # one transfer
+    finite = loss.isfinite().all() & slope.isfinite().all()
+    sound, finite, moved = torch.stack([network_finite, finite, slope.any()]).tolist()  # one transfer
+    if not sound:
+        raise NotFiniteError(f"in step {scheduler.step_index + 1} of {len(scheduler.timesteps)}", sigma)
     if not finite:
         raise ValueError(
             f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth "
@@ -345,8 +359,15 @@ class ClassAverage(nn.Module):
         classes = range(network.config.num_class_embeds) if classes is None else classes
         self.register_buffer("classes", torch.tensor(list(classes), device=network.device), persistent=False)
         self.config = SimpleNamespace(**{**network.config, "num_class_embeds": None})
-        self.dtype, self.device = network.dtype, network.device
         self.has_target_time = getattr(network, "has_target_time", False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
 
     def forward(self, sample: torch.Tensor, *times: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
         count = len(self.classes)

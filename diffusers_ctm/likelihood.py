@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import as_float64, check_choice, check_count, check_positive
+from .checks import as_float64, check_choice, check_count, check_differentiable, check_finite, check_positive
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .runge_kutta import dormand_prince
@@ -102,7 +102,8 @@ def log_likelihood(
 
     Raises:
         ValueError: images of another size or mode, not 8-bit, or with NaN; labels missing or not expected; a network in
-            training mode; a list of generators; an option that does not exist.
+            training mode; a list of generators; an option that does not exist; a network that gives NaN or infinite
+            values.
         RuntimeError: the solver does not reach the tolerances.
     """
     # 1. Check
@@ -119,6 +120,7 @@ def log_likelihood(
         raise ValueError(
             "The network is in training mode, where dropout changes the likelihood; call `pipe.unet.eval()`."
         )
+    check_differentiable(unet)
     size, channels = pipe.image_size, unet.config.in_channels
     clean = 2 * read_images(images, channels, size, "images", bounded=dequantize, dtype=torch.float64) - 1
 
@@ -126,7 +128,15 @@ def log_likelihood(
     device = pipe._execution_device
     dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
     clean = (_on_grid(clean) if dequantize else clean).to(device=device, dtype=dtype)
-    denoiser = exact_denoiser(pipe, **pipeline_condition(pipe, class_labels, len(clean), device))
+    exact = exact_denoiser(pipe, **pipeline_condition(pipe, class_labels, len(clean), device))
+    finite, seen = [], []
+
+    def denoiser(x, sigma):
+        denoised = exact(x, sigma)
+        finite.append(denoised.detach().isfinite().all())  # looked at once, at the end
+        seen.append(sigma)
+        return denoised
+
     config = pipe.scheduler.config
     levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
 
@@ -146,7 +156,11 @@ def log_likelihood(
         x = clean + HALF_WIDTH * (2 * uniform(*clean.shape) - 1) if dequantize else clean
         if method == "ode":
             probes = None if trace == "exact" else signs()
-            solution = ode_log_density(denoiser, x, probes, config.sigma_data, rtol=rtol, atol=atol, **levels)
+            try:
+                solution = ode_log_density(denoiser, x, probes, config.sigma_data, rtol=rtol, atol=atol, **levels)
+            except RuntimeError:
+                check_finite(finite, seen, "evaluation")
+                raise
             estimates.append(solution.log_density)
             nfe += solution.nfe
             backward_passes += solution.nfe * (x[0].numel() if probes is None else num_probes)
@@ -169,6 +183,8 @@ def log_likelihood(
             nfe += 2
             backward_passes += 0 if probes is None else num_probes
     pipe.maybe_free_model_hooks()
+    if method == "elbo":  # the solver may leave the region where the network is finite, and come back
+        check_finite(finite, seen, "evaluation")
 
     # 4. Summarize
     log_density = torch.stack(estimates).cpu().double()  # (draws, probes, B)

@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """CTMPipeline: noise to images; its network as a denoiser."""
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
@@ -13,18 +13,22 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_callback, check_count, check_output_type
+from .checks import check_callback, check_count, check_finite, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
 from .hub import component_library, write_loading_code
 from .pipeline_output import CTMPipelineOutput
 from .preconditioning import PREDICTIONS, Preconditioning, condition, has_betas
 from .provenance import GENERATED, fresh_seeds, png_text, run_records
+from .runs import own_run, runs_of, show_run
 from .safety import check_safety_checker, without_unsafe
 from .scheduling_karras import default_num_steps, jumps, preconditioning_of
 from .two_times import image_size
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
+
+
+KEEP_DTYPE = "keep"  # a dtype for `CTMPipeline.to` that changes nothing
 
 
 def _with_components_last(signature: inspect.Signature, names: Sequence[str]) -> inspect.Signature:
@@ -61,6 +65,11 @@ class CTMPipeline(DiffusionPipeline):
 
     A checkpoint may carry schedules of its own for given numbers of steps, `scheduler.config.presets`:
     `pipe(num_inference_steps=2)` uses that for 2 where the call says nothing of levels and gamma.
+
+    Several threads may call one pipeline, each with its own generator: a call runs on a copy of the pipeline, with a
+    scheduler of its own, and callbacks are given that copy. `pipe.scheduler` shows the schedule of the last call. A
+    `pipe._interrupt = True` on the pipeline itself stops all its calls. Networks and checkers are shared: do not move
+    them meanwhile, which `enable_model_cpu_offload` does after each call.
     """
 
     model_cpu_offload_seq = "unet"
@@ -116,6 +125,7 @@ class CTMPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._preconditioning = None
         self._interrupt = False
+        self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._seeds = None
         self._guided_by = {}
@@ -133,10 +143,25 @@ class CTMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "CTMPipeline":
-        """This pipeline with the components and config of another, its safety checker included."""
+        """This pipeline with the components and config of another, its safety checker included.
+
+        The components are shared. They keep their precision, unless `torch_dtype` is given.
+        """
         for name in cls._optional_components:  # diffusers leaves out models of a class that it did not expect
             kwargs.setdefault(name, getattr(pipeline, name, None))
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:  # diffusers would take float32
+            kwargs["dtype"] = KEEP_DTYPE if kwargs.get("custom_pipeline") is None else pipeline.dtype
         return super().from_pipe(pipeline, **kwargs)
+
+    @functools.wraps(DiffusionPipeline.to)
+    def to(self, *args, **kwargs):
+        return self if kwargs.get("dtype") == KEEP_DTYPE else super().to(*args, **kwargs)
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name in ("_interrupt", "_guidance_scale"):  # reaches the calls that run now
+            for own in runs_of(self):
+                setattr(own, name, value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, with the code that loads it where this package is missing.
@@ -272,19 +297,20 @@ class CTMPipeline(DiffusionPipeline):
             )
         return ids
 
-    def _guided_network(self, guidance_scale: float, guidance: Guidance | None) -> Callable:
-        """The network with classifier-free guidance, if asked; checks both guidances."""
+    def _set_guidance(self, guidance_scale: float, guidance: Guidance | None) -> None:
+        """Check both guidances of a call, and start with this scale of the classifier-free one."""
         if guidance is not None:
             check_guidance(guidance, self)
             guidance.prepare(self.num_classes)
-        guidance_scale = check_guidance_scale(guidance_scale, self)
-        self._guided_by = {
-            "guidance_scale": None if guidance_scale == 1 else guidance_scale,
-            "guidance": None if guidance is None else type(guidance).__name__,
-        }
-        if guidance_scale == 1:
+        self._guidance_scale = check_guidance_scale(guidance_scale, self)
+        self._guided_by = {"guidance": None if guidance is None else type(guidance).__name__}
+
+    def _network(self) -> Callable:
+        """The network, with classifier-free guidance of `_guidance_scale`, which a callback may have changed."""
+        scale = check_guidance_scale(self._guidance_scale, self)
+        if scale == 1:
             return self.unet
-        return ClassifierFreeNetwork(self.unet, guidance_scale, partial(null_labels, self))
+        return ClassifierFreeNetwork(self.unet, scale, functools.partial(null_labels, self))
 
     def draw_latents(
         self, batch_size: int, device, generator, latents: torch.Tensor | None, size: tuple[int, int] | None = None
@@ -315,6 +341,11 @@ class CTMPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to stop after the current step."""
         return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        """w of classifier-free guidance in the last call. Set `pipe._guidance_scale` in a callback to change it."""
+        return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
@@ -371,30 +402,30 @@ class CTMPipeline(DiffusionPipeline):
             raise ValueError(f"{name} has {len(given)} entries for batch_size={batch_size}; pass one or {batch_size}.")
         return len(given)
 
-    def _sample(
-        self, latents, class_labels, callback_on_step_end, network=None, guidance=None, **step_options
-    ) -> torch.Tensor:
+    def _sample(self, latents, class_labels, callback_on_step_end, guidance=None, **step_options) -> torch.Tensor:
         """Run all steps that were set, from the first sample to the last; `step_options` go to `scheduler.step`.
 
-        `network` is called in place of `unet`.
+        Raises NotFiniteError for a network that gives NaN or infinite values.
         """
-        scheduler, network = self.scheduler, self.unet if network is None else network
+        scheduler, finite, scales = self.scheduler, [], []
         guided, moved = guidance is not None and guidance.scale != 0, []
         timestep_factor, dtype = self._match_scheduler(), self.unet.dtype
         targets = scheduler.target_timesteps if jumps(scheduler) else None
         labels = condition(class_labels)
-        self._interrupt = False
         self._num_timesteps = len(scheduler.timesteps)
         scheduler.set_begin_index(0)  # else it waits for the device to look the first timestep up
+        show_run(self)
 
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self._interrupt:
                     break
                 times = (t * timestep_factor,) if targets is None else (t, targets[i])
+                network = self._network()
+                scales.append(self._guidance_scale)
                 if guided:
                     model_output, any_moved = guided_output(
-                        guidance, network, scheduler, latents, t, times, class_labels, dtype
+                        guidance, network, scheduler, latents, t, times, class_labels, dtype, self.num_classes
                     )
                     moved.append(any_moved)
                 else:
@@ -403,8 +434,17 @@ class CTMPipeline(DiffusionPipeline):
                 model_output = model_output.to(latents.dtype)
                 latents = scheduler.step(model_output, t, latents, return_dict=False, **step_options)[0]
                 if callback_on_step_end is not None:
+                    show_run(self)
+                    kept = latents
                     latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
+                    if latents is not kept:
+                        self._seeds = None  # they do not make these images
+                finite.append(latents.isfinite().all())  # looked at once, at the end
                 progress_bar.update()
+        if set(scales) - {1}:
+            self._guided_by["guidance_scale"] = scales[0] if len(set(scales)) == 1 else scales
+        source = "The network" if callback_on_step_end is None else "The network, or the callback,"
+        check_finite(finite, getattr(scheduler, "call_sigmas", scheduler.sigmas)[: self._num_timesteps], source=source)
         if moved and not any(moved):
             logging.get_logger(__name__).warning(
                 "The gradient of the guidance loss was 0 for every image at every step, so that nothing was guided. "
@@ -433,6 +473,7 @@ class CTMPipeline(DiffusionPipeline):
         return CTMPipelineOutput(images=images, nsfw_content_detected=flags, provenance=records)
 
     @torch.no_grad()
+    @own_run
     def __call__(
         self,
         batch_size: int | None = None,
@@ -478,7 +519,7 @@ class CTMPipeline(DiffusionPipeline):
                 these are pixels.
             return_dict: return a `CTMPipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network
-                evaluation; may return a dict with new latents.
+                evaluation; may return a dict with new latents, and set `pipe._interrupt` or `pipe._guidance_scale`.
             callback_on_step_end_tensor_inputs: which tensors it gets; "latents" is all there is.
             guidance: a `ClassifierGuidance`, `LossGuidance` or other `Guidance`, which says what its gradient costs.
                 Every step, in `EDMHeunScheduler` every call, is guided. `CTMScheduler` and `EDMHeunScheduler` only.
@@ -492,13 +533,13 @@ class CTMPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for arguments that do not fit each other, the network or the scheduler; the message says what to
-                pass.
+                pass. And for a network that gives NaN or infinite values.
         """
         # 1. Check
         batch_size = self.check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-        network = self._guided_network(guidance_scale, guidance)
+        self._set_guidance(guidance_scale, guidance)
 
         # 2. Prepare
         device = self._execution_device
@@ -515,7 +556,7 @@ class CTMPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size, device, generator, latents)
 
         # 3. Sample
-        latents = self._sample(latents, class_labels, callback_on_step_end, network, guidance, generator=generator)
+        latents = self._sample(latents, class_labels, callback_on_step_end, guidance, generator=generator)
 
         # 4. Finish
         return self._finish(latents, output_type, return_dict, class_labels)

@@ -14,6 +14,7 @@ from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .runs import own_run
 from .scheduling_karras import default_num_steps, jumps
 from .trajectory import karras_sigma, karras_starts
 
@@ -29,6 +30,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
     _digital_source_type = EDITED
 
     @torch.no_grad()
+    @own_run
     def __call__(
         self,
         image=None,
@@ -90,7 +92,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
         batch_size = self._batch_size_with(image, "image", batch_size)
-        network = self._guided_network(guidance_scale, guidance)
+        self._set_guidance(guidance_scale, guidance)
         sigmas = self._levels(strength, sigma, sigmas, num_inference_steps, add_noise)
 
         # 2. Prepare
@@ -102,7 +104,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             start = start + self.prepare_latents(batch_size, device, generator, latents, tuple(start.shape[-2:]))
 
         # 3. Sample
-        images = self._sample(start, class_labels, callback_on_step_end, network, guidance, generator=generator)
+        images = self._sample(start, class_labels, callback_on_step_end, guidance, generator=generator)
 
         # 4. Finish
         return self._finish(images, output_type, return_dict, class_labels)

@@ -11,6 +11,7 @@ from .image_inputs import read_images, read_masks
 from .linear_operators import MaskOperator
 from .pipeline_ctm_restoration import CTMRestorationPipeline
 from .pipeline_output import CTMPipelineOutput
+from .runs import own_run
 
 
 class CTMInpaintPipeline(CTMRestorationPipeline):
@@ -23,6 +24,7 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
     _given = "image"
 
     @torch.no_grad()
+    @own_run
     def __call__(
         self,
         image=None,

@@ -8,11 +8,12 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from .checks import as_float64, check_callback, check_count, check_output_type
+from .checks import as_float64, check_callback, check_count, check_finite, check_output_type
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .runs import own_run, show_run
 from .trajectory import append_dims, heun_step, karras_sigmas
 
 
@@ -44,6 +45,7 @@ class CTMInversionPipeline(CTMPipeline):
     _digital_source_type = EDITED
 
     @torch.no_grad()
+    @own_run
     def __call__(
         self,
         image,
@@ -87,6 +89,7 @@ class CTMInversionPipeline(CTMPipeline):
         return CTMInversionOutput(latents=latents) if return_dict else (latents,)
 
     @torch.no_grad()
+    @own_run
     def decode(
         self,
         latents: torch.Tensor,
@@ -127,6 +130,7 @@ class CTMInversionPipeline(CTMPipeline):
         )
 
     @torch.no_grad()
+    @own_run
     def interpolate(
         self,
         image,
@@ -180,17 +184,21 @@ class CTMInversionPipeline(CTMPipeline):
         """Heun's method from `x` at the first of `levels` to the last, in either direction."""
         check_callback(callback, callback_inputs, self._callback_tensor_inputs)
         denoiser = exact_denoiser(self, **condition)
+        starts, finite = levels[:-1], []
         levels = levels.to(device=x.device, dtype=x.dtype)
-        self._interrupt = False
-        self._num_timesteps = 2 * (len(levels) - 1)
+        self._num_timesteps = 2 * len(starts)
+        show_run(self)
         with self.progress_bar(total=len(levels) - 1) as progress_bar:
             for i, (t, t_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
                 if self._interrupt:
                     break
                 x = heun_step(denoiser, x, t, t_next)
                 if callback is not None:
+                    show_run(self)
                     x = (callback(self, i, self.scheduler.sigma_to_t(t_next), {"latents": x}) or {}).get("latents", x)
+                finite.append(x.isfinite().all())  # looked at once, at the end
                 progress_bar.update()
+        check_finite(finite, starts, source="The network" if callback is None else "The network, or the callback,")
         return x
 
 

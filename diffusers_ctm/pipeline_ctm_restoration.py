@@ -17,6 +17,7 @@ from .linear_operators import check_measured_values, check_operator, consistent_
 from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
+from .runs import own_run
 from .scheduling_karras import jumps
 
 
@@ -52,6 +53,7 @@ class CTMRestorationPipeline(CTMPipeline):
     _given = "measurement"  # the argument that y came from
 
     @torch.no_grad()
+    @own_run
     def __call__(
         self,
         measurement=None,
@@ -146,7 +148,7 @@ class CTMRestorationPipeline(CTMPipeline):
                 f"{type(self).__name__} works with CTMScheduler, not with {type(self.scheduler).__name__}: use "
                 "`CTMScheduler.from_config(pipe.scheduler.config)` and a CTM."
             )
-        network = self._guided_network(guidance_scale, guidance)
+        self._set_guidance(guidance_scale, guidance)
         batch_size = self._batch_size_with(y, self._given, batch_size)
         if all(levels[name] is None for name in ("num_inference_steps", "timesteps", "sigmas")):
             levels["num_inference_steps"] = 18
@@ -171,7 +173,6 @@ class CTMRestorationPipeline(CTMPipeline):
             start,
             class_labels,
             callback[0],
-            network,
             guidance,
             generator=generator,
             project=partial(consistent_image, operator, pseudo_inverse, known=known),

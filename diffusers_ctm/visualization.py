@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_count
+from .checks import check_count, check_finite
 from .class_labels import labels_and_batch_size
 from .pipeline_ctm import CTMPipeline
 from .preconditioning import condition
+from .runs import own_run
 from .safety import without_unsafe
 from .scheduling_karras import jumps
 
@@ -27,6 +28,7 @@ class TrajectoryStrip(NamedTuple):
     estimates: list
 
 
+@own_run
 def trajectory_strip(
     pipe: CTMPipeline,
     num_inference_steps: int | None = None,
@@ -127,6 +129,7 @@ def gamma_seed_grid(
 
 
 @torch.no_grad()
+@own_run
 def steps_gamma_grid(
     pipe: CTMPipeline,
     steps: Sequence[int] = (1, 2, 4, 8, 16),
@@ -168,19 +171,23 @@ def steps_gamma_grid(
             scheduler.set_timesteps(count, device, gamma=gamma)
             scheduler.set_begin_index(0)
             runs.append(scheduler)
-    unit = pipe.prepare_latents(1, device, generator, None) / pipe.scheduler.init_noise_sigma
+    unit = pipe.draw_latents(1, device, generator, None)
     states = [unit * scheduler.init_noise_sigma for scheduler in runs]
     noises = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in runs]
 
+    finite, levels = [], []
     for i in range(max(steps)):
         active = [k for k, scheduler in enumerate(runs) if i < scheduler.num_inference_steps]
         inputs = torch.cat([runs[k].scale_model_input(states[k], runs[k].timesteps[i]) for k in active]).to(dtype)
         times = [torch.stack([getattr(runs[k], name)[i] for k in active]) for name in ("timesteps", "target_timesteps")]
         labels = condition(None if class_labels is None else class_labels.expand(len(active)))
         outputs = unet(inputs, *times, **labels, return_dict=False)[0].to(states[0].dtype)
+        finite.append(outputs.isfinite().all())
+        levels.append(torch.stack([runs[k].call_sigmas[i] for k in active]))
         for k, output in zip(active, outputs.split(1), strict=True):
             states[k] = runs[k].step(output, runs[k].timesteps[i], states[k], noises[k], return_dict=False)[0]
 
+    check_finite(finite, levels)
     images = without_unsafe(pipe, torch.cat(states))[0]
     pipe.maybe_free_model_hooks()
     return [

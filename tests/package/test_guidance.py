@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 
 from diffusers_ctm import (
+    ClassAverage,
     ClassifierGuidance,
+    CTMImg2ImgPipeline,
+    CTMInpaintPipeline,
     CTMPipeline,
+    CTMRestorationPipeline,
     CTMScheduler,
     EDMHeunScheduler,
     Guidance,
     LossGuidance,
+    MaskOperator,
+    log_likelihood,
     rejection_sample,
 )
 from diffusers_ctm.guidance import guidance_weight
@@ -305,6 +312,54 @@ def test_inference_mode_and_half_precision(make_unet):
     pipe.to(torch.bfloat16)
     images = pipe(**options, generator=seeded()).images
     assert images.dtype == torch.float32 and (images - expected).abs().max() < 0.2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("on", ["prediction", "image", "noisy"])
+@pytest.mark.parametrize("cls", [CTMPipeline, CTMImg2ImgPipeline, CTMInpaintPipeline, CTMRestorationPipeline])
+def test_tensors_made_in_inference_mode(make_unet, cls, on):
+    pipe = cls(make_unet(num_class_embeds=4), CTMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def images():
+        image, mask = torch.full((1, 3, 8, 8), 0.5), torch.eye(8).expand(1, 1, 8, 8).clone()
+        given = {
+            CTMImg2ImgPipeline: {"image": image},
+            CTMInpaintPipeline: {"image": image, "mask_image": mask},
+            CTMRestorationPipeline: {"measurement": image * mask, "operator": MaskOperator(mask)},
+        }.get(cls, {})
+        noisy = {"noisy": lambda x, sigma: x.flatten(1)[:, :4] * sigma[:, None]}
+        classifier = noisy.get(on, lambda x: x.flatten(1)[:, :4])
+        guidance = ClassifierGuidance(classifier, torch.tensor([1, 0]), 30.0, on)
+        return pipe(
+            **given,
+            class_labels=torch.tensor([3, 1]),
+            latents=latents(2, 3, 8),
+            sigmas=torch.tensor([2.0, 0.5]),
+            generator=seeded(),
+            output_type="latent",
+            guidance=guidance,
+        ).images
+
+    expected = images()
+    with torch.inference_mode():
+        close(images(), expected)
+
+
+def test_networks_made_in_inference_mode_are_refused(make_unet):
+    with torch.inference_mode():
+        pipe = pipeline(make_unet(), CTMScheduler())
+    pipe(batch_size=1)
+    with pytest.raises(ValueError, match="made inside torch.inference_mode.*Load it outside"):
+        pipe(batch_size=1, guidance=linear())
+    with pytest.raises(ValueError, match="made inside torch.inference_mode.*Load it outside"):
+        log_likelihood(pipe, torch.zeros(1, 3, 8, 8))
+
+
+def test_a_class_average_moves_with_its_network(make_unet):
+    unet = make_unet(num_class_embeds=4)
+    pipe = pipeline(ClassAverage(unet), CTMScheduler()).to(torch.bfloat16)
+    assert pipe.unet.dtype == torch.bfloat16 == unet.dtype and pipe.unet.device == unet.device
+    pipe(batch_size=2)
 
 
 def test_a_tiny_gradient_survives_fp16(make_unet):
@@ -625,6 +680,85 @@ def test_both_guidances_at_once():
     images = pipe(latents=latents(), class_labels=1, guidance_scale=2.0, guidance=linear(), output_type="latent").images
     mean = 0.3 + 2 * 0.7
     close(images, GaussianData(STD, mean).jump(80 * latents(), 80.0, 0.002) + V * SLOPE * (1 - ratio(80.0, 0.002)))
+
+
+@pytest.mark.parametrize("cls", [CTMScheduler, EDMHeunScheduler, EDMEulerScheduler])
+@pytest.mark.parametrize("scales", [[1.0, 3.0, 0.0, 1.0, 2.0], [2.0, 1.0, 0.5, 0.0, -1.0]])
+def test_a_callback_changes_the_scale_of_the_next_calls(cls, scales):
+    pipe, steps, shown = with_null(), 3 if cls is EDMHeunScheduler else 5, []
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+
+    def callback(pipe, step, timestep, tensors):
+        shown.append(pipe.guidance_scale)
+        pipe._guidance_scale = [*scales, 7.0][step + 1]
+
+    options = {"class_labels": [1, 0], "num_inference_steps": steps, "output_type": "latent"}
+    images = pipe(latents=latents(2), guidance_scale=scales[0], callback_on_step_end=callback, **options).images
+    assert shown == scales and pipe.guidance_scale == 7.0
+    costs = {1.0: [1, 0], 0.0: [2, 2]}  # one evaluation
+    assert pipe.unet.batches == [costs.get(scale, [1, 0, 2, 2]) for scale in scales]
+
+    scheduler, network = cls.from_config(pipe.scheduler.config), ClassGaussians()
+    scheduler.set_timesteps(steps)
+    x, targets = latents(2) * scheduler.init_noise_sigma, getattr(scheduler, "target_timesteps", [None] * 5)
+    for t, s, scale in zip(scheduler.timesteps, targets, scales, strict=True):
+        given = [scheduler.scale_model_input(x, t), *((t,) if s is None else (t, s))]
+        null, asked = (network(*given, class_labels=torch.tensor(y))[0] for y in ([2, 2], [1, 0]))
+        x = scheduler.step(null + scale * (asked - null), t, x, return_dict=False)[0]
+    close(images, x)
+
+
+@pytest.mark.parametrize("cls", [CTMPipeline, CTMImg2ImgPipeline, CTMInpaintPipeline, CTMRestorationPipeline])
+def test_the_scale_is_dynamic_as_in_diffusers(cls):
+    """diffusers' own test of pipelines; and a step without evaluation of the second kind is not paid for."""
+    pipe = cls.from_pipe(with_null())
+    pipe.set_progress_bar_config(disable=True)
+    image, mask = torch.full((1, 1, 2, 2), 0.5), torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    given = {
+        CTMImg2ImgPipeline: {"image": image},
+        CTMInpaintPipeline: {"image": image, "mask_image": mask},
+        CTMRestorationPipeline: {"measurement": image * mask, "operator": MaskOperator(mask)},
+    }.get(cls, {})
+
+    def increase(pipe, step, timestep, tensors):
+        pipe._guidance_scale += 1.0
+        return tensors
+
+    options = {**given, "class_labels": 1, "latents": latents(1), "num_inference_steps": 4, "output_type": "latent"}
+    raised = pipe(**options, guidance_scale=1.0, callback_on_step_end=increase).images
+    assert pipe.guidance_scale == 1.0 + pipe.num_timesteps == 5.0
+    assert [len(batch) for batch in pipe.unet.batches] == [1, 2, 2, 2]
+    assert not torch.equal(raised, pipe(**options).images) and pipe.guidance_scale == 1.0
+
+
+def test_callbacks_of_diffusers_that_end_guidance():
+    class Cutoff(PipelineCallback):
+        tensor_inputs = []
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            if step_index == self.config.cutoff_step_index:
+                pipeline._guidance_scale = 1.0
+            return callback_kwargs
+
+    pipe, options = with_null(), {"class_labels": 1, "num_inference_steps": 4, "guidance_scale": 3.0}
+    pipe(**options, callback_on_step_end=Cutoff(cutoff_step_ratio=None, cutoff_step_index=1))
+    assert [len(batch) for batch in pipe.unet.batches] == [2, 2, 1, 1]
+    for theirs in (SDCFGCutoffCallback(0.5), MultiPipelineCallbacks([SDCFGCutoffCallback(0.5)])):  # of prompts
+        with pytest.raises(ValueError, match="Callback.* may hold.*got .'prompt_embeds'.*_guidance_scale = 1.0"):
+            pipe(**options, callback_on_step_end=theirs)
+
+
+def test_scales_of_a_callback_that_do_not_fit():
+    for pipe, scale, message in (
+        (with_null(), math.nan, "guidance_scale must be a finite number"),
+        (pipeline(), 2.0, "guidance_scale was given, but this network is unconditional"),
+    ):
+
+        def callback(pipe, step, timestep, tensors, scale=scale):
+            pipe._guidance_scale = scale
+
+        with pytest.raises(ValueError, match=message):
+            pipe(num_inference_steps=2, callback_on_step_end=callback)
 
 
 def test_classifier_free_guidance_that_does_not_fit(make_unet):

@@ -11,11 +11,27 @@ from diffusers import (
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    ModelMixin,
     UNet2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import ConfigMixin
 
-from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
+from diffusers_ctm import (
+    CTMImg2ImgPipeline,
+    CTMInpaintPipeline,
+    CTMInversionPipeline,
+    CTMPipeline,
+    CTMRestorationPipeline,
+    CTMScheduler,
+    CTMUNet2DModel,
+    EDMHeunScheduler,
+    GrayscaleOperator,
+    LossGuidance,
+    log_likelihood,
+    steps_gamma_grid,
+    trajectory_strip,
+)
 from diffusers_ctm.preconditioning import Preconditioning
 from helpers.comparing import close, seeded
 from helpers.exact import ExactDenoiserNetwork, ExactNetwork, GaussianData, randn
@@ -454,6 +470,93 @@ def test_half_precision_network_keeps_the_state_in_float32(make_unet):
     assert (images - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+# Networks that give NaN -----------------------------------------------------------------------------------------------
+
+
+class Broken(ExactNetwork):
+    """NaN, or what `value` says, in its call number `bad` in one pixel of the first image; class 1 is "no class"."""
+
+    def __init__(self, bad, value=math.nan):
+        super().__init__(DATA, sigma_data=0.6, class_shift=[0.0, 0.0])
+        self.bad, self.value = bad, value
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)[0].clone()
+        if len(self.calls) == self.bad:
+            output[0, 0, 0, 0] = self.value
+        return (output,)
+
+
+GUIDANCE = {"guidance": LossGuidance(lambda x_0: x_0.square().sum((1, 2, 3)))}
+LEVELS = [80.0, 5.0, 0.5]
+GIVEN = {
+    CTMPipeline: (),
+    CTMImg2ImgPipeline: (torch.zeros(1, 3, 4, 4),),
+    CTMInpaintPipeline: (torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 4, 4)),
+    CTMRestorationPipeline: (torch.zeros(1, 1, 4, 4), GrayscaleOperator()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, GUIDANCE, {"guidance_scale": 2.0}, {**GUIDANCE, "guidance_scale": 2.0}])
+@pytest.mark.parametrize("output_type", ["latent", "pil"])
+@pytest.mark.parametrize("cls", GIVEN)
+def test_a_network_that_gives_nan_is_an_error(cls, output_type, options):
+    asked = []
+    for bad, value in ((1, math.nan), (2, math.inf), (3, -math.inf)):
+        pipe = cls(
+            Broken(bad, value),
+            CTMScheduler(sigma_data=0.6),
+            null_class=1,
+            safety_checker=lambda images: asked.append(images),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        with pytest.raises(
+            ValueError, match=f"network gave NaN .*in step {bad} of 3, at noise level {LEVELS[bad - 1]:g}"
+        ):
+            pipe(*GIVEN[cls], class_labels=[0, 0], sigmas=LEVELS, output_type=output_type, **options)
+    assert not asked
+    pipe = cls(Broken(4), CTMScheduler(sigma_data=0.6), null_class=1)  # it breaks later than that
+    pipe.set_progress_bar_config(disable=True)
+    pipe(*GIVEN[cls], class_labels=[0, 0], sigmas=LEVELS, **options)
+
+
+@pytest.mark.parametrize(
+    "cls, count", [(EDMHeunScheduler, 5), (EDMEulerScheduler, 3), (EDMDPMSolverMultistepScheduler, 3)]
+)
+def test_so_do_other_samplers_and_callbacks(cls, count):
+    pipe = pipeline(Broken(2))
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    with pytest.raises(
+        ValueError, match=f"The network gave NaN .*in step 2 of {count}, at noise level .*torch.bfloat16"
+    ):
+        pipe(class_labels=0, num_inference_steps=3)
+
+    def to_nan(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"] * (math.nan if step == 0 else 1.0)}
+
+    with pytest.raises(ValueError, match=f"The network, or the callback, gave NaN .*in step 1 of {count}"):
+        pipeline(Broken(9), pipe.scheduler)(class_labels=0, num_inference_steps=3, callback_on_step_end=to_nan)
+
+
+def test_other_ways_to_sample_say_so_too():
+    inverter = CTMInversionPipeline.from_pipe(pipeline(Broken(3)))
+    for call, where in (
+        (lambda: inverter(torch.zeros(1, 3, 4, 4), 0, 4), r"step 2 of 4, at noise level 0\.\d+"),  # two calls each
+        (lambda: inverter.decode(latents(), 0, 4), "step 2 of 4, at noise level 17"),
+        (lambda: steps_gamma_grid(inverter, (1, 4), (0, 1), 0, seeded()), "step 3 of 4, at noise level 2.515"),
+        (lambda: trajectory_strip(inverter, 4, class_labels=0), "step 3 of 4"),
+        (lambda: log_likelihood(inverter, torch.zeros(1, 3, 4, 4), 0), "evaluation 3 of 7, at noise level"),
+        (
+            lambda: log_likelihood(inverter, torch.zeros(2, 3, 4, 4), 0, "elbo", num_draws=2),
+            "evaluation 3 of 4, at noise levels",
+        ),
+    ):
+        inverter.unet.calls.clear()
+        inverter.set_progress_bar_config(disable=True)
+        with pytest.raises(ValueError, match=f"The network gave NaN or infinite values in {where}"):
+            call()
+
+
 # What does not fit ----------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +677,28 @@ def test_components_and_from_pipe(make_unet):
         again.set_progress_bar_config(disable=True)
         assert torch.equal(again(**options, generator=seeded()).images, expected)
     assert CTMPipeline.from_pipe(pipe, scheduler=heun).scheduler is heun
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_from_pipe_keeps_the_precision_of_each_component(make_unet, dtype):
+    class Checker(ModelMixin, ConfigMixin):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            return images, [False] * len(images)
+
+    unet = make_unet().to(dtype)
+    weights = {name: value.clone() for name, value in unet.state_dict().items()}
+    pipe = pipeline(unet, CTMScheduler(), safety_checker=Checker())
+    for cls in (CTMPipeline, CTMImg2ImgPipeline, CTMInpaintPipeline, CTMRestorationPipeline, CTMInversionPipeline):
+        for again in (cls.from_pipe(pipe), cls.from_pipe(pipe, torch_dtype=None)):
+            assert again.unet is unet and again.unet.dtype == dtype and again.safety_checker.dtype == torch.float32
+    assert all(torch.equal(value, weights[name]) for name, value in unet.state_dict().items())
+    assert CTMUNet2DModel.from_unet(make_unet(UNet2DModel).to(dtype)).dtype == dtype
+    assert CTMPipeline.from_pipe(pipe, torch_dtype=torch.float64).unet.dtype == torch.float64
+    assert CTMPipeline.from_pipe(pipe, dtype=torch.bfloat16).to("cpu", torch.float32).unet.dtype == torch.float32
 
 
 def test_offload_hooks(monkeypatch):

@@ -27,6 +27,7 @@ from diffusers_ctm import (
     rejection_sample,
     trajectory_strip,
 )
+from diffusers_ctm.safety import unsafe_images
 from helpers.comparing import seeded
 from helpers.exact import ExactNetwork, GaussianData, randn
 from helpers.places import ROOT
@@ -215,12 +216,8 @@ def test_flags_of_numpy_and_torch_are_flags(convert):
 
 
 def test_images_that_are_nan_are_not_passed():
-    pipe = pipeline(safety_checker=lambda images: (images, [False]))
     with pytest.raises(RuntimeError, match="NaN or infinite and cannot be checked"):
-        pipe(
-            class_labels=DARK,
-            callback_on_step_end=lambda pipe, step, timestep, tensors: {"latents": tensors["latents"] * torch.nan},
-        )
+        unsafe_images(lambda images: (images, [False]), None, torch.full((1, 3, 4, 4), torch.nan))
 
 
 # diffusers' manner ----------------------------------------------------------------------------------------------------

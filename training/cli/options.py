@@ -18,6 +18,8 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from diffusers_ctm.checks import NotFiniteError
+
 from .errors import UserError, without_token
 
 
@@ -219,13 +221,13 @@ def save_config(config: Any, path: str) -> None:
 def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:
     """Parse the command line and call `main`.
 
-    A UserError becomes one line on standard error, without a token, and exit status 1. With CTM_TRACEBACK its traceback
-    is shown too.
+    A UserError, or a network that gives NaN, becomes one line on standard error, without a token, and exit status 1.
+    With CTM_TRACEBACK its traceback is shown too.
     """
     config = parse_config(config_class)
     try:
         main(config)
-    except UserError as error:
+    except (UserError, NotFiniteError) as error:
         if os.environ.get("CTM_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {without_token(str(error))}", file=sys.stderr)

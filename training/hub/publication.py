@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -113,8 +112,8 @@ def draw_samples(pipe: CTMPipeline, count: int, name: str, device: torch.device)
         ).images
     except Exception as error:
         raise UserError(f"{name} loads but does not sample: {error_text(error)}") from error
-    if not np.isfinite(images).all() or images.std() == 0:
-        raise UserError(f"{name} samples images that are not finite or all alike; nothing was published.")
+    if images.std() == 0:
+        raise UserError(f"{name} samples images that are all alike; nothing was published.")
     return pipe.numpy_to_pil(images), how
 
 

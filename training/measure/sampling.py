@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.checks import NotFiniteError
 
 from ..cli.device import wait_for
 from ..cli.errors import UserError
@@ -87,12 +88,13 @@ def draw(
     The noise depends on seed, batch and count, not on the setting: all settings start alike.
     """
     generator = torch.Generator(pipe._execution_device).manual_seed(seed * 1_000_003 + batch)
-    images = pipe(
-        batch_size=count, class_labels=labels, generator=generator, output_type="pt", **setting.options
-    ).images
-    if not torch.isfinite(images).all():
+    try:
+        images = pipe(
+            batch_size=count, class_labels=labels, generator=generator, output_type="pt", **setting.options
+        ).images
+    except NotFiniteError as error:
         option = "--model" if setting.sampler == "ctm" else "--teacher"
-        raise UserError(f"{option} gives infinite or NaN pixels ({setting.name}); its weights are broken.")
+        raise UserError(f"{option} gives infinite or NaN pixels ({setting.name}). {error}") from error
     return (images * 255).round().to(torch.uint8)
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.checks import NotFiniteError
 
 from ..cli.errors import UserError
 from ..cli.files import atomic_file
@@ -169,7 +170,7 @@ class Monitor:
         self.tracking.log({name if "/" in name else f"train/{name}": value for name, value in values.items()}, step)
 
     def save_samples(self, step: int, pipe: CTMPipeline) -> None:
-        """Draw samples from fixed noise to output_dir/samples, one picture per setting."""
+        """Draw samples from fixed noise to output_dir/samples, one picture per setting; none if they are NaN."""
         if not self.accelerator.is_main_process:
             return
         grids, columns, rows = {}, 10, 4
@@ -177,7 +178,11 @@ class Monitor:
         labels = pipe.classes and [pipe.classes[index % len(pipe.classes)] for index in range(columns)] * rows
         for name, settings in self.sample_settings.items():
             generator = torch.Generator(self.accelerator.device).manual_seed(0)
-            images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images
+            try:
+                images = pipe(batch_size=columns * rows, class_labels=labels, generator=generator, **settings).images
+            except NotFiniteError as error:
+                tqdm.write(f"Step {step}: no samples of {name}. {error}", file=sys.stderr)
+                continue
             grids[f"samples/{name}"] = grid = enlarged_grid(images, rows, columns)
             path = os.path.join(self.options.output_dir, "samples", f"step-{step:06d}-{name}.png")
             with self.tracking.optional("the samples"), atomic_file(path) as draft:

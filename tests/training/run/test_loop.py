@@ -559,12 +559,16 @@ def test_measurements_that_cannot_be_made_are_refused_at_the_start(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_broken_samples_are_a_missing_number(tmp_path):
+def test_broken_samples_are_a_missing_number(tmp_path, capsys):
     run = start(tmp_path / "run", eval_every=1, eval_samples=70)
     with torch.no_grad():
         run.ema.module.conv_in.bias.fill_(float("nan"))
     run.monitor.measure(1, run.make_pipeline(run.ema.module))
     assert lines_of(tmp_path / "run")[0]["frechet"] == {"heun-18": None}
+    capsys.readouterr()
+    run.monitor.save_samples(1, run.make_pipeline(run.ema.module))
+    assert "Step 1: no samples of heun-18. The network gave NaN" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_tensorboard_has_each_step_once_and_pictures(tmp_path):

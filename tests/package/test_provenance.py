@@ -148,7 +148,12 @@ def test_a_seed_is_written_only_where_it_makes_the_image_again(pipe):
         pipe._interrupt = True
         return {}
 
+    def replace(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"] + 1} if step == 0 else tensors
+
     latents, one = torch.randn(2, 3, 8, 8), seeded(5)
+    assert seeds(generator=seeded(5), num_inference_steps=2, callback_on_step_end=replace) == [None]
+    assert seeds(generator=seeded(5), callback_on_step_end=lambda pipe, step, timestep, tensors: tensors) == [5]
     assert seeds(generator=seeded(5), batch_size=2) == [5, 5]
     assert seeds(generator=seeded(5), latents=latents) == [None, None]
     assert seeds(generator=[seeded(5), seeded(6)], latents=latents) == [None, None]
@@ -167,6 +172,18 @@ def test_guidance_and_precision_are_said(pipe):
     assert "guidance" not in record()
     pipe.unet.to(torch.bfloat16)
     assert record()["dtype"] == "bfloat16"
+
+
+def test_a_guidance_scale_that_a_callback_changed_is_said_step_by_step(make_unet):
+    pipe = CTMPipeline(make_unet(num_class_embeds=3), CTMScheduler(), null_class=2)
+
+    def raised(pipe, step, timestep, tensors):
+        pipe._guidance_scale += 0.5
+        return tensors
+
+    options = {"class_labels": 1, "num_inference_steps": 3, "generator": seeded(5)}
+    [record] = pipe(guidance_scale=1.0, callback_on_step_end=raised, **options).provenance
+    assert record["guidance_scale"] == [1.0, 1.5, 2.0] and record["seed"] == 5
 
 
 def test_one_generator_per_image_gives_one_seed_each(pipe):

@@ -401,7 +401,8 @@ def write_images(folder, names):
         (["train/cat/0.png", "train/cat/1.png"], {0: "cat"}),
         (["train/cat/0.png", "train/dog/1.png", "test/2.png"], None),
         (["train/0.png", "test/1.png"], None),  # the splits are no classes
-        (["0.png", "dog/1.png"], None),
+        (["0.png", "1.png"], None),
+        (["cat/0.png", "cat/young/1.png"], None),
     ],
 )
 def test_folders_are_classes_in_every_split(names, classes, tmp_path):

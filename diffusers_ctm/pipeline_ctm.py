@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_callback, check_count, check_finite, check_output_type
+from .checks import all_finite, check_callback, check_count, check_finite, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
 from .hub import component_library, write_loading_code
@@ -413,7 +413,7 @@ class CTMPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     show_run(self)
                     latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
-                finite.append(latents.isfinite().all())  # looked at once, at the end
+                finite.append(all_finite(latents))  # looked at once, at the end
                 progress_bar.update()
         source = "The network" if callback_on_step_end is None else "The network, or the callback,"
         check_finite(finite, getattr(scheduler, "call_sigmas", scheduler.sigmas)[: self._num_timesteps], source=source)

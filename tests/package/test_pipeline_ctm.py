@@ -474,7 +474,7 @@ def test_half_precision_network_keeps_the_state_in_float32(make_unet):
 
 
 class Broken(ExactNetwork):
-    """NaN, or what `value` says, from its call number `bad` on in one pixel of the first image; class 1 is "no class"."""
+    """NaN, or `value`, from its call number `bad` on, in one pixel of the first image; class 1 is "no class"."""
 
     def __init__(self, bad, value=math.nan):
         super().__init__(DATA, sigma_data=0.6, class_shift=[0.0, 0.0])

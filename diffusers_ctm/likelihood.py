@@ -18,7 +18,15 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import as_float64, check_choice, check_count, check_differentiable, check_finite, check_positive
+from .checks import (
+    all_finite,
+    as_float64,
+    check_choice,
+    check_count,
+    check_differentiable,
+    check_finite,
+    check_positive,
+)
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .runge_kutta import dormand_prince
@@ -133,7 +141,7 @@ def log_likelihood(
 
     def denoiser(x, sigma):
         denoised = exact(x, sigma)
-        finite.append(denoised.detach().isfinite().all())  # looked at once, at the end
+        finite.append(all_finite(denoised))  # looked at once, at the end
         seen.append(sigma)
         return denoised
 

@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_callback, check_count, check_finite, check_output_type
+from .checks import all_finite, check_callback, check_count, check_finite, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
 from .hub import component_library, write_loading_code
@@ -439,7 +439,7 @@ class CTMPipeline(DiffusionPipeline):
                     latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
                     if latents is not kept:
                         self._seeds = None  # they do not make these images
-                finite.append(latents.isfinite().all())  # looked at once, at the end
+                finite.append(all_finite(latents))  # looked at once, at the end
                 progress_bar.update()
         if set(scales) - {1}:
             self._guided_by["guidance_scale"] = scales[0] if len(set(scales)) == 1 else scales

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import check_count, check_finite
+from .checks import all_finite, check_count, check_finite
 from .class_labels import labels_and_batch_size
 from .pipeline_ctm import CTMPipeline
 from .preconditioning import condition
@@ -182,7 +182,7 @@ def steps_gamma_grid(
         times = [torch.stack([getattr(runs[k], name)[i] for k in active]) for name in ("timesteps", "target_timesteps")]
         labels = condition(None if class_labels is None else class_labels.expand(len(active)))
         outputs = unet(inputs, *times, **labels, return_dict=False)[0].to(states[0].dtype)
-        finite.append(outputs.isfinite().all())
+        finite.append(all_finite(outputs))
         levels.append(torch.stack([runs[k].call_sigmas[i] for k in active]))
         for k, output in zip(active, outputs.split(1), strict=True):
             states[k] = runs[k].step(output, runs[k].timesteps[i], states[k], noises[k], return_dict=False)[0]

@@ -474,7 +474,7 @@ def test_half_precision_network_keeps_the_state_in_float32(make_unet):
 
 
 class Broken(ExactNetwork):
-    """NaN, or what `value` says, in its call number `bad` in one pixel of the first image; class 1 is "no class"."""
+    """NaN, or `value`, from its call number `bad` on, in one pixel of the first image; class 1 is "no class"."""
 
     def __init__(self, bad, value=math.nan):
         super().__init__(DATA, sigma_data=0.6, class_shift=[0.0, 0.0])
@@ -482,7 +482,7 @@ class Broken(ExactNetwork):
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)[0].clone()
-        if len(self.calls) == self.bad:
+        if len(self.calls) >= self.bad:
             output[0, 0, 0, 0] = self.value
         return (output,)
 
@@ -539,13 +539,13 @@ def test_so_do_other_samplers_and_callbacks(cls, count):
 
 
 def test_other_ways_to_sample_say_so_too():
-    inverter = CTMInversionPipeline.from_pipe(pipeline(Broken(3)))
+    inverter = CTMInversionPipeline.from_pipe(pipeline(Broken(3).eval()))
     for call, where in (
         (lambda: inverter(torch.zeros(1, 3, 4, 4), 0, 4), r"step 2 of 4, at noise level 0\.\d+"),  # two calls each
         (lambda: inverter.decode(latents(), 0, 4), "step 2 of 4, at noise level 17"),
         (lambda: steps_gamma_grid(inverter, (1, 4), (0, 1), 0, seeded()), "step 3 of 4, at noise level 2.515"),
         (lambda: trajectory_strip(inverter, 4, class_labels=0), "step 3 of 4"),
-        (lambda: log_likelihood(inverter, torch.zeros(1, 3, 4, 4), 0), "evaluation 3 of 7, at noise level"),
+        (lambda: log_likelihood(inverter, torch.zeros(1, 3, 4, 4), 0), r"evaluation 3 of \d+, at noise level"),
         (
             lambda: log_likelihood(inverter, torch.zeros(2, 3, 4, 4), 0, "elbo", num_draws=2),
             "evaluation 3 of 4, at noise levels",
@@ -553,7 +553,7 @@ def test_other_ways_to_sample_say_so_too():
     ):
         inverter.unet.calls.clear()
         inverter.set_progress_bar_config(disable=True)
-        with pytest.raises(ValueError, match=f"The network gave NaN or infinite values in {where}"):
+        with pytest.raises(ValueError, match=f"The network.* gave NaN or infinite values in {where}"):
             call()
 
 

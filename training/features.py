@@ -141,7 +141,7 @@ def save(network: FeatureNetwork, config: FeatureConfig, measured: dict) -> None
         save_file(network.state_dict(), os.path.join(draft, "model.safetensors"))
         about = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, "options": options}
         write_json(about, CONFIG, draft)
-        Path(draft, "README.md").write_text(readme)
+        Path(draft, "README.md").write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

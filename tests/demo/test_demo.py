@@ -562,8 +562,10 @@ def test_options(tmp_path, capsys):
     (tmp_path / "users").write_text("ada:love:lace\n\nbob:b\n")
     assert app.parse(["--auth", str(tmp_path / "users")]).auth == [("ada", "love:lace"), ("bob", "b")]
     (tmp_path / "wrong").write_text("ada\n")
+    (tmp_path / "latin").write_text("ada:\xfc\n", encoding="latin-1")
     for arguments in (
         ["--auth", str(tmp_path / "wrong")],
+        ["--auth", str(tmp_path / "latin")],
         ["--auth", str(tmp_path / "none")],
         ["--threads", "0"],
         ["--port", "99999"],

@@ -117,7 +117,7 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
     report = main(config(model=None, teacher=gaussian["teacher"], teacher_steps=[2], seeds=[3], kid=False))
     assert [row["sampler"] for row in report["results"]] == ["heun"]
     assert set(report["results"][0]) == {"sampler", "steps", "gamma", "nfe", "frechet", "seconds_per_image"}
-    text = Path(report["options"]["output_dir"], "evaluation.md").read_text()
+    text = Path(report["options"]["output_dir"], "evaluation.md").read_text(encoding="utf-8")
     assert "seed 3" in text and "±" not in text and "Kernel" not in text and "asked for: none" in text
 
 

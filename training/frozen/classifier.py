@@ -92,7 +92,7 @@ def is_saved(folder: str | Path) -> bool:
 
 def load_saved(folder: str | Path) -> FeatureNetwork:
     """The network that training.features saved in `folder`, on the CPU; `about` holds its config and its accuracy."""
-    config = json.loads(Path(folder, CONFIG).read_text())
+    config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
     network = FeatureNetwork(*(config[name] for name in ("channels", "resolution", "num_classes", "num_features")))
     network.load_state_dict(load_file(Path(folder, "model.safetensors")))
     network.about = {name: value for name, value in config.items() if name not in ("_class_name", "options")}

@@ -71,7 +71,7 @@ OPENAI = {
 
 def write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def flat(folder: Path, pipeline: str, scheduler_class: str) -> None:

@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel
 from diffusers_ctm.guidance import ClassAverage
 from diffusers_ctm.scheduling_karras import jumps
 
-from ..cli.errors import UserError, loading
+from ..cli.errors import UserError
 from ..cli.shared_options import DataOptions, TeacherOptions
+from ..cli.weights import load_pipeline
 from ..data.images import ImageDataset
 from .student import check_data
 from .teacher import load_teacher
@@ -21,11 +22,10 @@ from .teacher import load_teacher
 def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
     """The CTM in the folder or Hub repository `name`, or the consistency model as one if `gammas` is 1 alone.
 
-    Raises UserError if it cannot be loaded or is neither.
+    Raises UserError if it cannot be loaded, has broken weights or is neither.
     """
     label, here = f"--model {name}", "" if os.path.isdir(name) else "No such folder is here. "
-    with loading(label, f"{here}It must be a CTM's folder or its repository on the Hub."):
-        pipe = DiffusionPipeline.from_pretrained(name)
+    pipe = load_pipeline(label, name, f"{here}It must be a CTM's folder or its repository on the Hub.")
     scheduler = getattr(pipe, "scheduler", None)
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         if list(gammas) != [1.0]:

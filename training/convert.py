@@ -332,6 +332,13 @@ def to_official(config: ConvertConfig) -> str:
         else:
             torch.save(state_dict, draft)
         again = family.to_diffusers(read_checkpoint(draft), **config.network_overrides())
+        if image_size(again) != image_size(network):
+            read, levels = image_size(again)[0], len(network.config.block_out_channels)
+            raise UserError(
+                f"The network makes images of {' x '.join(map(str, image_size(network)))} pixels. OpenAI's names do "
+                f"not tell the size: a network of {levels} levels is read as one for {read} x {read}. Sizes are 8 x 8 "
+                "for one level and twice as much for each level more."
+            )
         scale = pipe.scheduler.config.get("timestep_scale", 1.0)
         check_same(network, again, scale, "Converted back (with these options), the file")
     print(

@@ -42,10 +42,11 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
 
 
 def load_pipelines(
-    config: TeacherOptions, dataset: ImageDataset, device: torch.device, gammas: Sequence[float] = ()
+    config: TeacherOptions, dataset: ImageDataset | None, device: torch.device, gammas: Sequence[float] = ()
 ) -> dict[str, CTMPipeline]:
     """The pipelines of the options `model` ("ctm") and `teacher` ("heun"), on the device, checked against the data.
 
+    Without a data set nothing is checked.
     A consistency model is taken for a CTM if `gammas` is 1 alone.
     """
     pipelines = {}
@@ -66,9 +67,12 @@ def load_pipelines(
     return pipelines
 
 
-def prepare(pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDataset, device: torch.device) -> None:
+def prepare(
+    pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDataset | None, device: torch.device
+) -> None:
     """Check the pipeline of the option `name` against the data, and put it on the device, silent. Raises UserError."""
-    check_data(pipe.unet, pipe.num_classes, name, config, dataset)
+    if dataset is not None:
+        check_data(pipe.unet, pipe.num_classes, name, config, dataset)
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)

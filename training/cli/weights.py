@@ -90,7 +90,13 @@ def broken(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise UserError, which begins with `what` and names the first, if tensors have infinite or NaN entries."""
+    """Raise UserError, which begins with `what` and names the first, if tensors have infinite or NaN entries.
+
+    And if they have none, on "meta": diffusers leaves what a file lacks there.
+    """
+    lacking = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if lacking:
+        raise UserError(f"{what} lacks {len(lacking)} of its {len(tensors)} tensors, such as {lacking[0]}.")
     names = broken(tensors)
     if names:
         more = f" and {len(names) - 1} more of its {len(tensors)} tensors" if len(names) > 1 else ""

@@ -97,12 +97,12 @@ def load_checked(folder: str, name: str) -> CTMPipeline:
             )
         network_class = getattr(diffusers, read_json(folder, "unet/config.json").get("_class_name", "UNet2DModel"))
         _, report = network_class.from_pretrained(folder, subfolder="unet", output_loading_info=True)
-    pipe = load_pipeline(what, folder, nothing)  # which is silent only if it loads the network itself
-    if not isinstance(pipe, CTMPipeline):
-        raise UserError(f"{name} is a {type(pipe).__name__}; this program publishes CTMPipeline only.")
     wrong = {kind: list(report[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise UserError(f"The weights of {name} do not fit its unet: {wrong}. Nothing was published.")
+    pipe = load_pipeline(what, folder, nothing)  # which is silent only if it loads the network itself
+    if not isinstance(pipe, CTMPipeline):
+        raise UserError(f"{name} is a {type(pipe).__name__}; this program publishes CTMPipeline only.")
     return pipe
 
 

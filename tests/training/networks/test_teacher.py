@@ -492,6 +492,15 @@ def test_broken_weights_are_named_when_they_are_loaded(layouts, copy, value):
             load_pipeline("--model x", str(folder))
 
 
+def test_a_model_that_lacks_a_tensor_says_which(layouts, copy):
+    folder = copy("user/edm")
+    weights = load_file(folder / "unet" / WEIGHTS)
+    del weights["conv_in.weight"]
+    save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"^--model x lacks 1 of its {len(weights) + 1} tensors, such as unet.conv_in"):
+        load_pipeline("--model x", str(folder))
+
+
 def test_the_range_of_levels_can_be_narrowed(layouts):
     teacher = load(layouts.root / "google/ddpm-cifar10-32")
     config = CTMConfig(teacher="google/ddpm-cifar10-32", sigma_min=0.02, sigma_max=80.0)

@@ -195,7 +195,7 @@ def start(page: gr.Blocks, **options) -> tuple:
             font_mono=["ui-monospace", "Consolas", "monospace"],
         ),
         css_paths=ROOT / "demo" / "page.css",
-        head=f"<script>{(ROOT / 'demo' / 'page.js').read_text()}</script>",
+        head=f"<script>{(ROOT / 'demo' / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MOST_BYTES,
         max_threads=16,
         state_session_capacity=256,
@@ -210,7 +210,7 @@ def start(page: gr.Blocks, **options) -> tuple:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
-        private = check_address(options.host, options.port) and not options.share
+        private = check_address(options.host, options.port) and not (options.share or options.root_path)
     except OSError as error:
         port = "" if options.port is None else f", port {options.port}"
         sys.exit(f"Cannot listen at {options.host}{port}: {error.strerror}. Give another --port or --host.")
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not private and checkpoint.pipe.config.requires_safety_checker and not checkpoint.pipe.safety_checker:
                 raise UserError(
                     f"{checkpoint.source} asks for a safety checker and has none. It is shown on this machine only: "
-                    "leave out --host and --share."
+                    "leave out --host, --share and --root_path."
                 )
         if not CHECKPOINTS:
             raise UserError("assets/ holds no CTM. Name one: --model user/name-or-folder")
@@ -237,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             server_port=options.port,
             share=options.share,
             auth=options.auth,
+            root_path=options.root_path,
             mcp_server=options.mcp,
         )
     finally:
@@ -287,6 +288,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "unless a server in front or --share adds https.",
     )
     parser.add_argument(
+        "--root_path",
+        metavar="PATH",
+        default=os.environ.get("GRADIO_ROOT_PATH"),
+        help="Where a web server in front shows the page: '/ctm' for https://example.com/ctm, or that whole address.",
+    )
+    parser.add_argument(
         "--mcp",
         action="store_true",
         help="Also serve every action as a tool of the Model Context Protocol, at /gradio_api/mcp/. An agent with "
@@ -298,6 +305,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error("--threads must be 1 or more")
+    if options.root_path and not options.root_path.startswith(("/", "http://", "https://")):
+        parser.error("--root_path must be a path that begins with /, or an address")
     if options.port is not None and not 0 < options.port < 65536:
         parser.error("--port must be 1 to 65535")
     return options
@@ -306,9 +315,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def user_and_password(path: str) -> list[tuple[str, str]]:
     """The pairs in a file of `user:password` lines."""
     try:
-        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error.strerror}") from error
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}") from error
     pairs = [tuple(line.split(":", 1)) for line in lines]
     if not pairs or any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise argparse.ArgumentTypeError(f"{path} must hold lines of user:password")

@@ -424,7 +424,7 @@ def zipped(made: Made, name: str) -> str:
         save_images(made.images, Path(draft, "samples", "{index:03d}.png"))
         for file, image in made.inputs.items():
             image.save(Path(draft, file))
-        Path(draft, "reproduce.py").write_text(made.code)
+        Path(draft, "reproduce.py").write_text(made.code, encoding="utf-8")
         for path in sorted(Path(draft).rglob("*.*")):
             archive.write(path, path.relative_to(draft))
     return str(target)

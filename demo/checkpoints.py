@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_ctm import CTMPipeline
@@ -18,6 +17,7 @@ from diffusers_ctm.scheduling_karras import jumps
 from training.cli.errors import UserError, loading
 from training.cli.files import read_json
 from training.cli.names import public_name
+from training.cli.weights import load_pipeline
 from training.data.sources import digits
 from training.hub.client import file_of
 from training.hub.license import license_in
@@ -136,10 +136,8 @@ def load(source: str) -> Checkpoint:
     """
     folder = ROOT / source if source.startswith("assets/") and not os.path.isdir(source) else Path(source)
     place = str(folder) if folder.is_dir() else source
-    with loading(
-        source, "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
-    ):
-        pipe = DiffusionPipeline.from_pretrained(place)
+    advice = "It must be the folder of a CTM, or its repository on the Hub (which needs a network the first time)."
+    pipe = load_pipeline(source, place, advice)
     if not isinstance(pipe, CTMPipeline) or not jumps(pipe.scheduler):
         raise UserError(
             f"{source} is no CTM but a {type(pipe).__name__} with {type(getattr(pipe, 'scheduler', None)).__name__}. "
@@ -160,7 +158,7 @@ def load(source: str) -> Checkpoint:
     beside = folder.parent / name
     if folder.is_dir() and name and (beside / "model_index.json").is_file():
         with loading(f"The teacher {name} beside {source}"):
-            other = DiffusionPipeline.from_pretrained(str(beside)).to(pipe.device)
+            other = load_pipeline(f"The teacher {name} beside {source}", str(beside)).to(pipe.device)
             fits = isinstance(other, CTMPipeline) and other.image_size == pipe.image_size
             if not fits or other.num_classes != pipe.num_classes:
                 raise ValueError("its images or classes are not those of the CTM")

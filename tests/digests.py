@@ -72,7 +72,7 @@ def evaluated(folder: str) -> str:
     ]
     config = ["--config", "training/configs/digits_evaluate.yaml", "--model", "assets/digits-ctm"]
     run("evaluate", *config, *settings, "--output_dir", folder)
-    report = json.loads(Path(folder, "evaluation.json").read_text())
+    report = json.loads(Path(folder, "evaluation.json").read_text(encoding="utf-8"))
     rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in report["results"]]
     return digest(json.dumps([rows, report["real_against_real"]], sort_keys=True).encode())
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
 from diffusers_ctm.preconditioning import EDMPrediction, Preconditioning, condition
@@ -18,6 +18,7 @@ from diffusers_ctm.two_times import image_size
 from .cli.errors import UserError, loading
 from .cli.files import atomic_file, atomic_folder, sha256, write_json
 from .cli.options import BELOW_ONE, POSITIVE, Checked, option, run_program
+from .cli.weights import check_finite, load_pipeline
 from .official.download import fetch, shown
 from .official.families import Family, family_of, find_family, said_by
 from .official.files import read_checkpoint
@@ -272,6 +273,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     other = next((name for name, tensor in state_dict.items() if not tensor.is_floating_point()), None)
     if other is not None:
         raise UserError(f"{other} is of type {state_dict[other].dtype}; quantized weights are not converted.")
+    check_finite(f"SOURCE {shown(config.source)}", state_dict)
     network = network_of(family, state_dict, config, said)
     pipe = make_pipeline(network, config, family.defaults(shapes_of(state_dict)) | said)
     print(
@@ -317,8 +319,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
 
 def to_official(config: ConvertConfig) -> str:
     """Write the network of the pipeline SOURCE with the authors' key names to the file OUT, and check it."""
-    with loading(f"SOURCE {config.source}", "--to official takes a pipeline's folder or its repository on the Hub."):
-        pipe = DiffusionPipeline.from_pretrained(config.source, revision=config.revision)
+    advice = "--to official takes a pipeline's folder or its repository on the Hub."
+    pipe = load_pipeline(f"SOURCE {config.source}", config.source, advice, config.revision)
     if not hasattr(pipe, "unet"):
         raise UserError(f"SOURCE {config.source} is a {type(pipe).__name__}, which has no network named `unet`.")
     network = pipe.unet.eval()
@@ -330,6 +332,13 @@ def to_official(config: ConvertConfig) -> str:
         else:
             torch.save(state_dict, draft)
         again = family.to_diffusers(read_checkpoint(draft), **config.network_overrides())
+        if image_size(again) != image_size(network):
+            read, levels = image_size(again)[0], len(network.config.block_out_channels)
+            raise UserError(
+                f"The network makes images of {' x '.join(map(str, image_size(network)))} pixels. OpenAI's names do "
+                f"not tell the size: a network of {levels} levels is read as one for {read} x {read}. Sizes are 8 x 8 "
+                "for one level and twice as much for each level more."
+            )
         scale = pipe.scheduler.config.get("timestep_scale", 1.0)
         check_same(network, again, scale, "Converted back (with these options), the file")
     print(

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
 from ema_pytorch.post_hoc_ema import p_dot_p, sigma_rel_to_gamma, solve_weights
 
 from .cli.errors import UserError, loading
 from .cli.files import atomic_folder, read_json, write_json
 from .cli.options import Checked, option, run_program
+from .cli.weights import load_pipeline
 from .hub.record import RECORD
 from .run.averages import SNAPSHOTS
 
@@ -105,8 +105,7 @@ def main(config: PostHocConfig) -> str:
 
     sums = {}
     for folder, weight in zip(folders, weights.tolist(), strict=True):
-        with loading(f"The snapshot {folder}"):
-            pipe = DiffusionPipeline.from_pretrained(folder)
+        pipe = load_pipeline(f"The snapshot {folder}", str(folder))
         for name, parameter in pipe.unet.named_parameters():
             total = sums.setdefault(name, torch.zeros_like(parameter, dtype=torch.float64))
             total.add_(parameter, alpha=weight)

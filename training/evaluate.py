@@ -7,7 +7,7 @@ python -m training.evaluate --model runs/digits/pipeline
 import itertools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from PIL import Image
@@ -17,12 +17,22 @@ from diffusers_ctm import CTMPipeline
 from diffusers_ctm.two_times import image_size
 
 from .cli.device import choose_device
+from .cli.errors import UserError
 from .cli.files import check_writable
 from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
+from .cli.shared_options import DataOptions
 from .data.images import ImageDataset
-from .frozen.vectors import FEATURES_HELP
-from .measure.distances import MOST_SAMPLES, Distances, real_against_real, reference_features, what_is_compared
+from .frozen.vectors import FEATURES_HELP, load_feature_network
+from .measure.distances import (
+    MOST_SAMPLES,
+    Distances,
+    check_counts,
+    real_against_real,
+    reference_features,
+    what_is_compared,
+)
 from .measure.options import PairOptions
+from .measure.reference import ReferenceFile, kept_features, read_reference
 from .measure.reports import facts, write_report
 from .measure.sampling import Sampling, Setting, class_labels, draw, settings_of
 from .networks.pipelines import load_pipelines
@@ -60,6 +70,13 @@ class EvaluateConfig(PairOptions):
         [0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.", must_be=NOT_NEGATIVE
     )
     features: str = option("digits", FEATURES_HELP)
+    reference: str | None = option(
+        None,
+        "A file .npz with the mean `mu` and covariance `sigma` of real images' features, as others share them for FID: "
+        "no data set is needed, and there is no kernel distance. If the file is not there, the features of the data "
+        "set are kept in it, and read from it next time.",
+        must_be=("a file .npz", lambda path: path.endswith(".npz")),
+    )
     kid: bool = option(True, "Measure the kernel distance too.")
 
     def __post_init__(self) -> None:
@@ -72,15 +89,28 @@ def main(config: EvaluateConfig) -> dict:
     """Measure, write the four files, print the table; return the content of evaluation.json."""
     began = time.perf_counter()
     device = choose_device(config.device)
-    dataset = ImageDataset(config)
-    network, num_samples, notes = what_is_compared(dataset, config.features, config.num_samples, device)
-    pipelines = load_pipelines(config, dataset, device, config.gammas)
-    check_writable(config.output_dir)
+    kept = read_reference(config.reference) if config.reference and os.path.exists(config.reference) else None
+    if kept is not None and kept.features is None:
+        config.refuse(
+            [entry.name for entry in fields(DataOptions)],
+            f"has no use: --reference {config.reference} is all that samples are compared with",
+        )
+        dataset, network = None, load_feature_network(config.features, device)
+        pipelines = load_pipelines(config, None, device, config.gammas)
+        num_samples, notes = check_without_images(config, kept, network, pipelines)
+    else:
+        dataset = ImageDataset(config)
+        network, num_samples, notes = what_is_compared(dataset, config.features, config.num_samples, device)
+        pipelines = load_pipelines(config, dataset, device, config.gammas)
+    for path in (config.output_dir, *([os.path.dirname(config.reference)] if config.reference else [])):
+        check_writable(path)
 
-    reference, real_labels = reference_features(
-        dataset, network, config.batch_size, device, config.random_flip, config.dataloader_num_workers
-    )
-    distances = Distances(reference, config.kid)
+    reference, real_labels = None, None
+    if dataset is None:
+        distances = Distances(kept.statistics)
+    else:
+        reference, real_labels = real_features(config, kept, dataset, network, device)
+        distances = Distances(reference, config.kid)
     sampling = Sampling(pipelines, network, real_labels, num_samples, config.batch_size)
     settings = settings_of(pipelines, config.steps, config.gammas, config.teacher_steps)
     measured: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in settings}
@@ -94,6 +124,7 @@ def main(config: EvaluateConfig) -> dict:
             measured[setting].append(distances(features))
             seconds[setting] += spent
 
+    first = next(iter(pipelines.values()))
     conditional = any(pipe.num_classes is not None for pipe in pipelines.values())
     asked = "each in turn" if real_labels is None else "in the shares of the real images"
     report = {
@@ -101,10 +132,10 @@ def main(config: EvaluateConfig) -> dict:
         "num_samples": num_samples,
         "features": network.about,
         "reference": {
-            "dataset_name": config.dataset_name,
-            "num_images": len(dataset),
-            "channels": dataset.channels,
-            "resolution": dataset.resolution,
+            "dataset_name": config.reference if dataset is None else config.dataset_name,
+            "num_images": None if dataset is None else len(dataset),
+            "channels": first.unet.config.out_channels,
+            "resolution": image_size(first.unet)[0],
         },
         "class_labels": asked if conditional else "none",
         "results": [
@@ -118,9 +149,9 @@ def main(config: EvaluateConfig) -> dict:
             }
             for setting in settings
         ],
-        "real_against_real": real_against_real(
-            reference, distances, num_samples, config.seeds, real_labels if conditional else None
-        ),
+        "real_against_real": {}
+        if dataset is None
+        else real_against_real(reference, distances, num_samples, config.seeds, real_labels if conditional else None),
         "notes": notes,
         "batch_sizes": sorted(set(sampling.sizes)),
         "seconds_in_all": time.perf_counter() - began,
@@ -130,13 +161,46 @@ def main(config: EvaluateConfig) -> dict:
     return report
 
 
+def check_without_images(
+    config: EvaluateConfig, kept: ReferenceFile, network: torch.nn.Module, pipelines: dict[str, CTMPipeline]
+) -> tuple[int, list[str]]:
+    """The number of samples, and notes on it, for statistics of images that are not here. Raises UserError."""
+    count, num_samples = len(kept.statistics[0]), config.num_samples or MOST_SAMPLES
+    if count != network.num_features:
+        raise UserError(
+            f"--reference {config.reference} is of {count} features, --features {config.features} gives "
+            f"{network.num_features}. Give the network that the file was made with."
+        )
+    for pipe in pipelines.values():
+        network.check_images(pipe.unet.config.out_channels, *image_size(pipe.unet))
+    return num_samples, check_counts(num_samples, None, count)
+
+
+def real_features(
+    config: EvaluateConfig,
+    kept: ReferenceFile | None,
+    dataset: ImageDataset,
+    network: torch.nn.Module,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features and classes of all real images, which --reference may keep."""
+    if config.reference is None:
+        workers = config.dataloader_num_workers
+        return reference_features(dataset, network, config.batch_size, device, config.random_flip, workers)
+    features = kept_features(config.reference, kept, config, dataset, network, config.batch_size, device)
+    return features, dataset.labels()
+
+
 def markdown(report: dict) -> str:
     """evaluation.md."""
     options, reference, features = report["options"], report["reference"], report["features"]
     seeds, real = options["seeds"], report["real_against_real"]
+    from_images = reference["num_images"] is not None
     spread = ("mean ± standard deviation over seeds " if len(seeds) > 1 else "seed ") + ", ".join(map(str, seeds))
     accuracy = f", accuracy {features['accuracy']:.1%} on images held out" if "accuracy" in features else ""
-    floor = f"{real['resampled']['num_images']:,} drawn from the reference with replacement, against all of it"
+    floor = ""
+    if "resampled" in real:
+        floor = f"{real['resampled']['num_images']:,} drawn from the reference with replacement, against all of it"
     if "halves" in real:
         floor += f"; two halves: {real['halves']['num_images']:,} against the rest"
     if report["class_labels"].startswith("in the"):
@@ -147,11 +211,15 @@ def markdown(report: dict) -> str:
         f"Classes asked for: {report['class_labels']}.",
         f"Reference: all {reference['num_images']:,} images of `{reference['dataset_name']}`, "
         f"split `{options['dataset_split']}`{', mirrored with probability 1/2' if options['random_flip'] else ''}, "
-        f"{reference['resolution']}x{reference['resolution']}, {'gray' if reference['channels'] == 1 else 'color'}.",
+        f"{reference['resolution']}x{reference['resolution']}, {'gray' if reference['channels'] == 1 else 'color'}."
+        if from_images
+        else f"Reference: mean and covariance in `{os.path.basename(reference['dataset_name'])}`. The file does not "
+        "say of which images and features they are; only the number of features was checked. Without the images there "
+        "is no kernel distance, no distance of real images, and no classes' frequencies.",
         f"Features: `{features['name']}`, {features['num_features']} numbers per image{accuracy}. Distances in other "
         "features or for other numbers of images cannot be compared with these.",
-        f"Real images: {floor}. The Frechet distance of a perfect sampler is not 0: it falls as one over the number of "
-        "images.",
+        (f"Real images: {floor}. " if from_images else "")
+        + "The Frechet distance of a perfect sampler is not 0: it falls as one over the number of images.",
         "One step has no gamma: it goes straight to the image. NFE: network evaluations per image. Levels are "
         "Karras's, whatever schedules the checkpoint carries.",
         f"Time: sampling alone, warmed up, batches of {max(report['batch_sizes'])}, on {report['hardware']['device']}, "
@@ -159,7 +227,7 @@ def markdown(report: dict) -> str:
         *report["notes"],
     ]
     lines = [f"Frechet distance to real images (lower is better), {spread}:", "", *distance_table(report, "frechet")]
-    if options["kid"]:
+    if "kernel" in report["results"][0]:
         lines += [
             "",
             "Kernel distance over the same seeds (lower is better). It is unbiased for independent images, so near 0 "
@@ -189,8 +257,9 @@ def plot(report: dict):
         values, label = row["frechet"], f"teacher, Heun {row['steps']} steps ({row['nfe']} NFE)"
         axes.axhspan(values["min"], values["max"], color="black", alpha=0.12, linewidth=0)
         axes.axhline(values["mean"], color="black", linestyle=style, linewidth=1.2, label=label)
-    floor = report["real_against_real"]["resampled"]["frechet"]["mean"]
-    axes.axhline(floor, color="gray", linestyle=":", linewidth=1.5, label="real images, resampled")
+    if "resampled" in report["real_against_real"]:
+        floor = report["real_against_real"]["resampled"]["frechet"]["mean"]
+        axes.axhline(floor, color="gray", linestyle=":", linewidth=1.5, label="real images, resampled")
     ticks = sorted({row["nfe"] for row in ctm or results})
     axes.set(yscale="log", xlabel="network evaluations per image (NFE)", ylabel="Frechet distance, lower is better")
     axes.set_xscale("log", base=2)

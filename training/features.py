@@ -144,7 +144,7 @@ def save(
         names = {} if id2label is None else {"id2label": id2label}
         about = {"_class_name": FeatureNetwork.__name__, **network.config, **measured, **names, "options": options}
         write_json(about, CONFIG, draft)
-        Path(draft, "README.md").write_text(readme)
+        Path(draft, "README.md").write_text(readme, encoding="utf-8")
 
 
 if __name__ == "__main__":

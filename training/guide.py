@@ -16,6 +16,7 @@ from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 from .cli.errors import UserError, loading
 from .cli.options import NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
 from .cli.shared_options import DataOptions
+from .cli.weights import check_finite
 from .data.images import ImageDataset, to_sample
 from .frozen.classifier import EMBEDDED, FeatureNetwork, load_saved
 from .measure.distances import Distances
@@ -126,6 +127,7 @@ def main(config: GuideConfig) -> list[dict]:
         )
     with loading(f"--classifier {config.classifier}"):
         classifier = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
+        check_finite(f"--classifier {config.classifier}", classifier.state_dict())
     fit_data(dataset, pipe.unet, pipe.num_classes, pipe.config.id2label, "--model", config)
     dataset.number_classes(classifier.config["num_classes"], classifier.id2label, "--classifier")
 

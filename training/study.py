@@ -82,8 +82,8 @@ class StudyConfig(Checked):
 def read_variants(path: str) -> dict[str, dict[str, Any]]:
     """The options of `training.train_ctm` for each variant, by name. Raises UserError for a file of another form."""
     with loading(f"--variants {path}", "It must be a YAML file with `base` (a file), `common` and `variants`."):
-        study = yaml.safe_load(Path(path).read_text())
-        base = yaml.safe_load(Path(study["base"]).read_text())
+        study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        base = yaml.safe_load(Path(study["base"]).read_text(encoding="utf-8"))
         shared = {**base, **(study.get("common") or {})}
         variants = {str(name): {**shared, **(options or {})} for name, options in study["variants"].items()}
         for name, options in variants.items():

@@ -553,7 +553,7 @@ def test_a_checkpoint_says_what_it_asks(tmp_path):
     notices = ("cc-by-4.0", "Graphics by somebody", "shown unchecked", "synthetic")
     assert all(words in checkpoint.notice for words in notices)
     assert checkpoint.source == tmp_path.name  # not where it lies
-    for options in (["--host", "0.0.0.0"], ["--share"]):
+    for options in (["--host", "0.0.0.0"], ["--share"], ["--root_path", "/ctm"]):
         with pytest.raises(SystemExit, match="asks for a safety checker and has none"):
             app.main(["--model", str(tmp_path), *options])
 
@@ -562,16 +562,30 @@ def test_options(tmp_path, capsys):
     (tmp_path / "users").write_text("ada:love:lace\n\nbob:b\n")
     assert app.parse(["--auth", str(tmp_path / "users")]).auth == [("ada", "love:lace"), ("bob", "b")]
     (tmp_path / "wrong").write_text("ada\n")
+    (tmp_path / "latin").write_text("ada:\xfc\n", encoding="latin-1")
     for arguments in (
         ["--auth", str(tmp_path / "wrong")],
+        ["--auth", str(tmp_path / "latin")],
         ["--auth", str(tmp_path / "none")],
         ["--threads", "0"],
         ["--port", "99999"],
+        ["--root_path", "ctm"],
         ["--help"],
     ):
         with pytest.raises(SystemExit):
             app.parse(arguments)
     assert "unencrypted" in capsys.readouterr().out
+
+
+def test_behind_a_web_server_the_page_names_its_files_by_the_outer_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    blocks = app.build()
+    _, address, _ = app.start(blocks, prevent_thread_lock=True, quiet=True, root_path="/ctm")
+    try:
+        config = httpx.get(f"{address}config", headers={"host": "example.com", "x-forwarded-proto": "https"}).json()
+        assert config["root"] == "https://example.com/ctm"
+    finally:
+        blocks.close()
 
 
 def test_nothing_is_sent_to_anybody(server):

@@ -111,7 +111,7 @@ def test_programs_have_the_options_that_commands_name(command, monkeypatch):
     if "..." in arguments:  # the rest stands in an earlier command
         index = arguments.index("...")
         arguments[index : index + 1] = ["--teacher", "runs/teacher/pipeline", "--output_dir", "runs/student"]
-    options = re.search(r"run_program\(main, (\w+)\)", Path(module.__file__).read_text())[1]
+    options = re.search(r"run_program\(main, (\w+)\)", Path(module.__file__).read_text(encoding="utf-8"))[1]
     parse_config = sys.modules[module.run_program.__module__].parse_config
     parse_config(getattr(module, options), arguments)
     if "--config_file" in words:  # of accelerate

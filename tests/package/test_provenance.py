@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
 
 import diffusers_ctm
-import diffusers_ctm.provenance
 from diffusers_ctm import (
     CTMImg2ImgPipeline,
     CTMInpaintPipeline,

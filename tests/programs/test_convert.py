@@ -300,6 +300,23 @@ def test_official_networks_give_the_authors_numbers(name, options, tmp_path, mon
         assert torch.equal(written[key], weights[key]) or (is_ctm and key.endswith("bias")), key
 
 
+@pytest.mark.parametrize("flavour", [None, "nvidia"])
+def test_sizes_that_official_names_do_not_tell_are_refused(flavour, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real families
+    wide = {"block_out_channels": (128, 128), "norm_num_groups": 32, "downsample_type": "resnet", "norm_eps": 1e-5}
+    wide |= {"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"), "attn_norm_num_groups": 32}
+    wide |= {"up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"), "upsample_type": "resnet"}
+    network = network_of(UNet2DModel, std=0.02, sample_size=12, resnet_time_scale_shift="scale_shift", **wide)
+    CTMPipeline(network, EDMHeunScheduler()).save_pretrained(tmp_path / "pipe")
+    options = ["--to", "official", "--num_head_channels", 8, *(["--flavour", flavour] if flavour else [])]
+    if flavour is None:  # OpenAI's
+        with pytest.raises(UserError, match="12 x 12 pixels.* 2 levels is read as one for 16 x 16. Sizes are"):
+            run(tmp_path / "pipe", tmp_path / "x.pt", *options)
+        assert os.listdir(tmp_path) == ["pipe"]
+    else:
+        run(tmp_path / "pipe", tmp_path / "x.pt", *options)
+
+
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +364,8 @@ def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
         "unknown": {"a": torch.ones(2)},
         "short": {name: tensor for name, tensor in weights.items() if name != last},
         "nan": {**weights, last: torch.full_like(weights[last], math.nan)},
+        "huge": {**weights, last: torch.full_like(weights[last], 3e38)},
+        "own": {"step": torch.zeros(1), **network_of().state_dict()},
         "int8": {name: tensor.to(torch.int8) for name, tensor in weights.items()},
         "one": {name: one[: tensor.numel()].view_as(tensor) for name, tensor in weights.items()},
         "long": {f"{'x.' * 5000}{name}": tensor for name, tensor in weights.items()},
@@ -360,7 +379,9 @@ def test_errors_stop_with_status_1_and_leave_nothing(student, tmp_path, capsys):
         ([tmp_path / "evil.pkl"], "os.system"),
         ([tmp_path / "unknown.pt"], "no network that is known"),
         ([tmp_path / "short.pt"], "do not fit"),
-        ([tmp_path / "nan.pt"], "output is not finite"),
+        ([tmp_path / "nan.pt"], "SOURCE nan.pt has infinite or NaN weights: toy/bias/linear_2/target"),
+        ([tmp_path / "huge.pt"], "output is not finite"),
+        ([tmp_path / "own.pt"], "These have the names of diffusers"),
         ([tmp_path / "int8.pt"], "quantized"),
         ([tmp_path / "one.pt"], "repeat each other"),
         ([tmp_path / "long.pt"], "no network that is known"),

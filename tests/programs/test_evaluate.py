@@ -6,7 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers.gaussian_models import SIGMA_DATA, gaussian_pixels, save_exact, save_parquet
@@ -117,8 +119,55 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
     report = main(config(model=None, teacher=gaussian["teacher"], teacher_steps=[2], seeds=[3], kid=False))
     assert [row["sampler"] for row in report["results"]] == ["heun"]
     assert set(report["results"][0]) == {"sampler", "steps", "gamma", "nfe", "frechet", "seconds_per_image"}
-    text = Path(report["options"]["output_dir"], "evaluation.md").read_text()
+    text = Path(report["options"]["output_dir"], "evaluation.md").read_text(encoding="utf-8")
     assert "seed 3" in text and "±" not in text and "Kernel" not in text and "asked for: none" in text
+
+
+def test_kept_features_and_shared_statistics_give_the_same_distance(gaussian, config, tmp_path):
+    conditional = save_exact(tmp_path / "conditional", SIGMA_DATA, num_class_embeds=2, **GRAY)
+    plain = main(config())
+    path = str(tmp_path / "kept.npz")
+    for _ in range(2):  # written, read
+        report = main(config(reference=path))
+        assert report["real_against_real"] == plain["real_against_real"] and report["reference"] == plain["reference"]
+        for row, same in zip(report["results"], plain["results"]):
+            assert row["frechet"] == same["frechet"] and row["kernel"] == same["kernel"]
+
+    with np.load(path) as file:
+        np.savez(tmp_path / "fid.npz", mu=file["mu"], sigma=file["sigma"])
+    shared = {"reference": str(tmp_path / "fid.npz"), "dataset_name": "digits"}
+    report = main(config(**shared))
+    for row, same in zip(report["results"], plain["results"]):
+        assert row["frechet"]["by_seed"] == pytest.approx(same["frechet"]["by_seed"], abs=1e-6)
+        assert "kernel" not in row
+    assert report["real_against_real"] == {} and report["reference"]["num_images"] is None
+    out = Path(report["options"]["output_dir"])
+    text = (out / "evaluation.md").read_text(encoding="utf-8")
+    assert "`fid.npz`. The file does not say" in text and "no kernel distance" in text and "Kernel" not in text
+    assert "Real images:" not in text and Image.open(out / "evaluation.png").size[0] > 800
+    assert main(config(model=conditional, **shared))["class_labels"] == "each in turn"
+    for changes, words in [
+        ({"dataset_name": gaussian["data"]}, "--dataset_name has no use: --reference .*fid.npz is all"),
+        ({"label_column": "label"}, "--label_column has no use"),
+        ({"num_samples": 60}, "--num_samples: 60 samples are too few"),
+        ({"features": str(pooling(tmp_path))}, "fid.npz is of 64 features, --features .* gives 3"),
+        ({"model": save_exact(tmp_path / "wide", SIGMA_DATA, sample_size=16, **GRAY)}, "is a network for 8x8 images"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            main(config(**{**shared, **changes}))
+    with pytest.raises(UserError, match="kept.npz was made otherwise: random_flip False, here True"):
+        main(config(reference=path, random_flip=True))
+
+
+def pooling(folder: Path) -> Path:
+    """A feature network of three features."""
+
+    class Pooling(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean(dim=[2, 3])
+
+    torch.jit.script(Pooling()).save(folder / "pooling.pt")
+    return folder / "pooling.pt"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +180,7 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
         ({"num_samples": 64}, "--num_samples: 64 samples are too few for 64 features"),
         ({"model": "no/such/folder"}, r"--model no/such/folder cannot be loaded\. No such folder is here\. It must"),
         ({"model": "{cut}"}, r"--model .*cut cannot be loaded\. It must"),
-        ({"model": "{broken}"}, "--model gives infinite or NaN pixels"),
+        ({"model": "{broken}"}, "--model .*broken has infinite or NaN weights: unet.conv_out.bias"),
         ({"model": "{teacher}"}, "is no CTM but a CTMPipeline with EDMHeunScheduler.*--teacher"),
         ({"teacher": "no/such/folder"}, "--teacher no/such/folder cannot be loaded"),
         ({"features": "no/such/folder"}, "--features no/such/folder cannot be loaded"),
@@ -140,6 +189,7 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
         ({"device": "meta"}, "--device meta cannot be used"),
         ({"resolution": 16}, "--features is a network for 8x8 images, these are 16x16"),
         ({"image_mode": "RGB"}, r"gives images of shape \(3, 8, 8\), --model makes \(1, 8, 8\)"),
+        ({"reference": "fid.csv"}, "--reference must be a file .npz"),
         ({"output_dir": "{data}"}, "--output_dir must be a folder"),
         ({"output_dir": "{data}/results"}, "results cannot be written"),
     ],

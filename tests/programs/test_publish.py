@@ -314,7 +314,7 @@ def test_published_repo_loads_with_the_package_and_without_it(session):
         ("run folder", "is no pipeline.*Did you mean .*pipeline"),
         ("truncated", "broken cannot be loaded. Nothing was published"),
         ("missing", "broken do not fit its unet: .*missing_keys.*conv_in.weight"),
-        ("not finite", "NaN or infinite"),
+        ("not finite", "The pipeline .* has infinite or NaN weights: unet"),
         ("secret", "README.md holds an access token"),
         ("public asked private", "exists on the Hub and is public"),
         ("student, mit", f"license mit contradicts {NC} .non-commercial., .*its teacher team/teacher"),

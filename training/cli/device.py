@@ -31,7 +31,7 @@ def hardware(device: torch.device) -> dict[str, str | int]:
         return {"device": torch.cuda.get_device_name(device), "cpu_threads": torch.get_num_threads()}
     name = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
     except OSError:
         pass  # not Linux

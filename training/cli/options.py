@@ -200,8 +200,8 @@ def _yaml_arguments(path: str | None) -> list[str]:
     if path is None:
         return []
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold `option: value` lines.")
@@ -215,7 +215,7 @@ def _yaml_arguments(path: str | None) -> list[str]:
 def save_config(config: Any, path: str) -> None:
     """Write the options as YAML, readable by `--config`, with the defaults that were filled in."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name != "config"}
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False))
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def run_program(main: Callable[[Config], Any], config_class: type[Config]) -> None:

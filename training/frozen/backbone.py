@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..cli.errors import UserError, error_text
+from ..cli.weights import check_finite
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,7 +86,11 @@ class Backbone(FrozenNetwork):
             self.register_buffer(name, value.float().reshape(1, channels, 1, 1), persistent=False)
 
     def freeze(self) -> None:
-        """Freeze the network and find `num_channels` by trying it. Raises UserError if its images are too small."""
+        """Freeze the network and find `num_channels` by trying it.
+
+        Raises UserError if its weights are broken or its images too small.
+        """
+        check_finite("it", self.state_dict())
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         try:
             with torch.no_grad():

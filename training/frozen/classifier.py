@@ -95,7 +95,7 @@ def load_saved(folder: str | Path) -> FeatureNetwork:
 
     `about` holds its config and its accuracy, and `id2label` the names of its classes, None if it has none.
     """
-    config = json.loads(Path(folder, CONFIG).read_text())
+    config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
     network = FeatureNetwork(*(config[name] for name in ("channels", "resolution", "num_classes", "num_features")))
     network.load_state_dict(load_file(Path(folder, "model.safetensors")))
     network.about = {k: v for k, v in config.items() if k not in ("_class_name", "id2label", "options")}

@@ -4,6 +4,7 @@
 import torch
 from torch import nn
 
+from ..cli.weights import check_finite
 from .backbone import FrozenNetwork
 from .classifier import kind_of, load_saved, loading_network
 from .pretrained import image_processing, load_pretrained
@@ -36,6 +37,7 @@ def load_feature_network(name: str, device: torch.device | str = "cpu", prefix: 
             network = TorchScriptFeatures(str(path), device)
         else:
             network = TransformersFeatures(name)
+        check_finite("it", network.state_dict())
         network = network.to(device).requires_grad_(False).eval()
         network.num_features = network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)).shape[1]
     network.about = {"name": name, "num_features": network.num_features, **network.about}

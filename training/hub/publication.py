@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 
 from diffusers_ctm import CTMPipeline
 from diffusers_ctm.hub import write_loading_code
@@ -18,6 +17,7 @@ from diffusers_ctm.scheduling_karras import jumps
 from ..cli.device import choose_device
 from ..cli.errors import UserError, error_text, loading
 from ..cli.files import read_json
+from ..cli.weights import kind_of_weights, load_pipeline
 from ..report.pictures import enlarged_grid
 from .card import is_generated, make_card
 from .client import api, commit_folder, open_repo, read_card, retried
@@ -85,15 +85,23 @@ def publish(
 
 def load_checked(folder: str, name: str) -> CTMPipeline:
     """Load the pipeline that will be uploaded, without running code in it. Messages call it `name`."""
-    with loading(f"The pipeline {name}", "Nothing was published."):
+    what, nothing = f"The pipeline {name}", "Nothing was published."
+    with loading(what, nothing):
+        unet = Path(folder, "unet")
+        kind, files = kind_of_weights(os.listdir(unet) if unet.is_dir() else ()) or ("none", [])
+        if "variant" in kind:
+            raise UserError(
+                f"{what} has its weights as a variant only ({files[0]}), which readers would have to ask for. Load it "
+                "with that variant and save it without. " + nothing
+            )
         network_class = getattr(diffusers, read_json(folder, "unet/config.json").get("_class_name", "UNet2DModel"))
         _, report = network_class.from_pretrained(folder, subfolder="unet", output_loading_info=True)
-        pipe = DiffusionPipeline.from_pretrained(folder)  # which is silent only if it loads the network itself
-    if not isinstance(pipe, CTMPipeline):
-        raise UserError(f"{name} is a {type(pipe).__name__}; this program publishes CTMPipeline only.")
     wrong = {kind: list(report[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise UserError(f"The weights of {name} do not fit its unet: {wrong}. Nothing was published.")
+    pipe = load_pipeline(what, folder, nothing)  # which is silent only if it loads the network itself
+    if not isinstance(pipe, CTMPipeline):
+        raise UserError(f"{name} is a {type(pipe).__name__}; this program publishes CTMPipeline only.")
     return pipe
 
 

@@ -22,6 +22,9 @@ MOST_SAMPLES = 10_000  # the most that `--num_samples` is by default
 KERNEL_SUBSET = 2_000  # most images of one kernel distance; its time grows with the square
 
 
+Statistics = tuple[torch.Tensor, torch.Tensor]  # mean (F,) and covariance (F, F) of features, float64
+
+
 class Distances:
     """Distances of sets of features to those of the reference, by torchmetrics, which reads the reference once.
 
@@ -30,22 +33,28 @@ class Distances:
     `KERNEL_SUBSET` images, it is the mean over as many random subsets as make up all of them.
 
     Args:
-        reference: shape (N, F).
+        reference: features, shape (N, F), or their statistics, of which there is no kernel distance.
         kernel: measure the kernel distance too.
     """
 
-    def __init__(self, reference: torch.Tensor, kernel: bool = False):
+    def __init__(self, reference: torch.Tensor | Statistics, kernel: bool = False):
         # Imported here: torchmetrics brings matplotlib, for which a training run that measures nothing need not wait.
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
 
         identity = torch.nn.Identity()  # torchmetrics expects a feature network, and is given features
-        identity.num_features = reference.shape[1]
+        identity.num_features = reference[0].shape[-1]
         # In a training run only one of several processes measures, and it must not wait for the others.
         settings = {"feature": identity, "reset_real_features": False, "sync_on_compute": False}
         self.num_reference = len(reference)
         self.frechet = FrechetInceptionDistance(**settings)
-        self.frechet.update(reference.double(), real=True)
+        if isinstance(reference, tuple):  # torchmetrics keeps sums: those of two samples with these statistics
+            mean, covariance = reference
+            self.frechet.real_features_sum = 2 * mean
+            self.frechet.real_features_cov_sum = covariance + 2 * mean.outer(mean)
+            self.frechet.real_features_num_samples = torch.tensor(2)
+        else:
+            self.frechet.update(reference.double(), real=True)
         self.kernel = None
         if kernel:
             with warnings.catch_warnings():
@@ -78,20 +87,23 @@ def reference_features(
     device: torch.device,
     random_flip: bool = False,
     num_workers: int = 0,
+    only: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features (N, F) and classes (N,) of all real images, on the CPU.
 
     Args:
         random_flip: mirror half of the images.
         num_workers: processes that decode images.
+        only: indices of some images; None is all.
     """
+    indices = torch.arange(len(dataset)) if only is None else only
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=torch.arange(len(dataset)).split(batch_size),
+        batch_sampler=indices.split(batch_size),
         collate_fn=lambda batch: batch,
         num_workers=num_workers,
     )
-    draws = torch.rand(len(dataset), generator=torch.Generator().manual_seed(0)).split(batch_size)
+    draws = torch.rand(len(dataset), generator=torch.Generator().manual_seed(0))[indices].split(batch_size)
     features, labels = [], []
     for (images, batch_labels), drawn in zip(tqdm(loader, "Real images", unit="batch"), draws):
         if random_flip:
@@ -135,15 +147,18 @@ def real_against_real(
     return result
 
 
-def check_counts(num_samples: int, num_reference: int, num_features: int, prefix: str = "") -> list[str]:
+def check_counts(num_samples: int, num_reference: int | None, num_features: int, prefix: str = "") -> list[str]:
     """Raise UserError for sets whose covariance would be singular. Return notes on sets that are merely small.
 
     Args:
+        num_reference: None if it is not known.
         prefix: begins the names of the options in messages; "eval_" in a training run.
     """
     notes = []
     samples = f"{prefix or 'num_'}samples"
     for name, count, what in ((samples, num_samples, "samples"), ("dataset_name", num_reference, "real images")):
+        if count is None:
+            continue
         if count <= num_features:
             raise UserError(
                 f"--{name}: {count} {what} are too few for {num_features} features; the Frechet distance needs more "

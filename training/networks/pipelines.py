@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline
+from diffusers import CMStochasticIterativeScheduler
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel
 from diffusers_ctm.guidance import ClassAverage
 from diffusers_ctm.scheduling_karras import jumps
 
-from ..cli.errors import UserError, loading
+from ..cli.errors import UserError
 from ..cli.shared_options import DataOptions, TeacherOptions
+from ..cli.weights import load_pipeline
 from ..data.images import ImageDataset
 from .student import fit_data
 from .teacher import load_teacher
@@ -21,11 +22,10 @@ from .teacher import load_teacher
 def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
     """The CTM in the folder or Hub repository `name`, or the consistency model as one if `gammas` is 1 alone.
 
-    Raises UserError if it cannot be loaded or is neither.
+    Raises UserError if it cannot be loaded, has broken weights or is neither.
     """
     label, here = f"--model {name}", "" if os.path.isdir(name) else "No such folder is here. "
-    with loading(label, f"{here}It must be a CTM's folder or its repository on the Hub."):
-        pipe = DiffusionPipeline.from_pretrained(name)
+    pipe = load_pipeline(label, name, f"{here}It must be a CTM's folder or its repository on the Hub.")
     scheduler = getattr(pipe, "scheduler", None)
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         if list(gammas) != [1.0]:
@@ -42,10 +42,11 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
 
 
 def load_pipelines(
-    config: TeacherOptions, dataset: ImageDataset, device: torch.device, gammas: Sequence[float] = ()
+    config: TeacherOptions, dataset: ImageDataset | None, device: torch.device, gammas: Sequence[float] = ()
 ) -> dict[str, CTMPipeline]:
     """The pipelines of the options `model` ("ctm") and `teacher` ("heun"), on the device, checked against the data.
 
+    Without a data set nothing is checked.
     A consistency model is taken for a CTM if `gammas` is 1 alone.
     """
     pipelines = {}
@@ -66,9 +67,12 @@ def load_pipelines(
     return pipelines
 
 
-def prepare(pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDataset, device: torch.device) -> None:
+def prepare(
+    pipe: CTMPipeline, name: str, config: DataOptions, dataset: ImageDataset | None, device: torch.device
+) -> None:
     """Fit the data to the pipeline of the option `name` (`fit_data`), and put that on the device, silent."""
-    fit_data(dataset, pipe.unet, pipe.num_classes, pipe.config.id2label, name, config)
+    if dataset is not None:
+        fit_data(dataset, pipe.unet, pipe.num_classes, pipe.config.id2label, name, config)
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)

@@ -11,21 +11,10 @@ from diffusers import UNet2DModel
 from huggingface_hub import snapshot_download
 
 from ..cli.errors import UserError
+from ..cli.weights import WEIGHTS, check_finite, kind_of_weights, loading_options
 
 
 NETWORKS = ("UNet2DModel", "CTMUNet2DModel", "EDMUNet2DModel")  # attributes of diffusers, ours too
-
-# Files of a network's weights, the best kind first. `.bin` is a pickle, which diffusers opens with torch's
-# `weights_only`.
-WEIGHTS = {
-    "whole": [
-        "diffusion_pytorch_model.safetensors",
-        "diffusion_pytorch_model.safetensors.index.json",
-        "diffusion_pytorch_model-*.safetensors",
-    ],
-    "variant": ["diffusion_pytorch_model.*.safetensors"],
-    "pickle": ["diffusion_pytorch_model.bin"],
-}
 
 
 class Source:
@@ -105,25 +94,24 @@ class Source:
     def load_network(self, folder: str) -> UNet2DModel:
         """The network, with no weight missing or left over."""
         name = f"--teacher {self.name}"
-        kinds = ((kind, self.files(folder, patterns)) for kind, patterns in WEIGHTS.items())
-        kind, files = next(((kind, files) for kind, files in kinds if files), (None, []))
-        if kind is None:
+        found = None
+        for patterns in WEIGHTS.values():  # a repository's files are fetched kind by kind, until there are some
+            found = found or kind_of_weights(self.files(folder, patterns))
+        if found is None:
             raise UserError(
                 f"{name}: {folder or 'the top'} has a config.json, but no weights (diffusion_pytorch_model.safetensors "
-                "or .bin)."
+                "or .bin, of a variant or not, in one file or several with their index)."
             )
         network_class = getattr(diffusers, self.json(join(folder, "config.json")).get("_class_name", "UNet2DModel"))
         network, report = network_class.from_pretrained(
-            str(self.root / folder),
-            use_safetensors=kind != "pickle",
-            variant=files[0].split(".")[1] if kind == "variant" else None,
-            output_loading_info=True,
+            str(self.root / folder), output_loading_info=True, **loading_options(*found)
         )
         missing, unexpected = report["missing_keys"], report["unexpected_keys"]
         if missing or unexpected:
             raise UserError(
                 f"{name}: weights and config do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}."
             )
+        check_finite(name, network.state_dict())
         return network
 
     def scheduler(self, folder: str) -> dict:

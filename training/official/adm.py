@@ -24,6 +24,7 @@ from .layers import (
     copied,
     empty_network,
     filled,
+    has,
     numbers,
     official_tensors,
     present,
@@ -57,9 +58,11 @@ QKV_ORDER = {"openai": "three_head_dim", "ctm": "three_head_dim", "nvidia": "hea
 def flavour_of(shapes: Iterable[str]) -> str | None:
     """Whose names these are, "openai", "ctm" or "nvidia", or None."""
     names = {name.removeprefix(PREFIX) for name in shapes}
-    if {"map_layer0.weight", "out_conv.weight"} <= names:
+    parts = {name.partition(".")[0] for name in names}
+    # Each part has several tensors: weights that lack one are recognized still, and told what is missing.
+    if {"enc", "dec", "out_norm", "out_conv"} <= parts and any(name.startswith("map_layer") for name in names):
         return "nvidia"
-    if {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= names:
+    if {"time_embed", "input_blocks", "middle_block", "output_blocks", "out"} <= parts:
         has_target = any(name.startswith("time_embed_s.") or ".emb_layers_s." in name for name in names)
         return "ctm" if has_target else "openai"
     return None
@@ -284,7 +287,7 @@ def _layers(network: UNet2DModel, flavour: str, qkv_order: str | None = None) ->
 
 def _openai_config(shapes: Shapes) -> dict:
     count = len(numbers(shapes, r"output_blocks\.(\d{1,4})\."))
-    ups = numbers(shapes, r"output_blocks\.(\d{1,4})\.[12]\.(?:in_layers\.0|conv)\.weight$")
+    ups = numbers(shapes, r"output_blocks\.(\d{1,4})\.[12]\.(?:in_layers|conv)\.")
     levels = len(ups) + 1
     layers = count // levels - 1
     if layers < 1 or count % levels or ups != [(i + 1) * (layers + 1) - 1 for i in range(levels - 1)]:
@@ -293,12 +296,12 @@ def _openai_config(shapes: Shapes) -> dict:
             f"{levels} levels each level has as many, and its last one upsamples."
         )
     first = [1 + level * (layers + 1) for level in range(levels)]
-    has_resnet_sampling = levels == 1 or f"input_blocks.{first[1] - 1}.0.in_layers.2.weight" in shapes
+    has_resnet_sampling = levels == 1 or has(shapes, f"input_blocks.{first[1] - 1}.0.in_layers.")
     return _config(
         shapes,
         names=("input_blocks.0.0", "out.2", "time_embed.0", "input_blocks.1.0.emb_layers.1"),
         widths=tuple(shape_of(shapes, f"input_blocks.{i}.0.in_layers.2.weight", 4)[0] for i in first),
-        has_attention=[f"input_blocks.{i}.1.qkv.weight" in shapes for i in first],
+        has_attention=[has(shapes, f"input_blocks.{i}.1.") for i in first],
         has_resnet_sampling=has_resnet_sampling,
         layers_per_block=layers,
         num_class_embeds=shape_of(shapes, "label_emb.weight", 2)[0] if "label_emb.weight" in shapes else None,
@@ -320,12 +323,12 @@ def _nvidia_config(shapes: Shapes) -> dict:
         shapes,
         names=(f"{top}_conv", "out_conv", "map_layer0", f"{top}_block0.affine"),
         widths=widths,
-        has_attention=[f"{block}.qkv.weight" in shapes for block in blocks],
+        has_attention=[has(shapes, f"{block}.qkv.") for block in blocks],
         has_resnet_sampling=True,
         layers_per_block=layers,
         num_class_embeds=shape_of(shapes, "map_label.weight", 2)[1] if "map_label.weight" in shapes else None,
         sample_size=sizes[0],
-        add_attention=f"dec.{sizes[-1]}x{sizes[-1]}_in0.qkv.weight" in shapes,
+        add_attention=has(shapes, f"dec.{sizes[-1]}x{sizes[-1]}_in0.qkv."),
     )
 
 

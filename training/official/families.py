@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The families of official networks, and which one weights are of."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -69,10 +70,14 @@ def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[st
         if not all(name.startswith(prefix) for name in bare):
             break
         bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
-    some = ", ".join(f"{name[:60]} {list(tensor.shape)}" for name, tensor in list(state_dict.items())[:4])
+    groups = Counter(name.partition(".")[0][:60] for name in state_dict)
+    found = ", ".join(f"{name} ({count})" for name, count in groups.most_common(6))
+    advice = ""
+    if {"conv_in", "down_blocks", "up_blocks"} <= groups.keys():
+        advice = " These have the names of diffusers: such weights need no conversion, but a folder with config.json."
     raise UserError(
-        f"These weights are of no network that is known here ({len(state_dict)} tensors: {some}, ...). Known are EDM's "
-        "DDPM++, NCSN++ and ADM, OpenAI's ADM, and the CTMs of both."
+        f"These weights are of no network that is known here. Their {len(state_dict)} names begin with {found}. Known "
+        f"are EDM's DDPM++, NCSN++ and ADM, OpenAI's ADM, and the CTMs of both.{advice}"
     )
 
 

@@ -176,6 +176,11 @@ def shape_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     return shapes[name]
 
 
+def has(shapes: Iterable[str], start: str) -> bool:
+    """Whether a name starts so: of a layer that lacks one of its tensors too."""
+    return any(name.startswith(start) for name in shapes)
+
+
 def numbers(shapes: Iterable[str], pattern: str) -> list[int]:
     """The different numbers that the group of `pattern` finds at the start of a name, sorted."""
     matches = (re.match(pattern, name) for name in shapes)
@@ -184,7 +189,7 @@ def numbers(shapes: Iterable[str], pattern: str) -> list[int]:
 
 def resolutions(shapes: Shapes) -> tuple[list[int], int]:
     """(sides of the levels, blocks of a level) by NVIDIA's names. Raises UserError before any network is made."""
-    tops = numbers(shapes, r"enc\.(\d{1,4})x\1_conv\.weight$")
+    tops = numbers(shapes, r"enc\.(\d{1,4})x\1_conv\.")
     sizes = numbers(shapes, r"enc\.(\d{1,4})x\1_block0\.")[::-1]
     if not tops or not sizes or sizes != [tops[-1] >> level for level in range(len(sizes))]:
         raise UserError(
@@ -220,16 +225,26 @@ def empty_network(kind: Callable[..., Network], inferred: dict, overrides: dict)
 
 
 def check_shapes(shapes: Shapes, network: torch.nn.Module, layers: list[Layer]) -> None:
-    """Raise UserError, with the name, if one is missing, surplus or of another shape than in `network`."""
+    """Raise UserError, with the names, if some are missing, surplus or of another shape than in `network`."""
     expected = shapes_of(official_tensors(network, layers))
-    for name in expected:
-        if name not in shapes:
-            raise UserError(f"The checkpoint has no {name}, which a network like this one has; is it complete?")
-    for name, shape in shapes.items():
-        if name not in expected:
-            raise UserError(f"The checkpoint has {name}, which has no place in this network.")
-        if shape != expected[name]:
-            raise UserError(f"{name} has shape {shape} in the checkpoint; {expected[name]} was expected.")
+    missing = [name for name in expected if name not in shapes]
+    surplus = [name for name in shapes if name not in expected]
+    other = [name for name in shapes if name in expected and shapes[name] != expected[name]]
+    faults = []
+    if missing:
+        faults.append(f"has no {some(missing)}, which a network like this one has; is it complete?")
+    if surplus:
+        faults.append(f"has {some(surplus)}, which has no place in this network.")
+    if faults:
+        raise UserError("The checkpoint " + " It ".join(faults))
+    if other:
+        name, more = other[0], f" ({len(other) - 1} more are of another shape)" if len(other) > 1 else ""
+        raise UserError(f"{name} has shape {shapes[name]} in the checkpoint; {expected[name]} was expected{more}.")
+
+
+def some(names: list[str]) -> str:
+    """At most three of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def filled(network: Network, layers: list[Layer], state_dict: Mapping[str, torch.Tensor]) -> Network:

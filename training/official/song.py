@@ -23,6 +23,8 @@ from .layers import (
     copied,
     empty_network,
     filled,
+    has,
+    numbers,
     official_tensors,
     present,
     qkv,
@@ -48,8 +50,10 @@ DEFAULTS = {
 
 def matches(shapes: Shapes) -> bool:
     """Whether these names are those of a SongUNet, EDM teacher or CIFAR-10 CTM."""
-    names = {name.removeprefix(PREFIX) for name in shapes}
-    return "map_layer0.weight" in names and any(re.fullmatch(r"dec\.(\d+)x\1_aux_conv\.weight", n) for n in names)
+    names = [name.removeprefix(PREFIX) for name in shapes]
+    # Several tensors each: weights that lack one are recognized still, and told what is missing.
+    has_end = any(re.match(r"dec\.(\d+)x\1_aux_(conv|norm)\.", name) for name in names)
+    return has_end and any(name.startswith("map_layer") for name in names)
 
 
 def defaults(shapes: Shapes) -> dict[str, float]:
@@ -109,8 +113,13 @@ def _inferred(shapes: Shapes) -> dict:
         raise UserError(f"{filters[0]} has {taps} taps; EDMUNet2DModel knows the filters (1, 1) and (1, 3, 3, 1).")
     model_channels, in_channels = shape_of(shapes, f"enc.{top}_conv.weight", 4)[:2]
     time_embedding_dim, time_proj_dim = shape_of(shapes, "map_layer0.weight", 2)
-    encoders = {"skip": r"enc\..*_aux_skip\.weight", "residual": r"enc\..*_aux_residual\.weight"}
-    has_attention = [f"enc.{size}x{size}_block0.qkv.weight" in shapes for size in sizes]
+    encoders = {"skip": r"enc\..*_aux_skip\..*", "residual": r"enc\..*_aux_residual\..*"}
+    if time_proj_dim == 2 * model_channels and "map_noise.freqs" not in shapes:  # a buffer: some files leave it out
+        raise UserError(
+            "The checkpoint has no map_noise.freqs, which a network has that is shown twice as many frequencies as its "
+            "first convolution has channels; is it complete?"
+        )
+    has_attention = [has(shapes, f"enc.{size}x{size}_block0.qkv.") for size in sizes]
     return {
         "sample_size": sizes[0],
         "in_channels": in_channels,
@@ -125,12 +134,12 @@ def _inferred(shapes: Shapes) -> dict:
         "time_proj_dim": time_proj_dim,
         "time_embedding_dim": time_embedding_dim,
         "encoder_type": next((kind for kind, pattern in encoders.items() if matching(pattern)), "standard"),
-        "decoder_type": "skip" if len(matching(r"dec\..*_aux_conv\.weight")) > 1 else "standard",
+        "decoder_type": "skip" if len(numbers(shapes, r"dec\.(\d{1,4})x\1_aux_")) > 1 else "standard",
         "resample_filter": (1, 3, 3, 1) if taps == 4 else (1, 1),
-        "num_class_embeds": shape_of(shapes, "map_label.weight", 2)[1] if "map_label.weight" in shapes else None,
+        "num_class_embeds": shape_of(shapes, "map_label.weight", 2)[1] if has(shapes, "map_label.") else None,
         "label_dropout": 0.0,
-        "augment_dim": shape_of(shapes, "map_augment.weight", 2)[1] if "map_augment.weight" in shapes else None,
-        "target_time": "map_layer0_s.weight" in shapes,
+        "augment_dim": shape_of(shapes, "map_augment.weight", 2)[1] if has(shapes, "map_augment.") else None,
+        "target_time": has(shapes, "map_layer0_s."),
     }
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Reading what a run starts from: a checkpoint to resume, or the weights of a first stage."""
 
+import math
 import os
 import re
 from dataclasses import asdict, fields
@@ -8,13 +9,16 @@ from dataclasses import asdict, fields
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.scheduling_karras import preconditioning_of
 
 from ..cli.errors import UserError, loading
 from ..cli.names import is_hub_id
+from ..cli.options import default_of
 from ..cli.training_options import OutputOptions, RunOptions
+from ..cli.weights import check_finite, load_pipeline
 from ..data.images import Images
 from ..hub.client import download_checkpoint
 
@@ -43,6 +47,12 @@ def decisive_options(options: RunOptions, num_processes: int) -> dict[str, str]:
     }
     images = options.train_batch_size * options.gradient_accumulation_steps * num_processes
     return {**decisive, "train_batch_size x accumulation x processes": str(images)}
+
+
+def free_options(options: RunOptions, precision: str) -> dict[str, str]:
+    """The recorded options that a resumed run may have others of, as text; `precision` stands for "auto"."""
+    names = [entry.name for entry in fields(options) if entry.metadata["free"] and entry.metadata["recorded"]]
+    return {name: precision if name == "mixed_precision" else str(getattr(options, name)) for name in names}
 
 
 def start_output_dir(options: OutputOptions) -> str | None:
@@ -100,7 +110,8 @@ def number_classes_as_before(dataset: Images, options: RunOptions) -> None:
 
 def check_same_run(state: dict, options: RunOptions, num_processes: int, networks: list[str], path: str) -> None:
     """Raise UserError if the checkpoint `path` with this state is of another run than that of options and networks."""
-    before, now = state["options"], decisive_options(options, num_processes)
+    defaults = {entry.name: str(default_of(entry)) for entry in fields(options)}  # of options that are newer than it
+    before, now = {**defaults, **state["options"]}, decisive_options(options, num_processes)
     changed = [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         raise UserError(
@@ -114,6 +125,36 @@ def check_same_run(state: dict, options: RunOptions, num_processes: int, network
         )
     if state["step"] > options.max_train_steps:
         raise UserError(f"--max_train_steps {options.max_train_steps} is below step {state['step']} of {path}.")
+
+
+def changes_of(state: dict, options: RunOptions, precision: str, teachers: tuple[dict, dict]) -> list[str]:
+    """What differs from the run that saved `state` and may: "--compile was False, is True".
+
+    Args:
+        precision: of the run that resumes.
+        teachers: their records, of the checkpoint and of now.
+    """
+    before, now = state["options"], free_options(options, precision)
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    changed = [f"--{name} was {before[name]}, is {now[name]}" for name in changed]
+    old, new = (" at ".join(filter(None, map(record.get, ("name", "revision")))) for record in teachers)
+    return changed + ([f"--teacher was {old}, is {new}"] if old and new and old != new else [])
+
+
+def jump_of_learning_rate(state: dict, options: RunOptions, scheduler: LambdaLR) -> str:
+    """A sentence if the learning rate of a resumed run does not go on where it was, else "".
+
+    `scheduler` is loaded: its last rate is the checkpoint's, its function that of the options.
+    """
+    before = scheduler.get_last_lr()[0] / scheduler.base_lrs[0]
+    now = scheduler.lr_lambdas[0](scheduler.last_epoch)
+    if math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-9):
+        return ""
+    former = state["options"].get("max_train_steps", "another number")
+    return (
+        f"The learning rate goes from {before:.3f} to {now:.3f} of its peak: --lr_scheduler {options.lr_scheduler} "
+        f"ends at --max_train_steps, which was {former} at the checkpoint and is {options.max_train_steps}."
+    )
 
 
 # A first stage --------------------------------------------------------------------------------------------------------
@@ -141,19 +182,24 @@ def load_first_stage(folder: str) -> tuple[dict, dict[str | None, dict], Precond
         The weights of the network; those of its moving averages, by the decay, where None is any other decay; and the
         preconditioning that it was trained with, or None if the scheduler of its pipeline does not say it.
     """
-    with loading(f"--init_from {folder}"):
-        if not os.path.isfile(os.path.join(folder, STATE)):
-            pipe = DiffusionPipeline.from_pretrained(folder)
+    option = f"--init_from {folder}"
+    if not os.path.isfile(os.path.join(folder, STATE)):
+        pipe = load_pipeline(option, folder)
+        with loading(option):
             weights = pipe.unet.state_dict()
             return weights, {None: weights}, preconditioning_of(pipe.scheduler)
+    with loading(option):
         state = load_run_state(folder)
         averages = {decay: average["weights"] for decay, average in state["averages"].items()}
-        averages[None] = averages[state["options"]["ema_decay"]]
         sharded = os.path.join(folder, "pytorch_model_fsdp.bin")  # what a run with FSDP saves
         if os.path.isfile(sharded):
             weights = torch.load(sharded, map_location="cpu", weights_only=True)
         else:
             weights = load_file(os.path.join(folder, "model.safetensors"))
+        check_finite(option, weights)
+        for decay, average in averages.items():
+            check_finite(option, {f"average {decay}, {name}": tensor for name, tensor in average.items()})
+        averages[None] = averages[state["options"]["ema_decay"]]
         return weights, averages, Preconditioning(**state["preconditioning"])
 
 

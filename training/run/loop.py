@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import itertools
 import signal
 import sys
 import warnings
@@ -15,6 +16,7 @@ from diffusers_ctm import CTMPipeline
 
 from ..cli.errors import UserError
 from ..cli.training_options import RunOptions
+from ..cli.weights import broken
 from ..data.batches import LoadedBatch, run_batches
 from ..data.images import Images, mirrored, to_sample
 from .averages import make_averages
@@ -123,7 +125,12 @@ class TrainingRun:
         options, accelerator = self.options, self.accelerator
         # Nothing is written before all else is known to work.
         if self.folder.checkpoint is not None:
-            self.folder.resume(list(self.networks), self.load_state_dict)
+            self.folder.resume(list(self.networks), self.load_state_dict, self.lr_scheduler)
+            if names := self._broken():
+                raise UserError(
+                    f"The checkpoint {self.folder.checkpoint} has infinite or NaN weights, in {names[0]}. Resume from "
+                    "another one."
+                )
         elif self.folder.first_stage is not None:
             self.folder.start_from_first_stage(self.bare_network, self.averages)
         self.folder.save_options()
@@ -266,13 +273,23 @@ class TrainingRun:
 
     def _check_weights(self) -> None:
         """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
-        networks = [self.bare_network, *(average.module for average in self.averages.values())]
-        norms = [whole(parameter.detach().norm()) for network in networks for parameter in network.parameters()]
-        if not torch.stack(norms).isfinite().all():
+        if names := self._broken():
             raise UserError(
-                f"The weights became infinite or NaN by step {self.step}. Lower --learning_rate, set --max_grad_norm "
-                "1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
+                f"The weights became infinite or NaN by step {self.step}, in {names[0]}. Lower --learning_rate, set "
+                "--max_grad_norm 1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
             )
+
+    def _broken(self) -> list[str]:
+        """Names of the weights and buffers, of all that learns and of the averages, that are infinite or NaN."""
+        modules = {name: trained.bare for name, trained in self.networks.items()}
+        modules |= {f"average {name}": average.module for name, average in self.averages.items()}
+        tensors = {
+            f"{title}: {name}": tensor.detach()
+            for title, module in modules.items()
+            for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
+            if tensor.is_floating_point()
+        }
+        return broken({name: whole(tensor.norm()) for name, tensor in tensors.items()})
 
     def state_dict(self) -> dict:
         """The part of a checkpoint that is not Accelerate's. All processes call it."""

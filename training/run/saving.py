@@ -11,6 +11,7 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ctm import CTMPipeline
 
@@ -23,11 +24,14 @@ from ..hub.record import RECORD, training_record, write_record
 from .averages import EMA, snapshot_folder
 from .checkpoints import (
     STATE,
+    changes_of,
     check_preconditioning,
     check_same_run,
     checkpoints,
     decisive_options,
     find_first_stage,
+    free_options,
+    jump_of_learning_rate,
     load_first_stage,
     load_run_state,
     start_output_dir,
@@ -70,8 +74,11 @@ class RunFolder:
 
     # The start ------------------------------------------------------------------------------------------------------
 
-    def resume(self, networks: list[str], load_state_dict: Callable[[dict], None]) -> None:
-        """Load the checkpoint of a run with these `networks`: Accelerate's part here, the rest by `load_state_dict`."""
+    def resume(self, networks: list[str], load_state_dict: Callable[[dict], None], lr_scheduler: LambdaLR) -> None:
+        """Load the checkpoint of a run with these `networks`: Accelerate's part here, the rest by `load_state_dict`.
+
+        Says what differs from the run that saved it.
+        """
         accelerator, path = self.accelerator, self.checkpoint
         with loading(f"The checkpoint {path}", "It belongs to another network or is damaged; resume from another one."):
             state = load_run_state(path)
@@ -86,9 +93,16 @@ class RunFolder:
             accelerator.scaler = scaler
             accelerator.step = 0  # it counts passes, and a step may have another number of them now
             load_state_dict(state)
-        if accelerator.is_main_process:
-            self.record["first_stage"] = read_json(path, RECORD).get("first_stage")  # whatever --init_from is now
         accelerator.print(f"Resumed from {path} at step {state['step']}.")
+        if accelerator.is_main_process:
+            former = read_json(path, RECORD)
+            self.record["first_stage"] = former.get("first_stage")  # whatever --init_from is now
+            teachers = (former.get("teacher") or {}, self.record["teacher"] or {})
+            changes = changes_of(state, self.options, accelerator.mixed_precision, teachers)
+            if changes:
+                print(f"Other options than at the checkpoint: {'; '.join(changes)}.")
+            if jump := jump_of_learning_rate(state, self.options, lr_scheduler):
+                print(jump)
 
     def start_from_first_stage(self, network: torch.nn.Module, averages: dict[str, EMA]) -> None:
         """Take weights of the first stage. Averages go on at their full decay; power-function averages start anew."""
@@ -125,7 +139,10 @@ class RunFolder:
                     **state,
                     "preconditioning": asdict(pipe.scheduler.preconditioning),
                     "id2label": pipe.config.id2label,
-                    "options": decisive_options(options, accelerator.num_processes),
+                    "options": {
+                        **decisive_options(options, accelerator.num_processes),
+                        **free_options(options, accelerator.mixed_precision),
+                    },
                 }
                 torch.save(state, os.path.join(draft, STATE))
                 write_record(self.record, step, draft)

@@ -62,7 +62,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return None
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = _resident("VmRSS:")
     call()
     return _resident("VmHWM:") - before
@@ -70,7 +70,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
 
 def _resident(name: str) -> int:
     """Bytes that Linux counts for this process under `name`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 

@@ -11,11 +11,11 @@ from training.cli.files import atomic_file, atomic_folder, check_writable
 
 
 def write(folder, text):
-    Path(folder, "a").write_text(text)
+    Path(folder, "a").write_text(text, encoding="utf-8")
 
 
 def read(folder):
-    return Path(folder, "a").read_text()
+    return Path(folder, "a").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_a_file_is_whole_or_the_former_one(tmp_path):
     path = str(tmp_path / "new" / "table.json")
     with atomic_file(path) as draft:
         assert draft.endswith(".json")  # writers choose the format by it
-        open(draft, "w").write("old")
+        open(draft, "w", encoding="utf-8").write("old")
     with pytest.raises(UserError, match="table.json could not be written: full"), atomic_file(path) as draft:
-        open(draft, "w").write("ne")
+        open(draft, "w", encoding="utf-8").write("ne")
         raise OSError("full")
-    assert open(path).read() == "old" and os.listdir(tmp_path / "new") == ["table.json"]
+    assert open(path, encoding="utf-8").read() == "old" and os.listdir(tmp_path / "new") == ["table.json"]

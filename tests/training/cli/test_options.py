@@ -86,11 +86,12 @@ def test_what_is_impossible_names_the_option_in_two_lines(arguments, said, capsy
         ("- 1", "option: value"),
         ("a: [", "cannot be read"),
         ("max_train_steps: x", "max_train_steps"),
+        ("output_dir: runs/\xfc", "cannot be read: 'utf-8'"),
     ],
 )
 def test_bad_yaml(tmp_path, text, said, capsys):
     path = tmp_path / "bad.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")  # which is UTF-8 only where all is ASCII
     assert said in refused(CTMConfig, ["--teacher", "t", "--config", str(path)], capsys)
 
 

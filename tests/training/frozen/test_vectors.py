@@ -105,3 +105,12 @@ def test_features_of_an_image_and_text_model(tmp_path):
     network = load_feature_network(str(tmp_path))
     assert network.num_features == 12 and network.side == (16, 16)
     assert math.isfinite(network(torch.zeros(2, 1, 20, 20, dtype=torch.uint8)).sum())
+
+
+def test_broken_weights_are_named(tmp_path):
+    save(ViTModel(ViTConfig(**SIZES, image_size=16, patch_size=8)), tmp_path, size={"height": 16, "width": 16})
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["layernorm.bias"][0] = math.inf
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="^--eval_features .* cannot be used: it has .*: network.layernorm.bias"):
+        load_feature_network(str(tmp_path), prefix="eval_")

@@ -22,6 +22,13 @@ def test_frechet_distance_of_gaussians():
     assert measured == pytest.approx(float((shift**2).sum() + ((a - b) ** 2).sum()), rel=0.02)
 
 
+def test_the_distance_from_statistics_is_that_from_the_images():
+    features, samples = 3 + 2 * randn(2, 500, 6) @ randn(6, 6, seed=1)
+    measured = Distances((features.mean(0), features.T.cov()))
+    assert measured(samples) == pytest.approx(Distances(features)(samples), abs=1e-6)
+    assert measured(features)["frechet"] == pytest.approx(0, abs=1e-6)  # and once more, of other samples
+
+
 def test_frechet_distance_falls_to_zero_with_the_number_of_samples():
     data = torch.randn(2, 16_000, 8, generator=seeded())
     values = [Distances(data[0, :n])(data[1, :n])["frechet"] for n in (1_000, 16_000)]

@@ -40,6 +40,7 @@ from helpers.tiny_networks import make_unet_2d
 from training import train_ctm
 from training.cli.errors import UserError
 from training.cli.shared_options import TeacherOptions
+from training.cli.weights import load_pipeline
 from training.networks import pipelines
 from training.networks.student import choose_precision, student_scheduler
 from training.networks.teacher import Teacher, load_teacher
@@ -71,7 +72,7 @@ OPENAI = {
 
 def write(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def flat(folder: Path, pipeline: str, scheduler_class: str) -> None:
@@ -448,6 +449,58 @@ def test_pickled_weights_are_data_only(layouts, copy, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("variant", [None, "fp16", "non_ema"])
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("size", ["10GB", "40KB"])
+def test_weights_of_every_kind_of_file_are_found(layouts, copy, tmp_path, variant, safe, size):
+    folder, network = copy("user/edm"), layouts.network["user/edm"]
+    shutil.rmtree(folder / "unet")
+    network.save_pretrained(folder / "unet", variant=variant, safe_serialization=safe, max_shard_size=size)
+    assert (len(os.listdir(folder / "unet")) > 3) == (size == "40KB")
+    assert same(load(folder).network.state_dict(), network.state_dict())
+    # The same of a whole pipeline, which diffusers alone finds for the usual names only.
+    pipe = load_pipeline("--model", str(folder))
+    assert same(pipe.unet.state_dict(), network.state_dict())
+    if not safe:
+        for file in (folder / "unet").glob("*.bin"):
+            file.write_bytes(pickle.dumps({"conv_in.weight": Trap(tmp_path / "ran")}))
+        for read in (lambda: load(folder), lambda: load_pipeline("--model", str(folder))):
+            with pytest.raises(UserError, match="cannot be loaded"):
+                read()
+        assert not (tmp_path / "ran").exists()
+
+
+def test_whole_weights_win_over_a_variant_and_over_pickles(layouts, copy):
+    folder, network = copy("user/edm"), layouts.network["user/edm"]
+    other = UNet2DModel.from_config(network.config)
+    other.save_pretrained(folder / "unet", variant="fp16")
+    other.save_pretrained(folder / "unet", safe_serialization=False)
+    for read in (lambda: load(folder).network, lambda: load_pipeline("--model", str(folder)).unet):
+        assert same(read().state_dict(), network.state_dict())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_broken_weights_are_named_when_they_are_loaded(layouts, copy, value):
+    folder = copy("user/edm")
+    weights = load_file(folder / "unet" / WEIGHTS)
+    for name, count in (("conv_out.bias", ""), ("conv_in.weight", rf" and 1 more of its {len(weights)} tensors")):
+        weights[name].view(-1)[-1] = value
+        save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=rf"--teacher .* has infinite or NaN weights: conv_\w+\.\w+{count}\. "):
+            load(folder)
+        with pytest.raises(UserError, match=rf"^--model x has .*: unet\.conv_\w+\.\w+{count}\. "):
+            load_pipeline("--model x", str(folder))
+
+
+def test_a_model_that_lacks_a_tensor_says_which(layouts, copy):
+    folder = copy("user/edm")
+    weights = load_file(folder / "unet" / WEIGHTS)
+    del weights["conv_in.weight"]
+    save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"^--model x lacks 1 of its {len(weights) + 1} tensors, such as unet.conv_in"):
+        load_pipeline("--model x", str(folder))
+
+
 def test_the_range_of_levels_can_be_narrowed(layouts):
     teacher = load(layouts.root / "google/ddpm-cifar10-32")
     config = CTMConfig(teacher="google/ddpm-cifar10-32", sigma_min=0.02, sigma_max=80.0)
@@ -558,6 +611,7 @@ from training import train_ctm
 from training.cli.errors import UserError
 from training.cli.options import parse_config
 from training.cli.shared_options import TeacherOptions
+from training.cli.weights import load_pipeline
 from training.networks import teacher
 
 work, names = sys.argv[1], sys.argv[2].split(",")

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from training.cli.shared_options import TeacherOptions
 from training.convert import ConvertConfig, main
 from training.networks.teacher import load_teacher
 from training.official import adm, layers
+from training.official.families import find_family
 
 
 HEAD = 16
@@ -327,6 +329,37 @@ def test_convolutional_sampling_and_plain_shift_are_placed():
 def test_what_is_no_network_of_the_family(flavour, change, overrides, words):
     with pytest.raises(UserError, match=words):
         adm.network_of({**shapes_of(flavour), **change}, **{"attention_head_dim": HEAD, **overrides})
+
+
+@pytest.mark.parametrize(
+    "flavour, keys",
+    [
+        ("openai", ["time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight", "input_blocks.4.1.qkv.weight"]),
+        ("ctm", ["time_embed_s.0.weight", "input_blocks.3.0.in_layers.2.weight"]),
+        ("ctm", ["output_blocks.2.2.in_layers.0.weight"]),
+        ("nvidia", ["map_layer0.weight", "out_conv.weight", "enc.8x8_conv.weight", "dec.4x4_in0.qkv.weight"]),
+    ],
+)
+def test_weights_that_lack_one_tensor_are_recognized_and_it_is_named(flavour, keys):
+    prefix = "model." if flavour == "nvidia" else ""
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(flavour).items()}
+    for key in keys:
+        lacking = {name: tensor for name, tensor in state.items() if name != prefix + key}
+        family, weights = find_family({"_orig_mod." + name: tensor for name, tensor in lacking.items()})
+        with pytest.raises(UserError, match=f"has no {re.escape(key)}"):
+            assert family is adm
+            family.to_diffusers(weights, attention_head_dim=HEAD)
+
+
+def test_what_is_missing_and_what_is_left_over_is_listed():
+    shapes = shapes_of("openai")
+    for i in range(5):
+        shapes[f"surplus.{i}"] = (1,)
+    for name in ("out.0.weight", "out.0.bias"):
+        del shapes[name]
+    words = "no out.0.weight, out.0.bias, which .* has surplus.0, surplus.1, surplus.2 and 2 more"
+    with pytest.raises(UserError, match=words):
+        adm.network_of(shapes, attention_head_dim=HEAD)
 
 
 @pytest.mark.parametrize(

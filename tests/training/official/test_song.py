@@ -4,6 +4,7 @@
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from helpers.places import ORACLE
 from helpers.tiny_networks import EDM_KINDS, inputs, make_edm, times
 from training.cli.errors import UserError
 from training.official import song
+from training.official.families import find_family
 from training.official.layers import shapes_of
 
 
@@ -342,6 +344,24 @@ def test_a_key_that_is_missing_or_misshapen_is_named(key, change):
 
 
 @pytest.mark.parametrize(
+    "kind, target_time, keys",
+    [
+        ("NCSN++", False, ["map_noise.freqs", "enc.4x4_aux_residual.weight", "dec.8x8_aux_norm.bias"]),
+        ("skip", True, ["map_layer0.weight", "map_layer0_s.weight", "dec.4x4_aux_conv.weight"]),
+        ("classes", True, ["enc.8x8_conv.weight", "dec.8x8_aux_conv.weight", "map_label.weight"]),
+    ],
+)
+def test_weights_that_lack_one_tensor_are_recognized_and_it_is_named(kind, target_time, keys):
+    state = song.to_official(make_edm(**EDM_KINDS[kind], target_time=target_time))
+    for key in keys:
+        lacking = {name: tensor for name, tensor in state.items() if name != "model." + key}
+        family, weights = find_family({"module." + name: tensor for name, tensor in lacking.items()})
+        with pytest.raises(UserError, match=f"has no {re.escape(key)}"):
+            assert family is song
+            family.to_diffusers(weights)
+
+
+@pytest.mark.parametrize(
     "key", ["model.enc.8x8_block0.affine_train.weight", "model.sigma_min", "logvar", "enc.4x4_block7.norm0.weight"]
 )
 def test_a_surplus_key_is_named(key):
@@ -370,7 +390,7 @@ def test_what_cannot_be_placed():
     with pytest.raises(UserError, match="has map_layer0.bias twice, with and without the prefix 'model.'"):
         song.network_of({**shapes, "map_layer0.bias": shapes["model.map_layer0.bias"]})
     with pytest.raises(UserError, match="first convolution enc.<size>x<size>_conv"):
-        song.network_of({name: shape for name, shape in shapes.items() if not name.endswith("enc.8x8_conv.weight")})
+        song.network_of({name: shape for name, shape in shapes.items() if "enc.8x8_conv." not in name})
     with pytest.raises(UserError, match=r"has 6 taps; EDMUNet2DModel knows the filters"):
         song.network_of({**shapes, **dict.fromkeys(filters, (1, 1, 6, 6))})
     with pytest.raises(UserError, match=r"has dec.4x4_block|has no dec.8x8|has enc.4x4"):

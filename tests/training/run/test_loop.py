@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffusers_ctm import CTMPipeline
 from helpers.runs import NETWORK, assert_same_weights, fresh_accelerate, same, weights  # noqa: F401
@@ -281,6 +282,84 @@ def test_a_damaged_first_stage(tmp_path, first_stage):
         file.truncate(1000)
     with pytest.raises(UserError, match="checkpoint-4 cannot be loaded"):
         started(tmp_path / "run", init_from=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_first_stage_in_other_files(tmp_path, first_stage, variant):
+    pipe = DiffusionPipeline.from_pretrained(os.path.join(first_stage.options.output_dir, "pipeline"))
+    pipe.save_pretrained(tmp_path / "pipeline", variant=variant, max_shard_size="20KB", safe_serialization=False)
+    run = started(tmp_path / "run", init_from=str(tmp_path / "pipeline"))
+    assert same(state(run.bare_network), state(first_stage.ema.module))
+
+
+@pytest.mark.parametrize("place", ["pipeline", "model.safetensors", "run_state.pt"])
+def test_a_broken_first_stage_is_named(tmp_path, first_stage, place):
+    source = os.path.join(first_stage.options.output_dir, "pipeline" if place == "pipeline" else "checkpoint-4")
+    shutil.copytree(source, tmp_path / "source")
+    if place == "run_state.pt":
+        saved = torch.load(tmp_path / "source" / place, weights_only=True)
+        saved["averages"]["0.5"]["weights"]["conv_out.bias"][0] = math.inf
+        torch.save(saved, tmp_path / "source" / place)
+        name = "average 0.5, conv_out.bias"
+    else:
+        path = tmp_path / "source" / ("unet/diffusion_pytorch_model.safetensors" if place == "pipeline" else place)
+        saved = load_file(path)
+        saved["conv_out.bias"][0] = math.nan
+        save_file(saved, path, metadata={"format": "pt"})
+        name = "unet.conv_out.bias" if place == "pipeline" else "conv_out.bias"
+    with pytest.raises(UserError, match=f"^--init_from .*source has infinite or NaN weights: {name}"):
+        started(tmp_path / "run", init_from=str(tmp_path / "source"))
+    assert not (tmp_path / "run").exists()
+
+
+# What changes when a run resumes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", [5, 8])
+@pytest.mark.parametrize(
+    "kind, share", [("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2), ("linear", lambda x: 1 - x)]
+)
+def test_a_jump_of_the_learning_rate_is_said(tmp_path, capsys, kind, share, then):
+    steps, rates = 4 if then == 8 else 6, []
+    options = {"lr_scheduler": kind, "checkpointing_steps": 4}
+    learn(start(tmp_path / "run", max_train_steps=steps, **options), until=5)
+    run = start(tmp_path / "run", max_train_steps=then, resume_from_checkpoint="latest", **options)
+    run.on_step = lambda step: rates.append(run.lr_scheduler.get_last_lr()[0] / 1e-3)
+    capsys.readouterr()
+    learn(run)
+    said = f"goes from {share(4 / steps):.3f} to {share(4 / then):.3f} of its peak: --lr_scheduler {kind} ends at "
+    assert said + f"--max_train_steps, which was {steps} at the checkpoint and is {then}." in capsys.readouterr().out
+    assert rates == pytest.approx([share(step / then) for step in range(5, then + 1)], abs=1e-9)
+
+
+def test_changes_that_count_are_said_and_nothing_else_is(tmp_path, capsys):
+    first = start(tmp_path / "run", checkpointing_steps=2, train_batch_size=4, mixed_precision="bf16")
+    learn(first, until=3)
+    again = {"resume_from_checkpoint": "latest", "checkpointing_steps": 2}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    learn(start(tmp_path / "run", mixed_precision="bf16", **again), until=3)
+    said = capsys.readouterr().out
+    assert "Resumed from" in said and "Other options" not in said and "learning rate" not in said
+    AcceleratorState._reset_state(reset_partial_state=True)
+    split = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    learn(start(tmp_path / "run", mixed_precision="auto", max_train_steps=3, **split, **again))
+    changes = ["max_train_steps was 4, is 3", "train_batch_size was 4, is 2", "gradient_accumulation_steps was 1, is 2"]
+    changes = "; --".join([*changes, "mixed_precision was bf16, is no"])
+    said = capsys.readouterr().out
+    assert f"Other options than at the checkpoint: --{changes}.\n" in said and "learning rate" not in said
+
+
+@pytest.mark.parametrize("place", ["main: conv_out.bias", "judge: body.2.running_var", "average 0.999: conv_in.weight"])
+def test_a_broken_checkpoint_is_named(tmp_path, monkeypatch, place):
+    run = start(tmp_path / "run", checkpointing_steps=2)
+    title, name = place.split(": ")
+    module = run.averages["0.999"].module if title.startswith("average") else run.networks[title].bare
+    with monkeypatch.context() as patch:  # the check stands before the saving
+        patch.setattr(TrainingRun, "_check_weights", lambda self: module.state_dict()[name].fill_(math.nan))
+        learn(run, until=2)
+    again = start(tmp_path / "run", resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match=f"checkpoint-2 has infinite or NaN weights, in {place}. Resume from another"):
+        learn(again)
 
 
 # Skipped steps --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The device, in code and in words; waiting for it; and the versions of the software."""
+"""The device, in code and in words; waiting for it; the versions of the software; what the main process says."""
 
+import os
 import platform
 from types import ModuleType
 
@@ -41,3 +42,9 @@ def hardware(device: torch.device) -> dict[str, str | int]:
 def versions(*packages: ModuleType) -> dict[str, str]:
     """The versions of packages by name, and Python's."""
     return {**{package.__name__: package.__version__ for package in packages}, "python": platform.python_version()}
+
+
+def say(line: str) -> None:
+    """Print a line in the main process, also before the processes meet: launchers set RANK."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)

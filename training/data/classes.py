@@ -4,8 +4,11 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
+
 from diffusers_ctm.class_labels import finder
 
+from ..cli.device import say
 from ..cli.errors import UserError
 
 
@@ -62,3 +65,95 @@ def numbers_by_name(
             "several classes there, or several names for one. Give each class of the data a name that is one class's."
         )
     return numbers
+
+
+class Classes:
+    """The classes of a data set: their number and names, those with images, and a network's numbers for them.
+
+    Attributes:
+        num_classes, id2label: None without classes; `id2label` also where the classes are plain numbers.
+        classes: numbers of the classes that have images, ascending; None if that is not known.
+
+    Args:
+        label_column: of the data set; None is no classes.
+        num_classes: what the option says.
+    """
+
+    def __init__(self, label_column: str | None, num_classes: int | None):
+        self.label_column = label_column
+        self.num_classes, self.id2label, self.classes = num_classes, None, None
+        self._numbers, self._numbered_as = None, None
+
+    def name_classes(self, names: list[str]) -> None:
+        """Let these be the classes. Raises UserError if the option says another number of them."""
+        if self.num_classes not in (None, len(names)):
+            raise UserError(
+                f"--num_classes {self.num_classes} is for plain numbers; --label_column {self.label_column} names "
+                f"{len(names)} classes. Leave it out."
+            )
+        self.num_classes, self.id2label = len(names), dict(enumerate(names))
+
+    def check_labels(self, labels: list[int | None]) -> None:
+        """Raise UserError if an image has no class, or one beyond their number."""
+        missing = sum(label is None or label < 0 for label in labels)
+        if missing:
+            raise UserError(
+                f"--label_column {self.label_column} has no class (null or negative) for {missing} of {len(labels)} "
+                "images; remove such images, or leave --label_column out."
+            )
+        known = self.num_classes if self._numbers is None else len(self._numbers)
+        if known is not None and max(labels, default=0) >= known:
+            raise UserError(
+                f"--label_column {self.label_column} holds the class {max(labels)}, and there are {known} classes, "
+                "from 0 on. Give a larger --num_classes."
+            )
+
+    @property
+    def empty_classes(self) -> list[int]:
+        """Numbers of the classes that have no image; none if it is not known."""
+        return [] if self.classes is None else sorted(set(range(self.num_classes)) - set(self.classes))
+
+    @property
+    def trained_classes(self) -> list[int] | None:
+        """`classes`, if others have no image; None if all have, there are none, or it is not known."""
+        return self.classes if self.empty_classes else None
+
+    def number_classes(self, num_classes: int, id2label: Mapping[int, str] | None, network: str) -> None:
+        """Give the classes the numbers that a network has for them, found by name (`numbers_by_name`).
+
+        `num_classes`, `id2label`, `classes` and all labels are then the network's. One line says what was changed.
+
+        Args:
+            num_classes, id2label: of the network.
+            network: the option that names it, for messages.
+
+        Raises UserError for classes that the network does not have, and if another network has numbered them already
+        and this one differs.
+        """
+        numbers = {own: own for own in range(self.num_classes)}
+        if self.id2label is not None:
+            numbers |= numbers_by_name(self.id2label, num_classes, id2label, self.classes, network)
+        used = list(numbers) if self.classes is None else self.classes
+        if any(numbers[own] >= num_classes for own in used):
+            raise UserError(
+                f"--label_column {self.label_column} has {self.num_classes} classes, {network} knows {num_classes}."
+            )
+        moved = [f"{self.id2label[own]} from {own} to {numbers[own]}" for own in used if numbers[own] != own]
+        if moved and self._numbered_as is not None:
+            raise UserError(
+                f"{self._numbered_as} and {network} number the same classes differently: {shown(moved)}. Use one of "
+                "them at a time."
+            )
+        if moved:
+            self._numbers = torch.tensor(list(numbers.values()))
+            self.classes = self.classes and sorted(numbers[own] for own in used)
+            say(f"Classes numbered by name, as {network} has them: {shown(moved)}.")
+        if id2label or moved:
+            self._numbered_as = network
+            self.id2label = {int(number): name for number, name in id2label.items()} if id2label else None
+        self.num_classes = num_classes
+
+    def as_numbered(self, labels: list[int]) -> torch.Tensor:
+        """Labels of the data set in the numbers of the network, int64 of shape (n,)."""
+        labels = torch.tensor(labels)
+        return labels if self._numbers is None else self._numbers[labels]

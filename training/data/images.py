@@ -5,7 +5,7 @@ import collections
 import io
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
+from ..cli.device import say
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import DataOptions
-from .classes import numbers_by_name, shown
+from .classes import Classes, shown
 from .dataset_tool import read_file
 from .sources import TEXT, find_columns, load_source
 
@@ -26,7 +27,7 @@ GRAY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 LOOKED_AT = 256  # images whose size and mode decide, of a data set at hand
 
 
-class Images:
+class Images(Classes):
     """Size, mode and classes of a data set's images, and how each image is made to fit.
 
     Args:
@@ -36,8 +37,6 @@ class Images:
     Attributes:
         source: its rows, with the columns needed only; each image is decoded later, where it is used.
         columns: the columns to read.
-        num_classes, id2label: None without classes; `id2label` also where the classes are plain numbers.
-        classes: numbers of the classes that have images, ascending; None if that is not known.
         mode, channels, resolution: of the images as they are made to fit; known after `look_at`.
 
     Raises UserError if a column is missing or of the wrong kind.
@@ -45,15 +44,15 @@ class Images:
 
     def __init__(self, options: DataOptions, source: Dataset | IterableDataset):
         self.options, features = options, source.features
-        self.image_column, self.label_column = find_columns(options, features)
+        self.image_column, label_column = find_columns(options, features)
+        super().__init__(label_column, options.num_classes)
         self.columns = [column for column in (self.image_column, self.label_column) if column is not None]
         self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
-        self.num_classes, self.id2label, self.classes = options.num_classes, None, None
-        self._numbers, self._numbered_as, self._warned = None, None, set()
+        self._warned = set()
         if self.label_column is not None:
             kind = features[self.label_column]
             if isinstance(kind, ClassLabel):
-                self._name_classes(kind.names)
+                self.name_classes(kind.names)
             elif kind.dtype.startswith(("float", "bool")):
                 with loading(f"--label_column {self.label_column}", "Each class must be a whole number."):
                     self.source = self.source.cast_column(self.label_column, Value("int64"))
@@ -99,14 +98,6 @@ class Images:
             f"pixels, {color}, {classes}."
         )
 
-    def _name_classes(self, names: list[str]) -> None:
-        if self.num_classes not in (None, len(names)):
-            raise UserError(
-                f"--num_classes {self.num_classes} is for plain numbers; --label_column {self.label_column} names "
-                f"{len(names)} classes. Leave it out."
-            )
-        self.num_classes, self.id2label = len(names), dict(enumerate(names))
-
     def check_images(self, missing: list[int], count: int) -> None:
         """Raise UserError if there are rows without an image among `count`; `missing` are their numbers."""
         if missing:
@@ -114,71 +105,6 @@ class Images:
                 f"--image_column {self.image_column} has no image (null) in {len(missing)} of {count} rows, the first "
                 f"in row {missing[0]} (from 0); remove such rows from the data set."
             )
-
-    def check_labels(self, labels: list[int | None]) -> None:
-        """Raise UserError if an image has no class, or one beyond their number."""
-        missing = sum(label is None or label < 0 for label in labels)
-        if missing:
-            raise UserError(
-                f"--label_column {self.label_column} has no class (null or negative) for {missing} of {len(labels)} "
-                "images; remove such images, or leave --label_column out."
-            )
-        known = self.num_classes if self._numbers is None else len(self._numbers)
-        if known is not None and max(labels, default=0) >= known:
-            raise UserError(
-                f"--label_column {self.label_column} holds the class {max(labels)}, and there are {known} classes, "
-                "from 0 on. Give a larger --num_classes."
-            )
-
-    @property
-    def empty_classes(self) -> list[int]:
-        """Numbers of the classes that have no image; none if it is not known."""
-        return [] if self.classes is None else sorted(set(range(self.num_classes)) - set(self.classes))
-
-    @property
-    def trained_classes(self) -> list[int] | None:
-        """`classes`, if others have no image; None if all have, there are none, or it is not known."""
-        return self.classes if self.empty_classes else None
-
-    def number_classes(self, num_classes: int, id2label: Mapping[int, str] | None, network: str) -> None:
-        """Give the classes the numbers that a network has for them, found by name (`numbers_by_name`).
-
-        `num_classes`, `id2label`, `classes` and all labels are then the network's. One line says what was changed.
-
-        Args:
-            num_classes, id2label: of the network.
-            network: the option that names it, for messages.
-
-        Raises UserError for classes that the network does not have, and if another network has numbered them already
-        and this one differs.
-        """
-        numbers = {own: own for own in range(self.num_classes)}
-        if self.id2label is not None:
-            numbers |= numbers_by_name(self.id2label, num_classes, id2label, self.classes, network)
-        used = list(numbers) if self.classes is None else self.classes
-        if any(numbers[own] >= num_classes for own in used):
-            raise UserError(
-                f"--label_column {self.label_column} has {self.num_classes} classes, {network} knows {num_classes}."
-            )
-        moved = [f"{self.id2label[own]} from {own} to {numbers[own]}" for own in used if numbers[own] != own]
-        if moved and self._numbered_as is not None:
-            raise UserError(
-                f"{self._numbered_as} and {network} number the same classes differently: {shown(moved)}. Use one of "
-                "them at a time."
-            )
-        if moved:
-            self._numbers = torch.tensor(list(numbers.values()))
-            self.classes = self.classes and sorted(numbers[own] for own in used)
-            say(f"Classes numbered by name, as {network} has them: {shown(moved)}.")
-        if id2label or moved:
-            self._numbered_as = network
-            self.id2label = {int(number): name for number, name in id2label.items()} if id2label else None
-        self.num_classes = num_classes
-
-    def as_numbered(self, labels: list[int]) -> torch.Tensor:
-        """Labels of the data set in the numbers of the network, int64 of shape (n,)."""
-        labels = torch.tensor(labels)
-        return labels if self._numbers is None else self._numbers[labels]
 
     def decode(
         self, images: list[dict[str, Any]], labels: list[int | None] | None, numbers: Iterable[int]
@@ -249,7 +175,7 @@ class ImageDataset(Images, torch.utils.data.Dataset):
             if self.source.features[self.label_column].dtype in TEXT:
                 names = sorted(set(labels) - {None})
                 self.source = self.source.cast_column(self.label_column, ClassLabel(names=names))
-                self._name_classes(names)
+                self.name_classes(names)
                 labels = self.source[self.label_column][:]
             self.check_labels(labels)
             self.classes = sorted(set(labels))
@@ -327,12 +253,6 @@ def eight_bit(image: PILImage.Image) -> PILImage.Image:
         image = image.convert("RGBA")
         return PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
     return image
-
-
-def say(line: str) -> None:
-    """Print a line in the main process."""
-    if os.environ.get("RANK", "0") == "0":  # as launchers set it: data are loaded before the processes meet
-        print(line)
 
 
 def to_sample(images: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import check_callback, check_count, check_finite, check_output_type
+from .checks import called_back, check_callback, check_count, check_finite, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
 from .hub import component_library, write_loading_code
@@ -407,7 +407,7 @@ class CTMPipeline(DiffusionPipeline):
 
         Raises NotFiniteError for a network that gives NaN or infinite values.
         """
-        scheduler, finite, scales = self.scheduler, [], []
+        scheduler, finite, scales, replaced = self.scheduler, [], [], []
         guided, moved = guidance is not None and guidance.scale != 0, []
         timestep_factor, dtype = self._match_scheduler(), self.unet.dtype
         targets = scheduler.target_timesteps if jumps(scheduler) else None
@@ -435,15 +435,16 @@ class CTMPipeline(DiffusionPipeline):
                 latents = scheduler.step(model_output, t, latents, return_dict=False, **step_options)[0]
                 if callback_on_step_end is not None:
                     show_run(self)
-                    kept = latents
-                    latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
-                    if latents is not kept:
-                        self._seeds = None  # they do not make these images
-                finite.append(latents.isfinite().all())  # looked at once, at the end
+                    kept = latents.clone()
+                    latents = called_back(callback_on_step_end, self, i, t, latents)
+                    replaced.append(~torch.isclose(latents, kept, rtol=0, atol=0, equal_nan=True).all())
+                finite.append(latents.isfinite().all())  # looked at once, at the end, as `replaced`
                 progress_bar.update()
+        source = "The network"
+        if replaced and torch.stack(replaced).any():
+            self._seeds, source = None, "The network, or the callback,"  # these seeds do not make these images
         if set(scales) - {1}:
             self._guided_by["guidance_scale"] = scales[0] if len(set(scales)) == 1 else scales
-        source = "The network" if callback_on_step_end is None else "The network, or the callback,"
         check_finite(finite, getattr(scheduler, "call_sigmas", scheduler.sigmas)[: self._num_timesteps], source=source)
         if moved and not any(moved):
             logging.get_logger(__name__).warning(

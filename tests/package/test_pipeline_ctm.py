@@ -393,6 +393,36 @@ def test_callback_may_change_the_latents():
     assert torch.equal(pipe(**options, callback_on_step_end=lambda *args: None).images, pipe(**options).images)
 
 
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda latents: latents, "Tensor"),
+        (lambda latents: {"latent": latents}, r"a dict with the shapes \{'latent': \(2, 3, 4, 4\)\}"),
+        (lambda latents: {"latents": latents, "prompt_embeds": None}, "'prompt_embeds'"),
+        (lambda latents: {"latents": latents[:1]}, r"\{'latents': \(1, 3, 4, 4\)\}"),
+        (lambda latents: {"latents": None}, "'latents'"),
+    ],
+    ids=["tensor", "misspelled", "not ours", "fewer", "nothing"],
+)
+def test_a_callback_that_returns_something_else_is_an_error(answer, got):
+    def callback(pipe, step, timestep, tensors):
+        return answer(tensors["latents"])
+
+    message = rf"must return None, or .'latents': a tensor of shape \(2, 3, 4, 4\).; got .*{got}"
+    with pytest.raises(ValueError, match=message):
+        pipeline()(latents=latents(), callback_on_step_end=callback)
+    with pytest.raises(ValueError, match=message):
+        CTMInversionPipeline.from_pipe(pipeline()).decode(latents(), callback_on_step_end=callback)
+
+
+def test_latents_of_a_callback_keep_the_precision():
+    def halved(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"].bfloat16()}
+
+    images = pipeline()(latents=latents(), callback_on_step_end=halved, output_type="latent").images
+    assert images.dtype == torch.float32
+
+
 def test_callback_objects():
     class Shift(PipelineCallback):
         tensor_inputs = ["latents"]

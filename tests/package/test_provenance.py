@@ -151,8 +151,14 @@ def test_a_seed_is_written_only_where_it_makes_the_image_again(pipe):
     def replace(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"] + 1} if step == 0 else tensors
 
+    def write_in_place(pipe, step, timestep, tensors):
+        tensors["latents"][:, :, :4] = 0
+
     latents, one = torch.randn(2, 3, 8, 8), seeded(5)
     assert seeds(generator=seeded(5), num_inference_steps=2, callback_on_step_end=replace) == [None]
+    assert seeds(generator=seeded(5), num_inference_steps=2, callback_on_step_end=write_in_place) == [None]
+    with torch.inference_mode():
+        assert seeds(generator=seeded(5), callback_on_step_end=write_in_place) == [None]
     assert seeds(generator=seeded(5), callback_on_step_end=lambda pipe, step, timestep, tensors: tensors) == [5]
     assert seeds(generator=seeded(5), batch_size=2) == [5, 5]
     assert seeds(generator=seeded(5), latents=latents) == [None, None]

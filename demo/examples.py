@@ -7,14 +7,15 @@ from PIL import Image, ImageDraw
 from training.report.pictures import enlarged
 
 from . import recipes
-from .checkpoints import Checkpoint
-from .requests import EVERY_CLASS, chosen, example
+from .checkpoints import EVERY_CLASS, Checkpoint
+from .requests import chosen, example
 from .uploads import CANVAS, background
 
 
 def own_sample(checkpoint: Checkpoint, label: int, seed: int = 3) -> Image.Image:
     """A sample in eight steps, enlarged for a drawing area."""
-    labels = [label % len(checkpoint.classes)] if checkpoint.classes else None
+    known = checkpoint.pipe.classes
+    labels = known and [known[label % len(known)]]
     return enlarged(recipes.sample(checkpoint.fresh(), labels, 8, 0.0, [seed]).images[0], CANVAS)
 
 
@@ -91,9 +92,9 @@ def likelihood_example(model: str, which: str) -> tuple[Image.Image, str]:
         "upside down": image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
         "noise": Image.fromarray(pixels.numpy()).convert(image.mode),
     }
-    return enlarged(example(pictures, which), CANVAS), label_at(checkpoint, labels[4]) if labels else EVERY_CLASS
+    return enlarged(example(pictures, which), CANVAS), checkpoint.classes[labels[4]] if labels else EVERY_CLASS
 
 
 def label_at(checkpoint: Checkpoint, k: int) -> str:
-    names = checkpoint.classes
+    names = checkpoint.offered
     return names[k % len(names)] if names else EVERY_CLASS

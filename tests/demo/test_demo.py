@@ -22,7 +22,7 @@ from gradio_client import Client, handle_file
 from PIL import Image
 
 import app
-from demo import actions, controls, examples, page, plots, recipes, uploads
+from demo import actions, controls, examples, page, plots, recipes, requests, uploads
 from demo.checkpoints import CHECKPOINTS, Checkpoint, _likelihood, load, shipped
 from demo.turns import STOPPED, TURN
 from diffusers_ctm import CTMPipeline, CTMScheduler, EDMHeunScheduler, read_provenance
@@ -408,6 +408,38 @@ def test_values_of_a_link(server):
     CHECKPOINTS["plain"] = Checkpoint("plain", tiny())
     assert own.properties_for("plain")["visible"] is False and label.properties_for("plain")["visible"] is False
     assert controls.restored(own, "true", "plain") is None and not controls.restored(own, "false", "plain")["value"]
+
+
+def with_classes(names, **options):
+    unet = make_unet_2d(random=False, num_class_embeds=len(names), in_channels=1, out_channels=1, sample_size=8)
+    return Checkpoint("named", CTMPipeline(unet, CTMScheduler(), id2label=dict(enumerate(names)), **options))
+
+
+LONG_NAME = "cash machine, cash dispenser, " + ", ".join(["automated teller machine"] * 5)
+
+
+def test_every_class_can_be_chosen_by_what_the_page_calls_it():
+    checkpoint = with_classes(["crane", "cat", "Cat", "crane", "all", LONG_NAME])
+    assert checkpoint.classes == ["crane (0)", "cat", "Cat", "crane (3)", "all (4)", LONG_NAME]
+    assert [requests.one_class(checkpoint, name) for name in checkpoint.classes] == [0, 1, 2, 3, 4, 5]
+    assert requests.one_class(checkpoint, "CRANE (3)") == requests.one_class(checkpoint, "3") == 3
+    assert requests.classes(checkpoint, "all", 6) == [0, 1, 2, 3, 4, 5]
+    for name in ("crane", "CAT", "dog", "6", "9" * 5000):
+        with pytest.raises(gr.Error, match="Choose a class: crane \\(0\\), cat"):
+            requests.one_class(checkpoint, name)
+
+
+def test_classes_without_images_in_training_are_not_offered():
+    CHECKPOINTS["named"] = checkpoint = with_classes(["a", "b", "c", "d"], trained_classes=[1, 3])
+    assert requests.classes(checkpoint, "all", 3) == [1, 3, 1] and requests.one_class(checkpoint, "d") == 3
+    assert controls.class_choices("named", every=True)["choices"] == ["all", "b", "d"]
+    assert {examples.label_at(checkpoint, k) for k in range(8)} == {"b", "d"}
+    with pytest.raises(gr.Error, match="Choose a class: b, d"):
+        requests.one_class(checkpoint, "a")
+    asked = mock.Mock(side_effect=recipes.sample)
+    with mock.patch.object(recipes, "sample", asked):
+        examples.own_sample(checkpoint, 2)
+    assert asked.call_args.args[1] == [1]
 
 
 class Flagging:

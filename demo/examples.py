@@ -2,7 +2,7 @@
 """Pictures that the example buttons fill in."""
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from training.report.pictures import enlarged
 
@@ -20,7 +20,8 @@ def own_sample(checkpoint: Checkpoint, label: int, seed: int = 3) -> Image.Image
 
 
 def canvas(image: Image.Image) -> Image.Image:
-    return image.convert("RGBA").resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
+    """`image` in the middle of a drawing area, as wide or as high."""
+    return ImageOps.pad(image.convert("RGBA"), (CANVAS, CANVAS), Image.Resampling.NEAREST)
 
 
 def inpaint_example(model: str, which: str) -> tuple[dict, str]:
@@ -32,7 +33,9 @@ def inpaint_example(model: str, which: str) -> tuple[dict, str]:
     """
     checkpoint = chosen(model)
     height, low, high = checkpoint.size[1], CANVAS // 4, 3 * CANVAS // 4 - 1
-    rows = [(0, row * CANVAS // height, CANVAS, (row + 1) * CANVAS // height - 1) for row in range(1, height, 2)]
+    side = CANVAS / max(checkpoint.size)  # of a pixel
+    edges = [round(CANVAS / 2 + (row - height / 2) * side) for row in range(height + 1)]
+    rows = [(0, edges[row], CANVAS, edges[row + 1] - 1) for row in range(1, height, 2)]
     parts = {"lower half": [(0, CANVAS // 2, CANVAS, CANVAS)], "middle": [(low, low, high, high)]}
     boxes = example({**parts, "every other row": rows}, which)
     layer = Image.new("RGBA", (CANVAS, CANVAS))

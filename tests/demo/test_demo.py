@@ -19,7 +19,7 @@ import torch
 from gradio.components.image_editor import EditorData
 from gradio.data_classes import FileData
 from gradio_client import Client, handle_file
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import app
 from demo import actions, controls, examples, page, plots, recipes, requests, uploads
@@ -440,6 +440,23 @@ def test_classes_without_images_in_training_are_not_offered():
     with mock.patch.object(recipes, "sample", asked):
         examples.own_sample(checkpoint, 2)
     assert asked.call_args.args[1] == [1]
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (8, 8)], ids=str)
+def test_drawings_lie_where_they_are_drawn(size):
+    """A mask drawn over what is white is white there; the examples too, for images of every shape."""
+    CHECKPOINTS["wide"] = checkpoint = Checkpoint("wide", tiny(1, size))
+    drawn, layer = Image.new("RGBA", (256, 256), "black"), Image.new("RGBA", (256, 256))
+    for box in ((0, 0, 255, 95), (64, 0, 95, 255)):
+        ImageDraw.Draw(drawn).rectangle(box, "white")
+        ImageDraw.Draw(layer).rectangle(box, (200, 60, 160, 255))
+    picture, mask = uploads.fitted(drawn, checkpoint.pipe), uploads.mask_of({"layers": [layer]}, checkpoint.size)
+    assert picture.size == size[::-1] and np.array_equal(np.asarray(picture), np.asarray(mask))
+    example, _ = examples.inpaint_example("wide", "every other row")
+    mask = np.asarray(uploads.mask_of(example, checkpoint.size))
+    assert np.array_equal(mask, np.where(np.arange(size[0])[:, None] % 2, 255, np.zeros(size)))
+    sample = examples.own_sample(checkpoint, 5).resize(size[::-1], Image.Resampling.NEAREST)
+    assert np.array_equal(np.asarray(uploads.fitted(example["background"], checkpoint.pipe)), np.asarray(sample))
 
 
 class Flagging:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The page's endpoints on a real server: the shown Python makes what is shown, and no request stops the page."""
 
+import argparse
 import io
 import os
 import re
@@ -610,6 +611,11 @@ def test_a_checkpoint_says_what_it_asks(tmp_path):
 def test_options(tmp_path, capsys):
     (tmp_path / "users").write_text("ada:love:lace\n\nbob:b\n")
     assert app.parse(["--auth", str(tmp_path / "users")]).auth == [("ada", "love:lace"), ("bob", "b")]
+    (tmp_path / "of_notepad").write_bytes("ädä:löve\r\n".encode("utf-8-sig"))
+    assert app.parse(["--auth", str(tmp_path / "of_notepad")]).auth == [("ädä", "löve")]
+    (tmp_path / "utf16").write_bytes("ada:love\r\n".encode("utf-16"))
+    with pytest.raises(argparse.ArgumentTypeError, match="utf16 cannot be read: 'utf-8' codec"):
+        app.user_and_password(str(tmp_path / "utf16"))
     (tmp_path / "wrong").write_text("ada\n")
     for arguments in (
         ["--auth", str(tmp_path / "wrong")],

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .checks import called_back, check_callback, check_count, check_finite, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
-from .hub import component_library, write_loading_code
+from .hub import component_library, remove_weights_loaded_first, write_loading_code
 from .pipeline_output import CTMPipelineOutput
 from .preconditioning import PREDICTIONS, Preconditioning, condition, has_betas
 from .provenance import GENERATED, fresh_seeds, png_text, run_records
@@ -163,7 +163,14 @@ class CTMPipeline(DiffusionPipeline):
             for own in runs_of(self):
                 setattr(own, name, value)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *args,
+        **kwargs,
+    ) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, with the code that loads it where this package is missing.
 
         The folder then serves `import diffusers_ctm; DiffusionPipeline.from_pretrained(folder)` and, without the
@@ -176,7 +183,8 @@ class CTMPipeline(DiffusionPipeline):
         # diffusers does not save a component that was set after loading, unless it is registered.
         self.register_modules(safety_checker=self.safety_checker, feature_extractor=self.feature_extractor)
         write_loading_code(save_directory, self)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        remove_weights_loaded_first(os.path.join(save_directory, "unet"), safe_serialization, variant)
+        super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
 
     # Checks ---------------------------------------------------------------------------------------------------------
 

@@ -587,6 +587,19 @@ def test_other_ways_to_sample_say_so_too():
             call()
 
 
+@pytest.mark.parametrize("variant", [None, "ema"])
+@pytest.mark.parametrize("first, second", [({"max_shard_size": "5KB"}, {}), ({}, {"safe_serialization": False})])
+def test_what_was_saved_last_is_loaded(first, second, variant, tmp_path):
+    pipe = pipeline(make_unet_2d(num_class_embeds=4), CTMScheduler())
+    pipe.save_pretrained(tmp_path, variant=variant, **first)
+    pipe.save_pretrained(tmp_path, variant="other")
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, 7.0)
+    pipe.save_pretrained(tmp_path, variant=variant, **second)
+    assert (CTMPipeline.from_pretrained(tmp_path, variant=variant).unet.conv_out.bias == 7).all()
+    if not first:  # diffusers removes the files of other variants that are in several parts
+        assert (CTMPipeline.from_pretrained(tmp_path, variant="other").unet.conv_out.bias != 7).all()
+
+
 # What does not fit ----------------------------------------------------------------------------------------------------
 
 

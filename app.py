@@ -315,7 +315,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def user_and_password(path: str) -> list[tuple[str, str]]:
     """The pairs in a file of `user:password` lines."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be read: {error}") from error
     pairs = [tuple(line.split(":", 1)) for line in lines]

@@ -18,11 +18,10 @@ from diffusers_ctm import CTMPipeline, save_images
 from training.report.pictures import enlarged, grid, labeled_table, table
 
 from . import recipes
-from .checkpoints import ROOT, Checkpoint
+from .checkpoints import EVERY_CLASS, ROOT, Checkpoint
 from .plots import histogram
 from .recorder import Made, Run, Shown, given
 from .requests import (
-    EVERY_CLASS,
     MOST_IMAGES,
     MOST_STEPS,
     chosen,

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 MOST_SIDE = 512  # pixels of a checkpoint's images
 
 SMALL = 10_000_000  # parameters, below which one thread is as fast as several, and much faster beside others
+
+EVERY_CLASS = "all"
 
 EXAMPLES = 32  # real images whose likelihood is computed for comparison
 
@@ -83,9 +86,16 @@ class Checkpoint:
 
     @property
     def classes(self) -> list[str]:
-        """Name or number of each class; empty for an unconditional checkpoint."""
-        names = {int(k): str(v) for k, v in (self.pipe.config.id2label or {}).items()}
-        return [names.get(k, str(k)) for k in range(self.pipe.num_classes or 0)]
+        """Name or number of each class, with its number if others have the name; empty for an unconditional one."""
+        given = {int(k): str(v) for k, v in (self.pipe.config.id2label or {}).items()}
+        names = [given.get(k, str(k)) for k in range(self.pipe.num_classes or 0)]
+        taken = Counter([EVERY_CLASS, *names])
+        return [name if taken[name] == 1 else f"{name} ({k})" for k, name in enumerate(names)]
+
+    @property
+    def offered(self) -> list[str]:
+        """Those of `classes` that had images in training."""
+        return [self.classes[k] for k in self.pipe.classes or []]
 
     @property
     def presets(self) -> list[int]:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import gradio as gr
 
-from .checkpoints import CHECKPOINTS
-from .requests import EVERY_CLASS, MOST_IMAGES, MOST_SEED, MOST_STEPS
+from .checkpoints import CHECKPOINTS, EVERY_CLASS
+from .requests import MOST_IMAGES, MOST_SEED, MOST_STEPS
 from .uploads import CANVAS, Drawing, Picture
 
 
 def class_choices(model: str, every: bool) -> dict:
-    names = CHECKPOINTS[model].classes
+    names = CHECKPOINTS[model].offered
     value = EVERY_CLASS if every or not names else names[min(3, len(names) - 1)]
     return {"choices": [EVERY_CLASS] * every + names, "value": value, "visible": bool(names)}
 

@@ -2,24 +2,26 @@
 """Pictures that the example buttons fill in."""
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from training.report.pictures import enlarged
 
 from . import recipes
-from .checkpoints import Checkpoint
-from .requests import EVERY_CLASS, chosen, example
+from .checkpoints import EVERY_CLASS, Checkpoint
+from .requests import chosen, example
 from .uploads import CANVAS, background
 
 
 def own_sample(checkpoint: Checkpoint, label: int, seed: int = 3) -> Image.Image:
     """A sample in eight steps, enlarged for a drawing area."""
-    labels = [label % len(checkpoint.classes)] if checkpoint.classes else None
+    known = checkpoint.pipe.classes
+    labels = known and [known[label % len(known)]]
     return enlarged(recipes.sample(checkpoint.fresh(), labels, 8, 0.0, [seed]).images[0], CANVAS)
 
 
 def canvas(image: Image.Image) -> Image.Image:
-    return image.convert("RGBA").resize((CANVAS, CANVAS), Image.Resampling.NEAREST)
+    """`image` in the middle of a drawing area, as wide or as high."""
+    return ImageOps.pad(image.convert("RGBA"), (CANVAS, CANVAS), Image.Resampling.NEAREST)
 
 
 def inpaint_example(model: str, which: str) -> tuple[dict, str]:
@@ -31,7 +33,9 @@ def inpaint_example(model: str, which: str) -> tuple[dict, str]:
     """
     checkpoint = chosen(model)
     height, low, high = checkpoint.size[1], CANVAS // 4, 3 * CANVAS // 4 - 1
-    rows = [(0, row * CANVAS // height, CANVAS, (row + 1) * CANVAS // height - 1) for row in range(1, height, 2)]
+    side = CANVAS / max(checkpoint.size)  # of a pixel
+    edges = [round(CANVAS / 2 + (row - height / 2) * side) for row in range(height + 1)]
+    rows = [(0, edges[row], CANVAS, edges[row + 1] - 1) for row in range(1, height, 2)]
     parts = {"lower half": [(0, CANVAS // 2, CANVAS, CANVAS)], "middle": [(low, low, high, high)]}
     boxes = example({**parts, "every other row": rows}, which)
     layer = Image.new("RGBA", (CANVAS, CANVAS))
@@ -91,9 +95,9 @@ def likelihood_example(model: str, which: str) -> tuple[Image.Image, str]:
         "upside down": image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
         "noise": Image.fromarray(pixels.numpy()).convert(image.mode),
     }
-    return enlarged(example(pictures, which), CANVAS), label_at(checkpoint, labels[4]) if labels else EVERY_CLASS
+    return enlarged(example(pictures, which), CANVAS), checkpoint.classes[labels[4]] if labels else EVERY_CLASS
 
 
 def label_at(checkpoint: Checkpoint, k: int) -> str:
-    names = checkpoint.classes
+    names = checkpoint.offered
     return names[k % len(names)] if names else EVERY_CLASS

@@ -6,12 +6,12 @@ from typing import Any
 
 import gradio as gr
 
-from .checkpoints import CHECKPOINTS, Checkpoint
+from diffusers_ctm.class_labels import finder
+
+from .checkpoints import CHECKPOINTS, EVERY_CLASS, Checkpoint
 
 
 MOST_IMAGES, MOST_STEPS, MOST_SEED = 36, 40, 2**31 - 1
-
-EVERY_CLASS = "all"
 
 
 def refuse(message: str) -> gr.Error:
@@ -40,25 +40,26 @@ def within(name: str, value: Any, low: float, high: float) -> float:
 def one_class(checkpoint: Checkpoint, label: Any, otherwise: Sequence[str] = ()) -> int | None:
     """Number of the class `label`, a name or number as text; for an unconditional checkpoint among `otherwise`."""
     names = checkpoint.classes or otherwise
-    text = "" if label is None else str(label)[:100].strip()
+    offered = checkpoint.offered or otherwise
+    text = "" if label is None else str(label).strip()
     if not names:
         return None
-    lowered = [name.lower() for name in names]
-    if text.lower() in lowered:
-        return lowered.index(text.lower())
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    few = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    found = finder(dict(enumerate(names)))(text)
+    if not found and text.isdecimal() and len(text) < 10:
+        found = [int(text)]
+    if len(found) == 1 and found[0] < len(names) and names[found[0]] in offered:
+        return found[0]
+    few = ", ".join(offered[:20]) + (", ..." if len(offered) > 20 else "")
     raise refuse(f"Choose a class: {few}.")
 
 
 def classes(checkpoint: Checkpoint, label: Any, count: int) -> list[int] | None:
     """`count` class numbers: of one class, or for "all" spread over all classes."""
-    total = len(checkpoint.classes)
-    if not total:
+    known = checkpoint.pipe.classes
+    if not known:
         return None
     if label is None or str(label) == EVERY_CLASS:
-        return [k * total // count if count < total else k % total for k in range(count)]
+        return [known[k * len(known) // count if count < len(known) else k % len(known)] for k in range(count)]
     return [one_class(checkpoint, label)] * count
 
 

@@ -64,7 +64,7 @@ def mask_of(drawing: dict, size: tuple[int, int]) -> Image.Image:
     for layer in drawing["layers"]:
         alpha = ImageOps.fit(layer.getchannel("A"), drawn.size, Image.Resampling.NEAREST)
         drawn.paste(255, mask=alpha.point(lambda value: 255 * (value > 64)))
-    return drawn.resize(size, Image.Resampling.BOX).point(lambda value: 255 * (value > 84))
+    return ImageOps.fit(drawn, size, Image.Resampling.BOX).point(lambda value: 255 * (value > 84))
 
 
 def flat_drawing(drawing: dict | None) -> Image.Image:

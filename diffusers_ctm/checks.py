@@ -4,7 +4,8 @@
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,23 @@ def check_callback(callback: Callable | None, names: list[str] | None, allowed: 
         advice = " To end guidance early, let a callback set `pipe._guidance_scale = 1.0`."
     if set(names or ()) - set(allowed):
         raise ValueError(f"{asked} may hold {allowed}, got {names}.{advice}")
+
+
+def called_back(callback: Callable, pipe: Any, step: int, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents with which a run goes on after its callback, of the shape, dtype and device of `latents`.
+
+    Raises ValueError for a callback that returns anything but None or a dict of such latents.
+    """
+    answer = callback(pipe, step, timestep, {"latents": latents})
+    is_dict = isinstance(answer, Mapping)
+    given = answer.get("latents", latents) if is_dict else latents if answer is None else None
+    if is_dict and set(answer) - {"latents"} or not isinstance(given, torch.Tensor) or given.shape != latents.shape:
+        shown = {name: tuple(getattr(value, "shape", ())) for name, value in answer.items()} if is_dict else None
+        raise ValueError(
+            f"callback_on_step_end must return None, or {{'latents': a tensor of shape {tuple(latents.shape)}}}; got "
+            f"{f'a dict with the shapes {shown}' if is_dict else type(answer).__name__}."
+        )
+    return given.to(latents)
 
 
 def check_differentiable(network: torch.nn.Module) -> None:

@@ -79,6 +79,17 @@ def write_loading_code(save_directory: str | os.PathLike, pipeline: DiffusionPip
             aside.write_bytes(source)
 
 
+def remove_weights_loaded_first(folder: str | os.PathLike, safe_serialization: bool, variant: str | None) -> None:
+    """Remove what diffusers leaves in the folder of a model and loads in place of the weights that are saved next.
+
+    That is an index of several files, and beside a .bin file the .safetensors of an earlier save.
+    """
+    ends = ["safetensors.index.json", "bin.index.json", *([] if safe_serialization else ["safetensors"])]
+    for end in ends:
+        start, _, last = f"diffusion_pytorch_model.{end}".rpartition(".")
+        Path(folder, ".".join(filter(None, [start, variant, last]))).unlink(missing_ok=True)
+
+
 def bundle(pipeline_class: type[DiffusionPipeline]) -> str:
     """Source of one file with `pipeline_class`, every public class that is no pipeline, and what they import of ours.
 

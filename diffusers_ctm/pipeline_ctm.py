@@ -13,10 +13,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import all_finite, check_callback, check_count, check_finite, check_output_type
+from .checks import all_finite, called_back, check_callback, check_count, check_finite, check_output_type
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
-from .hub import component_library, write_loading_code
+from .hub import component_library, remove_weights_loaded_first, write_loading_code
 from .pipeline_output import CTMPipelineOutput
 from .preconditioning import PREDICTIONS, Preconditioning, condition, has_betas
 from .provenance import GENERATED, fresh_seeds, png_text, run_records
@@ -163,7 +163,14 @@ class CTMPipeline(DiffusionPipeline):
             for own in runs_of(self):
                 setattr(own, name, value)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *args,
+        **kwargs,
+    ) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, with the code that loads it where this package is missing.
 
         The folder then serves `import diffusers_ctm; DiffusionPipeline.from_pretrained(folder)` and, without the
@@ -176,7 +183,8 @@ class CTMPipeline(DiffusionPipeline):
         # diffusers does not save a component that was set after loading, unless it is registered.
         self.register_modules(safety_checker=self.safety_checker, feature_extractor=self.feature_extractor)
         write_loading_code(save_directory, self)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        remove_weights_loaded_first(os.path.join(save_directory, "unet"), safe_serialization, variant)
+        super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
@@ -407,7 +415,7 @@ class CTMPipeline(DiffusionPipeline):
 
         Raises NotFiniteError for a network that gives NaN or infinite values.
         """
-        scheduler, finite, scales = self.scheduler, [], []
+        scheduler, finite, scales, replaced = self.scheduler, [], [], []
         guided, moved = guidance is not None and guidance.scale != 0, []
         timestep_factor, dtype = self._match_scheduler(), self.unet.dtype
         targets = scheduler.target_timesteps if jumps(scheduler) else None
@@ -435,15 +443,16 @@ class CTMPipeline(DiffusionPipeline):
                 latents = scheduler.step(model_output, t, latents, return_dict=False, **step_options)[0]
                 if callback_on_step_end is not None:
                     show_run(self)
-                    kept = latents
-                    latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
-                    if latents is not kept:
-                        self._seeds = None  # they do not make these images
-                finite.append(all_finite(latents))  # looked at once, at the end
+                    kept = latents.clone()
+                    latents = called_back(callback_on_step_end, self, i, t, latents)
+                    replaced.append(~torch.isclose(latents, kept, rtol=0, atol=0, equal_nan=True).all())
+                finite.append(all_finite(latents))  # looked at once, at the end, as `replaced`
                 progress_bar.update()
+        source = "The network"
+        if replaced and torch.stack(replaced).any():
+            self._seeds, source = None, "The network, or the callback,"  # these seeds do not make these images
         if set(scales) - {1}:
             self._guided_by["guidance_scale"] = scales[0] if len(set(scales)) == 1 else scales
-        source = "The network" if callback_on_step_end is None else "The network, or the callback,"
         check_finite(finite, getattr(scheduler, "call_sigmas", scheduler.sigmas)[: self._num_timesteps], source=source)
         if moved and not any(moved):
             logging.get_logger(__name__).warning(

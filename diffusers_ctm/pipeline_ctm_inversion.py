@@ -8,7 +8,15 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
-from .checks import all_finite, as_float64, check_callback, check_count, check_finite, check_output_type
+from .checks import (
+    all_finite,
+    as_float64,
+    called_back,
+    check_callback,
+    check_count,
+    check_finite,
+    check_output_type,
+)
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .pipeline_output import CTMPipelineOutput
@@ -195,7 +203,7 @@ class CTMInversionPipeline(CTMPipeline):
                 x = heun_step(denoiser, x, t, t_next)
                 if callback is not None:
                     show_run(self)
-                    x = (callback(self, i, self.scheduler.sigma_to_t(t_next), {"latents": x}) or {}).get("latents", x)
+                    x = called_back(callback, self, i, self.scheduler.sigma_to_t(t_next), x)
                 finite.append(all_finite(x))  # looked at once, at the end
                 progress_bar.update()
         check_finite(finite, starts, source="The network" if callback is None else "The network, or the callback,")

@@ -102,7 +102,7 @@ def provenance_of_text(text: Mapping[str, Any]) -> dict[str, Any]:
     if "digital_source_type" not in values:
         xmp = text.get(XMP_KEYWORD, text.get("xmp", ""))
         xmp = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
-        source = re.search(r"DigitalSourceType\s*(?:=\s*[\"']|>)\s*([^\"'<\s]+)", xmp)
+        source = re.search(r"DigitalSourceType(?:\s+rdf:resource)?\s*(?:=\s*[\"']|>)\s*([^\"'<\s]+)", xmp)
         if source:
             values["digital_source_type"] = source[1]
     return values
@@ -115,11 +115,14 @@ def read_provenance(path: str | os.PathLike) -> dict[str, Any]:
     metadata: it informs and proves nothing.
 
     Raises:
-        OSError: the file is not there, or is not an image.
+        OSError: the file is not there, is not an image, or is one that Pillow refuses to unpack.
     """
-    with Image.open(path) as image:
-        image.load()  # text may stand after the pixels
-        return provenance_of_text(image.info)
+    try:
+        with Image.open(path) as image:
+            image.load()  # text may stand after the pixels
+            return provenance_of_text(image.info)
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{os.fspath(path)} cannot be read: {error}") from error
 
 
 def save_images(

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The page's endpoints on a real server: the shown Python makes what is shown, and no request stops the page."""
 
+import argparse
 import io
 import os
 import re
@@ -19,10 +20,10 @@ import torch
 from gradio.components.image_editor import EditorData
 from gradio.data_classes import FileData
 from gradio_client import Client, handle_file
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import app
-from demo import actions, controls, examples, page, plots, recipes, uploads
+from demo import actions, controls, examples, page, plots, recipes, requests, uploads
 from demo.checkpoints import CHECKPOINTS, Checkpoint, _likelihood, load, shipped
 from demo.turns import STOPPED, TURN
 from diffusers_ctm import CTMPipeline, CTMScheduler, EDMHeunScheduler, read_provenance
@@ -410,6 +411,55 @@ def test_values_of_a_link(server):
     assert controls.restored(own, "true", "plain") is None and not controls.restored(own, "false", "plain")["value"]
 
 
+def with_classes(names, **options):
+    unet = make_unet_2d(random=False, num_class_embeds=len(names), in_channels=1, out_channels=1, sample_size=8)
+    return Checkpoint("named", CTMPipeline(unet, CTMScheduler(), id2label=dict(enumerate(names)), **options))
+
+
+LONG_NAME = "cash machine, cash dispenser, " + ", ".join(["automated teller machine"] * 5)
+
+
+def test_every_class_can_be_chosen_by_what_the_page_calls_it():
+    checkpoint = with_classes(["crane", "cat", "Cat", "crane", "all", LONG_NAME])
+    assert checkpoint.classes == ["crane (0)", "cat", "Cat", "crane (3)", "all (4)", LONG_NAME]
+    assert [requests.one_class(checkpoint, name) for name in checkpoint.classes] == [0, 1, 2, 3, 4, 5]
+    assert requests.one_class(checkpoint, "CRANE (3)") == requests.one_class(checkpoint, "3") == 3
+    assert requests.classes(checkpoint, "all", 6) == [0, 1, 2, 3, 4, 5]
+    for name in ("crane", "CAT", "dog", "6", "9" * 5000):
+        with pytest.raises(gr.Error, match="Choose a class: crane \\(0\\), cat"):
+            requests.one_class(checkpoint, name)
+
+
+def test_classes_without_images_in_training_are_not_offered():
+    CHECKPOINTS["named"] = checkpoint = with_classes(["a", "b", "c", "d"], trained_classes=[1, 3])
+    assert requests.classes(checkpoint, "all", 3) == [1, 3, 1] and requests.one_class(checkpoint, "d") == 3
+    assert controls.class_choices("named", every=True)["choices"] == ["all", "b", "d"]
+    assert {examples.label_at(checkpoint, k) for k in range(8)} == {"b", "d"}
+    with pytest.raises(gr.Error, match="Choose a class: b, d"):
+        requests.one_class(checkpoint, "a")
+    asked = mock.Mock(side_effect=recipes.sample)
+    with mock.patch.object(recipes, "sample", asked):
+        examples.own_sample(checkpoint, 2)
+    assert asked.call_args.args[1] == [1]
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (8, 8)], ids=str)
+def test_drawings_lie_where_they_are_drawn(size):
+    """A mask drawn over what is white is white there; the examples too, for images of every shape."""
+    CHECKPOINTS["wide"] = checkpoint = Checkpoint("wide", tiny(1, size))
+    drawn, layer = Image.new("RGBA", (256, 256), "black"), Image.new("RGBA", (256, 256))
+    for box in ((0, 0, 255, 95), (64, 0, 95, 255)):
+        ImageDraw.Draw(drawn).rectangle(box, "white")
+        ImageDraw.Draw(layer).rectangle(box, (200, 60, 160, 255))
+    picture, mask = uploads.fitted(drawn, checkpoint.pipe), uploads.mask_of({"layers": [layer]}, checkpoint.size)
+    assert picture.size == size[::-1] and np.array_equal(np.asarray(picture), np.asarray(mask))
+    example, _ = examples.inpaint_example("wide", "every other row")
+    mask = np.asarray(uploads.mask_of(example, checkpoint.size))
+    assert np.array_equal(mask, np.where(np.arange(size[0])[:, None] % 2, 255, np.zeros(size)))
+    sample = examples.own_sample(checkpoint, 5).resize(size[::-1], Image.Resampling.NEAREST)
+    assert np.array_equal(np.asarray(uploads.fitted(example["background"], checkpoint.pipe)), np.asarray(sample))
+
+
 class Flagging:
     def __call__(self, images):
         return images, [i % 2 == 0 for i in range(len(images))]
@@ -561,6 +611,11 @@ def test_a_checkpoint_says_what_it_asks(tmp_path):
 def test_options(tmp_path, capsys):
     (tmp_path / "users").write_text("ada:love:lace\n\nbob:b\n")
     assert app.parse(["--auth", str(tmp_path / "users")]).auth == [("ada", "love:lace"), ("bob", "b")]
+    (tmp_path / "of_notepad").write_bytes("ädä:löve\r\n".encode("utf-8-sig"))
+    assert app.parse(["--auth", str(tmp_path / "of_notepad")]).auth == [("ädä", "löve")]
+    (tmp_path / "utf16").write_bytes("ada:love\r\n".encode("utf-16"))
+    with pytest.raises(argparse.ArgumentTypeError, match="utf16 cannot be read: 'utf-8' codec"):
+        app.user_and_password(str(tmp_path / "utf16"))
     (tmp_path / "wrong").write_text("ada\n")
     (tmp_path / "latin").write_text("ada:\xfc\n", encoding="latin-1")
     for arguments in (

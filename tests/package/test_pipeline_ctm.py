@@ -393,6 +393,36 @@ def test_callback_may_change_the_latents():
     assert torch.equal(pipe(**options, callback_on_step_end=lambda *args: None).images, pipe(**options).images)
 
 
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda latents: latents, "Tensor"),
+        (lambda latents: {"latent": latents}, r"a dict with the shapes \{'latent': \(2, 3, 4, 4\)\}"),
+        (lambda latents: {"latents": latents, "prompt_embeds": None}, "'prompt_embeds'"),
+        (lambda latents: {"latents": latents[:1]}, r"\{'latents': \(1, 3, 4, 4\)\}"),
+        (lambda latents: {"latents": None}, "'latents'"),
+    ],
+    ids=["tensor", "misspelled", "not ours", "fewer", "nothing"],
+)
+def test_a_callback_that_returns_something_else_is_an_error(answer, got):
+    def callback(pipe, step, timestep, tensors):
+        return answer(tensors["latents"])
+
+    message = rf"must return None, or .'latents': a tensor of shape \(2, 3, 4, 4\).; got .*{got}"
+    with pytest.raises(ValueError, match=message):
+        pipeline()(latents=latents(), callback_on_step_end=callback)
+    with pytest.raises(ValueError, match=message):
+        CTMInversionPipeline.from_pipe(pipeline()).decode(latents(), callback_on_step_end=callback)
+
+
+def test_latents_of_a_callback_keep_the_precision():
+    def halved(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"].bfloat16()}
+
+    images = pipeline()(latents=latents(), callback_on_step_end=halved, output_type="latent").images
+    assert images.dtype == torch.float32
+
+
 def test_callback_objects():
     class Shift(PipelineCallback):
         tensor_inputs = ["latents"]
@@ -555,6 +585,19 @@ def test_other_ways_to_sample_say_so_too():
         inverter.set_progress_bar_config(disable=True)
         with pytest.raises(ValueError, match=f"The network.* gave NaN or infinite values in {where}"):
             call()
+
+
+@pytest.mark.parametrize("variant", [None, "ema"])
+@pytest.mark.parametrize("first, second", [({"max_shard_size": "5KB"}, {}), ({}, {"safe_serialization": False})])
+def test_what_was_saved_last_is_loaded(first, second, variant, tmp_path):
+    pipe = pipeline(make_unet_2d(num_class_embeds=4), CTMScheduler())
+    pipe.save_pretrained(tmp_path, variant=variant, **first)
+    pipe.save_pretrained(tmp_path, variant="other")
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, 7.0)
+    pipe.save_pretrained(tmp_path, variant=variant, **second)
+    assert (CTMPipeline.from_pretrained(tmp_path, variant=variant).unet.conv_out.bias == 7).all()
+    if not first:  # diffusers removes the files of other variants that are in several parts
+        assert (CTMPipeline.from_pretrained(tmp_path, variant="other").unet.conv_out.bias != 7).all()
 
 
 # What does not fit ----------------------------------------------------------------------------------------------------

@@ -150,8 +150,14 @@ def test_a_seed_is_written_only_where_it_makes_the_image_again(pipe):
     def replace(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"] + 1} if step == 0 else tensors
 
+    def write_in_place(pipe, step, timestep, tensors):
+        tensors["latents"][:, :, :4] = 0
+
     latents, one = torch.randn(2, 3, 8, 8), seeded(5)
     assert seeds(generator=seeded(5), num_inference_steps=2, callback_on_step_end=replace) == [None]
+    assert seeds(generator=seeded(5), num_inference_steps=2, callback_on_step_end=write_in_place) == [None]
+    with torch.inference_mode():
+        assert seeds(generator=seeded(5), callback_on_step_end=write_in_place) == [None]
     assert seeds(generator=seeded(5), callback_on_step_end=lambda pipe, step, timestep, tensors: tensors) == [5]
     assert seeds(generator=seeded(5), batch_size=2) == [5, 5]
     assert seeds(generator=seeded(5), latents=latents) == [None, None]
@@ -268,8 +274,23 @@ def test_files_of_others(tmp_path):
     info.add_text("Comment", "hello")
     Image.new("L", (4, 4)).save(tmp_path / "theirs.png", pnginfo=info)
     assert read_provenance(tmp_path / "theirs.png") == {"digital_source_type": COMPOSITE, "seed": "not json"}
+    resource = f'<x><Iptc4xmpExt:DigitalSourceType rdf:resource="{SYNTHETIC}"/></x>'.encode()
+    Image.new("L", (4, 4)).save(tmp_path / "theirs.jpg", xmp=resource)
+    assert read_provenance(tmp_path / "theirs.jpg") == {"digital_source_type": SYNTHETIC}
     with pytest.raises(OSError):
         read_provenance(tmp_path / "absent.png")
+
+
+def test_a_file_that_pillow_refuses_is_an_oserror(tmp_path, monkeypatch):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "a" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("L", (4, 4)).save(tmp_path / "long.png", pnginfo=info)
+    with pytest.raises(OSError, match="long.png cannot be read: .*too large"):
+        read_provenance(tmp_path / "long.png")
+    Image.new("L", (40, 40)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(OSError, match="huge.png cannot be read: .*exceeds limit"):
+        read_provenance(tmp_path / "huge.png")
 
 
 def file_that_says(folder, **text):

@@ -31,6 +31,7 @@ Limit = tuple[str, Callable[[Any], bool]]
 POSITIVE: Limit = ("positive", lambda value: value > 0)
 NOT_NEGATIVE: Limit = ("0 or more", lambda value: value >= 0)
 TWO_OR_MORE: Limit = ("2 or more", lambda value: value >= 2)
+SEED: Limit = ("in 0..2147483647", lambda value: 0 <= value < 2**31)  # NumPy takes 32 bits; processes add their rank
 BELOW_ONE: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
 UNIT: Limit = ("in [0, 1]", lambda value: 0 <= value <= 1)
 FOLDER: Limit = ("a folder", lambda path: path != "" and not os.path.isfile(path))

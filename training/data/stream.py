@@ -76,7 +76,8 @@ class ImageStream(Images):
         for place, window in self._windows(position):
             if place.first + len(window) > begin:
                 numbers = (seed * 1_000_003 + place.epoch) * 1_000_003 + place.window
-                order = torch.randperm(len(window), generator=torch.Generator().manual_seed(numbers)).tolist()
+                generator = torch.Generator().manual_seed(numbers % 2**64)  # larger ones overflow
+                order = torch.randperm(len(window), generator=generator).tolist()
                 for number, index in enumerate(order, place.first):
                     if number >= begin:
                         yield number, window[index], place

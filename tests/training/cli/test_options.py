@@ -67,6 +67,7 @@ def test_saved_options_are_read_again(config, tmp_path):
         (["--max_solver_steps", "18"], "--max_solver_steps must be in 1..17"),
         (["--mixed_precision", "fp8"], "mixed_precision"),
         (["--adam_weight_decay", "-1"], "--adam_weight_decay must be 0 or more"),
+        (["--seed", "2147483648"], "--seed must be in 0..2147483647, got 2147483648"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--lable_column", "label"], "--lable_column is no option (did you mean --label_column?)."),
         # A part of a name would mean another option as soon as there is a second one that starts so.

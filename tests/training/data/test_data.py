@@ -586,7 +586,9 @@ def test_a_stream_is_shuffled_in_windows_and_has_every_image_once_an_epoch(numbe
             window = order[23 * epoch + begin : 23 * epoch + min(begin + 5, 23)]
             assert sorted(window) == list(range(begin, min(begin + 5, 23)))
     assert order[:23] != sorted(order[:23]) and order[:23] != order[23:46]
-    assert order != [number for batch in drawn(numbered, seed=1)[0] for number in batch]
+    for seed in (1, 20261231, 2**31 - 1):
+        other = [number for batch in drawn(numbered, seed=seed)[0] for number in batch]
+        assert other != order and sorted(other[:23]) == list(range(23))
     stream = ImageStream(numbered, 5)
     assert (stream.mode, stream.resolution, stream.num_classes, stream.id2label[2]) == ("L", 2, 3, "eel")
 

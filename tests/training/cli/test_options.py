@@ -39,6 +39,19 @@ def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path, capsys):
     assert "--teacher is needed" in refused(CTMConfig, [*given, "--teacher="], capsys)
 
 
+def test_values_of_yaml_are_what_is_written(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "teacher: 2024-01-02\nteacher_revision: 0123456\nmixed_precision: no\ndataset_config_name: 1.10\n"
+        "learning_rate: 1e-3\nema_warmup: yes\ndropout: null\nextra_ema_decays: [0.9, 99e-2]\n"
+    )
+    config = parse_config(CTMConfig, ["--config", str(path)])
+    assert (config.teacher, config.teacher_revision) == ("2024-01-02", "0123456")
+    assert (config.mixed_precision, config.dataset_config_name) == ("no", "1.10")
+    assert (config.learning_rate, config.ema_warmup, config.dropout) == (1e-3, True, None)
+    assert config.extra_ema_decays == [0.9, 0.99]
+
+
 @pytest.mark.parametrize(
     "config",
     [

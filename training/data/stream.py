@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
+import datasets
 import torch
 
 from ..cli.errors import UserError, loading
@@ -50,6 +51,8 @@ class ImageStream(Images):
     """
 
     def __init__(self, options: DataOptions, window: int):
+        if datasets.__version__ == "5.0.0":
+            raise UserError("--streaming: datasets 5.0.0 loses its place when a run is resumed twice; install another.")
         source = load_source(options, streaming=True)
         with loading(f"--dataset_name {options.dataset_name}"):
             if source.features is None:

@@ -600,6 +600,16 @@ def test_a_stream_is_resumed_at_any_step(numbered, tmp_path):
         position = torch.load(tmp_path / "position", weights_only=True)
         assert drawn(numbered, first=step, position=position)[0] == whole[step:]
         assert 4 * step - position["first"] <= 5 + 4  # no more than a window is read again
+    position = None
+    for step in range(12):  # resumed after each step
+        [batch], [position] = drawn(numbered, first=step, last=step + 1, position=position)
+        assert batch == whole[step]
+
+
+def test_a_version_of_datasets_that_loses_its_place_is_refused(numbered, monkeypatch):
+    monkeypatch.setattr("datasets.__version__", "5.0.0")
+    with pytest.raises(UserError, match="datasets 5.0.0"):
+        ImageStream(numbered, 5)
 
 
 def test_processes_accumulation_and_threads_share_a_stream(numbered):

@@ -19,7 +19,7 @@ from diffusers_ctm.two_times import image_size
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
+from .cli.options import FOLDER, POSITIVE, SEED, TWO_OR_MORE, UNIT, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP, load_feature_network
@@ -67,7 +67,7 @@ class EvaluateConfig(PairOptions):
         must_be=TWO_OR_MORE,
     )
     seeds: list[int] = option(
-        [0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.", must_be=NOT_NEGATIVE
+        [0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.", must_be=SEED
     )
     features: str = option("digits", FEATURES_HELP)
     reference: str | None = option(

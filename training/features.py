@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, write_json
-from .cli.options import BELOW_ONE, FOLDER, NOT_NEGATIVE, POSITIVE, option, run_program
+from .cli.options import BELOW_ONE, FOLDER, NOT_NEGATIVE, POSITIVE, SEED, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, mirrored
 from .frozen.classifier import CONFIG, FeatureNetwork, is_saved
@@ -44,7 +44,7 @@ class FeatureConfig(DataOptions):
         "Share of the images that is kept apart to measure the accuracy.",
         must_be=("in (0, 1)", lambda share: 0 < share < 1),
     )
-    seed: int = option(0, "Seed of the split, the weights and the order.", must_be=NOT_NEGATIVE)
+    seed: int = option(0, "Seed of the split, the weights and the order.", must_be=SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

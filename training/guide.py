@@ -14,7 +14,7 @@ import torch
 from diffusers_ctm import ClassifierGuidance, CTMPipeline, rejection_sample
 
 from .cli.errors import UserError, loading
-from .cli.options import NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
+from .cli.options import POSITIVE, SEED, TWO_OR_MORE, UNIT, option, run_program
 from .cli.shared_options import DataOptions
 from .cli.weights import check_finite
 from .data.images import ImageDataset, to_sample
@@ -68,7 +68,7 @@ class GuideConfig(DataOptions):
     num_samples: int = option(
         100, "Images for each row, of the classes of as many images of the data set.", must_be=TWO_OR_MORE
     )
-    seed: int = option(0, "Seed of the classes and of all noise.", must_be=NOT_NEGATIVE)
+    seed: int = option(0, "Seed of the classes and of all noise.", must_be=SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from diffusers_ctm import CTMPipeline, log_likelihood
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, option, run_program
+from .cli.options import FOLDER, POSITIVE, SEED, option, run_program
 from .data.images import ImageDataset
 from .measure.options import PairOptions
 from .measure.reports import facts, write_report
@@ -44,7 +44,7 @@ class LikelihoodConfig(PairOptions):
     num_probes: int = option(1, "Hutchinson probes per ODE.", must_be=POSITIVE)
     rtol: float = option(1e-4, "Relative tolerance of the ODE solver.", must_be=POSITIVE)
     atol: float = option(1e-4, "Absolute tolerance, of images and of nats per dimension.", must_be=POSITIVE)
-    seed: int = option(0, "Seed of the images' choice, dequantization, probes and noise.", must_be=NOT_NEGATIVE)
+    seed: int = option(0, "Seed of the images' choice, dequantization, probes and noise.", must_be=SEED)
     batch_size: int = option(100, "Most images per network evaluation.", must_be=POSITIVE)
     output_dir: str | None = option(
         None,

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, UNIT, option, run_program
+from .cli.options import FOLDER, POSITIVE, SEED, UNIT, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .measure.distances import features_for
@@ -47,7 +47,7 @@ class MemorizationConfig(PairOptions):
     num_samples: int = option(
         1000, "Samples of each setting, and the most real images that are measured beside them.", must_be=POSITIVE
     )
-    seed: int = option(0, "Seed of the noise and of the choice of real images.", must_be=NOT_NEGATIVE)
+    seed: int = option(0, "Seed of the noise and of the choice of real images.", must_be=SEED)
     features: str | None = option(
         None, "Measure on features too, not on pixels alone. " + FEATURES_HELP + " Default: none."
     )

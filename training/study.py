@@ -7,11 +7,9 @@ import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMScheduler
@@ -20,7 +18,7 @@ from . import train_ctm
 from .cli.device import choose_device
 from .cli.errors import UserError, loading, naming
 from .cli.files import read_json, write_files
-from .cli.options import POSITIVE, Checked, option, run_program
+from .cli.options import POSITIVE, SEED, Checked, option, read_yaml, run_program, typed_options
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset
 from .measure.distances import Distances, features_for, reference_features
@@ -55,7 +53,7 @@ class StudyConfig(Checked):
         "options of each by its name. The others are compared with the first variant.",
     )
     output_dir: str = option("runs/study", "Folder of the study.")
-    seeds: list[int] = option([0, 1, 2], "Seeds of the runs of each variant.")
+    seeds: list[int] = option([0, 1, 2], "Seeds of the runs of each variant.", must_be=SEED)
     only: list[str] = option(
         [], "Names of the variants to run; default all. Tables and plot show all that are finished."
     )
@@ -82,13 +80,13 @@ class StudyConfig(Checked):
 def read_variants(path: str) -> dict[str, dict[str, Any]]:
     """The options of `training.train_ctm` for each variant, by name. Raises UserError for a file of another form."""
     with loading(f"--variants {path}", "It must be a YAML file with `base` (a file), `common` and `variants`."):
-        study = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        base = yaml.safe_load(Path(study["base"]).read_text(encoding="utf-8"))
+        study = read_yaml(path)
+        base = read_yaml(study["base"])
         shared = {**base, **(study.get("common") or {})}
         variants = {str(name): {**shared, **(options or {})} for name, options in study["variants"].items()}
         for name, options in variants.items():
             with naming(f"variants {path}, {name}"):
-                train_ctm.CTMConfig(**options)
+                variants[name] = typed_options(train_ctm.CTMConfig, options)
     return variants
 
 

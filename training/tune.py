@@ -18,7 +18,7 @@ from diffusers_ctm import CTMScheduler
 from .cli.device import choose_device, hardware
 from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, read_json, tensors_digest, write_files
-from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, UNIT, option, run_program
+from .cli.options import FOLDER, POSITIVE, SEED, TWO_OR_MORE, UNIT, option, run_program
 from .data.images import ImageDataset
 from .frozen.vectors import FEATURES_HELP
 from .hub.client import file_of
@@ -61,13 +61,11 @@ class TuneConfig(ModelOptions):
         f"Images per schedule and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}.",
         must_be=TWO_OR_MORE,
     )
-    seeds: list[int] = option(
-        [0, 1], "Seeds of the search: all schedules are tried on the same noise.", must_be=NOT_NEGATIVE
-    )
+    seeds: list[int] = option([0, 1], "Seeds of the search: all schedules are tried on the same noise.", must_be=SEED)
     confirm_seeds: list[int] = option(
         [100, 101, 102, 103, 104],
         "Other seeds, on which the best schedule is measured once more; two or more.",
-        must_be=NOT_NEGATIVE,
+        must_be=SEED,
     )
     force: bool = option(
         False,

@@ -120,6 +120,7 @@ def author(work: Path) -> dict:
         "public asked private": command(teacher, "team/edited", "--license", NC, "--private"),
         "edited": command(teacher, "team/edited", "--license", NC),
         "edited, other license": command(teacher, "team/mitcard", "--license", NC),
+        "edited meanwhile": command(teacher, "team/meanwhile", "--license", NC, "--num_samples", "0"),
     }
 
     # Training
@@ -244,6 +245,8 @@ def session(tmp_path_factory):
 
         def intercept(method: str, path: str) -> int | None:
             commits[path] = commits.get(path, 0) + 1
+            if path == "/api/models/team/meanwhile/preupload/main" and commits[path] == 1:
+                hub.repos["models/team/meanwhile"].commit({"README.md": b"My words.\n"})
             if path == "/api/models/team/dies/commit/main" and commits[path] == 1:
                 hub.kill()
                 threading.Thread(target=revive).start()
@@ -379,6 +382,9 @@ def test_edited_card_is_kept_and_its_license_is_checked(session):
     assert files["README.md"].endswith(b"My words.\n") and "model_index.json" in files
     assert "Kept the card of team/edited" in session["output"]
     assert list(session["repos"]["mitcard"].files) == ["README.md"]
+    files = session["repos"]["meanwhile"].files  # edited while the files were sent
+    assert files["README.md"] == b"My words.\n" and WEIGHTS in files
+    assert "Kept the card of team/meanwhile" in session["output"]
 
 
 # Pushing while training  ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -31,6 +31,7 @@ Limit = tuple[str, Callable[[Any], bool]]
 POSITIVE: Limit = ("positive", lambda value: value > 0)
 NOT_NEGATIVE: Limit = ("0 or more", lambda value: value >= 0)
 TWO_OR_MORE: Limit = ("2 or more", lambda value: value >= 2)
+SEED: Limit = ("in 0..2147483647", lambda value: 0 <= value < 2**31)  # NumPy takes 32 bits; processes add their rank
 BELOW_ONE: Limit = ("in [0, 1)", lambda value: 0 <= value < 1)
 UNIT: Limit = ("in [0, 1]", lambda value: 0 <= value <= 1)
 FOLDER: Limit = ("a folder", lambda path: path != "" and not os.path.isfile(path))
@@ -126,6 +127,9 @@ class OptionParser(HfArgumentParser):
     without a heading.
     """
 
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
     def _add_dataclass_arguments(self, config_class: type) -> None:
         hints = get_type_hints(config_class)
         left = {entry.name: entry for entry in dataclasses.fields(config_class)}
@@ -148,7 +152,23 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
 
     Exits with status 2 and a message that names the option if one is unknown, malformed or impossible.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _make_parser(config_class)
+    try:
+        return _parse(parser, config_class, list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def typed_options(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Options as `read_yaml` gives them in the types of `config_class`, read and checked as the command line is.
+
+    Raises UserError as `parse_config` exits.
+    """
+    config = _parse(_make_parser(config_class), config_class, _arguments(values))
+    return {name: getattr(config, name) for name in values}
+
+
+def _make_parser(config_class: type) -> OptionParser:
     positional = getattr(config_class, "POSITIONAL", ())
     usage = " ".join(["%(prog)s", *(name.upper() for name in positional), "[--option VALUE ...]"])
     parser = OptionParser(
@@ -163,15 +183,15 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
             action.help = argparse.SUPPRESS  # --no_option beside --option
         elif action.nargs is None and action.default is None and action.type is not None:
             action.type = _or_none(action.type)
-    try:
-        known, _ = parser.parse_known_intermixed_args(argv)
-        arguments = _yaml_arguments(known.config)
-        _check_names(arguments, parser, f"--config {known.config}: ")
-        _check_names(argv, parser)
-        namespace = parser.parse_intermixed_args(arguments + argv)
-        return config_class(**vars(namespace))
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return parser
+
+
+def _parse(parser: OptionParser, config_class: type[Config], argv: list[str]) -> Config:
+    known, _ = parser.parse_known_intermixed_args(argv)
+    arguments = _yaml_arguments(known.config)
+    _check_names(arguments, parser, f"--config {known.config}: ")
+    _check_names(argv, parser)
+    return config_class(**vars(parser.parse_intermixed_args(arguments + argv)))
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -195,16 +215,34 @@ def _check_names(words: Sequence[str], parser: argparse.ArgumentParser, where: s
             raise UserError(f"{where}{name} is no option{advice}. See --help for all.")
 
 
+class _Words(yaml.SafeLoader):
+    """YAML whose values are words as they are written, but for null: YAML takes `no` for false and `010` for 8."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(path: str) -> Any:
+    """The content of a YAML file, with values as `_Words`."""
+    return yaml.load(Path(path).read_text(), _Words)
+
+
 def _yaml_arguments(path: str | None) -> list[str]:
-    """The contents of a YAML file as command-line arguments: both are then checked alike."""
+    """The contents of a YAML file as command-line arguments: both are then read and checked alike."""
     if path is None:
         return []
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = read_yaml(path) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold `option: value` lines.")
+    return _arguments(values)
+
+
+def _arguments(values: dict[str, Any]) -> list[str]:
     arguments = []
     for name, value in values.items():
         if value is not None:

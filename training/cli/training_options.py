@@ -8,7 +8,7 @@ files, `--help`, `training.json` and the comparison of a resumed run with its ch
 from dataclasses import dataclass
 
 from .names import HUB_ID
-from .options import BELOW_ONE, FOLDER, NOT_NEGATIVE, POSITIVE, TWO_OR_MORE, Checked, option
+from .options import BELOW_ONE, FOLDER, NOT_NEGATIVE, POSITIVE, SEED, TWO_OR_MORE, Checked, option
 from .shared_options import DataOptions, NetworkOptions
 
 
@@ -70,7 +70,7 @@ class OutputOptions(Checked):
 class StepOptions(Checked):
     """Steps and images."""
 
-    seed: int = option(0, "Seed of weights, data order and noise.", must_be=NOT_NEGATIVE)
+    seed: int = option(0, "Seed of weights, data order and noise.", must_be=SEED)
     max_train_steps: int = option(1000, "Optimizer steps in all.", free=True, must_be=POSITIVE)
     train_batch_size: int = option(
         128,

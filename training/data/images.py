@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
+from PIL import ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from ..cli.device import say
@@ -117,7 +119,9 @@ class Images(Classes):
         for image, number in zip(images, numbers):
             name = named(image, number)
             with loading(name):
-                fitted.append(np.asarray(self._fit(Image().decode_example(read_file(image)), name)))
+                opened = open_image(image)
+                ImageOps.exif_transpose(opened, in_place=True)  # a copy would lose the file's format and tags
+                fitted.append(np.asarray(self._fit(opened, name)))
         pixels = np.stack(fitted).reshape(len(images), self.resolution, self.resolution, self.channels)
         pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         if self.label_column is None:
@@ -206,11 +210,14 @@ def named(image: dict[str, Any], number: int) -> str:
 
 
 def open_image(image: dict[str, Any]) -> PILImage.Image:
-    """An encoded image whose pixels are decoded when they are asked for, if its file is at hand."""
+    """An encoded image whose pixels are decoded when they are asked for, as they are stored: not yet upright."""
     image = read_file(image)
-    if image["bytes"] is not None:
-        return PILImage.open(io.BytesIO(image["bytes"]))
-    return PILImage.open(image["path"]) if os.path.isfile(image["path"]) else Image().decode_example(image)
+    if image["bytes"] is None and os.path.isfile(image["path"]):
+        return PILImage.open(image["path"])
+    if image["bytes"] is None:  # on the Hub or elsewhere
+        with xopen(image["path"], "rb") as file:
+            image = {"bytes": file.read()}
+    return PILImage.open(io.BytesIO(image["bytes"]))
 
 
 def has_gray_mode(image: PILImage.Image) -> bool:

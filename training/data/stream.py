@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 
+import datasets
 import torch
 
 from ..cli.errors import UserError, loading
@@ -50,6 +51,8 @@ class ImageStream(Images):
     """
 
     def __init__(self, options: DataOptions, window: int):
+        if datasets.__version__ == "5.0.0":
+            raise UserError("--streaming: datasets 5.0.0 loses its place when a run is resumed twice; install another.")
         source = load_source(options, streaming=True)
         with loading(f"--dataset_name {options.dataset_name}"):
             if source.features is None:
@@ -76,7 +79,8 @@ class ImageStream(Images):
         for place, window in self._windows(position):
             if place.first + len(window) > begin:
                 numbers = (seed * 1_000_003 + place.epoch) * 1_000_003 + place.window
-                order = torch.randperm(len(window), generator=torch.Generator().manual_seed(numbers)).tolist()
+                generator = torch.Generator().manual_seed(numbers % 2**64)  # larger ones overflow
+                order = torch.randperm(len(window), generator=generator).tolist()
                 for number, index in enumerate(order, place.first):
                     if number >= begin:
                         yield number, window[index], place

@@ -148,19 +148,24 @@ def files_below(folder: str) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): str(path) for path in paths}
 
 
-def commit_folder(repo: str, folder: str, message: str, revision: str | None = None) -> str:
-    """Upload `folder` in one commit, so that a reader sees all of it or what was there before; return its address.
+def commit_folder(repo: str, folder: str, message: str, parent: str, revision: str | None = None) -> str:
+    """Upload `folder` in one commit after `parent`, so that a reader sees all of it or that; return its address.
 
+    The Hub refuses it (412) if there is another commit after `parent` by then.
     Large files go first and are not sent again if this is repeated. (`upload_folder` splits large folders into several
     commits.) The folders in it replace those of the repository; only files in `evaluation` stay there.
     """
     files = files_below(folder)
     refuse_secrets(files)
     folders = tuple(f"{path.split('/')[0]}/" for path in files if "/" in path and not path.startswith("evaluation/"))
-    present = api().list_repo_files(repo, revision=revision)
+    present = api().list_repo_files(repo, revision=parent)
     operations = [CommitOperationAdd(path, local) for path, local in files.items()]
     operations += [CommitOperationDelete(path) for path in present if path not in files and path.startswith(folders)]
-    return api().create_commit(repo, operations, commit_message=message, revision=revision).commit_url
+    return (
+        api()
+        .create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=parent)
+        .commit_url
+    )
 
 
 def refuse_secrets(files: dict[str, str]) -> None:

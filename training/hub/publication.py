@@ -139,8 +139,9 @@ def upload(
 ) -> tuple[str, bool]:
     """Upload a staged pipeline with its card in one commit; return its address, and whether the card is new.
 
-    A card that someone has edited on the Hub stays. Raises UserError if it names a license that the weights may not
-    have, or as `open_repo` and `commit_folder` do.
+    A card that someone has edited on the Hub stays, also one that was edited while the files were sent: the Hub then
+    refuses the commit, and `retried` calls this once more. Raises UserError if the card names a license that the
+    weights may not have, or as `open_repo` and `commit_folder` do.
     """
     open_repo(repo, private)
     if revision not in (None, "main"):
@@ -148,6 +149,7 @@ def upload(
     commit = api().model_info(repo, revision=revision).sha  # the cache may hold an older card than the one of now
     present = read_card(repo, commit)
     new_card = present is None or overwrite or is_generated(present)
+    Path(target, "README.md").unlink(missing_ok=True)  # of an attempt before this one
     if new_card:
         card = make_card(target, repo, license, record, conversion, samples, revision)
         Path(target, "README.md").write_text(card, encoding="utf-8", newline="\n")
@@ -156,4 +158,4 @@ def upload(
             f"The card of {repo} was edited there and would be kept, but its license {kept} contradicts {license}, "
             "which these weights have. Correct it there, or give --overwrite_card."
         )
-    return commit_folder(repo, target, message, revision), new_card
+    return commit_folder(repo, target, message, commit, revision), new_card

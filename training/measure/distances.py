@@ -28,9 +28,10 @@ Statistics = tuple[torch.Tensor, torch.Tensor]  # mean (F,) and covariance (F, F
 class Distances:
     """Distances of sets of features to those of the reference, by torchmetrics, which reads the reference once.
 
-    "frechet" is the Frechet distance of two Gaussians with the sets' means and covariances, in float64. "kernel" is the
-    unbiased squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, over all images. With more than
-    `KERNEL_SUBSET` images, it is the mean over as many random subsets as make up all of them.
+    "frechet" is the Frechet distance of two Gaussians with the sets' means and covariances. "kernel" is the unbiased
+    squared maximum mean discrepancy with the kernel (x.y / F + 1)^3, over all images. With more than `KERNEL_SUBSET`
+    images, it is the mean over as many random subsets as make up all of them. Both are small differences of large
+    numbers, in float64.
 
     Args:
         reference: features, shape (N, F), or their statistics, of which there is no kernel distance.
@@ -60,7 +61,7 @@ class Distances:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it says that it keeps the features in memory
                 self.kernel = KernelInceptionDistance(subsets=1, **settings)
-            self.kernel.update(reference.float(), real=True)
+            self.kernel.update(reference.double(), real=True)
 
     def __call__(self, features: torch.Tensor) -> dict[str, float]:
         """Distances of `features`, shape (n, F), by name."""
@@ -71,7 +72,7 @@ class Distances:
             smaller = min(self.num_reference, len(features))
             self.kernel.subset_size = min(smaller, KERNEL_SUBSET)
             self.kernel.subsets = math.ceil(smaller / self.kernel.subset_size)
-            self.kernel.update(features.float(), real=False)
+            self.kernel.update(features.double(), real=False)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 distances["kernel"] = float(self.kernel.compute()[0])

@@ -39,6 +39,19 @@ def test_command_line_overrides_yaml_which_overrides_defaults(tmp_path, capsys):
     assert "--teacher is needed" in refused(CTMConfig, [*given, "--teacher="], capsys)
 
 
+def test_values_of_yaml_are_what_is_written(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "teacher: 2024-01-02\nteacher_revision: 0123456\nmixed_precision: no\ndataset_config_name: 1.10\n"
+        "learning_rate: 1e-3\nema_warmup: yes\ndropout: null\nextra_ema_decays: [0.9, 99e-2]\n"
+    )
+    config = parse_config(CTMConfig, ["--config", str(path)])
+    assert (config.teacher, config.teacher_revision) == ("2024-01-02", "0123456")
+    assert (config.mixed_precision, config.dataset_config_name) == ("no", "1.10")
+    assert (config.learning_rate, config.ema_warmup, config.dropout) == (1e-3, True, None)
+    assert config.extra_ema_decays == [0.9, 0.99]
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -67,6 +80,7 @@ def test_saved_options_are_read_again(config, tmp_path):
         (["--max_solver_steps", "18"], "--max_solver_steps must be in 1..17"),
         (["--mixed_precision", "fp8"], "mixed_precision"),
         (["--adam_weight_decay", "-1"], "--adam_weight_decay must be 0 or more"),
+        (["--seed", "2147483648"], "--seed must be in 0..2147483647, got 2147483648"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--lable_column", "label"], "--lable_column is no option (did you mean --label_column?)."),
         # A part of a name would mean another option as soon as there is a second one that starts so.

@@ -159,8 +159,8 @@ def test_sixteen_bits_are_scaled_and_transparency_is_white(parquet):
         data._fit(floats)
 
 
-def gray_tiff(values, bits=16, polarity=1, order="<"):
-    """A TIFF file of gray with 12 or 16 bits; with polarity 0 its highest value is black."""
+def gray_tiff(values, bits=16, polarity=1, order="<", upright=False):
+    """A TIFF file of gray with 12 or 16 bits; with polarity 0 its highest value is black; `upright` says so in it."""
     values = np.array(values)
     if bits == 16:
         data = values.astype(order + "u2").tobytes()
@@ -168,21 +168,33 @@ def gray_tiff(values, bits=16, polarity=1, order="<"):
         data = int("".join(f"{value:012b}" for value in values.flatten()), 2).to_bytes(values.size * 3 // 2, "big")
     height, width = values.shape
     short = {256: width, 257: height, 258: bits, 259: 1, 262: polarity, 278: height}
-    long = {273: 8 + 2 + 8 * 12 + 4, 279: len(data)}
+    if upright:
+        short[274] = 1
+    long = {273: 8 + 2 + (len(short) + 2) * 12 + 4, 279: len(data)}
     entries = b"".join(
         struct.pack(order + "HHI", tag, 3 if tag in short else 4, 1)
         + (struct.pack(order + "HH", short[tag], 0) if tag in short else struct.pack(order + "I", long[tag]))
         for tag in sorted(short | long)
     )
-    return {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, 8) + entries + bytes(4) + data
+    return (
+        {"<": b"II*\0", ">": b"MM\0*"}[order]
+        + struct.pack(order + "IH", 8, len(short | long))
+        + entries
+        + bytes(4)
+        + data
+    )
 
 
 DEEP = np.array([[0, 65535], [32896, 257]], dtype=np.uint16)
 
 
-def saved(image, kind):
+ON_ITS_SIDE = PILImage.Exif()
+ON_ITS_SIDE[274] = 6  # how a camera says that the image stands on its side
+
+
+def saved(image, kind, **options):
     file = io.BytesIO()
-    image.save(file, kind)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -196,8 +208,12 @@ def saved(image, kind):
         gray_tiff(DEEP, order=">"),
         gray_tiff(65535 - DEEP, polarity=0),
         gray_tiff([[0, 4095], [2056, 16]], bits=12),
+        gray_tiff(65535 - DEEP, polarity=0, upright=True),
+        gray_tiff([[0, 4095], [2056, 16]], bits=12, upright=True),
+        saved(PILImage.fromarray(np.rot90(DEEP).copy()), "PNG", exif=ON_ITS_SIDE),
     ],
-    ids=["png", "tiff", "pgm", "plain pgm", "big-endian tiff", "white is zero", "12 bits"],
+    ids=["png", "tiff", "pgm", "plain pgm", "big-endian tiff", "white is zero", "12 bits"]
+    + ["upright, white is zero", "upright, 12 bits", "png on its side"],
 )
 def test_gray_of_many_bits_is_scaled(file, tmp_path):
     pq.write_table(pa.table({"image": [file]}), tmp_path / "deep.parquet")
@@ -571,7 +587,9 @@ def test_a_stream_is_shuffled_in_windows_and_has_every_image_once_an_epoch(numbe
             window = order[23 * epoch + begin : 23 * epoch + min(begin + 5, 23)]
             assert sorted(window) == list(range(begin, min(begin + 5, 23)))
     assert order[:23] != sorted(order[:23]) and order[:23] != order[23:46]
-    assert order != [number for batch in drawn(numbered, seed=1)[0] for number in batch]
+    for seed in (1, 20261231, 2**31 - 1):
+        other = [number for batch in drawn(numbered, seed=seed)[0] for number in batch]
+        assert other != order and sorted(other[:23]) == list(range(23))
     stream = ImageStream(numbered, 5)
     assert (stream.mode, stream.resolution, stream.num_classes, stream.id2label[2]) == ("L", 2, 3, "eel")
 
@@ -583,6 +601,16 @@ def test_a_stream_is_resumed_at_any_step(numbered, tmp_path):
         position = torch.load(tmp_path / "position", weights_only=True)
         assert drawn(numbered, first=step, position=position)[0] == whole[step:]
         assert 4 * step - position["first"] <= 5 + 4  # no more than a window is read again
+    position = None
+    for step in range(12):  # resumed after each step
+        [batch], [position] = drawn(numbered, first=step, last=step + 1, position=position)
+        assert batch == whole[step]
+
+
+def test_a_version_of_datasets_that_loses_its_place_is_refused(numbered, monkeypatch):
+    monkeypatch.setattr("datasets.__version__", "5.0.0")
+    with pytest.raises(UserError, match="datasets 5.0.0"):
+        ImageStream(numbered, 5)
 
 
 def test_processes_accumulation_and_threads_share_a_stream(numbered):

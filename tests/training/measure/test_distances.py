@@ -36,22 +36,32 @@ def test_frechet_distance_falls_to_zero_with_the_number_of_samples():
     assert Distances(data[0])(data[0])["frechet"] == pytest.approx(0, abs=1e-6)
 
 
+def kernel_distance(x, y):
+    """The unbiased estimate for sets of equal size, in float64."""
+    x, y, n = x.double(), y.double(), len(x)
+
+    def kernel(a, b):
+        return (a @ b.T / x.shape[1] + 1) ** 3
+
+    within = sum((kernel(z, z).sum() - kernel(z, z).diag().sum()) / (n * (n - 1)) for z in (x, y))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def test_kernel_distance_near_zero_of_large_features():
+    x, y = 20 + torch.randn(2, 300, 64, generator=seeded())
+    assert Distances(x, kernel=True)(y)["kernel"] == pytest.approx(kernel_distance(x, y), rel=1e-5)
+
+
 @pytest.mark.parametrize("subset", [300, 100])
 def test_kernel_distance_is_the_unbiased_estimate(monkeypatch, subset):
     monkeypatch.setattr("training.measure.distances.KERNEL_SUBSET", subset)
     x, y = torch.randn(2, 300, 4, generator=seeded())
     y = y + 0.3
-
-    def kernel(a, b):
-        return (a @ b.T / 4 + 1) ** 3
-
-    n = len(x)
-    within = sum((kernel(z, z).sum() - kernel(z, z).diag().sum()) / (n * (n - 1)) for z in (x, y))
-    expected = float(within - 2 * kernel(x, y).mean())
+    n, expected = len(x), kernel_distance(x, y)
     distances = Distances(x, kernel=True)
     state = torch.random.get_rng_state()
     measured = distances(y)["kernel"]
-    assert measured == pytest.approx(expected, rel=1e-4 if subset == n else 0.3)
+    assert measured == pytest.approx(expected, rel=1e-6 if subset == n else 0.3)
     assert distances(y)["kernel"] == measured
     assert torch.equal(torch.random.get_rng_state(), state)
 

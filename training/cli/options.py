@@ -226,7 +226,7 @@ class _Words(yaml.SafeLoader):
 
 def read_yaml(path: str) -> Any:
     """The content of a YAML file, with values as `_Words`."""
-    return yaml.load(Path(path).read_text(), _Words)
+    return yaml.load(Path(path).read_text(encoding="utf-8"), _Words)
 
 
 def _yaml_arguments(path: str | None) -> list[str]:

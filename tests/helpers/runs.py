@@ -2,11 +2,16 @@
 """What the tests of runs share: a tiny network's options, Accelerate as in a new process, and saved weights."""
 
 import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
 
 
 NETWORK = {
@@ -38,3 +43,23 @@ def same(a, b):
 def assert_same_weights(a, b, **tolerance):
     """Two pipelines have the same weights, to the last bit unless a tolerance is given."""
     torch.testing.assert_close(weights(a), weights(b), **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def in_processes(count: int, function: Callable, *arguments: Any) -> None:
+    """Call a function in `count` processes that find each other as torchrun's do. Forked, they import nothing anew."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start_processes(_as_process, (count, port, function, arguments), count, start_method="fork")
+
+
+def _as_process(rank: int, count: int, port: int, function: Callable, arguments: tuple) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    settings = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    os.environ.update({name: str(value) for name, value in settings.items()})
+    torch.set_num_threads(1)
+    function(*arguments)
+    # Threads of Gloo may release tensors while the interpreter ends, which aborts it (pytorch/pytorch#179291).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

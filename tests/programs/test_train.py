@@ -21,13 +21,14 @@ from torch._dynamo.utils import counters
 
 import diffusers_ctm
 from helpers.places import ROOT
-from helpers.runs import NETWORK, assert_same_weights, fresh_accelerate, weights  # noqa: F401
+from helpers.runs import NETWORK, assert_same_weights, fresh_accelerate, in_processes, weights  # noqa: F401
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
-from training.cli.options import save_config
+from training.cli.options import parse_config
 from training.cli.shared_options import TeacherOptions
 from training.networks import student
 from training.networks.teacher import Teacher, load_teacher
+from training.objective import adversarial
 from training.objective.adversarial import ProjectedDiscriminator
 from training.objective.losses import ctm_loss
 from training.objective.times import TimeSampler
@@ -194,7 +195,7 @@ def test_noise_levels_of_the_teacher_are_those_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(teacher, tmp_path):
+def test_two_processes_are_one(teacher, tmp_path, capfd):
     arguments = ["--teacher", teacher, "--max_train_steps", "3", "--max_solver_steps", "2", "--dropout", "0"]
     # RAdam would hardly move in three steps.
     options = {**SMALL, "learning_rate": 1e-3, "ema_decay": 0.0, "optimizer": "adam", "adam_epsilon": 1e-3}
@@ -204,15 +205,20 @@ def test_two_processes_are_one(teacher, tmp_path):
     folders = {1: tmp_path / "one", 2: tmp_path / "two"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for processes, folder in folders.items():
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launch, "-m", "training.train_ctm", *arguments, "--output_dir", str(folder)]
-        command += ["--train_batch_size", str(8 // processes), "--checkpointing_steps", "3"]
-        command += ["--eval_every", "3", "--eval_samples", "300"]  # in two batches
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+        own = [*arguments, "--output_dir", str(folder), "--train_batch_size", str(8 // processes)]
+        own += ["--checkpointing_steps", "3", "--eval_every", "3", "--eval_samples", "300"]  # in two batches
+        if processes == 1:
+            in_processes(1, train_ctm.main, parse_config(CTMConfig, own))
+            err = capfd.readouterr().err
+        else:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+            command = [*launch, "-m", "training.train_ctm", *own]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+            err = done.stderr
+            assert done.returncode == 0, err[-2000:]
         states = glob.glob(str(folder / "checkpoint-3" / "random_states_*.pkl"))
         assert len(states) == processes  # so many took part
-        shown[processes] = {n: float(v) for n, v in re.findall(r"(\w+)=([\d.e+-]+)", done.stderr)}  # the last of each
+        shown[processes] = {n: float(v) for n, v in re.findall(r"(\w+)=([\d.e+-]+)", err)}  # the last of each
     assert shown[1].keys() == shown[2].keys() >= {"trajectory_loss", "dsm_loss", "dsm_weight", "grad_norm"}
     assert shown[2] == pytest.approx(shown[1], rel=0.006)  # three digits
     assert_same_weights(str(folders[1] / "pipeline"), str(folders[2] / "pipeline"), rtol=1e-4, atol=2e-5)
@@ -520,7 +526,7 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_path):
+def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_path, monkeypatch):
     """Batch statistics are those of a pass, so a process is compared with an accumulation step of as many images."""
     options = {
         **SMALL,
@@ -536,20 +542,11 @@ def test_processes_of_the_adversarial_stage_are_accumulation_steps(teacher, tmp_
         "dsm_adaptive": False,
     }
     # Constant weights: those of gradients are of a pass with accumulation, of all processes without.
-    (tmp_path / "program.py").write_text(
-        "from training import train_ctm; from training.cli.options import run_program\n"
-        "from training.objective import adversarial; adversarial.GENERATOR_WEIGHTS = (1.0, 1.0)\n"
-        "run_program(train_ctm.main, train_ctm.CTMConfig)"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    monkeypatch.setattr(adversarial, "GENERATOR_WEIGHTS", (1.0, 1.0))
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         config = CTMConfig(**options, output_dir=str(folder), gradient_accumulation_steps=2 // processes)
-        save_config(config, str(tmp_path / "config.yaml"))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launch, str(tmp_path / "program.py"), "--config", str(tmp_path / "config.yaml")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+        in_processes(processes, train_ctm.main, config)
         assert len(glob.glob(str(folder / "checkpoint-4" / "random_states_*.pkl"))) == processes
     assert_same_weights(str(tmp_path / "1" / "pipeline"), str(tmp_path / "2" / "pipeline"), rtol=1e-4, atol=2e-5)
     one, two = (load_file(tmp_path / name / "checkpoint-4" / "model_1.safetensors") for name in "12")

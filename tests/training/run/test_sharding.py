@@ -3,20 +3,20 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import accelerate.commands.config  # noqa: F401  (before launch, which imports it in a circle)
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import StateDictType
 
 from helpers.places import ROOT
-from helpers.runs import NETWORK, fresh_accelerate, weights  # noqa: F401
+from helpers.runs import NETWORK, fresh_accelerate, in_processes, weights  # noqa: F401
+from helpers.sharded_on_cpu import sharded
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
 from training.run.checkpoints import load_first_stage
@@ -44,16 +44,11 @@ def test_spread_weights_learn_as_whole_ones_and_are_resumed(tmp_path):
     options |= {"streaming": True, "shuffle_buffer": 50}  # which the processes share
     options |= {"ema_decay": 0.5, "optimizer": "adam", "adam_epsilon": 1e-3, "checkpointing_steps": 2}
     whole = train_ctm.main(CTMConfig(output_dir=str(tmp_path / "whole"), **{**small, **options}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    environment["PYTHONFAULTHANDLER"] = "1"
 
-    def spread(folder, *more):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launch, "tests/helpers/sharded_on_cpu.py", "train_ctm", *more]
-        for name, value in {**small, **options, "train_batch_size": 4, "output_dir": folder}.items():
-            command += [f"--{name}", str(value)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr  # the launcher's own message comes last
+    def spread(folder, **more):
+        own = {**small, **options, "train_batch_size": 4, "output_dir": str(folder), **more}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        in_processes(2, sharded, train_ctm.main, CTMConfig(**own))
         return str(folder / "pipeline")
 
     first = spread(tmp_path / "spread")
@@ -63,7 +58,7 @@ def test_spread_weights_learn_as_whole_ones_and_are_resumed(tmp_path):
     assert max((weights(first)[name] - value).abs().max() for name, value in start.items() if "emb" not in name) > 1e-3
     os.makedirs(tmp_path / "part")
     checkpoint = shutil.copytree(tmp_path / "spread" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
-    second = spread(tmp_path / "part", "--resume_from_checkpoint", "latest")
+    second = spread(tmp_path / "part", resume_from_checkpoint="latest")
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
     stage, other = (load_first_stage(str(path))[0] for path in (checkpoint, tmp_path / "whole" / "checkpoint-2"))
     assert stage.keys() == other.keys()

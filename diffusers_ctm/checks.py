@@ -112,7 +112,7 @@ class NotFiniteError(ValueError):
         levels = f"noise level {low}" if low == high else f"noise levels {low} to {high}"
         super().__init__(
             f"{source} gave NaN or infinite values {where}, at {levels}. In float16 the values of a network often "
-            "overflow: load it with `torch_dtype=torch.bfloat16` or `torch.float32`. If it is not float16, its weights "
+            "overflow: load it with `dtype=torch.bfloat16` or `torch.float32`. If it is not float16, its weights "
             "are broken."
         )
 

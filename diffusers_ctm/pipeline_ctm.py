@@ -145,7 +145,7 @@ class CTMPipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "CTMPipeline":
         """This pipeline with the components and config of another, its safety checker included.
 
-        The components are shared. They keep their precision, unless `torch_dtype` is given.
+        The components are shared. They keep their precision, unless `dtype` is given.
         """
         for name in cls._optional_components:  # diffusers leaves out models of a class that it did not expect
             kwargs.setdefault(name, getattr(pipeline, name, None))

@@ -736,11 +736,11 @@ def test_from_pipe_keeps_the_precision_of_each_component(make_unet, dtype):
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
     pipe = pipeline(unet, CTMScheduler(), safety_checker=Checker())
     for cls in (CTMPipeline, CTMImg2ImgPipeline, CTMInpaintPipeline, CTMRestorationPipeline, CTMInversionPipeline):
-        for again in (cls.from_pipe(pipe), cls.from_pipe(pipe, torch_dtype=None)):
+        for again in (cls.from_pipe(pipe), cls.from_pipe(pipe, dtype=None)):
             assert again.unet is unet and again.unet.dtype == dtype and again.safety_checker.dtype == torch.float32
     assert all(torch.equal(value, weights[name]) for name, value in unet.state_dict().items())
     assert CTMUNet2DModel.from_unet(make_unet(UNet2DModel).to(dtype)).dtype == dtype
-    assert CTMPipeline.from_pipe(pipe, torch_dtype=torch.float64).unet.dtype == torch.float64
+    assert CTMPipeline.from_pipe(pipe, dtype=torch.float64).unet.dtype == torch.float64
     assert CTMPipeline.from_pipe(pipe, dtype=torch.bfloat16).to("cpu", torch.float32).unet.dtype == torch.float32
 
 

@@ -3,7 +3,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from huggingface_hub import get_token
 
@@ -34,6 +34,12 @@ def naming(option: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"--{option}: {error}") from error
+
+
+def listed(words: Iterable[str], most: int = 12) -> str:
+    """Words in a message: the first `most`, and how many more there are."""
+    words = list(words)
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def without_token(text: str) -> str:

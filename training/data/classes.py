@@ -2,24 +2,14 @@
 """The classes of a data set in the numbers of a network: by name where both have names."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from diffusers_ctm.class_labels import finder
 
 from ..cli.device import say
-from ..cli.errors import UserError
-
-
-MOST_SHOWN = 12  # names in a message
-
-
-def shown(words: Iterable[str]) -> str:
-    """Words in a message, the first of many."""
-    words = list(words)
-    more = f" and {len(words) - MOST_SHOWN} more" if len(words) > MOST_SHOWN else ""
-    return ", ".join(words[:MOST_SHOWN]) + more
+from ..cli.errors import UserError, listed
 
 
 def numbers_by_name(
@@ -55,13 +45,13 @@ def numbers_by_name(
     counted = [own for own in names if used is None or own in used]
     if missing := [names[own] for own in counted if numbers[own] < 0]:
         raise UserError(
-            f"{network} has no class {shown(missing)}, which the data set has. It knows {shown(id2label.values())}. "
+            f"{network} has no class {listed(missing)}, which the data set has. It knows {listed(id2label.values())}. "
             "Give the data's classes the names that the network has for them, or leave their images out."
         )
     times = Counter(numbers[own] for own in counted)
     if unclear := [names[o] for o in counted if times[numbers[o]] > 1 or (len(found[o]) > 1 and o not in found[o])]:
         raise UserError(
-            f"The class names {shown(unclear)} do not tell which classes of {network} they are: one name stands for "
+            f"The class names {listed(unclear)} do not tell which classes of {network} they are: one name stands for "
             "several classes there, or several names for one. Give each class of the data a name that is one class's."
         )
     return numbers
@@ -141,13 +131,13 @@ class Classes:
         moved = [f"{self.id2label[own]} from {own} to {numbers[own]}" for own in used if numbers[own] != own]
         if moved and self._numbered_as is not None:
             raise UserError(
-                f"{self._numbered_as} and {network} number the same classes differently: {shown(moved)}. Use one of "
+                f"{self._numbered_as} and {network} number the same classes differently: {listed(moved)}. Use one of "
                 "them at a time."
             )
         if moved:
             self._numbers = torch.tensor(list(numbers.values()))
             self.classes = self.classes and sorted(numbers[own] for own in used)
-            say(f"Classes numbered by name, as {network} has them: {shown(moved)}.")
+            say(f"Classes numbered by name, as {network} has them: {listed(moved)}.")
         if id2label or moved:
             self._numbered_as = network
             self.id2label = {int(number): name for number, name in id2label.items()} if id2label else None

@@ -18,9 +18,9 @@ from PIL import ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from ..cli.device import say
-from ..cli.errors import UserError, loading
+from ..cli.errors import UserError, listed, loading
 from ..cli.shared_options import DataOptions
-from .classes import Classes, shown
+from .classes import Classes
 from .dataset_tool import read_file
 from .sources import TEXT, find_columns, load_source
 
@@ -94,7 +94,7 @@ class Images(Classes):
         color, classes = "gray" if self.mode == "L" else "color", f"{self.num_classes or 'no'} classes"
         if self.empty_classes:
             names = [str((self.id2label or {}).get(label, label)) for label in self.empty_classes]
-            classes += f", without an image for {shown(names)}"
+            classes += f", without an image for {listed(names)}"
         say(
             f"Data: {options.dataset_name}, {options.dataset_split}: {number}, {self.resolution}x{self.resolution} "
             f"pixels, {color}, {classes}."

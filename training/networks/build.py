@@ -6,9 +6,8 @@ from diffusers import UNet2DModel
 
 from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, listed
 from ..cli.shared_options import NetworkOptions
-from ..data.classes import shown
 from ..data.images import Images
 
 
@@ -61,7 +60,7 @@ def check_classes(dataset: Images) -> None:
     if len(empty) > 1 and 10 * len(empty) > dataset.num_classes and dataset.options.num_classes is None:
         raise UserError(
             f"--label_column {dataset.label_column}: {len(empty)} of {dataset.num_classes} classes have no image, "
-            f"{shown(map(str, empty))}. Number the classes without gaps, or give --num_classes {dataset.num_classes} "
+            f"{listed(map(str, empty))}. Number the classes without gaps, or give --num_classes {dataset.num_classes} "
             "if the network is to have them all the same."
         )
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, listed
 
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -232,19 +232,14 @@ def check_shapes(shapes: Shapes, network: torch.nn.Module, layers: list[Layer]) 
     other = [name for name in shapes if name in expected and shapes[name] != expected[name]]
     faults = []
     if missing:
-        faults.append(f"has no {some(missing)}, which a network like this one has; is it complete?")
+        faults.append(f"has no {listed(missing, 3)}, which a network like this one has; is it complete?")
     if surplus:
-        faults.append(f"has {some(surplus)}, which has no place in this network.")
+        faults.append(f"has {listed(surplus, 3)}, which has no place in this network.")
     if faults:
         raise UserError("The checkpoint " + " It ".join(faults))
     if other:
         name, more = other[0], f" ({len(other) - 1} more are of another shape)" if len(other) > 1 else ""
         raise UserError(f"{name} has shape {shapes[name]} in the checkpoint; {expected[name]} was expected{more}.")
-
-
-def some(names: list[str]) -> str:
-    """At most three of the names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def filled(network: Network, layers: list[Layer], state_dict: Mapping[str, torch.Tensor]) -> Network:

@@ -20,6 +20,7 @@ from ..cli.files import atomic_file
 from ..cli.training_options import RunOptions
 from ..data.images import Images
 from ..measure.during_training import DistanceToData, keep_metrics
+from ..measure.sampling import class_labels
 from ..report.pictures import enlarged_grid
 from .checkpoints import newest_checkpoint
 from .tracking import Tracking
@@ -175,7 +176,7 @@ class Monitor:
             return
         grids, columns, rows = {}, 10, 4
         pipe.set_progress_bar_config(disable=True)
-        labels = pipe.classes and [pipe.classes[index % len(pipe.classes)] for index in range(columns)] * rows
+        labels = pipe.classes and class_labels(pipe.classes, None, columns).repeat(rows)
         for name, settings in self.sample_settings.items():
             generator = torch.Generator(self.accelerator.device).manual_seed(0)
             try:

@@ -94,8 +94,10 @@ def number_classes_as_before(dataset: Images, options: RunOptions) -> None:
 
     Raises UserError for classes that these do not know (`Images.number_classes`).
     """
+    if dataset.num_classes is None:
+        return
     checkpoint = start_output_dir(options)
-    if dataset.num_classes is None or (checkpoint or options.init_from) is None:
+    if (checkpoint or options.init_from) is None:
         return
     name = "--resume_from_checkpoint" if checkpoint else "--init_from"
     source = checkpoint or find_first_stage(options.init_from)

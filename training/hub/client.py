@@ -161,11 +161,8 @@ def commit_folder(repo: str, folder: str, message: str, parent: str, revision: s
     present = api().list_repo_files(repo, revision=parent)
     operations = [CommitOperationAdd(path, local) for path, local in files.items()]
     operations += [CommitOperationDelete(path) for path in present if path not in files and path.startswith(folders)]
-    return (
-        api()
-        .create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=parent)
-        .commit_url
-    )
+    options = {"commit_message": message, "revision": revision, "parent_commit": parent}
+    return api().create_commit(repo, operations, **options).commit_url
 
 
 def refuse_secrets(files: dict[str, str]) -> None:

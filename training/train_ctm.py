@@ -2,8 +2,9 @@
 """Distill a diffusion model into a CTM: `python -m training.train_ctm --config training/configs/digits.yaml`."""
 
 import copy
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -29,18 +30,13 @@ from .objective.adversarial import (
     make_discriminator,
 )
 from .objective.distances import DistanceOptions, make_distance
-from .objective.losses import (
-    Adversary,
-    Jumps,
-    ScoreMatching,
-    ScoreMatchingOptions,
-    TeacherSolver,
-    ctm_estimate,
-    ctm_loss,
-)
+from .objective.jumps import Jumps, TeacherDenoiser, TeacherSolver, noised, student_images
+from .objective.losses import Adversary, ScoreMatching, ScoreMatchingOptions, training_loss
+from .objective.objectives import ObjectiveOptions
+from .objective.pool import TrajectoryPool
 from .objective.solvers import SOLVERS, TargetOptions
-from .objective.times import TimeOptions, TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
-from .run.batch import StepRandom
+from .objective.times import TimeOptions, Times, TimeSampler, draw_half_lognormal_sigma, draw_lognormal_sigma
+from .run.batch import Batch, StepRandom
 from .run.checkpoints import number_classes_as_before
 from .run.loop import TrainingRun
 
@@ -50,8 +46,7 @@ class CTMConfig(
     DiscriminatorOptions,
     ScoreMatchingOptions,
     DistanceOptions,
-    TargetOptions,
-    TimeOptions,
+    ObjectiveOptions,
     StudentOptions,
     RunOptions,
     TeacherOptions,
@@ -81,6 +76,12 @@ class CTMConfig(
             self.refuse([entry.name for entry in fields(NetworkOptions)], "is for a run without --teacher")
         if self.matching == "global":
             self.refuse(["inner_target"], "does not go with --matching global, which has no inner jump")
+        late = self.stages[-1]
+        self.check(
+            late.start < self.max_train_steps,
+            "objective",
+            f"such that {late.name} begins before --max_train_steps {self.max_train_steps}",
+        )
         if self.discriminator_weight == 0:
             self.refuse([entry.name for entry in fields(DiscriminatorOptions)], "needs --discriminator_weight")
 
@@ -88,12 +89,13 @@ class CTMConfig(
 def check_consistency_teacher(config: CTMConfig) -> None:
     """Raise UserError if the options ask a teacher that is a consistency model for what it does not know."""
     name = f"--teacher {config.teacher} is a consistency model"
-    if config.matching != "global":
+    if config.matching != "global" or config.objective != ["ctm"]:
         raise UserError(
-            f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global, which then learns "
-            "those jumps, or distill the diffusion model that it came from."
+            f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global with --objective ctm, "
+            "which then learns those jumps, or distill the diffusion model that it came from."
         )
-    config.refuse(["solver", "solver_model", "max_solver_steps"], f"has no use: {name}, and no solver runs")
+    idle = ["solver", "solver_model", "max_solver_steps", "pool_size"]
+    config.refuse(idle, f"has no use: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
             f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score "
@@ -125,16 +127,50 @@ def time_sampler(config: TimeOptions, scheduler: CTMScheduler) -> TimeSampler:
     )
 
 
-def make_solver(config: TargetOptions, teacher: Teacher, student_ema: torch.nn.Module) -> TeacherSolver:
-    """The solver of `ctm_loss`: along a score, or the jump to the end of a consistency model."""
+def make_denoiser(config: TargetOptions, teacher: Teacher, student_ema: torch.nn.Module) -> TeacherDenoiser:
+    """The denoiser that is followed: the teacher's, or the average's."""
+    if config.solver_model == "teacher":
+        return teacher.denoise
+    return lambda x, sigma, labels: teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition(labels))
+
+
+class Asked:
+    """A denoiser, and the number of network evaluations that it took so far, one for each image.
+
+    Args:
+        denoise: the denoiser.
+        evaluations: of its networks for an image, over all processes.
+    """
+
+    def __init__(self, denoise: TeacherDenoiser, evaluations: int):
+        self.denoise, self.each, self.evaluations = denoise, evaluations, 0
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        self.evaluations += self.each * len(x)
+        return self.denoise(x, sigma, labels)
+
+    def state_dict(self, gather: Callable) -> dict:
+        return {"evaluations": self.evaluations}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.evaluations = state["evaluations"]
+
+
+def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) -> TrajectoryPool:
+    """The pool that the options describe, empty. Raises UserError if it does not divide into the samples of a step."""
+    total = run.samples_per_step
+    config.check(
+        config.pool_size % total == 0,
+        "pool_size",
+        f"a multiple of {total}, the images of a step (train_batch_size x accumulation x processes)",
+    )
+    return TrajectoryPool(config, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
+
+
+def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
+    """From t to u: along a score, or the jump to the end of a consistency model."""
     if teacher.is_consistency_model:
         return lambda x, levels, labels: teacher.jump_to_end(x, levels[0], labels)
-
-    def denoise(x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        if config.solver_model == "teacher":
-            return teacher.denoise(x, sigma, labels)
-        return teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition(labels))
-
     solve = SOLVERS[config.solver].solve
     return lambda x, levels, labels: solve(lambda x, sigma: denoise(x, sigma, labels), x, levels)
 
@@ -188,49 +224,80 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
     if config.solver_model == "teacher":
         run.speed_up(run.place(teacher.network))
     sampler = time_sampler(config, scheduler)
-    draw_times = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
-    solver = make_solver(config, teacher, run.ema.module)
+    evaluations = run.accelerator.num_processes * (teacher.evaluations if config.solver_model == "teacher" else 1)
+    denoise = Asked(make_denoiser(config, teacher, run.ema.module), evaluations)
+    run.keep("teacher", denoise)
+    solver = make_solver(config, teacher, denoise)
+    pool = None
+    if config.pool_size:
+        pool = make_pool(config, sampler, run)
+        run.keep("pool", pool)
     discriminator = None
     if judge is not None:
         judge = run.place(judge)
         discriminator = run.add_network("discriminator", judge, discriminator_optimizer(config, judge))
     size = (dataset.resolution, dataset.resolution)
 
+    samplers = {"matching": sampler, "global": replace(sampler, matching="global")}
+    draws = {kind: each.draw_to_end if teacher.is_consistency_model else each.draw for kind, each in samplers.items()}
+    draws["between"] = sampler.draw_between
+
+    def draw_states(kind: str, batch: Batch, labels: torch.Tensor | None) -> tuple[Times, torch.Tensor, ...]:
+        """Times, x_t, x_u if it is known, and classes of a pass: from the pool, or its images with noise."""
+        random, images = batch.random, batch.images
+        if pool is not None and kind in samplers:
+            noise = functools.partial(random.normal, *images.shape[1:])
+            return pool.draw(run.step, random.own, images, labels, noise, denoise, samplers[kind], random.host)
+        times = draws[kind](random.total, random.host)[random.own]
+        return times, noised(images, times.t, random.normal(*images.shape[1:])), None, labels
+
     for batch in run.batches():
         with run.accumulate(), run.accelerator.autocast():
-            random, images = batch.random, batch.images
+            random, images, stage = batch.random, batch.images, config.stage_at(run.step)
             labels = batch.dropped_labels(drop_labels, teacher.null_class)
-            times, noise = draw_times(random.total, random.host)[random.own], random.normal(*images.shape[1:])
             discriminates = is_discriminator_step(config, run.step)
-            network = run.bare_network if discriminates else run.network
-            jumps = Jumps(network, run.ema.module, scheduler.preconditioning, times, images, noise, labels)
+            fights = discriminator is not None and run.step >= config.discriminator_start
+            run.announce(stage.name + (", adversarial" if fights else ""))
+            times, x_t, x_u, jump_labels = draw_states(stage.objective.times, batch, labels)
+            jumps = Jumps(
+                run.bare_network if discriminates else run.network,
+                run.ema.module,
+                scheduler.preconditioning,
+                times,
+                x_t,
+                jump_labels,
+                solver,
+                denoise,
+                x_u,
+                distance,
+                stage.progress(run.step, config.max_train_steps),
+            )
             if discriminates:
                 augment = discriminator.bare.draw_augment(random.uniform, *size, parts=2)
-                loss = discriminator_loss(discriminator.network, images, ctm_estimate(jumps), augment)
+                loss = discriminator_loss(discriminator.network, images, student_images(jumps), augment)
                 run.update(loss, {"discriminator_loss": loss}, network="discriminator")
                 continue
             score_matching = adversary = None
-            dsm_sigma, dsm_noise = draw_dsm_sigma(config, scheduler, random), random.normal(*images.shape[1:])
+            sigma, noise = draw_dsm_sigma(config, scheduler, random), random.normal(*images.shape[1:])
             if config.dsm_weight > 0:
-                score_matching = ScoreMatching(dsm_sigma, dsm_noise, config.dsm_weight, config.dsm_adaptive)
-            if discriminator is not None and run.step >= config.discriminator_start:
+                x = noised(images, sigma, noise)
+                target = denoise(x, sigma, labels) if teacher.is_guided else images
+                score_matching = ScoreMatching(x, sigma, target, labels, config.dsm_weight, config.dsm_adaptive)
+            if fights:
                 adversary = make_adversary(config.discriminator_weight, discriminator.bare, random, size)
-            loss = ctm_loss(
+            loss = training_loss(
+                functools.partial(stage.objective.terms, options=config),
                 jumps,
-                solver,
                 last_weight=lambda: run.bare_network.last_layer.weight,
                 score_matching=score_matching,
                 adversary=adversary,
-                distance=distance,
-                inner_target=config.inner_target or "ema",
+                beside=stage.objective.beside(jumps, config),
                 reduce_gradient=lambda gradient: run.accelerator.reduce(gradient, "mean"),
             )
-            terms = {"trajectory_loss": loss.trajectory, "dsm_loss": loss.dsm, "dsm_weight": loss.dsm_weight}
-            if adversary is not None:
-                terms |= {"generator_loss": loss.generator, "generator_weight": loss.generator_weight}
             if loss.dsm_samples is not None:
-                run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, dsm_sigma)
-            run.update(loss.total, terms)
+                run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, sigma)
+            run.folder.record["teacher_evaluations"] = denoise.evaluations
+            run.update(loss.total, loss.terms)
     return run.finish()
 
 

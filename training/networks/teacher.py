@@ -53,9 +53,11 @@ class Teacher:
     def is_consistency_model(self) -> bool:
         return not self.preconditioning.kind.is_denoiser
 
-    @torch.no_grad()
+    is_guided = False
+    evaluations = 1
+
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """D(x, sigma) of a denoiser, x of shape (B, C, H, W), sigma of shape (B,). No gradient."""
+        """D(x, sigma) of a denoiser, x of shape (B, C, H, W), sigma of shape (B,); with gradient if `x` has."""
         return self.preconditioning.denoise(self.network, x, sigma, **condition(class_labels))
 
     @torch.no_grad()

@@ -1,22 +1,17 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""CTM's loss (Kim et al. 2024, Eqs. 9 to 12) as named terms."""
+"""The loss of a step: an objective, score matching and the adversarial term, balanced at the last layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from diffusers_ctm.preconditioning import Preconditioning, condition, edm_loss_weight
-from diffusers_ctm.trajectory import append_dims, jump
+from diffusers_ctm.preconditioning import condition, edm_loss_weight
 
 from ..cli.options import NOT_NEGATIVE, Checked, option
-from .distances import Distance, l2_distance
-from .times import Times
-
-
-# (x_t, levels from t to u, class labels) -> x_u
-TeacherSolver = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+from .distances import l2_distance
+from .jumps import Jumps, Point
 
 
 @dataclass
@@ -26,8 +21,7 @@ class ScoreMatchingOptions(Checked):
     dsm_weight: float = option(1.0, "Weight of denoising score matching; 0 leaves it out.", must_be=NOT_NEGATIVE)
     dsm_adaptive: bool = option(
         True,
-        "Scale score matching so that its gradient at the last layer is as long as the trajectory loss's (CTM, Eq. "
-        "12).",
+        "Scale score matching so that its gradient at the last layer is as long as the objective's (CTM, Eq. 12).",
         needs="dsm_weight",
     )
     dsm_sigma: str = option(
@@ -49,103 +43,23 @@ def adaptive_weight(reference: torch.Tensor, gradient: torch.Tensor, largest: fl
     return (reference.norm() / (gradient.norm() + 1e-4)).clamp(max=largest).detach()
 
 
-# The jumps of a step --------------------------------------------------------------------------------------------------
-
-
-def jump_where_needed(
-    jump_network: Callable[..., torch.Tensor], x: torch.Tensor, needed: torch.Tensor, *per_sample: torch.Tensor | None
-) -> torch.Tensor:
-    """`jump_network(x[i], ...)` for the samples `needed` (indices). The jump is the identity for the others: `x`
-    unchanged.
-
-    `per_sample` tensors of shape (B, ...) are indexed alike, None stays None.
-    """
-    if len(needed) == 0:
-        return x
-    if len(needed) == len(x):
-        return jump_network(x, *per_sample)
-    rows = needed.to(x.device, non_blocking=True)
-    jumped = jump_network(x[rows], *(None if value is None else value[rows] for value in per_sample))
-    return x.index_copy(0, rows, jumped)
-
-
-@dataclass
-class Jumps:
-    """A step's noisy images x_t = x_0 + t noise, and how student and average jump from them.
-
-    Args:
-        student: the network that learns, maybe wrapped for several processes.
-        student_ema: its moving average, which gets no gradient.
-        preconditioning: of both.
-        times: of the samples.
-        x_0: clean samples in [-1, 1], shape (B, C, H, W).
-        noise: standard normal, likewise.
-        class_labels: shape (B,), or None.
-
-    Attributes:
-        path, t, u, s: the levels of `times` in dtype and on the device of `x_0`.
-        x_t: shape (B, C, H, W).
-    """
-
-    student: torch.nn.Module
-    student_ema: torch.nn.Module
-    preconditioning: Preconditioning
-    times: Times
-    x_0: torch.Tensor
-    noise: torch.Tensor
-    class_labels: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        levels = torch.cat([self.times.path, self.times.s[None]])
-        levels = levels.to(self.x_0.dtype).to(self.x_0.device, non_blocking=True)
-        self.path, self.s = levels[:-1], levels[-1]
-        self.t, self.u = self.path[0], self.path[-1]
-        self.x_t = self.x_0 + append_dims(self.t, self.x_0.ndim) * self.noise
-
-    def by(self, network: torch.nn.Module) -> Callable[..., torch.Tensor]:
-        """`jump(x, t, s, class_labels)` by `network`."""
-        return lambda x, t, s, labels: self.preconditioning.jump(network, x, t, s, **condition(labels))
-
-    def to_end(self, x_s: torch.Tensor) -> torch.Tensor:
-        """G_ema(x_s, s, sigma_min), computed only where it is not the identity."""
-        end = torch.full_like(self.s, self.times.end)
-        return jump_where_needed(self.by(self.student_ema), x_s, self.times.outer, self.s, end, self.class_labels)
-
-    def solve(self, solver: TeacherSolver) -> torch.Tensor:
-        """x_u = Solver(x_t, t, u) without gradient."""
-        with torch.inference_mode():
-            x_u = solver(self.x_t, self.path, self.class_labels)
-        return x_u.clone()  # an ordinary tensor again, which autograd may save
-
-    def target(self, x_u: torch.Tensor, inner_target: str) -> torch.Tensor:
-        """G_ema(G(x_u, u, s), s, sigma_min) without gradient, G by the average ("ema") or the student ("live")."""
-        network = self.student_ema if inner_target == "ema" else self.student
-        with torch.no_grad():
-            x_s = jump_where_needed(self.by(network), x_u, self.times.inner, self.u, self.s, self.class_labels)
-            return self.to_end(x_s)
-
-
-def ctm_estimate(jumps: Jumps) -> torch.Tensor:
-    """G_ema(G_student(x_t, t, s), s, sigma_min) without gradient: the fakes of the discriminator's step."""
-    with torch.no_grad():
-        return jumps.to_end(jumps.by(jumps.student)(jumps.x_t, jumps.t, jumps.s, jumps.class_labels))
-
-
-# The loss -------------------------------------------------------------------------------------------------------------
-
-
+# The balance ----------------------------------------------------------------------------------------------------------
 @dataclass
 class ScoreMatching:
-    """The score matching of a step.
+    """The score matching of a step: g at s = t shall be the denoised image.
 
     Args:
-        sigma: levels, shape (B,).
-        noise: standard normal, shape (B, C, H, W).
+        x: images with noise, shape (B, C, H, W).
+        sigma: their levels, shape (B,).
+        target: what is learned: the clean images, or what a guided teacher makes of `x`.
+        class_labels: shape (B,), or None.
         weight: of the term, times the adaptive weight if `adaptive`.
     """
 
+    x: torch.Tensor
     sigma: torch.Tensor
-    noise: torch.Tensor
+    target: torch.Tensor
+    class_labels: torch.Tensor | None = None
     weight: float = 1.0
     adaptive: bool = True
 
@@ -154,143 +68,125 @@ class ScoreMatching:
 class Adversary:
     """The adversarial term of a step: its loss, a function of the estimate, and its weight.
 
-    The weight is a function of two gradients at the last layer, those of the trajectory loss and of this one.
+    The weight is a function of two gradients at the last layer, those of the objective and of this term.
     """
 
     loss: Callable[[torch.Tensor], torch.Tensor]
     weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = adaptive_weight
 
 
-class GradientAtJump:
-    """The gradient of each term of the estimate at the student's jump x_s.
+class GradientAtOutput:
+    """The gradient of each term at the student's answers g.
 
-    The estimate is the average's jump from x_s to the end. The adaptive weights ask for a term's gradient at the
-    student's last layer, the update for its gradient at all weights of the student. Both go through x_s. So each term
-    goes backward through the average once, as far as x_s; from there, the last layer is near, and the weighted sum of
-    the gradients goes through the student once.
+    The adaptive weights ask for a term's gradient at the student's last layer, the update for its gradient at all
+    weights of the student. Both go through g. So each term goes backward once, as far as g. From there the last layer
+    is near, and the weighted sum of the gradients goes through the student once.
 
     Args:
-        x_s: the student's jump, with graph.
-        to_end: the average's jump from x_s to the end.
+        g: the student's answers, with graph.
         last_weight: the student's weight at which gradients are compared.
         reduce: mean over processes, so that all use one adaptive weight.
+
+    Attributes:
+        leaf: the same answers, where the terms begin.
     """
 
-    def __init__(
-        self,
-        x_s: torch.Tensor,
-        to_end: Callable[[torch.Tensor], torch.Tensor],
-        last_weight: torch.Tensor,
-        reduce: Callable[[torch.Tensor], torch.Tensor],
-    ):
-        self.last_weight, self.reduce = last_weight, reduce
-        self.leaf = x_s.detach().requires_grad_()
-        self.estimate = to_end(self.leaf)
+    def __init__(self, g: torch.Tensor, last_weight: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]):
+        self.g, self.last_weight, self.reduce = g, last_weight, reduce
+        self.leaf = g.detach().requires_grad_()
         # Gradients of a mean over all pixels are too small for fp16 on their way through the network.
-        self.magnify = 2.0 ** round(math.log2(x_s.numel()))
+        self.magnify = 2.0 ** round(math.log2(g.numel()))
 
-    def of(self, term: torch.Tensor) -> torch.Tensor:
-        """The gradient of `term`, a function of `estimate`, at x_s. Frees the graph of the term only."""
-        (gradient,) = torch.autograd.grad(self.magnify * term, self.estimate)
-        (gradient,) = torch.autograd.grad(self.estimate, self.leaf, gradient, retain_graph=True)
+    def of(self, term: torch.Tensor, keep: bool = False) -> torch.Tensor:
+        """The gradient of `term` at g. `keep` keeps what terms have in common."""
+        (gradient,) = torch.autograd.grad(self.magnify * term, self.leaf, retain_graph=keep)
         return gradient / self.magnify
 
-    def at_last_layer(self, output: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient at the last layer, of which `output` has `gradient`."""
-        (gradient,) = torch.autograd.grad(output, self.last_weight, self.magnify * gradient, retain_graph=True)
+    def at_last_layer(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient at the last layer, for `gradient` at g."""
+        (gradient,) = torch.autograd.grad(self.g, self.last_weight, self.magnify * gradient, retain_graph=True)
         return self.reduce(gradient / self.magnify)
 
 
 @dataclass
-class CTMLoss:
-    """The terms of a step, and their sum.
+class TrainingLoss:
+    """The loss of a step.
 
     Args:
-        trajectory, dsm, generator: the three terms, detached; 0 if left out.
-        dsm_weight, generator_weight: their weights in the sum.
-        total: trajectory + generator_weight * generator + dsm_weight * dsm, with the gradient of that.
-        dsm_samples: the losses of the samples, whose mean is `dsm`, shape (B,); None without score matching.
+        terms: by name, 0-d and detached: "trajectory_loss", the objective's; what else it tells; "dsm_loss" and
+            "generator_loss", each with its weight in the sum, "dsm_weight" and "generator_weight".
+        total: the sum, with its gradient.
+        dsm_samples: the losses of score matching of the samples, shape (B,); None without it.
     """
 
-    trajectory: torch.Tensor
-    dsm: torch.Tensor
-    dsm_weight: torch.Tensor
-    generator: torch.Tensor
-    generator_weight: torch.Tensor
+    terms: dict[str, torch.Tensor]
     total: torch.Tensor
     dsm_samples: torch.Tensor | None = None
 
 
-def student_pass(jumps: Jumps, dsm: ScoreMatching | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The student's jumps x_s, and its denoised images of score matching: one pass over the inputs of both."""
-    x_t, t, s, labels = jumps.x_t, jumps.t, jumps.s, jumps.class_labels
+def student_pass(jumps: Jumps, points: list[Point], dsm: ScoreMatching | None) -> torch.Tensor:
+    """The student's g at `points` (x, t, s) and, for score matching, its denoised images: one pass over all inputs."""
+    labels = [jumps.class_labels] * len(points)
     if dsm is not None:
-        x_sigma = jumps.x_0 + append_dims(dsm.sigma, x_t.ndim) * dsm.noise
-        x_t, t, s = torch.cat([x_t, x_sigma]), torch.cat([t, dsm.sigma]), torch.cat([s, dsm.sigma])
-        labels = None if labels is None else torch.cat([labels, labels])
-    g = jumps.preconditioning.g(jumps.student, x_t, t, s, **condition(labels))
-    g, *denoised = g.split(len(jumps.x_0))
-    return jump(jumps.x_t, g, jumps.t, jumps.s), denoised[0] if denoised else None
+        points, labels = [*points, (dsm.x, dsm.sigma, dsm.sigma)], [*labels, dsm.class_labels]
+    x, t, s = (torch.cat(values) for values in zip(*points))
+    labels = None if labels[0] is None else torch.cat(labels)
+    return jumps.preconditioning.g(jumps.student, x, t, s, **condition(labels))
 
 
-def ctm_loss(
+def training_loss(
+    objective: Callable[[Jumps], dict[str, torch.Tensor]],
     jumps: Jumps,
-    solver: TeacherSolver,
     last_weight: Callable[[], torch.Tensor],
     score_matching: ScoreMatching | None = None,
     adversary: Adversary | None = None,
-    distance: Distance = l2_distance,
-    inner_target: str = "ema",
+    beside: Sequence[Point] = (),
     reduce_gradient: Callable[[torch.Tensor], torch.Tensor] = lambda gradient: gradient,
-) -> CTMLoss:
-    """CTM's loss: trajectory, score matching, adversarial (Kim et al. 2024, Eqs. 9 to 12), with no avoidable network
-    calls.
+) -> TrainingLoss:
+    """objective + dsm_weight * score matching + generator_weight * adversarial (Kim et al. 2024, Eq. 12).
 
-        estimate   = G_ema(G_student(x_t, t, s), s, sigma_min)
-        target     = G_ema(G_ema(Solver(x_t, t, u), u, s), s, sigma_min)
-        trajectory = distance(estimate, target)
-
-    Outer jumps from s = sigma_min and the target's inner jump from u = s are the identity and are not computed.
+    No network is called more often than the terms need.
 
     Args:
+        objective: gives named terms of `jumps`, of which "trajectory_loss" is descended.
         jumps: the networks and the samples of the step.
-        solver: follows the teacher from t to u. Called in inference mode.
         last_weight: gives the weight at which gradients are compared, after the student's pass: a network that is
             spread over processes has it whole only then.
         score_matching, adversary: the two other terms; None leaves one out.
-        distance: of two batches, shape (B,).
-        inner_target: "ema" (the paper) or "live" (the authors' code), the network of the jump from u to s.
+        beside: further points (x, t, s) at which the objective asks the student with gradient.
         reduce_gradient: mean over processes, so that all use one adaptive weight.
     """
-    x_u = jumps.solve(solver)
-    x_s, denoised = student_pass(jumps, score_matching)
-    target = jumps.target(x_u, inner_target)
-    at_jump = GradientAtJump(x_s, jumps.to_end, last_weight(), reduce_gradient)
-
-    trajectory = distance(at_jump.estimate, target).mean()
-    gradient = at_jump.of(trajectory)
+    points = [(jumps.x_t, jumps.t, jumps.s), *beside]
+    at = GradientAtOutput(student_pass(jumps, points, score_matching), last_weight(), reduce_gradient)
+    answers = at.leaf.split(len(jumps.x_t))
+    jumps.outputs = answers[: len(points)]
+    named = objective(jumps)
+    gradient = at.of(named["trajectory_loss"], keep=adversary is not None)
+    terms = {name: value.detach() for name, value in named.items()}
+    total = terms["trajectory_loss"]
+    del named  # and with it what only the objective's distance needs
     if adversary is not None or (score_matching is not None and score_matching.adaptive):
-        reference = at_jump.at_last_layer(x_s, gradient)
+        reference = at.at_last_layer(gradient)
 
-    generator = generator_weight = dsm = dsm_weight = torch.zeros_like(trajectory)
+    def add(name: str, loss: torch.Tensor, weigh: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        nonlocal total, gradient
+        own = at.of(loss)
+        weight = weigh(own)
+        terms[f"{name}_loss"], terms[f"{name}_weight"] = loss.detach(), weight
+        total, gradient = total + weight * loss.detach(), gradient + weight * own
+
     if adversary is not None:
-        generator = adversary.loss(at_jump.estimate)
-        generator_gradient = at_jump.of(generator)
-        generator_weight = adversary.weight(reference, at_jump.at_last_layer(x_s, generator_gradient))
-        gradient = gradient + generator_weight * generator_gradient
-    update = (x_s * gradient).sum()  # a number whose gradient at x_s is `gradient`
-
-    dsm_samples = None
+        add("generator", adversary.loss(jumps.estimate), lambda own: adversary.weight(reference, at.at_last_layer(own)))
+    samples = None
     if score_matching is not None:
-        dsm_samples = jumps.preconditioning.loss_weight(score_matching.sigma) * l2_distance(denoised, jumps.x_0)
-        dsm = dsm_samples.mean()
-        dsm_samples = dsm_samples.detach()
-        dsm_weight = torch.full_like(dsm, score_matching.weight)  # made on the device: nothing waits for it
-        if score_matching.adaptive:
-            dsm_gradient = at_jump.at_last_layer(dsm, torch.ones_like(dsm))
-            dsm_weight = dsm_weight * adaptive_weight(reference, dsm_gradient)
-        update = update + dsm_weight * dsm
+        weights = jumps.preconditioning.loss_weight(score_matching.sigma)
+        samples = weights * l2_distance(answers[-1], score_matching.target)
 
-    terms = [term.detach() for term in (trajectory, dsm, dsm_weight, generator, generator_weight)]
-    value = trajectory + generator_weight * generator + dsm_weight * dsm
-    return CTMLoss(*terms, value.detach() + (update - update.detach()), dsm_samples)
+        def weigh(own: torch.Tensor) -> torch.Tensor:
+            weight = torch.full_like(total, score_matching.weight)  # made on the device: nothing waits for it
+            return weight * adaptive_weight(reference, at.at_last_layer(own)) if score_matching.adaptive else weight
+
+        add("dsm", samples.mean(), weigh)
+        samples = samples.detach()
+    update = (at.g * gradient).sum()  # a number whose gradient at g is `gradient`
+    return TrainingLoss(terms, total + (update - update.detach()), samples)

@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """The solvers that follow the teacher from t to u, in one table."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ from ..cli.options import Checked, option
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def heun_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The state at levels[-1] by Heun's method, two evaluations a step (Karras et al. 2022, Algorithm 1).
+def heun_states(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The states at levels[1], levels[2], ... by Heun's method, two evaluations a step (Karras et al. 2022, Algorithm
+    1).
 
     Args:
         denoiser: D(x, sigma), sigma of shape (B,).
@@ -24,32 +26,33 @@ def heun_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> tor
     """
     for t, t_next in zip(levels, levels[1:]):
         x = heun_step(denoiser, x, t, t_next)
-    return x
+        yield x
 
 
-def dpm_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The state at levels[-1] by DPM-Solver++(2M), one evaluation a step (Lu et al. 2022, Algorithm 2).
+def dpm_states(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The states at levels[1], levels[2], ... by DPM-Solver++(2M), one evaluation a step (Lu et al. 2022, Algorithm 2).
 
     The order is 2 from the second step on: D along a step is extrapolated from the last two evaluations, linearly in
-        ln(level).
-    The first step is the jump with D. Arguments as of `heun_solve`.
+    ln(level). The first step is the jump with D. Arguments as of `heun_states`.
     """
     denoised = denoiser(x, levels[0])
     x = jump(x, denoised, levels[0], levels[1])
+    yield x
     for t_before, t, t_next in zip(levels, levels[1:], levels[2:]):
         before, denoised = denoised, denoiser(x, t)
         ratio = append_dims((t / t_next).log() / (2 * (t_before / t).log()), x.ndim)
         x = jump(x, denoised + ratio * (denoised - before), t, t_next)
-    return x
+        yield x
 
 
-def unipc_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The state at levels[-1] by UniPC of order 3, one evaluation a step and one more (Zhao et al. 2023, Algorithm 1).
+def unipc_states(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The states at levels[1], levels[2], ... by UniPC of order 3, one evaluation a step and one more (Zhao et al.
+    2023, Algorithm 1).
 
-    A step is predicted as by `dpm_solve`, D is evaluated at the prediction, and the step is done once more with D
+    A step is predicted as by `dpm_states`, D is evaluated at the prediction, and the step is done once more with D
     interpolated through it. The next step uses that evaluation too. The first step is Heun's: students of UniPC's own
     first step, which errs the other way on a coarse grid, were worse in several steps (docs/study.md). Arguments as of
-    `heun_solve`.
+    `heun_states`.
     """
     evaluations = []
 
@@ -58,6 +61,7 @@ def unipc_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> to
         return evaluations[-1]
 
     x = heun_step(remember, x, levels[0], levels[1])
+    yield x
     before, denoised = evaluations
     for t_before, t, t_next in zip(levels, levels[1:], levels[2:]):
         h, h_before = (t / t_next).log(), (t_before / t).log()
@@ -72,27 +76,31 @@ def unipc_solve(denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> to
         bend = (before - denoised + ratio * (after - denoised)) / (ratio * (ratio + 1))
         x = jump(x, denoised, t, t_next) + (linear * (after - denoised) + (square - linear) * bend)
         before, denoised = denoised, after
-    return x
+        yield x
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver, and the number of evaluations of the denoiser that k steps take."""
+    """A solver: its states along a path, and the number of evaluations of the denoiser that k steps take."""
 
-    solve: Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]
+    states: Callable[[Denoiser, torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]
     evaluations: Callable[[int], int]
+
+    def solve(self, denoiser: Denoiser, x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """The state at levels[-1], from `x` at levels[0]; arguments as of `heun_states`."""
+        return deque(self.states(denoiser, x, levels), maxlen=1).pop()
 
 
 SOLVERS = {
-    "heun": Solver(heun_solve, lambda k: 2 * k),
-    "unipc": Solver(unipc_solve, lambda k: k + 1),
-    "dpm": Solver(dpm_solve, lambda k: k),
+    "heun": Solver(heun_states, lambda k: 2 * k),
+    "unipc": Solver(unipc_states, lambda k: k + 1),
+    "dpm": Solver(dpm_states, lambda k: k),
 }
 
 
 @dataclass
 class TargetOptions(Checked):
-    """The target of the trajectory loss: a solver from t to u, then a jump to s."""
+    """The objectives of trajectories, ctm and regression: the solver from t to u, and ctm's jump from there to s."""
 
     solver_model: str = option(
         "teacher",

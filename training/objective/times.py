@@ -11,6 +11,9 @@ from ..cli.options import option
 from ..cli.training_options import GridOptions
 
 
+SHARE_AT_END = 0.3  # of the jumps between the levels
+
+
 @dataclass
 class TimeOptions(GridOptions):
     """The times t, u and s of the trajectory loss."""
@@ -49,11 +52,13 @@ class Times:
         path: levels of each sample from t down to u in k steps, shape (k + 1, B).
         s: levels, shape (B,), with u >= s >= end.
         end: sigma_min.
+        places: of `path` on the grid, int64 of shape (k + 1, B); None if times lie between the levels.
     """
 
     path: torch.Tensor
     s: torch.Tensor
     end: float
+    places: torch.Tensor | None = None
 
     @property
     def t(self) -> torch.Tensor:
@@ -79,7 +84,8 @@ class Times:
         return (self.u > self.s).nonzero().flatten()
 
     def __getitem__(self, samples: slice) -> "Times":
-        return Times(self.path[:, samples], self.s[samples], self.end)
+        places = None if self.places is None else self.places[:, samples]
+        return Times(self.path[:, samples], self.s[samples], self.end, places)
 
 
 @dataclass(frozen=True)
@@ -123,17 +129,45 @@ class TimeSampler:
         return torch.where(place == self.last_place, self.sigma_min, level)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Times:
-        """The times of `batch_size` samples."""
+        """The times of `batch_size` samples for a solver: one k for all of them."""
         weights = torch.arange(1, self.most + 1).float()
         k = torch.multinomial(weights, 1, generator=generator) + 1
         start = self._draw_places(torch.zeros(batch_size), self.last_place - k, generator)
-        path = self.level(start + torch.arange(int(k) + 1)[:, None])
+        return self._on_grid(start + torch.arange(int(k) + 1)[:, None], generator)
+
+    def draw_known(self, first: torch.Tensor, generator: torch.Generator) -> Times:
+        """The times of samples whose trajectories are known from the places `first` on, shape (B,): a k for each.
+
+        The path has t and u only.
+        """
+        most = (self.last_place - first).clamp(max=self.most).double()
+        # The inverse of P(K <= k) = k (k + 1) / (most (most + 1)).
+        share = torch.rand(len(first), generator=generator, dtype=torch.float64) * most * (most + 1)
+        k = (((1 + 4 * share).sqrt() - 1) / 2).ceil().clamp(min=1).minimum(most)
+        start = self._draw_places(first, self.last_place - k, generator)
+        return self._on_grid(torch.stack([start, start + k]), generator)
+
+    def draw_between(self, batch_size: int, generator: torch.Generator) -> Times:
+        """Times between the levels: t and s uniform on the ramp, u uniform between them.
+
+        s is sigma_min for a share of `SHARE_AT_END` of the samples: the jumps that one step of sampling takes.
+        """
+        unit = torch.rand(3, batch_size, generator=generator, dtype=torch.float64)
+        at_end = torch.rand(batch_size, generator=generator) < SHARE_AT_END
+        t, s = unit[:2].sort(dim=0).values * self.last_place
+        s = torch.where(at_end, self.last_place, s)
+        u = t + unit[2] * (s - t)
+        return Times(self.level(torch.stack([t, u])), self.level(s), self.sigma_min)
+
+    def _on_grid(self, places: torch.Tensor, generator: torch.Generator) -> Times:
+        """Times along `places`, shape (k + 1, B), with s drawn below."""
+        path = self.level(places)
         s = path[-1]
         if self.matching != "global":
-            s_place = self._draw_places(start + k, self.last_place, generator)
+            s_place = self._draw_places(places[-1], self.last_place, generator)
             # Where s is u, it is equal to the last digit: the jump is then left out.
-            s = torch.where(s_place == start + k, s, self.level(s_place))
-        return Times(path, s, self.sigma_min)
+            s = torch.where(s_place == places[-1], s, self.level(s_place))
+        return Times(path, s, self.sigma_min, places.long())
 
     def draw_to_end(self, batch_size: int, generator: torch.Generator) -> Times:
         """t as for k = 1, and one step from it to u = s = sigma_min: the jumps that a consistency model teaches."""

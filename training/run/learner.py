@@ -35,6 +35,9 @@ class TrainedNetwork:
         self.accelerator, self.bare = accelerator, module
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)  # which does nothing
         self.network, prepared = accelerator.prepare(module, optimizer)
+        if hasattr(module, "_original_forward"):
+            # Accelerate's forward turns autocast on. Here the loop does that, and derivatives are taken without.
+            module.forward = module._original_forward
         self.optimizer = prepared.optimizer
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.skipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)

@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -30,6 +31,14 @@ from .monitor import Monitor
 from .saving import RunFolder
 
 
+class Kept(Protocol):
+    """What a checkpoint holds besides networks. All processes call it; `gather` joins their rows of a tensor."""
+
+    def state_dict(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
 class TrainingRun:
     """One run of a training program.
 
@@ -50,6 +59,7 @@ class TrainingRun:
         networks: all that learn, by name; `network` is "main".
         folder: the run's folder, with its record.
         step: number of steps done.
+        samples_per_step: over all processes and passes. `own_samples` are those of this process, a slice for each pass.
     """
 
     def __init__(
@@ -88,6 +98,14 @@ class TrainingRun:
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.monitor = Monitor(options, dataset, self.accelerator, sample_settings)
         self.step = self._saved_step = 0
+        self._kept: dict[str, Kept] = {}
+        processes = self.accelerator.num_processes
+        num_passes = options.gradient_accumulation_steps * processes
+        self.samples_per_step = num_passes * options.train_batch_size
+        self.own_samples = [
+            slice(number * options.train_batch_size, (number + 1) * options.train_batch_size)
+            for number in range(self.accelerator.process_index, num_passes, processes)
+        ]
         self._save_due = False
         self._position = None  # in a streamed data set
 
@@ -118,6 +136,14 @@ class TrainingRun:
         self.networks[name] = TrainedNetwork(self.accelerator, module, optimizer, scaler)
         return self.networks[name]
 
+    def keep(self, name: str, thing: "Kept") -> None:
+        """Let checkpoints hold the state of `thing`. Call this before the first batch."""
+        self._kept[name] = thing
+
+    def announce(self, stage: str) -> None:
+        """Show which stage the run is in."""
+        self.monitor.announce(stage)
+
     # One iteration --------------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Batch]:
@@ -135,18 +161,22 @@ class TrainingRun:
             self.folder.start_from_first_stage(self.bare_network, self.averages)
         self.folder.save_options()
         self.monitor.start(self.step)
-        size, processes = options.train_batch_size, accelerator.num_processes
-        num_parts = options.gradient_accumulation_steps * processes
-        parts = list(range(accelerator.process_index, num_parts, processes))
+        size, total = options.train_batch_size, self.samples_per_step
+        parts = [own.start // size for own in self.own_samples]
         loaded = run_batches(
-            self.dataset, options, self.step, parts, num_parts, self._position, pin_memory=self.device.type == "cuda"
+            self.dataset,
+            options,
+            self.step,
+            parts,
+            total // size,
+            self._position,
+            pin_memory=self.device.type == "cuda",
         )
         with Interruption(accelerator) as interruption, self.monitor.progress, contextlib.closing(loaded):
             while self.step < options.max_train_steps:
-                for part in parts:
-                    own = slice(part * size, (part + 1) * size)
-                    random = StepRandom(options.seed, self.step, num_parts * size, own, self.device)
-                    images, labels, self._position = self._next(loaded, part)
+                for own in self.own_samples:
+                    random = StepRandom(options.seed, self.step, total, own, self.device)
+                    images, labels, self._position = self._next(loaded, own.start)
                     yield self._batch(images, labels, random)
                 self.step += 1
                 self._after_step(interruption.agreed())
@@ -184,12 +214,15 @@ class TrainingRun:
 
     # Images ---------------------------------------------------------------------------------------------------------
 
-    def _next(self, loaded: Iterator[LoadedBatch], part: int) -> LoadedBatch:
-        """The images of a part. If they cannot be read, save a checkpoint first where no other process need agree."""
+    def _next(self, loaded: Iterator[LoadedBatch], first: int) -> LoadedBatch:
+        """The images of a pass from sample `first` on.
+
+        If they cannot be read, save a checkpoint before the error where no other process need agree.
+        """
         try:
             return next(loaded)
         except UserError as error:
-            if part > 0 or self.accelerator.num_processes > 1 or self.step == 0:
+            if first > 0 or self.accelerator.num_processes > 1 or self.step == 0:
                 raise
             self.save_checkpoint()
             raise UserError(f"{error} {newest_checkpoint(self.options.output_dir)} is saved.") from error
@@ -298,6 +331,7 @@ class TrainingRun:
             "position": self._position,
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
             "networks": {name: trained.state_dict() for name, trained in self.networks.items()},
+            "kept": {name: kept.state_dict(self.accelerator.gather) for name, kept in self._kept.items()},
             **self.monitor.state_dict(),
         }
 
@@ -309,4 +343,6 @@ class TrainingRun:
             average.load_state_dict(state["averages"][name])
         for name, trained in self.networks.items():
             trained.load_state_dict(state["networks"][name])
+        for name, kept in self._kept.items():
+            kept.load_state_dict(state["kept"][name])
         self.monitor.load_state_dict(state)

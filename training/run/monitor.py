@@ -72,8 +72,11 @@ class Means:
         sums = accelerator.reduce(torch.cat(list(self.sums.values()), dim=1), "sum")
         rows = list(zip(names, *sums.tolist(), strict=True))
         self.sums = {}
-        means = {name: total / finite for name, total, finite, _ in rows if finite > 0}
-        return means, [name for name, _, finite, count in rows if finite < count]
+        by_name = {name: [0.0, 0.0, 0.0] for name in names}
+        for name, *values in rows:  # two stages have some names in common
+            by_name[name] = [before + value for before, value in zip(by_name[name], values)]
+        means = {name: total / finite for name, (total, finite, _) in by_name.items() if finite > 0}
+        return means, [name for name, (_, finite, count) in by_name.items() if finite < count]
 
     def state_dict(self, accelerator: Accelerator) -> list:
         """The sums so far, over all processes: for one of them to load."""
@@ -121,7 +124,7 @@ class Monitor:
         if self.distance is not None and self.accelerator.is_main_process:
             with self.tracking.optional("metrics.jsonl"):  # the run measures the later steps again
                 keep_metrics(self.options.output_dir, step + 1)
-        self._timed_step, self._since = step, time.perf_counter()
+        self._timed_step, self._since, self._stage = step, time.perf_counter(), None
         self.progress = tqdm(
             total=self.options.max_train_steps,
             initial=step,
@@ -129,6 +132,12 @@ class Monitor:
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )
+
+    def announce(self, stage: str) -> None:
+        """Show which stage the run is in, before the numbers."""
+        if stage != self._stage:
+            self._stage = stage
+            self.progress.set_description(f"Training ({stage})")
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:

@@ -1,0 +1,118 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""The objectives, in one table, and the stages of a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from ..cli.options import option
+from .ctm import ctm
+from .derivatives import DerivativeOptions
+from .eulerian import eulerian
+from .jumps import Jumps, Point
+from .lagrangian import beside_target, lagrangian
+from .pool import PoolOptions
+from .regression import regression
+from .semigroup import semigroup
+from .solvers import TargetOptions
+from .times import TimeOptions
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a student learns besides score matching.
+
+    Args:
+        terms: `(jumps, options)` -> named terms, 0-d, of which "trajectory_loss" is descended.
+        times: what it asks about: "matching", the times of --matching; "global", jumps to where the solver stops;
+            "between", times between the levels, without a solver.
+        beside: `(jumps, options)` -> further points at which the student is asked with gradient.
+    """
+
+    terms: Callable[[Jumps, "ObjectiveOptions"], dict[str, torch.Tensor]]
+    times: str
+    beside: Callable[[Jumps, "ObjectiveOptions"], list[Point]] = lambda jumps, options: []
+
+
+OBJECTIVES = {
+    "ctm": Objective(ctm, "matching"),
+    "regression": Objective(regression, "global"),
+    "eulerian": Objective(eulerian, "between"),
+    "lagrangian": Objective(lagrangian, "between", beside_target),
+    "semigroup": Objective(semigroup, "between"),
+}
+
+# The options that only some objectives read.
+READERS = {
+    "matching": {"ctm"},
+    "inner_target": {"ctm"},
+    "max_solver_steps": {"ctm", "regression"},
+    "solver": {"ctm", "regression"},
+    "pool_size": {"ctm", "regression"},
+    "derivative": {"eulerian", "lagrangian"},
+    "derivative_step": {"eulerian", "lagrangian"},
+    "eulerian_warmup": {"eulerian"},
+    "lagrangian_gradient": {"lagrangian"},
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An objective, the step at which it begins, and the one at which the next begins; None is the end of the run."""
+
+    name: str
+    start: int
+    end: int | None
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.name]
+
+    def progress(self, step: int, max_train_steps: int) -> float:
+        """The part of the stage that is done at `step`, in [0, 1)."""
+        return (step - self.start) / ((self.end or max_train_steps) - self.start)
+
+
+@dataclass
+class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOptions):
+    """What the student learns."""
+
+    objective: list[str] = option(
+        ["ctm"],
+        f"What the student learns besides score matching: {', '.join(OBJECTIVES)}. Several follow each other, each but "
+        "the first with the step at which it begins, as in 'regression eulerian@600'.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what no objective of the run reads."""
+        super().__post_init__()
+        parts = [text.partition("@") for text in self.objective]
+        starts = [int(start) if start.isdecimal() else -1 for _, _, start in parts[1:]]
+        self.check(
+            bool(parts)
+            and {name for name, _, _ in parts} <= OBJECTIVES.keys()
+            and parts[0][1:] == ("", "")
+            and all(before < after for before, after in pairwise([0, *starts])),
+            "objective",
+            f"one or several of {', '.join(OBJECTIVES)}, each but the first with a later step at which it begins, as "
+            "in regression eulerian@600",
+        )
+        names = {name for name, _, _ in parts}
+        for entry, readers in READERS.items():
+            if not names & readers:
+                self.refuse([entry], f"has no use in --objective {' '.join(self.objective)}")
+        if self.lagrangian_gradient == "full":
+            self.check(self.derivative == "difference", "derivative", "difference with --lagrangian_gradient full")
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The objectives in their order."""
+        parts = [text.partition("@") for text in self.objective]
+        starts = [int(start or 0) for _, _, start in parts]
+        return [Stage(*each) for each in zip([name for name, _, _ in parts], starts, [*starts[1:], None])]
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a step."""
+        return next(stage for stage in reversed(self.stages) if stage.start <= step)

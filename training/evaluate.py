@@ -59,7 +59,9 @@ class EvaluateConfig(PairOptions):
         must_be=UNIT,
     )
     teacher_steps: list[int] = option(
-        [18], "Numbers N of Heun steps of the teacher; each costs 2N - 1 evaluations.", must_be=POSITIVE
+        [18],
+        "Numbers N of Heun steps of the teacher; each costs 2N - 1 evaluations, twice as many if it is guided.",
+        must_be=POSITIVE,
     )
     num_samples: int | None = option(
         None,
@@ -112,7 +114,7 @@ def main(config: EvaluateConfig) -> dict:
         reference, real_labels = real_features(config, kept, dataset, network, device)
         distances = Distances(reference, config.kid)
     sampling = Sampling(pipelines, network, real_labels, num_samples, config.batch_size)
-    settings = settings_of(pipelines, config.steps, config.gammas, config.teacher_steps)
+    settings = settings_of(pipelines, config.steps, config.gammas, config.teacher_steps, config.teacher_is_guided)
     measured: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in settings}
     seconds = dict.fromkeys(settings, 0.0)
     sampling.warm_up()
@@ -152,7 +154,7 @@ def main(config: EvaluateConfig) -> dict:
         "real_against_real": {}
         if dataset is None
         else real_against_real(reference, distances, num_samples, config.seeds, real_labels if conditional else None),
-        "notes": notes,
+        "notes": [*notes, *config.notes_on_guidance()],
         "batch_sizes": sorted(set(sampling.sizes)),
         "seconds_in_all": time.perf_counter() - began,
     }
@@ -254,7 +256,8 @@ def plot(report: dict):
         axes.plot(nfe, mean, "o-", color=color, markersize=5, label=label if rows else None)
     heun = (row for row in results if row["sampler"] == "heun")
     for row, style in zip(heun, itertools.cycle(["--", "-.", (0, (5, 1)), (0, (1, 1))])):
-        values, label = row["frechet"], f"teacher, Heun {row['steps']} steps ({row['nfe']} NFE)"
+        name = setting_name("heun", row["steps"], guided=report["options"]["teacher_guidance_scale"] != 1)
+        values, label = row["frechet"], f"{name} steps ({row['nfe']} NFE)"
         axes.axhspan(values["min"], values["max"], color="black", alpha=0.12, linewidth=0)
         axes.axhline(values["mean"], color="black", linestyle=style, linewidth=1.2, label=label)
     if "resampled" in report["real_against_real"]:
@@ -289,7 +292,8 @@ def gammas_picture(config: EvaluateConfig, pipelines: dict[str, CTMPipeline]) ->
         caption = f"gamma {gamma:g}, "
         rows.append([group(caption + setting_name("ctm", n), Setting("ctm", n, gamma)) for n in config.steps])
     if "heun" in pipelines:
-        rows.append([group(f"teacher, Heun {n} steps", Setting("heun", n)) for n in config.teacher_steps])
+        settings = [Setting("heun", n, guided=config.teacher_is_guided) for n in config.teacher_steps]
+        rows.append([group(f"{setting.name} steps", setting) for setting in settings])
     return captioned(rows)
 
 

@@ -56,6 +56,7 @@ class LikelihoodConfig(PairOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(len(self.methods) > 0, "methods", "one value or more")
+        self.refuse(["teacher_guidance_scale"], "has no place here: a guided denoiser is not that of any noisy images")
 
 
 def measure(

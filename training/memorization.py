@@ -82,7 +82,7 @@ def main(config: MemorizationConfig) -> dict:
 
     groups: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
     sampling = Sampling(pipelines, torch.nn.Identity(), dataset.labels(), config.num_samples, config.batch_size)
-    settings = settings_of(pipelines, config.steps, [config.gamma], config.teacher_steps)
+    settings = settings_of(pipelines, config.steps, [config.gamma], config.teacher_steps, config.teacher_is_guided)
     with tqdm(total=sum(one.nfe for one in settings) * len(sampling.sizes), desc="Samples", unit="call") as progress:
         for setting in settings:
             images, _ = sampling.features(setting, config.seed, progress)
@@ -104,6 +104,7 @@ def main(config: MemorizationConfig) -> dict:
         "features": networks["features"].about if config.features is not None else None,
         "copy_ratio": COPY_RATIO,
         "results": results,
+        "notes": config.notes_on_guidance(),
     }
     nearest = neighbors["features" if "features" in neighbors else "pixels"]
     rows = [pairs(name, images, nearest[name], dataset, config.num_pictures) for name, (images, _) in groups.items()]
@@ -133,7 +134,7 @@ def markdown(report: dict) -> str:
     ]
     if report["features"] is not None:
         notes.insert(2, f"Features: `{report['features']['name']}`, Euclidean distance.")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in [*notes, *report["notes"]])]) + "\n"
 
 
 def pairs(

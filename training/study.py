@@ -98,7 +98,7 @@ def teacher_evaluations(config: train_ctm.CTMConfig, scheduler: CTMScheduler, fi
         if not is_discriminator_step(config, step):
             random = StepRandom(config.seed, step, batch, slice(0, batch), torch.device("cpu"))
             total += batch * SOLVERS[config.solver].evaluations(sampler.draw(batch, random.host).solver_steps)
-    return total
+    return total * (2 if config.teacher_is_guided else 1)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ class CTMConfig(
             )
         if self.teacher is not None:
             self.refuse([entry.name for entry in fields(NetworkOptions)], "is for a run without --teacher")
+        if self.solver_model == "ema":
+            self.refuse(["teacher_guidance_scale"], "has no use with --solver_model ema: no solver asks the teacher")
         if self.matching == "global":
             self.refuse(["inner_target"], "does not go with --matching global, which has no inner jump")
         late = self.stages[-1]
@@ -218,11 +220,18 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
     torch.manual_seed(config.seed)
     student = make_student(teacher.network, config.dropout)
     run = TrainingRun(
-        config, dataset, student, make_pipeline, samples, teacher_revision=teacher.revision, on_step=on_step
+        config,
+        dataset,
+        student,
+        make_pipeline,
+        samples,
+        revisions={role: part.revision for role, part in teacher.parts.items()},
+        on_step=on_step,
     )
     run.folder.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
-        run.speed_up(run.place(teacher.network))
+        for part in teacher.parts.values():
+            run.speed_up(run.place(part.network))
     sampler = time_sampler(config, scheduler)
     evaluations = run.accelerator.num_processes * (teacher.evaluations if config.solver_model == "teacher" else 1)
     denoise = Asked(make_denoiser(config, teacher, run.ema.module), evaluations)

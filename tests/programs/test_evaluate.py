@@ -123,6 +123,19 @@ def test_one_seed_and_the_teacher_alone(gaussian, config):
     assert "seed 3" in text and "±" not in text and "Kernel" not in text and "asked for: none" in text
 
 
+def test_a_guided_teacher_is_said_and_costs_twice(gaussian, config):
+    """Halfway between too wide a model and too narrow a one it is nearer to the data than either."""
+    save = Path(gaussian["data"]).parent
+    wide, narrow = gaussian["wrong_teacher"], save_exact(save / "narrow", 0.15, ctm=False, **GRAY)  # 0.6 and 0.15
+    shared = {"model": None, "teacher_steps": [8], "seeds": [0], "kid": False}
+    alone = [main(config(teacher=name, **shared)) for name in (wide, narrow)]
+    report = main(config(teacher=wide, guidance_teacher=narrow, teacher_guidance_scale=0.5, **shared))
+    assert mean(report, "heun", 8) < 0.3 * min(mean(each, "heun", 8) for each in alone)
+    assert report["results"][0]["nfe"] == 2 * 15
+    text = Path(report["options"]["output_dir"], "evaluation.md").read_text(encoding="utf-8")
+    assert "| guided teacher, Heun 8 | 30 |" in text and "guided by `narrow`, scale 0.5; each call is two" in text
+
+
 def test_kept_features_and_shared_statistics_give_the_same_distance(gaussian, config, tmp_path):
     conditional = save_exact(tmp_path / "conditional", SIGMA_DATA, num_class_embeds=2, **GRAY)
     plain = main(config())

@@ -167,7 +167,7 @@ def author(work: Path) -> dict:
     loaded = load_teacher(TeacherOptions("team/moved")).revision
     command(teacher, "team/moved", "--license", "mit", "--num_samples", "0")
     options = CTMConfig(teacher="team/moved")
-    results["loaded"] = training_record(options, 1, teacher_revision=loaded)
+    results["loaded"] = training_record(options, 1, revisions={"teacher": loaded})
     results["not loaded"] = training_record(options, 1)
 
     # A branch, a Hub that dies in the middle of an upload, two processes

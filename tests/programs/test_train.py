@@ -110,6 +110,36 @@ def test_label_dropout(teacher, tmp_path):
         distill(teacher, tmp_path / "no", label_dropout=0.1)
 
 
+@pytest.mark.parametrize("by", ["another model", "no class"])
+def test_guided_teachers_are_distilled_resumed_and_recorded(teacher, tmp_path, by, capsys):
+    options = {"teacher_guidance_scale": 3.0, "checkpointing_steps": 2}
+    if by == "no class":
+        edm = {"max_train_steps": 3, "label_dropout": 0.5, "learning_rate": 1e-2, **SMALL, **NETWORK}
+        teacher = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), **edm))
+    else:
+        edm = {"max_train_steps": 2, "seed": 5, **SMALL, **NETWORK, "block_out_channels": [4, 8]}
+        options["guidance_teacher"] = train_edm.main(EDMConfig(output_dir=str(tmp_path / "bad"), **edm))
+    whole = distill(teacher, tmp_path / "whole", **options)
+    with pytest.raises(AssertionError):  # the guidance is learned
+        assert_same_weights(whole, distill(teacher, tmp_path / "plain"))
+    os.makedirs(tmp_path / "part")
+    os.rename(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    part = distill(teacher, tmp_path / "part", resume_from_checkpoint="latest", **options)
+    assert_same_weights(whole, part)
+    record = json.loads((Path(part) / "training.json").read_text())
+    assert record["options"]["teacher_guidance_scale"] == 3.0 and "guidance_teacher" not in record["options"]
+    named = {"name": "bad", "on_hub": False, "revision": None}
+    assert record["guidance_teacher"] == (None if by == "no class" else named)
+
+    resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 4, "teacher_guidance_scale": 3.0}
+    with pytest.raises(UserError, match="--teacher_guidance_scale was 3.0, is 2.0"):
+        distill(teacher, tmp_path / "part", **{**options, **resumed, "teacher_guidance_scale": 2.0})
+    if by == "another model":
+        capsys.readouterr()
+        distill(teacher, tmp_path / "part", **resumed, guidance_teacher=teacher)
+        assert "--guidance_teacher was bad, is run" in capsys.readouterr().out
+
+
 def test_labels_are_dropped_at_the_rate_that_was_asked():
     labels = torch.arange(10_000) % 10
 
@@ -380,14 +410,14 @@ def test_the_run_is_told_the_commit_of_its_teacher_and_counts_its_steps(teacher,
     seen, steps = {}, []
 
     class Told(run_module.TrainingRun):
-        def __init__(self, *given, teacher_revision=None, **named):
-            seen["revision"] = teacher_revision
+        def __init__(self, *given, revisions=None, **named):
+            seen["revisions"] = revisions
             super().__init__(*given, **named)
 
     monkeypatch.setattr(train_ctm, "TrainingRun", Told)
     options = {"teacher": teacher, "output_dir": str(tmp_path / "run"), "max_solver_steps": 2, "max_train_steps": 3}
     train_ctm.main(CTMConfig(**SMALL, **options), on_step=steps.append)
-    assert seen["revision"] == "0123abc" and steps == [1, 2, 3]
+    assert seen["revisions"] == {"teacher": "0123abc"} and steps == [1, 2, 3]
 
 
 def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp_path):

@@ -86,6 +86,37 @@ class TeacherOptions(Checked):
         must_be=POSITIVE,
         needs="teacher",
     )
+    teacher_guidance_scale: float = option(
+        1.0,
+        "Guide the teacher: its denoiser becomes D_ref + w (D - D_ref) with this w, where D_ref is that of "
+        "--guidance_teacher, or its own without class (classifier-free guidance, for one trained with label dropout). "
+        "1 is no guidance; each call then takes one network evaluation instead of two.",
+        must_be=POSITIVE,
+        needs="teacher",
+    )
+    guidance_teacher: str | None = option(
+        None,
+        "A worse model of the same images and classes that guides the teacher (autoguidance), such as a smaller one or "
+        "one trained for less time: a folder or a repository on the Hub. Default: the teacher without class.",
+        recorded=False,
+    )
+    guidance_teacher_subfolder: str | None = option(
+        None, "As --teacher_subfolder, of --guidance_teacher.", free=True, needs="guidance_teacher"
+    )
+    guidance_teacher_revision: str | None = option(
+        None, "As --teacher_revision, of --guidance_teacher.", needs="guidance_teacher"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teacher_is_guided:
+            self.refuse(
+                ["guidance_teacher"], "has no use at --teacher_guidance_scale 1", "give another scale, or leave it out"
+            )
+
+    @property
+    def teacher_is_guided(self) -> bool:
+        return self.teacher_guidance_scale != 1
 
 
 @dataclass

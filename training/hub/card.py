@@ -73,6 +73,7 @@ def make_card(
     if unet.get("num_class_embeds") and index.get("null_class") is not None:
         num_classes -= 1  # the label that means "no class"
     teacher, first_stage = record.get("teacher") or {}, record.get("first_stage") or {}
+    guidance_teacher = record.get("guidance_teacher") or {}
     values = {
         "title": repo.split("/")[-1],
         "repo": repo,
@@ -90,6 +91,9 @@ def make_card(
         "record": record,
         "teacher": teacher or {"name": conversion.get("source")},
         "teacher_license": license_of(teacher) or license_of(conversion),
+        "guidance_scale": (record.get("options") or {}).get("teacher_guidance_scale"),
+        "guidance_teacher": guidance_teacher,
+        "guidance_teacher_license": license_of(guidance_teacher),
         "first_stage": first_stage,
         "first_stage_license": license_of(first_stage),
         "conversion": conversion,
@@ -136,7 +140,9 @@ def card_data(
     evaluation: dict[str, Any],
 ) -> ModelCardData:
     """The metadata, as the Hub reads it."""
-    sources = [origin["name"] for origin in origins_of(record, conversion).values() if origin.get("on_hub")]
+    origins = origins_of(record, conversion)
+    del origins[ORIGINS["guidance_teacher"]]  # whose weights are not a part of these
+    sources = [origin["name"] for origin in origins.values() if origin.get("on_hub")]
     # The Hub has no relation "distilled"; a student starts as its teacher.
     trained = any(record.get(role) for role in ORIGINS)
     dataset = record.get("dataset") or {}

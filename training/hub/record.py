@@ -26,14 +26,16 @@ CONVERSION = "conversion.json"  # written by training.convert
 NOTICE = "NOTICE.md"  # attribution, which the page shows too
 
 # The weights of a run inherit the licenses of these: keys of `training.json`, and words for a reader.
-ORIGINS = {"teacher": "teacher", "first_stage": "first stage"}
+ORIGINS = {"teacher": "teacher", "guidance_teacher": "guidance teacher", "first_stage": "first stage"}
+
+TEACHERS = ("teacher", "guidance_teacher")  # those of them that options of the same name give
 
 
 def recorded_license(folder: str) -> License | None:
     """The license that a student inherits from a local pipeline's folder, or from a checkpoint.
 
-    The run's record says it of the weights, their teacher and their first stage; the conversion's record and the card
-    say it of the weights.
+    The run's record says it of the weights and of their `ORIGINS`; the conversion's record and the card say it of the
+    weights.
     """
     record = read_json(folder, RECORD)
     records = (record, *map(record.get, ORIGINS), read_json(folder, CONVERSION))
@@ -43,7 +45,7 @@ def recorded_license(folder: str) -> License | None:
 
 
 def origin_record(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Name, commit and license of a teacher or a first stage, as far as they are known.
+    """Name, commit and license of one of `ORIGINS`, as far as they are known.
 
     The Hub is asked for the commit unless `revision` is one.
     """
@@ -67,19 +69,23 @@ def changed_options(options: RunOptions) -> dict[str, Any]:
 
 
 def training_record(
-    options: RunOptions, num_processes: int, first_stage: str | None = None, teacher_revision: str | None = None
+    options: RunOptions,
+    num_processes: int,
+    first_stage: str | None = None,
+    revisions: dict[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """The content of `training.json` except for the number of steps. Names no folder of this machine and no secret.
 
     Args:
         first_stage: the result of `find_first_stage`.
-        teacher_revision: the commit of the teacher that was loaded. The Hub may have moved on since.
+        revisions: the commits that were loaded, by the options of `TEACHERS`. The Hub may have moved on since.
     """
-    teacher, dataset = getattr(options, "teacher", None), options.dataset_name
-    origins = {
-        "teacher": teacher and origin_record(teacher, teacher_revision or options.teacher_revision),
-        "first_stage": first_stage and origin_record(first_stage),
-    }
+    dataset, origins = options.dataset_name, {}
+    for role in TEACHERS:
+        name = getattr(options, role, None)
+        revision = name and ((revisions or {}).get(role) or getattr(options, f"{role}_revision"))
+        origins[role] = name and origin_record(name, revision)
+    origins["first_stage"] = first_stage and origin_record(first_stage)
     license = license_of({"license": options.hub_license}) or strictest(map(license_of, origins.values()))
     return {
         "program": options.PROGRAM,

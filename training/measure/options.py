@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 from ..cli.errors import UserError
+from ..cli.names import public_name
 from ..cli.options import POSITIVE, option
 from ..cli.shared_options import DataOptions, TeacherOptions
 
@@ -38,3 +39,10 @@ class PairOptions(TeacherOptions, ModelOptions):
         super().__post_init__()
         if self.model is None and self.teacher is None:
             raise UserError("--model or --teacher is needed: a folder or a repository on the Hub.")
+
+    def notes_on_guidance(self) -> list[str]:
+        """A line for a report whose teacher is guided, else none."""
+        if not self.teacher_is_guided:
+            return []
+        by = f"by `{public_name(self.guidance_teacher)}`" if self.guidance_teacher else "without a classifier"
+        return [f"The teacher is guided {by}, scale {self.teacher_guidance_scale:g}; each call is two evaluations."]

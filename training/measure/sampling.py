@@ -26,17 +26,20 @@ class Setting:
         gamma: of the CTM, a number, or with `sigmas` one for each step. None is the checkpoint's own choice for this
             number of steps, always so for Heun's method.
         sigmas: the level at which each step starts. None is the Karras levels.
+        guided: whether the teacher is, so that each call of its denoiser takes two network evaluations.
     """
 
     sampler: str
     steps: int
     gamma: float | tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    guided: bool = False
 
     @property
     def nfe(self) -> int:
         """Network evaluations."""
-        return self.steps if self.sampler == "ctm" else 2 * self.steps - 1
+        calls = self.steps if self.sampler == "ctm" else 2 * self.steps - 1
+        return 2 * calls if self.guided else calls
 
     @property
     def shown_gamma(self) -> float | None:
@@ -45,7 +48,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return setting_name(self.sampler, self.steps, self.shown_gamma if self.sigmas is None else None)
+        return setting_name(self.sampler, self.steps, self.shown_gamma if self.sigmas is None else None, self.guided)
 
     @property
     def options(self) -> dict:
@@ -56,11 +59,15 @@ class Setting:
 
 
 def settings_of(
-    pipelines: dict[str, CTMPipeline], steps: list[int], gammas: list[float], teacher_steps: list[int]
+    pipelines: dict[str, CTMPipeline],
+    steps: list[int],
+    gammas: list[float],
+    teacher_steps: list[int],
+    teacher_is_guided: bool = False,
 ) -> list[Setting]:
     """All settings of the samplers in `pipelines`. One step comes once, because gamma has no effect there."""
     ctm = [Setting("ctm", n, gamma) for n in steps for gamma in (gammas if n > 1 else gammas[:1])]
-    heun = [Setting("heun", n) for n in teacher_steps]
+    heun = [Setting("heun", n, guided=teacher_is_guided) for n in teacher_steps]
     return [setting for setting in ctm + heun if setting.sampler in pipelines]
 
 

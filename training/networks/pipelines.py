@@ -10,13 +10,14 @@ from diffusers import CMStochasticIterativeScheduler
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel
 from diffusers_ctm.guidance import ClassAverage
 from diffusers_ctm.scheduling_karras import jumps
+from diffusers_ctm.trajectory import append_dims
 
 from ..cli.errors import UserError
 from ..cli.shared_options import DataOptions, TeacherOptions
 from ..cli.weights import load_pipeline
 from ..data.images import ImageDataset
 from .student import fit_data
-from .teacher import load_teacher
+from .teacher import Teacher, check_levels, load_teacher
 
 
 def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
@@ -41,6 +42,36 @@ def load_model(name: str, gammas: Sequence[float]) -> CTMPipeline:
     return pipe
 
 
+class GuidedNetwork(torch.nn.Module):
+    """F = (D - c_skip x) / c_out of a guided teacher's denoiser D, for a pipeline with the teacher's scheduler."""
+
+    def __init__(self, teacher: Teacher):
+        super().__init__()
+        self.teacher, self.config = teacher, teacher.network.config
+        self.networks = torch.nn.ModuleList(part.network for part in teacher.parts.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.teacher.network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.teacher.network.device
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = False,
+    ) -> tuple[torch.Tensor]:
+        preconditioning = self.teacher.preconditioning
+        sigma = preconditioning.sigma_of_c_noise(timestep).expand(len(sample))
+        c_skip, c_out, c_in = preconditioning.scalings(append_dims(sigma, sample.ndim))
+        x = (sample - preconditioning.kind.input_shift) / c_in
+        return ((self.teacher.denoise(x, sigma, class_labels) - c_skip * x) / c_out,)
+
+
 def load_pipelines(
     config: TeacherOptions, dataset: ImageDataset | None, device: torch.device, gammas: Sequence[float] = ()
 ) -> dict[str, CTMPipeline]:
@@ -60,8 +91,10 @@ def load_pipelines(
                 f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no "
                 "denoiser. Measure it with --model and --gammas 1."
             )
+        check_levels(teacher, teacher.scheduler)
+        network = GuidedNetwork(teacher) if teacher.is_guided else teacher.network
         pipelines["heun"] = CTMPipeline(
-            teacher.network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class
+            network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class
         )
         prepare(pipelines["heun"], "--teacher", config, dataset, device)
     return pipelines

@@ -20,20 +20,25 @@ NETWORKS = ("UNet2DModel", "CTMUNet2DModel", "EDMUNet2DModel")  # attributes of 
 class Source:
     """Files of a folder or repository; of a repository those that are needed, all of one commit.
 
+    Args:
+        name: the folder or repository.
+        revision: branch, tag or commit of the repository; None is main.
+        option: the option that gave the name, for messages. `OPTION_revision` and `OPTION_subfolder` are options too.
+
     Attributes:
         root: the folder that holds them.
         revision: the commit of the repository; None for a folder.
     """
 
-    def __init__(self, name: str, revision: str | None):
-        self.name, self.revision = name, None
+    def __init__(self, name: str, revision: str | None, option: str = "teacher"):
+        self.name, self.revision, self.option = name, None, option
         self.root = Path(name)
         self.on_hub = not self.root.is_dir()
         if self.on_hub:
             self.root = Path(self._download(["*model_index.json", "*config.json"], revision))
             self.revision = self.root.name  # a snapshot's folder is named by its commit
         elif revision is not None:
-            raise UserError(f"--teacher_revision {revision} is for repositories on the Hub; {name} is a folder.")
+            raise UserError(f"--{option}_revision {revision} is for repositories on the Hub; {name} is a folder.")
 
     def _download(self, patterns: list[str], revision: str | None) -> str:
         return snapshot_download(self.name, revision=revision, allow_patterns=patterns)
@@ -68,7 +73,7 @@ class Source:
 
     def choose_network(self, subfolder: str | None) -> str:
         """The folder of the only network that can be a teacher. Raises UserError that lists what there is."""
-        classes, name = self.networks(), f"--teacher {self.name}"
+        classes, name = self.networks(), f"--{self.option} {self.name}"
         candidates = [folder for folder, class_name in classes.items() if class_name in NETWORKS]
         if subfolder is not None:
             subfolder = subfolder.strip("/")
@@ -77,9 +82,13 @@ class Source:
             listed = ", ".join(f"{folder or 'the top'} ({class_name})" for folder, class_name in classes.items())
             count = "no network" if not candidates else f"{len(candidates)} networks"
             raise UserError(
-                f"{name}{f' --teacher_subfolder {subfolder}' if subfolder else ''} holds {count} of the classes "
+                f"{name}{f' --{self.option}_subfolder {subfolder}' if subfolder else ''} holds {count} of the classes "
                 f"{', '.join(NETWORKS)}. It holds: {listed or 'no model at all'}. "
-                + ("Choose one with --teacher_subfolder." if candidates else "It must be a diffusion model of pixels.")
+                + (
+                    f"Choose one with --{self.option}_subfolder."
+                    if candidates
+                    else "It must be a diffusion model of pixels."
+                )
             )
         [folder] = candidates
         for other, class_name in classes.items():
@@ -93,7 +102,7 @@ class Source:
 
     def load_network(self, folder: str) -> UNet2DModel:
         """The network, with no weight missing or left over."""
-        name = f"--teacher {self.name}"
+        name = f"--{self.option} {self.name}"
         found = None
         for patterns in WEIGHTS.values():  # a repository's files are fetched kind by kind, until there are some
             found = found or kind_of_weights(self.files(folder, patterns))

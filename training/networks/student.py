@@ -16,7 +16,7 @@ from ..cli.shared_options import DataOptions
 from ..cli.training_options import GridOptions, HardwareOptions, StudentOptions
 from ..data.images import Images
 from .build import build_scheduler, build_unet
-from .teacher import Teacher
+from .teacher import Teacher, check_levels
 
 
 def fit_data(
@@ -59,7 +59,8 @@ def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOpti
 
     g = x - sigma epsilon: one part in 256 of bfloat16 at sigma = 157 is 0.6, more than an image.
     """
-    if options.mixed_precision == "auto" and teacher.preconditioning.kind.magnifies_rounding:
+    magnifies = any(part.preconditioning.kind.magnifies_rounding for part in teacher.parts.values())
+    if options.mixed_precision == "auto" and magnifies:
         return replace(options, mixed_precision="no")
     return options
 
@@ -72,9 +73,11 @@ def student_scheduler(teacher: Teacher, options: GridOptions) -> CTMScheduler:
     if teacher.is_consistency_model and numbers["sigma_min"] != teacher.scheduler.config.sigma_min:
         raise UserError("--sigma_min cannot differ from that of a consistency model, whose jumps end there.")
     try:
-        return CTMScheduler(num_train_timesteps=options.num_train_timesteps, **numbers)
+        scheduler = CTMScheduler(num_train_timesteps=options.num_train_timesteps, **numbers)
     except ValueError as error:
         raise UserError(f"--sigma_min or --sigma_max does not fit --teacher {teacher.name}: {error}") from error
+    check_levels(teacher, scheduler)
+    return scheduler
 
 
 def make_student(

@@ -5,8 +5,9 @@ A further class of networks begins in `source.NETWORKS`, a further scheduler in 
 and a further kind of prediction in `PREDICTIONS` of `diffusers_ctm/preconditioning.py`.
 """
 
+import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DModel
@@ -15,7 +16,9 @@ from diffusers.utils import logging
 from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
 from diffusers_ctm.preconditioning import PREDICTIONS, Preconditioning, condition
 from diffusers_ctm.scheduler_configs import own_config
+from diffusers_ctm.scheduling_karras import KarrasSchedulerMixin
 from diffusers_ctm.trajectory import jump
+from diffusers_ctm.two_times import image_size
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import TeacherOptions
@@ -36,6 +39,8 @@ class Teacher:
         name: the folder or repository that it came from.
         revision: the commit of that repository; None for a folder.
         null_class: its label that means "no class", if it was trained with label dropout.
+        guidance_scale: w of D_ref + w (D - D_ref); 1 is no guidance.
+        reference: the teacher of D_ref; None is this one itself without class, which needs a `null_class`.
     """
 
     network: UNet2DModel | EDMUNet2DModel
@@ -44,6 +49,8 @@ class Teacher:
     name: str | None = None
     revision: str | None = None
     null_class: int | None = None
+    guidance_scale: float = 1.0
+    reference: "Teacher | None" = None
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -53,12 +60,38 @@ class Teacher:
     def is_consistency_model(self) -> bool:
         return not self.preconditioning.kind.is_denoiser
 
-    is_guided = False
-    evaluations = 1
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale != 1
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per image of one call of `denoise`."""
+        return 2 if self.is_guided else 1
+
+    @property
+    def parts(self) -> dict[str, "Teacher"]:
+        """This teacher and the one that guides it, by the options that name them."""
+        return {"teacher": self} if self.reference is None else {"teacher": self, "guidance_teacher": self.reference}
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """D(x, sigma) of a denoiser, x of shape (B, C, H, W), sigma of shape (B,); with gradient if `x` has."""
-        return self.preconditioning.denoise(self.network, x, sigma, **condition(class_labels))
+        """D(x, sigma) of a denoiser, x of shape (B, C, H, W), sigma and labels of shape (B,); with gradient if `x` has.
+
+        A guided teacher gives D_ref + w (D - D_ref): classifier-free guidance (Ho & Salimans 2022), one batch of 2B, or
+        autoguidance (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself"), two networks. An
+        image without class is its own reference in the first.
+        """
+        own = functools.partial(self.preconditioning.denoise, self.network)
+        if not self.is_guided:
+            return own(x, sigma, **condition(class_labels))
+        if self.reference is None:
+            null = torch.full_like(class_labels, self.null_class)
+            both = own(torch.cat([x, x]), torch.cat([sigma, sigma]), class_labels=torch.cat([class_labels, null]))
+            denoised, reference = both.chunk(2)
+        else:
+            denoised = own(x, sigma, **condition(class_labels))
+            reference = self.reference.denoise(x, sigma, class_labels)
+        return reference + self.guidance_scale * (denoised - reference)
 
     @torch.no_grad()
     def jump_to_end(self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,28 +102,98 @@ class Teacher:
 
 
 def load_teacher(options: TeacherOptions) -> Teacher:
-    """The teacher that the options name: the one network in its folder or Hub repository, and its scheduler's config.
+    """The teacher that the options name, with the one that guides it.
+
+    Raises UserError if a network cannot be loaded (`_load`) or cannot guide or be guided.
+    """
+    given = {"prediction_type": options.teacher_prediction_type, "timestep_scale": options.teacher_timestep_scale}
+    given = {name: value for name, value in given.items() if value is not None}
+    teacher = _load("teacher", options.teacher, options.teacher_revision, options.teacher_subfolder, given)
+    if not options.teacher_is_guided:
+        return teacher
+    if teacher.is_consistency_model:
+        raise UserError(
+            f"--teacher_guidance_scale is for denoisers, and --teacher {options.teacher} is a consistency model; leave "
+            "it out."
+        )
+    if options.guidance_teacher is not None:
+        folder, revision = options.guidance_teacher_subfolder, options.guidance_teacher_revision
+        reference = _load("guidance_teacher", options.guidance_teacher, revision, folder)
+        _check_reference(reference, teacher)
+        teacher = replace(teacher, reference=reference)
+    elif teacher.null_class is None:
+        raise UserError(
+            f"--teacher_guidance_scale {options.teacher_guidance_scale:g} needs --guidance_teacher, or a teacher that "
+            f"was trained with label dropout: --teacher {options.teacher} has no label for 'no class'."
+        )
+    return replace(teacher, guidance_scale=options.teacher_guidance_scale)
+
+
+def _load(
+    option: str, name: str, revision: str | None, subfolder: str | None, given: dict[str, str | float] | None = None
+) -> Teacher:
+    """The one network in a folder or Hub repository, and its scheduler's config.
 
     The network's files lie in a subfolder (`unet`) or at the top. Raises UserError if it is not there, cannot be read,
     holds no or several networks, or has an unknown scheduler.
+
+    Args:
+        option: the option that gave the name, for messages.
+        given: entries of the scheduler's config that options give instead; None: there are no such options.
     """
-    name = options.teacher
-    label, here = f"--teacher {name}", "" if os.path.isdir(name) else "No such folder is here. "
+    label, here = f"--{option} {name}", "" if os.path.isdir(name) else "No such folder is here. "
     advice = (
         f"{here}It must be a folder or a Hub repository with `unet` and `scheduler`; a private repository needs `hf "
         "auth login` or HF_TOKEN."
     )
     with loading(label, advice):
-        source = Source(name, options.teacher_revision)
-        folder = source.choose_network(options.teacher_subfolder)
+        source = Source(name, revision, option)
+        folder = source.choose_network(subfolder)
         network = source.load_network(folder)
         scheduler_config = source.scheduler(folder)
         index = source.json(join(os.path.dirname(folder), "model_index.json"))
     null_class = index.get("null_class")
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})
-    scheduler = _make_scheduler(label, scheduler_config, options)
+    scheduler = _make_scheduler(label, scheduler_config, given)
     return Teacher(network.float().requires_grad_(False).eval(), scheduler, id2label, name, source.revision, null_class)
+
+
+def _check_reference(reference: Teacher, teacher: Teacher) -> None:
+    """Raise UserError if `reference` cannot guide `teacher`: it must denoise the same images and classes."""
+
+    label = f"--guidance_teacher {reference.name}"
+    if reference.is_consistency_model:
+        raise UserError(f"{label} is a consistency model, which is no denoiser. Give a diffusion model.")
+    both = (reference, teacher)
+    facts = {
+        "images of shape": [(each.network.config.out_channels, *image_size(each.network)) for each in both],
+        "num_class_embeds": [each.network.config.num_class_embeds for each in both],
+        "null_class": [each.null_class for each in both],
+    }
+    if reference.id2label and teacher.id2label:  # names that one of them lacks cannot be compared
+        for number, name in teacher.id2label.items():
+            facts[f"the class {number}"] = [reference.id2label.get(number), name]
+    for what, (has, needed) in facts.items():
+        if has != needed:
+            raise UserError(
+                f"{label} has {what} {has!r}, and --teacher {teacher.name} {needed!r}. Give a model of the same "
+                "images, classes and numbers of classes."
+            )
+
+
+def check_levels(teacher: Teacher, scheduler: KarrasSchedulerMixin) -> None:
+    """Raise UserError if the one that guides `teacher` does not know the noise levels of `scheduler`."""
+    if teacher.reference is None:
+        return
+    ends = {name: scheduler.config[name] for name in ("sigma_min", "sigma_max")}
+    try:
+        EDMHeunScheduler.from_config(teacher.reference.scheduler.config, **ends)
+    except ValueError as error:
+        raise UserError(
+            f"--guidance_teacher {teacher.reference.name} does not know the noise levels of --teacher {teacher.name}: "
+            f"{error} Give another one; a student may also have fewer levels, by --sigma_min and --sigma_max."
+        ) from error
 
 
 def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> None:
@@ -134,10 +237,14 @@ def _read_labels(label: str, labels: object) -> dict[int, str] | None:
         raise UserError(f'{label}: id2label in model_index.json must be like {{"0": "airplane"}}.') from error
 
 
-def _make_scheduler(label: str, config: dict, options: TeacherOptions) -> EDMHeunScheduler:
-    """The teacher's levels and preconditioning from the config of any scheduler, and what options say instead."""
-    given = {"prediction_type": options.teacher_prediction_type, "timestep_scale": options.teacher_timestep_scale}
-    given = {name: value for name, value in given.items() if value is not None}
+def _make_scheduler(label: str, config: dict, given: dict[str, str | float] | None) -> EDMHeunScheduler:
+    """Levels and preconditioning from the config of any scheduler, and what options say instead, as in `_load`."""
+    if given is None and not config:
+        raise UserError(
+            f"{label} has no scheduler_config.json, which says what the network predicts. Save its scheduler beside it."
+        )
+    advice = "Say --teacher_prediction_type." if given is not None else "Give another model."
+    given = given or {}
     if not config:
         if "prediction_type" not in given:
             raise UserError(
@@ -157,7 +264,7 @@ def _make_scheduler(label: str, config: dict, options: TeacherOptions) -> EDMHeu
         if not own.keys() & {"sigma_data", "prediction_type"} and "prediction_type" not in given:
             raise UserError(
                 f"{label} has a {config.get('_class_name')}, which is not known: not of the EDM family, and without "
-                "betas, flow or scores. Say --teacher_prediction_type."
+                f"betas, flow or scores. {advice}"
             )
         return EDMHeunScheduler.from_config({**own, **given})
     except ValueError as error:

@@ -9,10 +9,10 @@ from .numbers import cell, duration
 REAL_NAMES = {"resampled": "real images, resampled", "halves": "real images, two halves"}
 
 
-def setting_name(sampler: str, steps: int, gamma: float | None = None) -> str:
-    """One way to sample in words: "4 steps, gamma 0.5", "teacher, Heun 18"."""
+def setting_name(sampler: str, steps: int, gamma: float | None = None, guided: bool = False) -> str:
+    """One way to sample in words: "4 steps, gamma 0.5", "teacher, Heun 18", "guided teacher, Heun 18"."""
     if sampler == "heun":
-        return f"teacher, Heun {steps}"
+        return f"{'guided ' if guided else ''}teacher, Heun {steps}"
     name = "1 step" if steps == 1 else f"{steps} steps"
     return name if gamma is None else f"{name}, gamma {gamma:g}"
 
@@ -29,12 +29,13 @@ def distance_table(report: dict, distance: str) -> list[str]:
         cells = [cell(values[gamma][distance]) if gamma in values else "" for gamma in [None, *gammas]]
         lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + f" | {seconds} |")
 
+    guided = (report.get("options") or {}).get("teacher_guidance_scale", 1) != 1
     groups: dict[tuple[str, int], list[dict]] = {}
     for row in report["results"]:
         groups.setdefault((row["sampler"], row["steps"]), []).append(row)
     for (sampler, steps), rows in groups.items():
         seconds = duration(statistics.fmean(row["seconds_per_image"] for row in rows))
-        add(setting_name(sampler, steps), rows[0]["nfe"], {row["gamma"]: row for row in rows}, seconds)
+        add(setting_name(sampler, steps, guided=guided), rows[0]["nfe"], {row["gamma"]: row for row in rows}, seconds)
     for kind, values in report["real_against_real"].items():
         if distance in values:
             add(REAL_NAMES[kind], "", {None: values}, "")

@@ -21,6 +21,7 @@ from ..cli.training_options import OutputOptions, RunOptions
 from ..cli.weights import check_finite, load_pipeline
 from ..data.images import Images
 from ..hub.client import download_checkpoint
+from ..hub.record import TEACHERS
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -129,18 +130,23 @@ def check_same_run(state: dict, options: RunOptions, num_processes: int, network
         raise UserError(f"--max_train_steps {options.max_train_steps} is below step {state['step']} of {path}.")
 
 
-def changes_of(state: dict, options: RunOptions, precision: str, teachers: tuple[dict, dict]) -> list[str]:
+def changes_of(state: dict, options: RunOptions, precision: str, former: dict, record: dict) -> list[str]:
     """What differs from the run that saved `state` and may: "--compile was False, is True".
 
     Args:
         precision: of the run that resumes.
-        teachers: their records, of the checkpoint and of now.
+        former, record: the contents of `training.json`, of the checkpoint and of now.
     """
     before, now = state["options"], free_options(options, precision)
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     changed = [f"--{name} was {before[name]}, is {now[name]}" for name in changed]
-    old, new = (" at ".join(filter(None, map(record.get, ("name", "revision")))) for record in teachers)
-    return changed + ([f"--teacher was {old}, is {new}"] if old and new and old != new else [])
+    for role in TEACHERS if former else ():
+        old, new = (
+            " at ".join(filter(None, map((each.get(role) or {}).get, ("name", "revision")))) or None
+            for each in (former, record)
+        )
+        changed += [f"--{role} was {old}, is {new}"] if old != new else []
+    return changed
 
 
 def jump_of_learning_rate(state: dict, options: RunOptions, scheduler: LambdaLR) -> str:

@@ -50,7 +50,8 @@ class TrainingRun:
         network: learns; it is moved to the device and wrapped.
         make_pipeline: builds the pipeline that is saved and sampled from a network.
         sample_settings: name and `CTMPipeline.__call__` options of each grid drawn during training.
-        teacher_revision: the commit of the teacher that was loaded, for the record.
+        revisions: the commits that were loaded of the teacher and of the one that guides it, by their options, for the
+            record.
         on_step: called with the number of steps done after each step, when it has been logged, sampled and saved.
 
     Attributes:
@@ -69,7 +70,7 @@ class TrainingRun:
         network: torch.nn.Module,
         make_pipeline: Callable[[torch.nn.Module], CTMPipeline],
         sample_settings: dict[str, dict],
-        teacher_revision: str | None = None,
+        revisions: dict[str, str | None] | None = None,
         on_step: Callable[[int], None] | None = None,
     ):
         self.options, self.dataset, self.make_pipeline, self.on_step = options, dataset, make_pipeline, on_step
@@ -77,7 +78,7 @@ class TrainingRun:
         self.device = self.accelerator.device
         # FSDP spreads rows of memory, which channels last would cut.
         self._memory_format = torch.contiguous_format if self.accelerator.is_fsdp2 else torch.channels_last
-        self.folder = RunFolder(options, self.accelerator, make_pipeline, teacher_revision)
+        self.folder = RunFolder(options, self.accelerator, make_pipeline, revisions)
 
         if options.gradient_checkpointing:
             network.enable_gradient_checkpointing()

@@ -46,7 +46,7 @@ class RunFolder:
         options: of the run.
         accelerator: of the run.
         make_pipeline: builds the pipeline that is saved from a network.
-        teacher_revision: the commit of the teacher that was loaded.
+        revisions: as of `TrainingRun`.
 
     Attributes:
         checkpoint: the folder that the run resumes from, or None.
@@ -60,7 +60,7 @@ class RunFolder:
         options: RunOptions,
         accelerator: Accelerator,
         make_pipeline: Callable[[torch.nn.Module], CTMPipeline],
-        teacher_revision: str | None = None,
+        revisions: dict[str, str | None] | None = None,
     ):
         self.options, self.accelerator, self.make_pipeline = options, accelerator, make_pipeline
         self.checkpoint = start_output_dir(options)
@@ -68,7 +68,7 @@ class RunFolder:
         self.first_stage = find_first_stage(options.init_from) if starts else None
         self.record, self.pusher = {}, None
         if accelerator.is_main_process:
-            self.record = training_record(options, accelerator.num_processes, self.first_stage, teacher_revision)
+            self.record = training_record(options, accelerator.num_processes, self.first_stage, revisions)
             if options.push_to_hub:
                 self.pusher = Pusher(options, self.record)
 
@@ -97,8 +97,7 @@ class RunFolder:
         if accelerator.is_main_process:
             former = read_json(path, RECORD)
             self.record["first_stage"] = former.get("first_stage")  # whatever --init_from is now
-            teachers = (former.get("teacher") or {}, self.record["teacher"] or {})
-            changes = changes_of(state, self.options, accelerator.mixed_precision, teachers)
+            changes = changes_of(state, self.options, accelerator.mixed_precision, former, self.record)
             if changes:
                 print(f"Other options than at the checkpoint: {'; '.join(changes)}.")
             if jump := jump_of_learning_rate(state, self.options, lr_scheduler):

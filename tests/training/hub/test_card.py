@@ -29,6 +29,22 @@ def test_a_first_stage_and_its_license_are_named(teacher, tmp_path):
     assert ("Distilled from `t`." in card) == (teacher is not None) and "from scratch" not in card
 
 
+@pytest.mark.parametrize(
+    "reference", [None, {"name": "u/bad", "on_hub": True, "revision": "c1", "license": "openrail"}]
+)
+def test_distilled_guidance_is_said(reference, tmp_path):
+    """With its scale and by whom; the weights come from the teacher alone."""
+    teacher = {"name": "u/good", "on_hub": True, "license": "mit"}
+    record = {"teacher": teacher, "guidance_teacher": reference, "options": {"teacher_guidance_scale": 1.5}}
+    card = card_of(tmp_path, License("openrail"), record)
+    by = "by itself without class (classifier-free guidance)"
+    if reference is not None:
+        by = "by [u/bad](https://huggingface.co/u/bad), commit `c1`, whose license is openrail (autoguidance)"
+    assert f"The teacher was guided with scale `1.5` {by}.\nThis model has learned that guidance" in card
+    assert ModelCard(card).data.to_dict()["base_model"] == "u/good"
+    assert "guided" not in card_of(tmp_path, record={"teacher": teacher, "options": {}})
+
+
 def test_memorization_attribution_and_the_classes_that_can_be_asked(tmp_path):
     rows = [
         {"name": "1 step", "num_images": 1000, "pixels": {"median": 31.26, "copies": 0.012}},
@@ -55,8 +71,16 @@ def test_what_others_wrote_stays_text(tmp_path):
     """A teacher's license, classes and records come from its author, but no line, link or heading of the card."""
     evil = "a`b|c\n---\nlicense: mit\n# Run [this](https://evil.example)\n<script>"
     origin = {"name": evil, "revision": evil, "license": "other", "license_name": evil, "license_link": "javascript:x"}
-    record = {"program": evil, "teacher": origin, "first_stage": origin, "steps": 1, "images_per_step": 1}
-    record |= {"dataset": {"name": evil, "split": evil}, "options": {evil: evil}, "versions": {evil: evil}}
+    record = {
+        "program": evil,
+        "teacher": origin,
+        "guidance_teacher": origin,
+        "first_stage": origin,
+        "steps": 1,
+        "images_per_step": 1,
+    }
+    record |= {"dataset": {"name": evil, "split": evil}, "versions": {evil: evil}}
+    record |= {"options": {evil: evil, "teacher_guidance_scale": evil}}
     record |= {"distance": {"name": evil, evil: evil}}
     license, conversion = License("other", evil, "javascript:x"), {"source": evil, "family": evil}
     card = card_of(tmp_path, license, record, conversion, model_index={"id2label": {"0": evil}})

@@ -28,6 +28,7 @@ def test_a_license_is_inherited(inherited, wanted, allowed):
     for record, conversion, who in (
         ({"teacher": {"name": "t", "license": inherited}}, {}, "its teacher t has that"),
         ({"first_stage": {"name": "f", "license": inherited}, "license": "mit"}, {}, "its first stage f has that"),
+        ({"guidance_teacher": {"name": "g", "license": inherited}}, {}, "its guidance teacher g has that"),
         ({}, {"source": "net.pkl", "license": inherited}, "its original net.pkl has that"),
     ):
         if allowed:

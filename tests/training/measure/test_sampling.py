@@ -19,6 +19,8 @@ def test_one_step_is_one_setting_whatever_gamma():
     assert [one.name for one in settings] == [
         "1 step", "3 steps, gamma 0", "3 steps, gamma 1", "teacher, Heun 2", "teacher, Heun 5"
     ]  # fmt: skip
+    (guided,) = settings_of({"heun"}, [1], [0.0], [2], teacher_is_guided=True)
+    assert guided.name == "guided teacher, Heun 2" and guided.nfe == 2 * heun[0].nfe == 6
 
 
 @pytest.fixture

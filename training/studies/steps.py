@@ -23,9 +23,11 @@ from ..objective.adversarial import (
     generator_loss,
     generator_weight,
 )
+from ..objective.ctm import ctm
 from ..objective.distances import l2_distance
-from ..objective.losses import Adversary, Jumps, ScoreMatching, ctm_estimate, ctm_loss
-from ..objective.solvers import SOLVERS
+from ..objective.jumps import Jumps, noised, student_images
+from ..objective.losses import Adversary, ScoreMatching, training_loss
+from ..objective.solvers import SOLVERS, TargetOptions
 from ..objective.times import TimeSampler, draw_half_lognormal_sigma
 from ..run.averages import EMA
 from ..run.compiling import compile_network
@@ -90,9 +92,17 @@ class Problem:
         generator = torch.Generator().manual_seed(seed)
         x_0, noise, dsm_noise = (torch.randn(size, generator=generator).to(self.device) for _ in range(3))
         normal, uniform = torch.randn(size[0], generator=generator), torch.rand(size[0], generator=generator)
-        sigma = draw_half_lognormal_sigma(normal, uniform, 0.002, 80.0, 7.0)
-        jumps = Jumps(self.student, self.target.module, self.preconditioning, times, 0.5 * x_0, noise)
-        return jumps, ScoreMatching(sigma.to(self.device), dsm_noise)
+        sigma = draw_half_lognormal_sigma(normal, uniform, 0.002, 80.0, 7.0).to(self.device)
+        x_0 = 0.5 * x_0
+        jumps = Jumps(
+            self.student,
+            self.target.module,
+            self.preconditioning,
+            times,
+            noised(x_0, times.t, noise),
+            solver=lambda x, levels, labels: SOLVERS["heun"].solve(self.denoise, x, levels),
+        )
+        return jumps, ScoreMatching(noised(x_0, sigma, dsm_noise), sigma, x_0)
 
     def strata(self, count: int) -> list[int]:
         """The numbers of solver steps in the middle of `count` equally probable parts of P(k) ~ k."""
@@ -151,11 +161,11 @@ def plain_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) ->
     Teacher, student and average are called as there: 2k times, twice, and three times (once with graph); there are
     three averages.
     """
-    precondition, x_0, sigma = problem.preconditioning, jumps.x_0, score_matching.sigma
+    precondition, x_0, sigma = problem.preconditioning, score_matching.target, score_matching.sigma
     target = plain_target(problem, jumps)
     estimate = plain_estimate(problem, jumps)
     trajectory = l2_distance(estimate, target).mean()
-    denoised = precondition.g(problem.student, x_0 + append_dims(sigma, 4) * score_matching.noise, sigma, sigma)
+    denoised = precondition.g(problem.student, score_matching.x, sigma, sigma)
     dsm = (precondition.loss_weight(sigma) * l2_distance(denoised, x_0)).mean()
 
     def weigh(loss: torch.Tensor, smallest: float, largest: float) -> torch.Tensor:
@@ -165,7 +175,7 @@ def plain_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) ->
 
     weight = weigh(dsm, 0.0, 1e4)
     total = trajectory + weight * dsm
-    terms = {"trajectory": trajectory.item(), "dsm": dsm.item(), "weight": weight.item()}  # read to log them
+    terms = {"trajectory": trajectory.item(), "dsm": dsm.item(), "dsm_weight": weight.item()}  # read to log them
     if problem.judge is not None:
         with problem.judge.frozen():
             generator = generator_hinge_loss(problem.judge(estimate))
@@ -180,37 +190,43 @@ def plain_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) ->
 def plain_discriminator_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, float]:
     """The discriminator's turn in that order: fakes have an unused graph, fakes and data have passes of their own."""
     fake_logits = problem.judge(plain_estimate(problem, jumps).detach())
-    loss = discriminator_hinge_loss(problem.judge(jumps.x_0), fake_logits)
+    loss = discriminator_hinge_loss(problem.judge(score_matching.target), fake_logits)
     loss.backward()
     problem.judge_optimizer.step()
     return {"discriminator": loss.item()}
 
 
-def our_step(
-    problem: Problem, jumps: Jumps, score_matching: ScoreMatching, solver: str = "heun"
-) -> dict[str, torch.Tensor]:
+def our_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, torch.Tensor]:
     """The step of `training.train_ctm`."""
     adversary = None
     if problem.judge is not None:
         adversary = Adversary(functools.partial(generator_loss, problem.judge), generator_weight)
-    loss = ctm_loss(
+    loss = training_loss(
+        functools.partial(ctm, options=TargetOptions()),
         jumps,
-        lambda x, levels, labels: SOLVERS[solver].solve(problem.denoise, x, levels),
         last_weight=lambda: problem.student.last_layer.weight,
         score_matching=score_matching,
         adversary=adversary,
     )
     loss.total.backward()
     problem.update([problem.target, problem.slow])
-    terms = {"trajectory": loss.trajectory, "dsm": loss.dsm, "weight": loss.dsm_weight}
-    if adversary is not None:
-        terms |= {"generator": loss.generator, "generator_weight": loss.generator_weight}
-    return terms
+    return {name.removesuffix("_loss"): value for name, value in loss.terms.items()}
+
+
+def solved_by(solver: str) -> Step:
+    """Our step with another solver."""
+
+    def step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, torch.Tensor]:
+        solve = SOLVERS[solver].solve
+        jumps.solver = lambda x, levels, labels: solve(problem.denoise, x, levels)
+        return our_step(problem, jumps, score_matching)
+
+    return step
 
 
 def our_discriminator_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, torch.Tensor]:
     """The discriminator's turn of `training.train_ctm`."""
-    loss = discriminator_loss(problem.judge, jumps.x_0, ctm_estimate(jumps))
+    loss = discriminator_loss(problem.judge, score_matching.target, student_images(jumps))
     loss.backward()
     problem.judge_optimizer.step()
     return {"discriminator": loss.detach()}
@@ -225,8 +241,8 @@ def both(student_step: Step, discriminator_step: Step) -> Step:
 TRAINING: dict[str, Step] = {
     "plain": plain_step,
     "exact": our_step,
-    "--solver unipc": functools.partial(our_step, solver="unipc"),
-    "--solver dpm": functools.partial(our_step, solver="dpm"),
+    "--solver unipc": solved_by("unipc"),
+    "--solver dpm": solved_by("dpm"),
 }
 ADVERSARIAL: dict[str, Step] = {
     "plain": both(plain_step, plain_discriminator_step),
@@ -252,7 +268,7 @@ def same_result(problem: Problem, steps: dict[str, Step], k: int) -> dict[str, f
     for name in ("plain", "exact"):
         inputs = problem.inputs(k, 0)
         with restored(problem):
-            terms[name] = torch.tensor([float(value) for value in steps[name](problem, *inputs).values()])
+            terms[name] = torch.tensor([float(value) for _, value in sorted(steps[name](problem, *inputs).items())])
             gradients[name] = [
                 [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
                 for network in (problem.student, problem.judge)

@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -134,6 +135,23 @@ def make_denoiser(config: TargetOptions, teacher: Teacher, student_ema: torch.nn
     if config.solver_model == "teacher":
         return teacher.denoise
     return lambda x, sigma, labels: teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition(labels))
+
+
+def match_scores(
+    config: ScoreMatchingOptions,
+    images: torch.Tensor,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    denoise: TeacherDenoiser | None,
+) -> ScoreMatching:
+    """The score matching of a pass. Its target is what `denoise` makes of the noisy images, or they themselves."""
+    count = math.ceil(config.dsm_share * len(images))
+    images, sigma, noise = images[:count], sigma[:count], noise[:count]
+    labels = None if labels is None else labels[:count]
+    x = noised(images, sigma, noise)
+    target = images if denoise is None else denoise(x, sigma, labels)
+    return ScoreMatching(x, sigma, target, labels, config.dsm_weight, config.dsm_adaptive)
 
 
 class Asked:
@@ -289,9 +307,8 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
             score_matching = adversary = None
             sigma, noise = draw_dsm_sigma(config, scheduler, random), random.normal(*images.shape[1:])
             if config.dsm_weight > 0:
-                x = noised(images, sigma, noise)
-                target = denoise(x, sigma, labels) if teacher.is_guided else images
-                score_matching = ScoreMatching(x, sigma, target, labels, config.dsm_weight, config.dsm_adaptive)
+                by = denoise if teacher.is_guided or config.dsm_target == "teacher" else None
+                score_matching = match_scores(config, images, sigma, noise, labels, by)
             if fights:
                 adversary = make_adversary(config.discriminator_weight, discriminator.bare, random, size)
             loss = training_loss(
@@ -304,7 +321,7 @@ def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str
                 reduce_gradient=lambda gradient: run.accelerator.reduce(gradient, "mean"),
             )
             if loss.dsm_samples is not None:
-                run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, sigma)
+                run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, score_matching.sigma)
             run.folder.record["teacher_evaluations"] = denoise.evaluations
             run.update(loss.total, loss.terms)
     return run.finish()

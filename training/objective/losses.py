@@ -24,6 +24,19 @@ class ScoreMatchingOptions(Checked):
         "Scale score matching so that its gradient at the last layer is as long as the objective's (CTM, Eq. 12).",
         needs="dsm_weight",
     )
+    dsm_target: str = option(
+        "data",
+        "What score matching learns: 'data', the clean images; 'teacher', what the teacher makes of the noisy ones, "
+        "which has no noise of its own. For a guided teacher it is always the latter.",
+        ["data", "teacher"],
+        needs="dsm_weight",
+    )
+    dsm_share: float = option(
+        1.0,
+        "Share of a pass's images that score matching sees.",
+        must_be=("in (0, 1]", lambda share: 0 < share <= 1),
+        needs="dsm_weight",
+    )
     dsm_sigma: str = option(
         "half_lognormal",
         "Noise levels of denoising score matching: 'lognormal' (EDM), or 'half_lognormal': every other sample from "

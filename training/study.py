@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Compare choices of training a CTM: `python -m training.study`."""
+"""Time to teacher: which objective trains a CTM soonest. `python -m training.study`."""
 
 import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -12,25 +13,29 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ctm import CTMScheduler
+from diffusers_ctm import CTMPipeline, CTMScheduler
 
 from . import train_ctm
 from .cli.device import choose_device
 from .cli.errors import UserError, loading, naming
 from .cli.files import read_json, write_files
 from .cli.options import POSITIVE, SEED, Checked, option, read_yaml, run_program, typed_options
-from .cli.shared_options import DataOptions
 from .data.images import ImageDataset
-from .measure.distances import Distances, features_for, reference_features
+from .frozen.vectors import FeaturesSideBySide
+from .measure.distances import features_for, reference_features
+from .measure.judges import Judges
+from .measure.paired import PairedError
 from .measure.reports import facts, write_report
 from .measure.sampling import Sampling, Setting
 from .networks.pipelines import load_model, prepare
 from .objective.adversarial import is_discriminator_step
+from .objective.objectives import READERS
 from .objective.solvers import SOLVERS
 from .report.numbers import cell
 from .report.plots import PALETTE, new_figure
 from .run.batch import StepRandom
-from .studies.curves import seconds_per_iteration, seconds_until, tabulate
+from .run.loop import TrainingRun
+from .studies.curves import leaderboard, seconds_until
 from .studies.meters import step_times
 
 
@@ -39,7 +44,7 @@ BATCH = 250  # most images per network evaluation when a run is measured
 
 @dataclass
 class StudyConfig(Checked):
-    """Train variants of one run and compare them at equal iterations, equal time and equal teacher evaluations.
+    """Train one student by several recipes and see which comes to the quality of the first one soonest.
 
     Writes a folder for each run, and study.json, study.md and study.png of all that are finished. Finished runs are not
     repeated, and a run that was cut off goes on. Several processes may share the work by --seeds or --only and the same
@@ -50,18 +55,23 @@ class StudyConfig(Checked):
     variants: str = option(
         "training/configs/study_digits_variants.yaml",
         "YAML file: `base`, a file of options of training.train_ctm; `common`, options of all runs; `variants`, the "
-        "options of each by its name. The others are compared with the first variant.",
+        "options of each by its name. The others are measured by the first variant.",
     )
     output_dir: str = option("runs/study", "Folder of the study.")
     seeds: list[int] = option([0, 1, 2], "Seeds of the runs of each variant.", must_be=SEED)
     only: list[str] = option(
         [], "Names of the variants to run; default all. Tables and plot show all that are finished."
     )
-    max_train_steps: int = option(800, "Iterations of each run.", must_be=POSITIVE)
     eval_every: int = option(100, "Measure each time after this number of iterations.", must_be=POSITIVE)
-    eval_steps: list[int] = option([1, 2, 4], "Sampling steps that are measured, at gamma = 0.", must_be=POSITIVE)
+    eval_steps: list[int] = option([1, 2, 4, 18], "Sampling steps that are measured, at gamma = 0.", must_be=POSITIVE)
     num_samples: int = option(1000, "Images per measurement.", must_be=POSITIVE)
-    features: str = option("digits", "Features of the Frechet distance, as in training.evaluate.")
+    features: list[str] = option(
+        ["digits", "assets/digits-perceptual"],
+        "Networks of the Frechet distances, as in training.evaluate. The first decides what the target is.",
+    )
+    paired_samples: int = option(
+        250, "Images that are compared with the teacher's own from the same noise.", must_be=POSITIVE
+    )
     threads: int = option(1, "CPU threads of a run.", must_be=POSITIVE)
     timing_steps: int = option(12, "Iterations of each timing, after as many to warm up.", must_be=POSITIVE)
     timing_rounds: int = option(
@@ -72,9 +82,14 @@ class StudyConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(self.max_train_steps % self.eval_every == 0, "eval_every", "a divisor of --max_train_steps")
-        for name in ("seeds", "eval_steps"):
+        for name in ("seeds", "eval_steps", "features"):
             self.check(len(getattr(self, name)) > 0, name, "one or more")
+        self.eval_steps = sorted(set(self.eval_steps))
+
+    @property
+    def judges(self) -> list[str]:
+        """The names of what is measured, as in training.evaluate; the first decides."""
+        return ["frechet", *(f"frechet_{number}" for number in range(2, len(self.features) + 1)), "paired"]
 
 
 def read_variants(path: str) -> dict[str, dict[str, Any]]:
@@ -90,108 +105,141 @@ def read_variants(path: str) -> dict[str, dict[str, Any]]:
     return variants
 
 
-def teacher_evaluations(config: train_ctm.CTMConfig, scheduler: CTMScheduler, first: int, last: int) -> int:
-    """The images that the solver's network sees from iteration `first` to `last` - 1: their times are drawn again."""
-    sampler = train_ctm.time_sampler(config, scheduler)
-    batch, total = config.train_batch_size, 0
-    for step in range(first, last):
-        if not is_discriminator_step(config, step):
-            random = StepRandom(config.seed, step, batch, slice(0, batch), torch.device("cpu"))
-            total += batch * SOLVERS[config.solver].evaluations(sampler.draw(batch, random.host).solver_steps)
-    return total * (2 if config.teacher_is_guided else 1)
-
-
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
 class Measure:
-    """Frechet distances of a pipeline's samples, at each number of steps, from the same noise every time."""
+    """What all judges say of a CTM, at each number of steps, from the same noise every time."""
 
-    def __init__(self, config: StudyConfig, data: DataOptions):
+    def __init__(self, config: StudyConfig, data: train_ctm.CTMConfig):
         self.config, self.data, self.device = config, data, choose_device("auto")
         self.dataset = ImageDataset(data)
-        self.network = features_for(self.dataset, config.features, self.device)
+        self.network = FeaturesSideBySide([features_for(self.dataset, name, self.device) for name in config.features])
         reference, self.labels = reference_features(self.dataset, self.network, BATCH, self.device, data.random_flip)
-        self.distances = Distances(reference)
+        self.judges = Judges(self.network, reference, kid=False)
+        self._paired: PairedError | None = None
 
-    def __call__(self, pipeline: str) -> dict[str, float]:
-        pipe = load_model(pipeline, ())
+    def paired(self, sampling: Sampling) -> PairedError:
+        """The teacher's own images from the same noise, made once."""
+        if self._paired is None:
+            teacher = load_model(self.data.teacher, ())
+            prepare(teacher, "--teacher", self.data, self.dataset, self.device)
+            labels = sampling.labels["ctm"]
+            labels = None if labels is None else labels[: self.config.paired_samples]
+            self._paired = PairedError(teacher, labels, self.config.paired_samples, batch_size=BATCH)
+        return self._paired
+
+    def __call__(self, pipe: CTMPipeline) -> dict[str, dict[str, float]]:
+        """By number of steps, by judge."""
         prepare(pipe, "--model", self.data, self.dataset, self.device)
         sampling = Sampling({"ctm": pipe}, self.network, self.labels, self.config.num_samples, BATCH)
-        features = {
-            str(steps): sampling.features(Setting("ctm", steps, 0.0), 0, tqdm(disable=True))[0]
-            for steps in self.config.eval_steps
-        }
-        return {steps: self.distances(each)["frechet"] for steps, each in features.items()}
+        judged = {}
+        for steps in self.config.eval_steps:
+            setting = Setting("ctm", steps, 0.0)
+            features, _ = sampling.features(setting, 0, tqdm(disable=True))
+            all_judged = {**self.judges(features, None), **self.paired(sampling)(pipe, setting)}
+            judged[str(steps)] = {judge: all_judged[judge] for judge in self.config.judges}
+        return judged
 
 
 def run_variant(config: StudyConfig, options: dict[str, Any], folder: str, measure: Measure, progress: tqdm) -> None:
-    """Train one variant in stretches of `eval_every` iterations, measure after each, and add to folder/curve.json."""
+    """Train one variant, measure after every `eval_every` iterations and at the end, and add to folder/curve.json."""
     curve = read_json(folder, "curve.json") or {"options": options, "points": []}
     if curve["options"] != options:
         raise UserError(f"{folder} holds a run with other options; choose another --output_dir.")
-    before = curve["points"][-1] if curve["points"] else {"teacher_evaluations": 0, "iteration": 0}
-    for until in range(config.eval_every, config.max_train_steps + 1, config.eval_every):
-        if until > before["iteration"]:
-            run = {"output_dir": f"{folder}/run", "max_train_steps": until, "resume_from_checkpoint": "latest"}
-            pipeline = train_ctm.main(train_ctm.CTMConfig(**{**options, **run}))
-            scheduler = CTMScheduler.from_pretrained(pipeline, subfolder="scheduler")
-            evaluations = teacher_evaluations(train_ctm.CTMConfig(**options), scheduler, before["iteration"], until)
-            before = {
-                "iteration": until,
-                "teacher_evaluations": before["teacher_evaluations"] + evaluations,
-                "frechet": measure(pipeline),
-            }
-            curve["points"].append(before)
-            write_files(folder, {"curve.json": json.dumps(curve, indent=1).encode()})
-        progress.update(config.eval_every)
+
+    def note(iteration: int, evaluations: int, pipe: CTMPipeline) -> None:
+        points = [point for point in curve["points"] if point["iteration"] < iteration]  # what is done again
+        point = {"iteration": iteration, "teacher_evaluations": evaluations, "judged": measure(pipe)}
+        curve["points"] = [*points, point]
+        write_files(folder, {"curve.json": json.dumps(curve, indent=1).encode()})
+
+    def watch(run: TrainingRun) -> None:
+        progress.update(1)
+        if run.step % config.eval_every == 0 or run.step == options["max_train_steps"]:
+            note(run.step, run.folder.record["teacher_evaluations"], run.make_pipeline(run.ema.module))
+
+    run = {"output_dir": f"{folder}/run", "resume_from_checkpoint": "latest", "checkpointing_steps": config.eval_every}
+    last = curve["points"][-1]["iteration"] if curve["points"] else 0
+    if last < options["max_train_steps"]:
+        pipeline = train_ctm.main(train_ctm.CTMConfig(**{**options, **run}), on_step=watch)
+        if curve["points"][-1]["iteration"] < options["max_train_steps"]:  # it was cut off after its last checkpoint
+            evaluations = read_json(pipeline, "training.json")["teacher_evaluations"]
+            note(options["max_train_steps"], evaluations, load_model(pipeline, ()))
 
 
-def finished_curves(config: StudyConfig, names: Iterable[str]) -> dict[str, list[dict]]:
+def finished_curves(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> dict[str, list[dict]]:
     """The curves of all finished runs in the study's folder, by the name of the variant."""
-    curves = {name: [] for name in names}
+    curves = {name: [] for name in variants}
     for folder in sorted(os.listdir(config.output_dir)):
-        runs = curves.get(folder.rpartition("-seed")[0])
+        name = folder.rpartition("-seed")[0]
         curve = read_json(os.path.join(config.output_dir, folder), "curve.json")
-        points = [p for p in curve.get("points", []) if p["iteration"] <= config.max_train_steps]
-        if runs is not None and points and points[-1]["iteration"] == config.max_train_steps:
-            runs.append({**curve, "points": points})
+        points = curve.get("points", [])
+        if name in curves and points and points[-1]["iteration"] == variants[name]["max_train_steps"]:
+            curves[name].append(curve)
     return {name: runs for name, runs in curves.items() if runs}
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
+def teacher_evaluations(config: train_ctm.CTMConfig, scheduler: CTMScheduler, first: int, last: int) -> int:
+    """The images that a solver without a pool shows the teacher in iterations `first` to `last` - 1."""
+    sampler = train_ctm.time_sampler(config, scheduler)
+    batch, total = config.train_batch_size, 0
+    for step in range(first, last):
+        if not is_discriminator_step(config, step):
+            random = StepRandom(config.seed, step, batch, slice(0, batch), torch.device("cpu"))
+            total += batch * SOLVERS[config.solver].evaluations(sampler.draw(batch, random.host).solver_steps)
+    return total
+
+
 def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a run, before and in the adversarial stage.
+    """The parts of a run that take different times: each objective, before and in the adversarial stage, and the first
+    iterations, which fill a pool.
 
-    Each has "iterations", "options" of a run whose first iterations are like them, and "seconds" per iteration, to be
-    measured.
-
-    The options have a seed for which the timed iterations ask the teacher as often as the study's runs do on average.
-    The teacher costs most, and a dozen iterations draw its number of steps too seldom to come near that average by
-    themselves.
+    Each has "iterations"; "options" of a run whose iterations "warm" to "until" are like them; and "seconds" per
+    iteration, to be measured.
     """
-    iterations = config.max_train_steps
-    start = min(options.get("discriminator_start", 0), iterations) if options.get("discriminator_weight", 0) > 0 else 0
+    whole, last = train_ctm.CTMConfig(**options), options["max_train_steps"]
+    adversarial = min(whole.discriminator_start, last) if whole.discriminator_weight > 0 else last
+    depth = min(whole.pool_size // whole.train_batch_size, last)
+    fill = depth if depth > 1 else 0
+    bounds = sorted({0, last, adversarial, fill, *(stage.start for stage in whole.stages)})
     parts = []
-    if start > 0:
-        parts.append((start, {**options, "discriminator_start": max(iterations, 2 * config.timing_steps)}))
-    if start < iterations:
-        parts.append((iterations - start, {**options, "discriminator_start": 0} if start else options))
-    return [{"iterations": n, "options": {**o, "seed": typical_seed(config, o)}, "seconds": []} for n, o in parts]
+    for start, end in itertools.pairwise(bounds):
+        name = whole.stage_at(start).name
+        unread = {entry for entry, readers in READERS.items() if name not in readers}
+        if "pool_size" in unread:
+            unread |= {entry for entry in options if entry.startswith("pool_")}
+        own = {entry: value for entry, value in options.items() if entry not in unread} | {"objective": [name]}
+        if whole.discriminator_weight > 0:
+            own["discriminator_start"] = 0 if start >= adversarial else 10**6
+        warm = timed = config.timing_steps
+        if start < fill:
+            warm, timed = 1, fill - 1  # the first one also warms up
+        elif own.get("pool_size"):  # as many refreshes as there are on average
+            warm, timed = max(warm, depth), math.ceil(timed / whole.pool_refresh) * whole.pool_refresh
+        own["seed"] = typical_seed(config, own, warm, timed)
+        parts.append({"iterations": end - start, "options": own, "warm": warm, "until": warm + timed, "seconds": []})
+    return parts
 
 
-def typical_seed(config: StudyConfig, options: dict[str, Any]) -> int:
-    """The one of a hundred seeds whose timed iterations ask the teacher most nearly as often as the runs on average."""
+def typical_seed(config: StudyConfig, options: dict[str, Any], warm: int, timed: int) -> int:
+    """The one of a hundred seeds whose timed iterations ask the teacher most nearly as often as the runs on average.
+
+    Without a pool, the teacher costs most, and a dozen iterations draw its number of steps too seldom to come near that
+    average by themselves.
+    """
+    if options.get("pool_size") or options["objective"] != ["ctm"]:
+        return config.seeds[0]
 
     def average(seeds: Iterable[int], first: int, last: int) -> float:
         runs = [train_ctm.CTMConfig(**{**options, "seed": seed}) for seed in seeds]
         return statistics.fmean(teacher_evaluations(run, CTMScheduler(), first, last) for run in runs) / (last - first)
 
-    wanted = average(config.seeds, 0, config.max_train_steps)
-    warm = config.timing_steps
-    return min(range(100), key=lambda seed: abs(average([seed], warm, 2 * warm) - wanted))
+    wanted = average(config.seeds, 0, options["max_train_steps"])
+    return min(range(100), key=lambda seed: abs(average([seed], warm, warm + timed) - wanted))
 
 
 def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -206,8 +254,9 @@ def time_variants(config: StudyConfig, variants: dict[str, dict[str, Any]]) -> d
         return kept
     for _ in tqdm(range(config.timing_rounds), "Timing", unit="round"):
         for phase in itertools.chain.from_iterable(timed.values()):
-            marks = step_times(train_ctm.main, train_ctm.CTMConfig(**phase["options"]), 2 * config.timing_steps)
-            phase["seconds"].append((marks[-1] - marks[config.timing_steps - 1]) / config.timing_steps)
+            warm, until = phase["warm"], phase["until"]
+            marks = step_times(train_ctm.main, train_ctm.CTMConfig(**phase["options"]), until)
+            phase["seconds"].append((marks[until - 1] - marks[warm - 1]) / (until - warm))
     write_files(config.output_dir, {"timing.json": json.dumps({"phases": timed}, indent=1).encode()})
     return timed
 
@@ -227,57 +276,94 @@ def table_lines(head: list[str], rows: list[list[str]]) -> list[str]:
     return [lines[0], "|---" + "|--:" * (len(head) - 1) + "|", *lines[1:], ""]
 
 
+def cell_or_dash(values: dict | None) -> str:
+    return cell(values) if values else "-"
+
+
+def command(config: dict[str, Any], options: dict[str, Any], shared: dict[str, Any]) -> str:
+    """The options of a variant beside those that all have, as they stand on a command line."""
+    own = {name: value for name, value in options.items() if shared.get(name) != value}
+    words = [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in own.items()
+    ]
+    return f"`{' '.join(words)}`" if words else "the base"
+
+
 def markdown(table: dict[str, Any], report: dict) -> str:
     """study.md."""
-    options, common, rows = report["options"], table["common"], table["rows"]
+    options, rows = report["options"], table["rows"]
     steps = list(map(str, options["eval_steps"]))
-    names = [f"{n} step{'s' if n != '1' else ''}" for n in steps]
+    judges = dict(
+        zip(report["judges"], [*(f"Frechet distance, `{name}`" for name in options["features"]), "Paired error"])
+    )
+    first, decides = next(iter(rows)), report["judges"][0]
+    few = f"{steps[0]} step{'s' if steps[0] != '1' else ''}"
     lines = [
-        f"Frechet distance (lower is better; features `{options['features']}`, {options['num_samples']:,} samples at "
-        "gamma = 0), mean ± standard deviation over the seeds of training. The last columns are numbers of steps.",
+        f"Target: the distance {table['target']:.4f} in {few} that {first} reaches at the end, after "
+        f"{table['seconds']:,.0f} seconds and {table['teacher_evaluations']:,.0f} images through the teacher "
+        f"({judges[decides]}, {options['num_samples']:,} samples at gamma = 0). Mean ± standard deviation over the seeds "
+        "of training.",
         "",
     ]
-    for axis in ("iteration", "seconds"):
-        lines += [f"At equal {AXES[axis]}, {common[axis]:,.0f}:", ""]
+    head = ["", "runs", "iterations to the target", "seconds", f"of {first}'s", "teacher evaluations", f"of {first}'s"]
+    lines += table_lines(
+        head,
+        [
+            [
+                name,
+                str(row["runs"]),
+                cell_or_dash(row["target"]["iteration"]),
+                cell_or_dash(row["target"]["seconds"]),
+                cell_or_dash(row["share_of_seconds"]),
+                cell_or_dash(row["target"]["teacher_evaluations"]),
+                cell_or_dash(row["share_of_evaluations"]),
+            ]
+            for name, row in rows.items()
+        ],
+    )
+    places = {
+        "at_target": "Where the target is reached",
+        "at_a_third": f"After a third of {first}'s seconds, {table['seconds'] / 3:,.0f}",
+        "at_the_end": "At the end of each run",
+    }
+    for (place, words), (judge, judged) in itertools.product(places.items(), judges.items()):
+        lines += [f"{words}, by numbers of steps. {judged}:", ""]
+        head = ["", *(["seconds"] if place == "at_the_end" else []), *steps]
         cells = []
         for name, row in rows.items():
-            measured = [row["milliseconds_per_iteration"], row["teacher_evaluations_per_image"], *row[axis].values()]
-            cells.append([name, str(row["runs"]), *(cell(value) if value else "-" for value in measured)])
-        lines += table_lines(["", "runs", "ms per iteration", "teacher evaluations per image", *names], cells)
-    first, *others = rows
-    if others:  # at the evaluations that all variants reach, those that ask the teacher most have hardly begun
-        lines += [f"At equal {AXES['teacher_evaluations']}, as many as both a variant and {first} reach:", ""]
-        cells = []
-        for name in others:
-            beside = rows[name]["beside_first"]
-            pairs = [value for n in steps for value in beside["distances"][n]]
-            cells.append([name, f"{beside['value']:,.0f}", *(cell(value) if value else "-" for value in pairs)])
-        head = [words + of for words in names for of in ("", f", {first}")]
-        lines += table_lines(["", AXES["teacher_evaluations"], *head], cells)
+            seconds = [cell(row["seconds"])] if place == "at_the_end" else []
+            cells.append([name, *seconds, *(cell_or_dash(row[place] and row[place][n][judge]) for n in steps)])
+        lines += table_lines(head, cells)
+    lines += ["Options:", ""]
+    shared = report["curves"][first][0]["options"]
+    lines += [f"- {name}: {command(options, runs[0]['options'], shared)}" for name, runs in report["curves"].items()]
     lines += [
-        f"- {options['max_train_steps']:,} iterations per run, measured every {options['eval_every']}. Between "
-        "measurements, distances lie on a line in the logarithm.",
+        "",
+        f"- Measured every {options['eval_every']} iterations. Between measurements, what a judge says lies on a line "
+        "in its logarithm. '-': not reached, or not measured there.",
+        f"- Paired error: root mean squared difference of {options['paired_samples']} images from the teacher's own "
+        "from the same noise, in [-1, 1].",
         f"- Seconds: iterations times the median of {options['timing_rounds']} timings of {options['timing_steps']} "
-        "iterations that ask the teacher as often as the runs do on average. The time before the adversarial stage and "
-        "the time in it are measured apart. All variants in turn, "
+        "iterations or more, which ask the teacher as often as the run does on average. Each stage, and the filling of "
+        "a pool, is timed apart. All variants in turn, "
         f"on {report['hardware']['device']}, {options['threads']} thread(s).",
-        "- '-': the variant's runs end, or are first measured, beyond that point.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def plot(curves: dict[str, list[dict]], steps: str):
-    """study.png: distance in `steps` steps against each axis, a line per variant, a band from best to worst seed."""
+def plot(curves: dict[str, list[dict]], steps: str, judge: str, target: float):
+    """study.png: what a judge says in `steps` steps against each axis, a line per variant, a band from best to worst."""
     figure, axes = new_figure(15, 5.2, columns=3, dpi=110, sharey=True)
     for place, (axis, words) in zip(axes, AXES.items()):
         for number, (name, runs) in enumerate(curves.items()):
             style, color = ("-", "--", ":")[number // len(PALETTE) % 3], PALETTE[number % len(PALETTE)]
             rows = list(zip(*(run["points"] for run in runs)))
             across = [statistics.fmean(point[axis] for point in row) for row in rows]
-            values = [[point["frechet"][steps] for point in row] for row in rows]
+            values = [[point["judged"][steps][judge] for point in row] for row in rows]
             mean = [statistics.geometric_mean(row) for row in values]
             place.fill_between(across, list(map(min, values)), list(map(max, values)), color=color, alpha=0.08)
             place.plot(across, mean, style, color=color, marker="o", markersize=3, linewidth=1.4, label=name)
+        place.axhline(target, color="black", linewidth=0.8, linestyle=":")
         place.set(xlabel=words, yscale="log")
         place.grid(alpha=0.3, which="both")
     axes[0].set_ylabel(f"Frechet distance, {steps} step{'s' if steps != '1' else ''}")
@@ -294,7 +380,7 @@ def main(config: StudyConfig) -> dict:
             raise UserError(f"--only {name} is no variant of {config.variants}; it has {', '.join(variants)}.")
     wanted = [(name, seed) for seed in config.seeds for name in config.only or variants]
     measure = Measure(config, train_ctm.CTMConfig(**next(iter(variants.values()))))
-    with tqdm(total=len(wanted) * config.max_train_steps, unit="iteration") as progress:
+    with tqdm(total=sum(variants[name]["max_train_steps"] for name, _ in wanted), unit="iteration") as progress:
         for name, seed in wanted:
             progress.set_description(f"{name}, seed {seed}")
             folder = os.path.join(config.output_dir, f"{name}-seed{seed}")
@@ -305,10 +391,10 @@ def main(config: StudyConfig) -> dict:
     for name, runs in curves.items():
         for point in itertools.chain.from_iterable(curve["points"] for curve in runs):
             point["seconds"] = seconds_until(point["iteration"], timed[name])
-    seconds = {name: seconds_per_iteration(parts) for name, parts in timed.items()}
-    table = tabulate(curves, seconds, config.eval_steps)
-    report = {**facts(config, torch.device("cpu")), "curves": curves, "table": table}
-    figure = plot(curves, str(config.eval_steps[0]))
+    points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
+    table = leaderboard(points, config.eval_steps, config.judges)
+    report = {**facts(config, torch.device("cpu")), "judges": config.judges, "curves": curves, "table": table}
+    figure = plot(curves, str(config.eval_steps[0]), config.judges[0], table["target"])
     write_report(config.output_dir, "study", report, markdown(table, report), {"study": figure})
     return report
 

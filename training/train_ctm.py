@@ -206,8 +206,8 @@ def make_adversary(
     )
 
 
-def main(config: CTMConfig, on_step: Callable[[int], None] | None = None) -> str:
-    """Distill, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(step)`."""
+def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None) -> str:
+    """Distill, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(run)`."""
     dataset = load_images(config)
     number_classes_as_before(dataset, config)
     torch.manual_seed(config.seed)

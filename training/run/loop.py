@@ -52,7 +52,7 @@ class TrainingRun:
         sample_settings: name and `CTMPipeline.__call__` options of each grid drawn during training.
         revisions: the commits that were loaded of the teacher and of the one that guides it, by their options, for the
             record.
-        on_step: called with the number of steps done after each step, when it has been logged, sampled and saved.
+        on_step: called with the run after each step, when it has been logged, sampled and saved.
 
     Attributes:
         network: the wrapped network. `bare_network` is the same without wrapping.
@@ -71,7 +71,7 @@ class TrainingRun:
         make_pipeline: Callable[[torch.nn.Module], CTMPipeline],
         sample_settings: dict[str, dict],
         revisions: dict[str, str | None] | None = None,
-        on_step: Callable[[int], None] | None = None,
+        on_step: "Callable[[TrainingRun], None] | None" = None,
     ):
         self.options, self.dataset, self.make_pipeline, self.on_step = options, dataset, make_pipeline, on_step
         self.accelerator = make_accelerator(options)
@@ -268,7 +268,7 @@ class TrainingRun:
                 self.save_checkpoint()
                 self._save_due = False
         if self.on_step is not None:
-            self.on_step(step)
+            self.on_step(self)
         if signum and not last:
             self._stop(signum)
 

@@ -1,11 +1,16 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Curves of several runs, compared at equal iterations, seconds and teacher evaluations."""
+"""Curves of several runs: when each reaches a distance, and how far each is at equal cost."""
 
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from ..report.numbers import summary
+
+
+# A point of a curve: "iteration", "seconds", "teacher_evaluations", and "judged": by number of steps, by judge.
+Point = dict[str, Any]
 
 
 def seconds_until(iteration: int, phases: list[dict[str, Any]]) -> float:
@@ -17,59 +22,85 @@ def seconds_until(iteration: int, phases: list[dict[str, Any]]) -> float:
     return total
 
 
-def seconds_per_iteration(phases: list[dict[str, Any]]) -> list[float]:
-    """The mean over a whole run of timed `phases`, one value for each round of timing."""
-    iterations = [phase["iterations"] for phase in phases]
-    rounds = zip(*(phase["seconds"] for phase in phases))
-    return [sum(n * seconds for n, seconds in zip(iterations, row)) / sum(iterations) for row in rounds]
+def between(before: Point, after: Point, share: float, axis: str) -> float:
+    return before[axis] + share * (after[axis] - before[axis])
 
 
-def at(points: list[dict], axis: str, value: float, steps: str) -> float | None:
-    """Distance where `axis` reaches `value`: on a line in its logarithm between measurements, None beyond them."""
-    if value > points[-1][axis] * (1 + 1e-9) or value < points[0][axis]:
+def judged_at(points: list[Point], axis: str, value: float, steps: str, judge: str) -> float | None:
+    """What `judge` says of `steps` steps where `axis` reaches `value`; None beyond the measurements.
+
+    Between two of them it lies on a line in its logarithm.
+    """
+    if value > points[-1][axis] * (1 + 1e-9) or value < points[0][axis] * (1 - 1e-9):
         return None
     for before, after in zip([points[0], *points], points):
         if after[axis] >= value * (1 - 1e-9):
-            low, high = math.log(before["frechet"][steps]), math.log(after["frechet"][steps])
+            low, high = (math.log(point["judged"][steps][judge]) for point in (before, after))
             share = 1.0 if after is before else (value - before[axis]) / (after[axis] - before[axis])
             return math.exp(low + min(share, 1.0) * (high - low))
     return None
 
 
-def distance_at(runs: list[list[dict]], axis: str, value: float, steps: str) -> dict | None:
-    """The summary of `at` over runs; None where one of them does not go."""
-    distances = [at(points, axis, value, steps) for points in runs]
-    return None if None in distances else summary(distances)
+def reached(points: list[Point], distance: float, steps: str, judge: str) -> dict[str, float] | None:
+    """Where a curve first comes down to `distance`: its iteration, seconds and teacher evaluations; None if never."""
+    for before, after in zip([points[0], *points], points):
+        low, high = (math.log(point["judged"][steps][judge]) for point in (before, after))
+        if high <= math.log(distance) + 1e-9:
+            share = 1.0 if after is before or low == high else (low - math.log(distance)) / (low - high)
+            return {
+                axis: between(before, after, share, axis) for axis in ("iteration", "seconds", "teacher_evaluations")
+            }
+    return None
 
 
-def tabulate(curves: dict[str, list[dict]], seconds: dict[str, list[float]], eval_steps: list[int]) -> dict[str, Any]:
-    """The table of a study: the time per iteration of each variant, and its distances.
+def over_seeds(values: Iterable[float | None]) -> dict | None:
+    """The `summary` over runs; None where one of them has no value."""
+    values = list(values)
+    return None if None in values else summary(values)
 
-    Distances are those at the iterations and seconds that all reach, and those at the teacher evaluations that a
-    variant and the first one reach, beside the distances of the first.
+
+def leaderboard(curves: dict[str, list[list[Point]]], eval_steps: list[int], judges: list[str]) -> dict[str, Any]:
+    """The table of a study. The first variant is what the others are measured by.
+
+    The target is the mean of what the first judge says of the first variant's last point, in the fewest steps. Each
+    row has the cost of reaching it, what every judge says there, and what they say after a third of the first
+    variant's time and at the row's own end.
 
     Args:
-        curves: the runs of each variant, the first variant first.
-        seconds: per iteration of each variant, one value for each round of timing.
-        eval_steps: the numbers of sampling steps.
+        curves: the points of the runs of each variant, the first variant first.
+        eval_steps: the numbers of sampling steps, in rising order.
+        judges: their names, the first decides.
     """
-    points = {name: [curve["points"] for curve in runs] for name, runs in curves.items()}
-    last = [run[-1] for runs in points.values() for run in runs]
-    common = {axis: min(point[axis] for point in last) for axis in ("iteration", "seconds")}
-    first, steps = next(iter(points.values())), list(map(str, eval_steps))
+    first, steps = next(iter(curves.values())), list(map(str, eval_steps))
+    target = statistics.fmean(run[-1]["judged"][steps[0]][judges[0]] for run in first)
+    whole = statistics.fmean(run[-1]["seconds"] for run in first)
+    asked = statistics.fmean(run[-1]["teacher_evaluations"] for run in first)
     rows = {}
-    for name, runs in points.items():
-        evaluations = [
-            run[-1]["teacher_evaluations"] / run[-1]["iteration"] / curve["options"]["train_batch_size"]
-            for run, curve in zip(runs, curves[name])
-        ]
-        value = min(run[-1]["teacher_evaluations"] for run in (*runs, *first))
-        pairs = {n: [distance_at(each, "teacher_evaluations", value, n) for each in (runs, first)] for n in steps}
+    for name, runs in curves.items():
+        arrivals = [reached(run, target, steps[0], judges[0]) for run in runs]
+        arrived = None not in arrivals
+
+        def judged(places: list[tuple[str, float]]) -> dict[str, dict[str, dict | None]]:
+            return {
+                n: {
+                    judge: over_seeds(judged_at(run, *place, n, judge) for run, place in zip(runs, places))
+                    for judge in judges
+                }
+                for n in steps
+            }
+
         rows[name] = {
             "runs": len(runs),
-            "milliseconds_per_iteration": summary([1000 * value for value in seconds[name]]),
-            "teacher_evaluations_per_image": summary(evaluations),
-            **{axis: {n: distance_at(runs, axis, common[axis], n) for n in steps} for axis in common},
-            "beside_first": {"value": value, "distances": pairs},
+            "target": {
+                axis: summary([arrival[axis] for arrival in arrivals]) if arrived else None
+                for axis in ("iteration", "seconds", "teacher_evaluations")
+            },
+            "share_of_seconds": summary([each["seconds"] / whole for each in arrivals]) if arrived else None,
+            "share_of_evaluations": summary([e["teacher_evaluations"] / asked for e in arrivals]) if arrived else None,
+            "at_target": judged([("iteration", each["iteration"]) for each in arrivals]) if arrived else None,
+            "at_a_third": judged([("seconds", whole / 3)] * len(runs)),
+            "at_the_end": judged([("iteration", run[-1]["iteration"]) for run in runs]),
+            "seconds": summary([run[-1]["seconds"] for run in runs]),
+            "teacher_evaluations": summary([run[-1]["teacher_evaluations"] for run in runs]),
         }
-    return {"common": common, "rows": rows}
+    return {"target": target, "seconds": whole, "teacher_evaluations": asked, "rows": rows}

@@ -92,5 +92,5 @@ def step_times(main: Callable, config: RunOptions, steps: int) -> list[float]:
             report_to="none",
             resume_from_checkpoint=None,
         )
-        main(quiet, on_step=lambda step: marks.append(time.perf_counter()))
+        main(quiet, on_step=lambda run: marks.append(time.perf_counter()))
     return marks

@@ -280,29 +280,25 @@ def cell_or_dash(values: dict | None) -> str:
     return cell(values) if values else "-"
 
 
-def command(config: dict[str, Any], options: dict[str, Any], shared: dict[str, Any]) -> str:
-    """The options of a variant beside those that all have, as they stand on a command line."""
-    own = {name: value for name, value in options.items() if shared.get(name) != value}
-    words = [
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in own.items()
-    ]
-    return f"`{' '.join(words)}`" if words else "the base"
+def on_command_line(options: dict[str, Any]) -> str:
+    """Options as one types them."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in values.items())
 
 
 def markdown(table: dict[str, Any], report: dict) -> str:
     """study.md."""
     options, rows = report["options"], table["rows"]
     steps = list(map(str, options["eval_steps"]))
-    judges = dict(
-        zip(report["judges"], [*(f"Frechet distance, `{name}`" for name in options["features"]), "Paired error"])
-    )
+    names = [*(f"Frechet distance, `{name}`" for name in options["features"]), "Paired error"]
+    judges = dict(zip(report["judges"], names))
     first, decides = next(iter(rows)), report["judges"][0]
     few = f"{steps[0]} step{'s' if steps[0] != '1' else ''}"
     lines = [
         f"Target: the distance {table['target']:.4f} in {few} that {first} reaches at the end, after "
         f"{table['seconds']:,.0f} seconds and {table['teacher_evaluations']:,.0f} images through the teacher "
-        f"({judges[decides]}, {options['num_samples']:,} samples at gamma = 0). Mean ± standard deviation over the seeds "
-        "of training.",
+        f"({judges[decides]}, {options['num_samples']:,} samples at gamma = 0). Mean ± standard deviation over the "
+        "seeds of training.",
         "",
     ]
     head = ["", "runs", "iterations to the target", "seconds", f"of {first}'s", "teacher evaluations", f"of {first}'s"]
@@ -334,9 +330,12 @@ def markdown(table: dict[str, Any], report: dict) -> str:
             seconds = [cell(row["seconds"])] if place == "at_the_end" else []
             cells.append([name, *seconds, *(cell_or_dash(row[place] and row[place][n][judge]) for n in steps)])
         lines += table_lines(head, cells)
-    lines += ["Options:", ""]
     shared = report["curves"][first][0]["options"]
-    lines += [f"- {name}: {command(options, runs[0]['options'], shared)}" for name, runs in report["curves"].items()]
+    lines += [f"A row is `python -m training.train_ctm` with the options of {options['variants']}. {first} has:", ""]
+    lines += [f"`{on_command_line(shared)}`", "", "The others have besides:", ""]
+    for name, (run, *_) in report["curves"].items():
+        own = {entry: value for entry, value in run["options"].items() if shared.get(entry) != value}
+        lines += [f"- {name}: `{on_command_line(own)}`"] if own else []
     lines += [
         "",
         f"- Measured every {options['eval_every']} iterations. Between measurements, what a judge says lies on a line "
@@ -352,7 +351,7 @@ def markdown(table: dict[str, Any], report: dict) -> str:
 
 
 def plot(curves: dict[str, list[dict]], steps: str, judge: str, target: float):
-    """study.png: what a judge says in `steps` steps against each axis, a line per variant, a band from best to worst."""
+    """study.png: what a judge says in `steps` steps against each cost, a line per variant, a band over the seeds."""
     figure, axes = new_figure(15, 5.2, columns=3, dpi=110, sharey=True)
     for place, (axis, words) in zip(axes, AXES.items()):
         for number, (name, runs) in enumerate(curves.items()):

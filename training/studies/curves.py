@@ -12,6 +12,8 @@ from ..report.numbers import summary
 # A point of a curve: "iteration", "seconds", "teacher_evaluations", and "judged": by number of steps, by judge.
 Point = dict[str, Any]
 
+COSTS = ("iteration", "seconds", "teacher_evaluations")
+
 
 def seconds_until(iteration: int, phases: list[dict[str, Any]]) -> float:
     """The seconds that the first iterations of a run of timed `phases` take, by the median of each phase."""
@@ -20,10 +22,6 @@ def seconds_until(iteration: int, phases: list[dict[str, Any]]) -> float:
         iterations = min(iteration, phase["iterations"])
         total, iteration = total + iterations * statistics.median(phase["seconds"]), iteration - iterations
     return total
-
-
-def between(before: Point, after: Point, share: float, axis: str) -> float:
-    return before[axis] + share * (after[axis] - before[axis])
 
 
 def judged_at(points: list[Point], axis: str, value: float, steps: str, judge: str) -> float | None:
@@ -47,9 +45,7 @@ def reached(points: list[Point], distance: float, steps: str, judge: str) -> dic
         low, high = (math.log(point["judged"][steps][judge]) for point in (before, after))
         if high <= math.log(distance) + 1e-9:
             share = 1.0 if after is before or low == high else (low - math.log(distance)) / (low - high)
-            return {
-                axis: between(before, after, share, axis) for axis in ("iteration", "seconds", "teacher_evaluations")
-            }
+            return {axis: before[axis] + share * (after[axis] - before[axis]) for axis in COSTS}
     return None
 
 
@@ -75,31 +71,30 @@ def leaderboard(curves: dict[str, list[list[Point]]], eval_steps: list[int], jud
     target = statistics.fmean(run[-1]["judged"][steps[0]][judges[0]] for run in first)
     whole = statistics.fmean(run[-1]["seconds"] for run in first)
     asked = statistics.fmean(run[-1]["teacher_evaluations"] for run in first)
+
+    def judged(runs: list[list[Point]], places: list[tuple[str, float]]) -> dict[str, dict[str, dict | None]]:
+        """By number of steps, by judge, at a place of each run."""
+        return {
+            n: {
+                judge: over_seeds(judged_at(run, *place, n, judge) for run, place in zip(runs, places))
+                for judge in judges
+            }
+            for n in steps
+        }
+
     rows = {}
     for name, runs in curves.items():
         arrivals = [reached(run, target, steps[0], judges[0]) for run in runs]
         arrived = None not in arrivals
 
-        def judged(places: list[tuple[str, float]]) -> dict[str, dict[str, dict | None]]:
-            return {
-                n: {
-                    judge: over_seeds(judged_at(run, *place, n, judge) for run, place in zip(runs, places))
-                    for judge in judges
-                }
-                for n in steps
-            }
-
         rows[name] = {
             "runs": len(runs),
-            "target": {
-                axis: summary([arrival[axis] for arrival in arrivals]) if arrived else None
-                for axis in ("iteration", "seconds", "teacher_evaluations")
-            },
+            "target": {axis: summary([arrival[axis] for arrival in arrivals]) if arrived else None for axis in COSTS},
             "share_of_seconds": summary([each["seconds"] / whole for each in arrivals]) if arrived else None,
             "share_of_evaluations": summary([e["teacher_evaluations"] / asked for e in arrivals]) if arrived else None,
-            "at_target": judged([("iteration", each["iteration"]) for each in arrivals]) if arrived else None,
-            "at_a_third": judged([("seconds", whole / 3)] * len(runs)),
-            "at_the_end": judged([("iteration", run[-1]["iteration"]) for run in runs]),
+            "at_target": judged(runs, [("iteration", each["iteration"]) for each in arrivals]) if arrived else None,
+            "at_a_third": judged(runs, [("seconds", whole / 3)] * len(runs)),
+            "at_the_end": judged(runs, [("iteration", run[-1]["iteration"]) for run in runs]),
             "seconds": summary([run[-1]["seconds"] for run in runs]),
             "teacher_evaluations": summary([run[-1]["teacher_evaluations"] for run in runs]),
         }

@@ -15,7 +15,7 @@ from .cli.options import POSITIVE, Checked, option, run_program
 from .measure.reports import facts, write_report
 from .report.numbers import cell, summary
 from .studies.meters import Counter, peak_memory, seconds_of
-from .studies.steps import ADVERSARIAL, TRAINING, Problem, Step, restored, same_result
+from .studies.steps import ADVERSARIAL, TRAINING, PooledStep, Problem, Step, restored, same_result
 
 
 PARTS = ("training", "adversarial", "sampling")
@@ -93,6 +93,7 @@ def measure_training(config: BenchmarkConfig, device: torch.device, steps: dict[
     for name in steps:  # once for caches, compilation and the allocator
         run(name, strata[-1], 0)
     seconds = {name: [] for name in steps}
+    pooled = [name for name, step in steps.items() if isinstance(step, PooledStep)]
     for round_number in tqdm(
         range(config.rounds), desc="Adversarial steps" if problem.adversarial else "Training steps", unit="round"
     ):
@@ -103,10 +104,18 @@ def measure_training(config: BenchmarkConfig, device: torch.device, steps: dict[
                 spent[name] += run(name, k, 100 * round_number + number, lambda step: seconds_of(step, device))
         for name in steps:
             seconds[name].append(spent[name] / len(strata))
+        if pooled:  # each step's share of the refreshes
+            with config.autocast(device):
+                share = seconds_of(problem.refresh_pool, device) / problem.pool.options.pool_refresh
+            for name in pooled:
+                seconds[name][-1] += share
     rows = {}
     for name in steps:
         counts = count_passes(problem, lambda name=name: [run(name, k, seed) for seed, k in enumerate(strata)])
         images = len(strata) * config.batch_size
+        if name in pooled:
+            refresh = count_passes(problem, problem.refresh_pool)["teacher"]["without_graph"]
+            counts["teacher"]["without_graph"] += refresh * len(strata) / problem.pool.options.pool_refresh
         rows[name] = {
             "images": {kind: {way: n / images for way, n in ways.items()} for kind, ways in counts.items()},
             "peak_memory": peak_memory(lambda name=name: run(name, strata[-1], 0), device),

@@ -4,7 +4,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,8 +27,10 @@ from ..objective.ctm import ctm
 from ..objective.distances import l2_distance
 from ..objective.jumps import Jumps, noised, student_images
 from ..objective.losses import Adversary, ScoreMatching, training_loss
+from ..objective.pool import PoolOptions, TrajectoryPool
+from ..objective.regression import regression
 from ..objective.solvers import SOLVERS, TargetOptions
-from ..objective.times import TimeSampler, draw_half_lognormal_sigma
+from ..objective.times import Times, TimeSampler, draw_half_lognormal_sigma
 from ..run.averages import EMA
 from ..run.compiling import compile_network
 
@@ -103,6 +105,45 @@ class Problem:
             solver=lambda x, levels, labels: SOLVERS["heun"].solve(self.denoise, x, levels),
         )
         return jumps, ScoreMatching(noised(x_0, sigma, dsm_noise), sigma, x_0)
+
+    @functools.cached_property
+    def pool(self) -> TrajectoryPool:
+        """A pool of one trajectory for each sample, filled."""
+        sampler, own = TimeSampler(self.num_train_timesteps), [slice(0, self.batch_size)]
+        options = PoolOptions(pool_size=self.batch_size)
+        pool = TrajectoryPool(options, SOLVERS["heun"], sampler, self.batch_size, own, self.device)
+        self.pool_step = 0
+        self._draw(pool, "soft")
+        return pool
+
+    def _draw(self, pool: TrajectoryPool, matching: str) -> tuple[Times, torch.Tensor, torch.Tensor]:
+        size = (self.batch_size, 3, self.resolution, self.resolution)
+        sampler = TimeSampler(self.num_train_timesteps, matching=matching)
+        times, x_t, x_u, _ = pool.draw(
+            self.pool_step,
+            slice(0, self.batch_size),
+            torch.zeros(size, device=self.device),
+            None,
+            lambda: torch.randn(size, device=self.device),
+            lambda x, sigma, labels: self.denoise(x, sigma),
+            sampler,
+            torch.Generator().manual_seed(self.pool_step),
+        )
+        return times, x_t, x_u
+
+    def from_pool(self, jumps: Jumps, matching: str) -> Jumps:
+        """`jumps` from states of the pool, without a refresh."""
+        pool = self.pool
+        self.pool_step += 1
+        times, x_t, x_u = self._draw(pool, matching)
+        self.pool_step -= 1
+        return replace(jumps, times=times, x_t=x_t, known_x_u=x_u)
+
+    def refresh_pool(self) -> None:
+        """What one step in `pool.options.pool_refresh` does besides."""
+        pool = self.pool
+        self.pool_step += pool.options.pool_refresh
+        self._draw(pool, "soft")
 
     def strata(self, count: int) -> list[int]:
         """The numbers of solver steps in the middle of `count` equally probable parts of P(k) ~ k."""
@@ -196,13 +237,15 @@ def plain_discriminator_step(problem: Problem, jumps: Jumps, score_matching: Sco
     return {"discriminator": loss.item()}
 
 
-def our_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, torch.Tensor]:
+def our_step(
+    problem: Problem, jumps: Jumps, score_matching: ScoreMatching, objective: Callable = ctm
+) -> dict[str, torch.Tensor]:
     """The step of `training.train_ctm`."""
     adversary = None
     if problem.judge is not None:
         adversary = Adversary(functools.partial(generator_loss, problem.judge), generator_weight)
     loss = training_loss(
-        functools.partial(ctm, options=TargetOptions()),
+        functools.partial(objective, options=TargetOptions()),
         jumps,
         last_weight=lambda: problem.student.last_layer.weight,
         score_matching=score_matching,
@@ -224,6 +267,22 @@ def solved_by(solver: str) -> Step:
     return step
 
 
+@dataclass(frozen=True)
+class PooledStep:
+    """Our step from a pool, whose refreshes are measured apart.
+
+    Args:
+        objective: ctm or regression.
+        matching: of its times.
+    """
+
+    objective: Callable
+    matching: str
+
+    def __call__(self, problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, torch.Tensor]:
+        return our_step(problem, problem.from_pool(jumps, self.matching), score_matching, self.objective)
+
+
 def our_discriminator_step(problem: Problem, jumps: Jumps, score_matching: ScoreMatching) -> dict[str, torch.Tensor]:
     """The discriminator's turn of `training.train_ctm`."""
     loss = discriminator_loss(problem.judge, score_matching.target, student_images(jumps))
@@ -243,6 +302,8 @@ TRAINING: dict[str, Step] = {
     "exact": our_step,
     "--solver unipc": solved_by("unipc"),
     "--solver dpm": solved_by("dpm"),
+    "--pool_size": PooledStep(ctm, "soft"),
+    "--objective regression --pool_size": PooledStep(regression, "global"),
 }
 ADVERSARIAL: dict[str, Step] = {
     "plain": both(plain_step, plain_discriminator_step),

@@ -31,7 +31,11 @@ def test_exact_step_is_the_plain_one_and_less_work(tmp_path):
     assert report["solver_steps"] == [3]
     images = {name: row["images"] for name, row in report["variants"].items()}
     teacher = {name: counts["teacher"]["without_graph"] for name, counts in images.items()}
-    assert teacher == {"plain": 6, "exact": 6, "--solver unipc": 4, "--solver dpm": 3}
+    refresh = 2 * 4 / 16  # Heun on 5 levels, once in 16 steps
+    pooled = {"--pool_size": refresh, "--objective regression --pool_size": refresh}
+    assert teacher == {"plain": 6, "exact": 6, "--solver unipc": 4, "--solver dpm": 3, **pooled}
+    regression = images["--objective regression --pool_size"]
+    assert regression["student"]["backward"] == 2 and regression["average"] == dict.fromkeys(regression["average"], 0)
     plain, exact = images["plain"], images["exact"]
     assert plain["student"] == {"without_graph": 0, "with_graph": 2, "backward": 2} == exact["student"]
     assert plain["average"] == {"without_graph": 2, "with_graph": 1, "backward": 2}

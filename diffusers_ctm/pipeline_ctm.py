@@ -23,7 +23,7 @@ from .provenance import GENERATED, fresh_seeds, png_text, run_records
 from .runs import own_run, runs_of, show_run
 from .safety import check_safety_checker, without_unsafe
 from .scheduling_karras import default_num_steps, jumps, preconditioning_of
-from .two_times import image_size
+from .two_times import image_size, input_dtype, input_layer
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 
@@ -298,7 +298,7 @@ class CTMPipeline(DiffusionPipeline):
     def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
         ids = label_ids(labels, self.num_classes, self.config.id2label)
-        if untrained := sorted(set(ids) - set(self.classes)):
+        if untrained := sorted(set(ids).difference(self.classes)):
             logging.get_logger(__name__).warning(
                 f"The network had no image of the classes {untrained} in training, so that their images mean nothing. "
                 f"It was trained on {self.classes}."
@@ -344,6 +344,11 @@ class CTMPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The first sample x_T: `draw_latents` times the scheduler's `init_noise_sigma`."""
         return self.draw_latents(batch_size, device, generator, latents, size) * self.scheduler.init_noise_sigma
+
+    @property
+    def _execution_device(self) -> torch.device:
+        layer = input_layer(self.unet)
+        return super()._execution_device if layer is None else layer.weight.device
 
     @property
     def interrupt(self) -> bool:
@@ -417,7 +422,7 @@ class CTMPipeline(DiffusionPipeline):
         """
         scheduler, finite, scales, replaced = self.scheduler, [], [], []
         guided, moved = guidance is not None and guidance.scale != 0, []
-        timestep_factor, dtype = self._match_scheduler(), self.unet.dtype
+        timestep_factor, dtype = self._match_scheduler(), input_dtype(self.unet)
         targets = scheduler.target_timesteps if jumps(scheduler) else None
         labels = condition(class_labels)
         self._num_timesteps = len(scheduler.timesteps)
@@ -472,7 +477,8 @@ class CTMPipeline(DiffusionPipeline):
         latents, flags = without_unsafe(self, latents, denormalize)
         seeds = None if self._interrupt else self._seeds
         records = run_records(self, len(latents), class_labels, seeds, {**self._guided_by, **provenance})
-        images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
+        each = None if denormalize else [False] * len(latents)  # None takes all at once
+        images = self.image_processor.postprocess(latents, output_type, each)
         if output_type == "pil" and self.config.add_provenance:
             for image, record in zip(images, records):
                 image.info.update(png_text(record))

@@ -5,6 +5,22 @@ import torch
 from torch import nn
 
 
+def input_layer(network: nn.Module) -> nn.Module | None:
+    """The layer that a sample enters; None if a hook moves or casts its weights, or if the network names no layer so.
+
+    It says at once where and in which dtype a sample is expected. diffusers walks through all modules for that.
+    """
+    layer = getattr(network, "conv_in", None)
+    hooks = ("_diffusers_hook", "_hf_hook")  # diffusers' and accelerate's
+    return None if any(hasattr(module, hook) for module in (network, layer) for hook in hooks) else layer
+
+
+def input_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype of the samples that `network` takes."""
+    layer = input_layer(network)
+    return network.dtype if layer is None else layer.weight.dtype
+
+
 def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
     """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError if it is an integer."""
     timestep = torch.as_tensor(timestep, device=sample.device)

@@ -194,7 +194,8 @@ class CTMScheduler(KarrasSchedulerMixin):
         if end >= config.sigma_max:
             raise ValueError(f"{name}={end:g} must lie below sigma_max={config.sigma_max:g}, where sampling starts.")
         t = self._start_levels(num_inference_steps, timesteps, sigmas, end)
-        t_next = torch.cat([t[1:], t.new_tensor([end])])
+        levels = torch.cat([t, t.new_tensor([end])])
+        t_next = levels[1:]
 
         if targets is None:
             gamma = config.gamma if gamma is None else gamma
@@ -216,7 +217,7 @@ class CTMScheduler(KarrasSchedulerMixin):
             s[-1], noise_std[-1] = end, 0.0
 
         self.num_inference_steps = len(t)
-        self.sigmas = torch.cat([t, t_next[-1:]]).to(torch.float32)
+        self.sigmas = levels.to(torch.float32)
         self.gammas = gammas.to(torch.float32)
         self.target_sigmas = s.to(torch.float32)
         self.noise_std = noise_std.to(torch.float32)

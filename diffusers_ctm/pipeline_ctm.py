@@ -24,7 +24,7 @@ from .provenance import GENERATED, fresh_seeds, png_text, run_records
 from .runs import own_run, runs_of, show_run
 from .safety import check_safety_checker, without_unsafe
 from .scheduling_karras import default_num_steps, jumps, preconditioning_of
-from .two_times import image_size, input_dtype, input_layer
+from .two_times import image_size, input_dtype, input_weight
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 
@@ -360,8 +360,8 @@ class CTMPipeline(DiffusionPipeline):
 
     @property
     def _execution_device(self) -> torch.device:
-        layer = input_layer(self.unet)
-        return super()._execution_device if layer is None else layer.weight.device
+        weight = input_weight(self.unet)
+        return super()._execution_device if weight is None else weight.device
 
     @property
     def interrupt(self) -> bool:
@@ -442,6 +442,7 @@ class CTMPipeline(DiffusionPipeline):
         scheduler.set_begin_index(0)  # else it waits for the device to look the first timestep up
         show_run(self)
 
+        # diffusers makes a bar also to hide it
         hidden = getattr(self, "_progress_bar_config", {}).get("disable")
         with contextlib.nullcontext() if hidden else self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):

@@ -5,20 +5,22 @@ import torch
 from torch import nn
 
 
-def input_layer(network: nn.Module) -> nn.Module | None:
-    """The layer that a sample enters; None if a hook moves or casts its weights, or if the network names no layer so.
+def input_weight(network: nn.Module) -> torch.Tensor | None:
+    """The weight of the layer that a sample enters, which says at once where and in which dtype a sample is expected.
 
-    It says at once where and in which dtype a sample is expected. diffusers walks through all modules for that.
+    None if a hook moves or casts the weights, or if the network names no layer so. Then diffusers knows, by a walk
+    through all modules.
     """
     layer = getattr(network, "conv_in", None)
     hooks = ("_diffusers_hook", "_hf_hook")  # diffusers' and accelerate's
-    return None if any(hasattr(module, hook) for module in (network, layer) for hook in hooks) else layer
+    hooked = any(hasattr(module, hook) for module in (network, layer) for hook in hooks)
+    return None if hooked else getattr(layer, "weight", None)
 
 
 def input_dtype(network: nn.Module) -> torch.dtype:
     """The dtype of the samples that `network` takes."""
-    layer = input_layer(network)
-    return network.dtype if layer is None else layer.weight.dtype
+    weight = input_weight(network)
+    return network.dtype if weight is None else weight.dtype
 
 
 def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:

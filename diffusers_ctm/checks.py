@@ -117,16 +117,16 @@ class NotFiniteError(ValueError):
         )
 
 
-def all_finite(x: torch.Tensor) -> torch.Tensor:
-    """Whether `x`, float32 or wider, has no NaN or infinite value: a 0-d tensor, for `check_finite`.
+def sum_of(x: torch.Tensor) -> torch.Tensor:
+    """The sum of `x`, float32 or wider: a 0-d tensor, for `check_finite`.
 
-    Its sum tells it, at a small part of what `isfinite` on each value costs.
+    It is NaN or infinite if a value is, and costs a small part of `isfinite` on each.
     """
-    return x.detach().sum().isfinite()
+    return x.detach().sum()
 
 
 def check_finite(
-    finite: Sequence[torch.Tensor],
+    sums: Sequence[torch.Tensor],
     levels: Sequence[torch.Tensor | float],
     unit: str = "step",
     source: str = "The network",
@@ -134,10 +134,10 @@ def check_finite(
     """Raise NotFiniteError for the first step that gave NaN or infinite values. Waits for the device once.
 
     Args:
-        finite: whether the values of each step were finite, 0-d tensors on the device.
+        sums: `sum_of` the values of each step, 0-d tensors on the device.
         levels: noise levels of each step, numbers or tensors.
     """
-    seen = torch.stack(list(finite)).tolist() if finite else []
-    if not all(seen):
-        first = seen.index(False)
+    finite = [math.isfinite(value) for value in torch.stack(list(sums)).tolist()] if sums else []
+    if not all(finite):
+        first = finite.index(False)
         raise NotFiniteError(f"in {unit} {first + 1} of {len(levels)}", levels[first], source)

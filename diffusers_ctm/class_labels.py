@@ -32,9 +32,10 @@ def label_ids(
     labels = [labels] if isinstance(labels, (Number, str)) else labels
     if not isinstance(labels, Sequence):
         raise ValueError(f"class_labels must be a number, a name or a list of these, got {labels!r}.")
-    find, ids = finder(id2label or {}), []
+    find, ids = None, []
     for label in labels:
         if isinstance(label, str):
+            find = find or finder(id2label or {})
             numbers = find(label)
             if not numbers:
                 known = ", ".join(sorted(map(str, (id2label or {}).values()), key=str.lower))

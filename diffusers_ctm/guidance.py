@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import NotFiniteError, all_finite, as_number, check_choice, check_differentiable
+from .checks import NotFiniteError, as_number, check_choice, check_differentiable, sum_of
 from .preconditioning import condition
 from .scheduling_karras import preconditioning_of
 
@@ -271,7 +271,7 @@ def guided_output(
             loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
         finally:
             _NUM_CLASSES.reset(token)
-        network_finite = all_finite(model_output) & all_finite(seen)
+        network_finite = (sum_of(model_output) + sum_of(seen)).isfinite()
         gradient, moved = _gradient(loss, seen, x, t, network_finite, scheduler)
     weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
     return model_output.detach() - weight / float(preconditioning.scalings(level)[1]) * gradient, moved

@@ -19,13 +19,13 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import (
-    all_finite,
     as_float64,
     check_choice,
     check_count,
     check_differentiable,
     check_finite,
     check_positive,
+    sum_of,
 )
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
@@ -137,11 +137,11 @@ def log_likelihood(
     dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
     clean = (_on_grid(clean) if dequantize else clean).to(device=device, dtype=dtype)
     exact = exact_denoiser(pipe, **pipeline_condition(pipe, class_labels, len(clean), device))
-    finite, seen = [], []
+    sums, seen = [], []
 
     def denoiser(x, sigma):
         denoised = exact(x, sigma)
-        finite.append(all_finite(denoised))  # looked at once, at the end
+        sums.append(sum_of(denoised))  # looked at once, at the end
         seen.append(sigma)
         return denoised
 
@@ -167,7 +167,7 @@ def log_likelihood(
             try:
                 solution = ode_log_density(denoiser, x, probes, config.sigma_data, rtol=rtol, atol=atol, **levels)
             except RuntimeError:
-                check_finite(finite, seen, "evaluation")
+                check_finite(sums, seen, "evaluation")
                 raise
             estimates.append(solution.log_density)
             nfe += solution.nfe
@@ -192,7 +192,7 @@ def log_likelihood(
             backward_passes += 0 if probes is None else num_probes
     pipe.maybe_free_model_hooks()
     if method == "elbo":  # the solver may leave the region where the network is finite, and come back
-        check_finite(finite, seen, "evaluation")
+        check_finite(sums, seen, "evaluation")
 
     # 4. Summarize
     log_density = torch.stack(estimates).cpu().double()  # (draws, probes, B)

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """CTMPipeline: noise to images; its network as a denoiser."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -13,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import all_finite, called_back, check_callback, check_count, check_finite, check_output_type
+from .checks import called_back, check_callback, check_count, check_finite, check_output_type, sum_of
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
 from .hub import component_library, remove_weights_loaded_first, write_loading_code
@@ -23,7 +24,7 @@ from .provenance import GENERATED, fresh_seeds, png_text, run_records
 from .runs import own_run, runs_of, show_run
 from .safety import check_safety_checker, without_unsafe
 from .scheduling_karras import default_num_steps, jumps, preconditioning_of
-from .two_times import image_size
+from .two_times import image_size, input_dtype, input_weight
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 
@@ -36,6 +37,12 @@ def _with_components_last(signature: inspect.Signature, names: Sequence[str]) ->
     component = {"default": inspect.Parameter.empty, "kind": inspect.Parameter.KEYWORD_ONLY}
     parameters = [p.replace(**component) if p.name in names else p for p in signature.parameters.values()]
     return signature.replace(parameters=sorted(parameters, key=lambda p: p.kind))
+
+
+@functools.cache
+def _signature_keys(cls: type, pipeline_class: type) -> tuple[list[str], list[str]]:
+    """Names of the components of a pipeline, and of its other arguments, as diffusers finds them."""
+    return super(CTMPipeline, cls)._get_signature_keys(pipeline_class)
 
 
 class CTMPipeline(DiffusionPipeline):
@@ -186,6 +193,12 @@ class CTMPipeline(DiffusionPipeline):
         remove_weights_loaded_first(os.path.join(save_directory, "unet"), safe_serialization, variant)
         super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
 
+    @classmethod
+    def _get_signature_keys(cls, obj) -> tuple[list[str], list[str]]:
+        # diffusers reads the signature of `__init__` anew in each call.
+        components, options = _signature_keys(cls, obj if isinstance(obj, type) else type(obj))
+        return list(components), list(options)
+
     # Checks ---------------------------------------------------------------------------------------------------------
 
     def _match_scheduler(self) -> float:
@@ -298,7 +311,7 @@ class CTMPipeline(DiffusionPipeline):
     def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
         ids = label_ids(labels, self.num_classes, self.config.id2label)
-        if untrained := sorted(set(ids) - set(self.classes)):
+        if untrained := sorted(set(ids).difference(self.classes)):
             logging.get_logger(__name__).warning(
                 f"The network had no image of the classes {untrained} in training, so that their images mean nothing. "
                 f"It was trained on {self.classes}."
@@ -344,6 +357,11 @@ class CTMPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The first sample x_T: `draw_latents` times the scheduler's `init_noise_sigma`."""
         return self.draw_latents(batch_size, device, generator, latents, size) * self.scheduler.init_noise_sigma
+
+    @property
+    def _execution_device(self) -> torch.device:
+        weight = input_weight(self.unet)
+        return super()._execution_device if weight is None else weight.device
 
     @property
     def interrupt(self) -> bool:
@@ -415,16 +433,18 @@ class CTMPipeline(DiffusionPipeline):
 
         Raises NotFiniteError for a network that gives NaN or infinite values.
         """
-        scheduler, finite, scales, replaced = self.scheduler, [], [], []
+        scheduler, sums, scales, replaced = self.scheduler, [], [], []
         guided, moved = guidance is not None and guidance.scale != 0, []
-        timestep_factor, dtype = self._match_scheduler(), self.unet.dtype
+        timestep_factor, dtype = self._match_scheduler(), input_dtype(self.unet)
         targets = scheduler.target_timesteps if jumps(scheduler) else None
         labels = condition(class_labels)
         self._num_timesteps = len(scheduler.timesteps)
         scheduler.set_begin_index(0)  # else it waits for the device to look the first timestep up
         show_run(self)
 
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        # diffusers makes a bar also to hide it
+        hidden = getattr(self, "_progress_bar_config", {}).get("disable")
+        with contextlib.nullcontext() if hidden else self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(scheduler.timesteps):
                 if self._interrupt:
                     break
@@ -446,14 +466,15 @@ class CTMPipeline(DiffusionPipeline):
                     kept = latents.clone()
                     latents = called_back(callback_on_step_end, self, i, t, latents)
                     replaced.append(~torch.isclose(latents, kept, rtol=0, atol=0, equal_nan=True).all())
-                finite.append(all_finite(latents))  # looked at once, at the end, as `replaced`
-                progress_bar.update()
+                sums.append(sum_of(latents))  # looked at once, at the end, as `replaced`
+                if progress_bar is not None:
+                    progress_bar.update()
         source = "The network"
         if replaced and torch.stack(replaced).any():
             self._seeds, source = None, "The network, or the callback,"  # these seeds do not make these images
         if set(scales) - {1}:
             self._guided_by["guidance_scale"] = scales[0] if len(set(scales)) == 1 else scales
-        check_finite(finite, getattr(scheduler, "call_sigmas", scheduler.sigmas)[: self._num_timesteps], source=source)
+        check_finite(sums, getattr(scheduler, "call_sigmas", scheduler.sigmas)[: self._num_timesteps], source=source)
         if moved and not any(moved):
             logging.get_logger(__name__).warning(
                 "The gradient of the guidance loss was 0 for every image at every step, so that nothing was guided. "
@@ -472,7 +493,8 @@ class CTMPipeline(DiffusionPipeline):
         latents, flags = without_unsafe(self, latents, denormalize)
         seeds = None if self._interrupt else self._seeds
         records = run_records(self, len(latents), class_labels, seeds, {**self._guided_by, **provenance})
-        images = self.image_processor.postprocess(latents, output_type, [denormalize] * len(latents))
+        each = None if denormalize else [False] * len(latents)  # None takes all at once
+        images = self.image_processor.postprocess(latents, output_type, each)
         if output_type == "pil" and self.config.add_provenance:
             for image, record in zip(images, records):
                 image.info.update(png_text(record))

@@ -9,13 +9,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 
 from .checks import (
-    all_finite,
     as_float64,
     called_back,
     check_callback,
     check_count,
     check_finite,
     check_output_type,
+    sum_of,
 )
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
@@ -192,7 +192,7 @@ class CTMInversionPipeline(CTMPipeline):
         """Heun's method from `x` at the first of `levels` to the last, in either direction."""
         check_callback(callback, callback_inputs, self._callback_tensor_inputs)
         denoiser = exact_denoiser(self, **condition)
-        starts, finite = levels[:-1], []
+        starts, sums = levels[:-1], []
         levels = levels.to(device=x.device, dtype=x.dtype)
         self._num_timesteps = 2 * len(starts)
         show_run(self)
@@ -204,9 +204,9 @@ class CTMInversionPipeline(CTMPipeline):
                 if callback is not None:
                     show_run(self)
                     x = called_back(callback, self, i, self.scheduler.sigma_to_t(t_next), x)
-                finite.append(all_finite(x))  # looked at once, at the end
+                sums.append(sum_of(x))  # looked at once, at the end
                 progress_bar.update()
-        check_finite(finite, starts, source="The network" if callback is None else "The network, or the callback,")
+        check_finite(sums, starts, source="The network" if callback is None else "The network, or the callback,")
         return x
 
 

@@ -127,7 +127,8 @@ class EDMPrediction(Prediction):
 
     def scalings(self, sigma, p):
         total = sigma**2 + p.sigma_data**2
-        return p.sigma_data**2 / total, sigma * p.sigma_data / total.sqrt(), 1 / total.sqrt()
+        root = total.sqrt()
+        return p.sigma_data**2 / total, sigma * p.sigma_data / root, 1 / root
 
     def c_noise(self, level, p):
         return p.timestep_scale / 4 * torch.log(level)

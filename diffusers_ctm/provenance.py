@@ -2,6 +2,7 @@
 """How an image was made, written into its PNG file: that it is synthetic, by which model, with which numbers."""
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -20,6 +21,7 @@ from PIL import Image, PngImagePlugin
 from .files import written_aside
 from .preconditioning import Preconditioning
 from .scheduling_karras import jumps
+from .two_times import input_dtype
 from .version import __version__
 
 
@@ -239,12 +241,12 @@ def fresh_seeds(generator: torch.Generator | list[torch.Generator] | None) -> di
     return {"seed": seed} if device.type == "cpu" else {"seed": seed, "generator": device.type}
 
 
-def _options_of(scheduler: Any) -> dict[str, Any]:
-    """The numbers of a scheduler's config that a run depends on beside its levels, its gamma and the network's own."""
+@functools.cache
+def _option_names(scheduler_class: type) -> list[str]:
+    """Names of the numbers in a scheduler's config that a run depends on, beside those that its record names itself."""
     known = {field.name for field in dataclasses.fields(Preconditioning)}
     known = known - {"sigma_min"} | {"num_train_timesteps", "gamma", "final_sigma", "presets"}
-    names = inspect.signature(type(scheduler).__init__).parameters
-    return {name: scheduler.config[name] for name in names if name in scheduler.config and name not in known}
+    return [name for name in inspect.signature(scheduler_class.__init__).parameters if name not in known]
 
 
 def _as_written(values: torch.Tensor) -> list[float]:
@@ -277,7 +279,7 @@ def run_records(
         seeds: `fresh_seeds` of the run's generator; None if it does not decide the images.
         changes: values that replace those of the scheduler's run.
     """
-    scheduler = pipe.scheduler
+    scheduler, config, dtype = pipe.scheduler, pipe.scheduler.config, input_dtype(pipe.unet)
     model, revision = _model_and_revision(pipe)
     record = {
         "digital_source_type": pipe._digital_source_type,
@@ -289,16 +291,18 @@ def run_records(
         "num_inference_steps": scheduler.num_inference_steps,
         "gamma": _as_written(scheduler.gammas) if jumps(scheduler) else None,
         "sigmas": _as_written(scheduler.sigmas.float().cpu()),
-        "scheduler_config": _options_of(scheduler),
-        "dtype": None if pipe.unet.dtype == torch.float32 else str(pipe.unet.dtype).removeprefix("torch."),
+        "scheduler_config": {name: config[name] for name in _option_names(type(scheduler)) if name in config},
+        "dtype": None if dtype == torch.float32 else str(dtype).removeprefix("torch."),
         **changes,
     }
+    record = {name: value for name, value in record.items() if value is not None}
+    labels = None if class_labels is None else class_labels.tolist()  # one transfer
     records = []
     for i in range(count):
-        image = {"class_label": None if class_labels is None else int(class_labels[i])}
+        image = {} if labels is None else {"class_label": labels[i]}
         if isinstance(seeds, list):
             image |= seeds[i]
         elif seeds:
             image |= {**seeds, "batch_index": i, "batch_size": count}
-        records.append({name: value for name, value in {**record, **image}.items() if value is not None})
+        records.append({**record, **image})
     return records

@@ -194,7 +194,8 @@ class CTMScheduler(KarrasSchedulerMixin):
         if end >= config.sigma_max:
             raise ValueError(f"{name}={end:g} must lie below sigma_max={config.sigma_max:g}, where sampling starts.")
         t = self._start_levels(num_inference_steps, timesteps, sigmas, end)
-        t_next = torch.cat([t[1:], t.new_tensor([end])])
+        levels = torch.cat([t, t.new_tensor([end])])
+        t_next = levels[1:]
 
         if targets is None:
             gamma = config.gamma if gamma is None else gamma
@@ -202,19 +203,21 @@ class CTMScheduler(KarrasSchedulerMixin):
             if gammas.ndim > 0 and gammas.shape != t.shape:
                 raise ValueError(f"gamma must be a number or a list with one value per step ({len(t)}), got {gamma!r}.")
             gammas = gammas.expand_as(t)
-            if not ((gammas >= 0) & (gammas <= 1)).all():
+            if not all(0 <= value <= 1 for value in gammas.tolist()):
                 raise ValueError(
                     f"gamma must lie in [0, 1] (0: deterministic, 1: consistency-model multistep), got {gamma!r}."
                 )
-            s, noise_std = gamma_split(t_next, gammas, config.sigma_min)
+            s, noise_std = t_next.clone(), torch.zeros_like(t_next)
+            if len(t) > 1:  # the last step, often the only one, leads to its end without noise
+                s[:-1], noise_std[:-1] = gamma_split(t_next[:-1], gammas[:-1], config.sigma_min)
         else:
             s = self._reachable(targets, t_next)
             noise_std = ((t_next - s) * (t_next + s)).sqrt()
             gammas = gamma_of_split(t_next, s, config.sigma_min)
-        s[-1], noise_std[-1] = end, 0.0
+            s[-1], noise_std[-1] = end, 0.0
 
         self.num_inference_steps = len(t)
-        self.sigmas = torch.cat([t, t_next[-1:]]).to(torch.float32)
+        self.sigmas = levels.to(torch.float32)
         self.gammas = gammas.to(torch.float32)
         self.target_sigmas = s.to(torch.float32)
         self.noise_std = noise_std.to(torch.float32)

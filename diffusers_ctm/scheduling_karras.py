@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Base of both schedulers, and the abilities that a scheduler declares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     timesteps: torch.Tensor
     call_sigmas: torch.Tensor
+    _preconditioning: tuple[Mapping, Preconditioning] | None = None  # the config that was read last, and its numbers
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
@@ -69,7 +70,10 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     @property
     def preconditioning(self) -> Preconditioning:
         """The config's numbers as functions g, D and G of a network."""
-        return Preconditioning.from_config(self.config)
+        config = self.config  # never changed in place: `register_to_config` makes a new one
+        if self._preconditioning is None or self._preconditioning[0] is not config:
+            self._preconditioning = (config, Preconditioning.from_config(config))
+        return self._preconditioning[1]
 
     @property
     def init_noise_sigma(self) -> float:

@@ -59,6 +59,8 @@ def karras_starts(
     levels, it ends at sigma_min and the last step leads from there to 0, as in Karras et al. 2022, Algorithm 1; a
     single step leads from sigma_max.
     """
+    if num_steps == 1:
+        return torch.tensor([sigma_max], dtype=torch.float64, device="cpu")
     if end == 0:
         return karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64)
     return karras_sigmas(num_steps + 1, end, sigma_max, rho, dtype=torch.float64)[:-1]

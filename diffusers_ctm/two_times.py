@@ -5,6 +5,24 @@ import torch
 from torch import nn
 
 
+def input_weight(network: nn.Module) -> torch.Tensor | None:
+    """The weight of the layer that a sample enters, which says at once where and in which dtype a sample is expected.
+
+    None if a hook moves or casts the weights, or if the network names no layer so. Then diffusers knows, by a walk
+    through all modules.
+    """
+    layer = getattr(network, "conv_in", None)
+    hooks = ("_diffusers_hook", "_hf_hook")  # diffusers' and accelerate's
+    hooked = any(hasattr(module, hook) for module in (network, layer) for hook in hooks)
+    return None if hooked else getattr(layer, "weight", None)
+
+
+def input_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype of the samples that `network` takes."""
+    weight = input_weight(network)
+    return network.dtype if weight is None else weight.dtype
+
+
 def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) -> torch.Tensor:
     """`timestep` as a float tensor of shape (B,) on the device of `sample`. Raises ValueError if it is an integer."""
     timestep = torch.as_tensor(timestep, device=sample.device)

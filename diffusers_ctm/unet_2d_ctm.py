@@ -59,9 +59,8 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
             raise ValueError(f"from_unet starts from a diffusers UNet2DModel, not from {type(unet).__name__}.")
         return start_as(cls.from_config(config_of(unet)), unet)
 
-    def _conditioning(self, timestep, target_timestep, class_labels) -> torch.Tensor:
+    def _conditioning(self, timestep, target_timestep, class_labels, dtype) -> torch.Tensor:
         """[embedding of time and class, embedding of the target time], shape (B, 2 * embedding width)."""
-        dtype = self.dtype  # walks through all modules
         embedding = self.time_embedding(self.time_proj(timestep).to(dtype))
         target_embedding = self.target_time_embedding(self.time_proj(target_timestep).to(dtype))
         if self.class_embedding is not None:
@@ -98,7 +97,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
             sample = 2 * sample - 1.0
         timestep = float_time(timestep, sample, "timestep")
         target = timestep if target_timestep is None else float_time(target_timestep, sample, "target_timestep")
-        emb = self._conditioning(timestep, target, class_labels)
+        emb = self._conditioning(timestep, target, class_labels, sample.dtype)
 
         # From here on as in UNet2DModel.
         skip_sample = sample

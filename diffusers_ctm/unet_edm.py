@@ -223,9 +223,9 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             vector = vector * (torch.rand(batch_size, 1, device=vector.device) >= self.config.label_dropout)
         return vector * math.sqrt(count)
 
-    def _conditioning(self, timestep, target_timestep, class_labels, augment_labels) -> torch.Tensor:
+    def _conditioning(self, timestep, target_timestep, class_labels, augment_labels, dtype) -> torch.Tensor:
         """The embedding of the time, or [time, target time]; class and augmentation are in both. Shape (B, width)."""
-        condition, dtype = 0, self.dtype  # which walks through all modules
+        condition = 0
         if self.class_embedding is not None:
             vector = self._class_vector(class_labels, timestep)
             condition = condition + self.class_embedding(vector.to(dtype))
@@ -273,7 +273,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         if target_timestep is not None and not self.has_target_time:
             raise ValueError("target_timestep was given, but this network has no target time (target_time=False)")
         target = timestep if target_timestep is None else float_time(target_timestep, sample, "target_timestep")
-        temb = self._conditioning(timestep, target, class_labels, augment_labels)
+        temb = self._conditioning(timestep, target, class_labels, augment_labels, sample.dtype)
 
         image = sample
         sample = self.conv_in(sample)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import all_finite, check_count, check_finite
+from .checks import check_count, check_finite, sum_of
 from .class_labels import labels_and_batch_size
 from .pipeline_ctm import CTMPipeline
 from .preconditioning import condition
@@ -175,19 +175,19 @@ def steps_gamma_grid(
     states = [unit * scheduler.init_noise_sigma for scheduler in runs]
     noises = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in runs]
 
-    finite, levels = [], []
+    sums, levels = [], []
     for i in range(max(steps)):
         active = [k for k, scheduler in enumerate(runs) if i < scheduler.num_inference_steps]
         inputs = torch.cat([runs[k].scale_model_input(states[k], runs[k].timesteps[i]) for k in active]).to(dtype)
         times = [torch.stack([getattr(runs[k], name)[i] for k in active]) for name in ("timesteps", "target_timesteps")]
         labels = condition(None if class_labels is None else class_labels.expand(len(active)))
         outputs = unet(inputs, *times, **labels, return_dict=False)[0].to(states[0].dtype)
-        finite.append(all_finite(outputs))
+        sums.append(sum_of(outputs))
         levels.append(torch.stack([runs[k].call_sigmas[i] for k in active]))
         for k, output in zip(active, outputs.split(1), strict=True):
             states[k] = runs[k].step(output, runs[k].timesteps[i], states[k], noises[k], return_dict=False)[0]
 
-    check_finite(finite, levels)
+    check_finite(sums, levels)
     images = without_unsafe(pipe, torch.cat(states))[0]
     pipe.maybe_free_model_hooks()
     return [

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Measure the cost of training and sampling as ratios, both sides in one run: `python -m training.benchmark`."""
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from .studies.steps import ADVERSARIAL, TRAINING, PooledStep, Problem, Step, res
 
 
 PARTS = ("training", "adversarial", "sampling")
+
+BARE, HEUN = "bare network, 1 evaluation", "CTMPipeline, Heun, 18 steps"
 
 
 @dataclass
@@ -54,7 +57,14 @@ class BenchmarkConfig(Checked):
         "Training steps in a round: their numbers k of solver steps stand for as many equally probable parts of P(k).",
         must_be=POSITIVE,
     )
-    sampling_batch_size: int = option(64, "Images of a sampling call.", must_be=POSITIVE)
+    sampling_batch_size: int = option(
+        64, "Images of a sampling call; calls for one image are measured too.", must_be=POSITIVE
+    )
+    sampling_calls: int = option(
+        80,
+        "Sampling calls of each kind in a round, whose median counts; a tenth of them in 18 Heun steps.",
+        must_be=POSITIVE,
+    )
     threads: int = option(1, "CPU threads. Times with more threads are noisy.", must_be=POSITIVE)
     device: str = option("auto", "'cpu', 'cuda', ..., or 'auto': a GPU if there is one.")
     mixed_precision: str = option("no", "'no' or 'bf16' (autocast).", ["no", "bf16"])
@@ -140,78 +150,93 @@ def count_passes(problem: Problem, run: Callable[[], object]) -> dict[str, dict[
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
-def sampling_calls(config: BenchmarkConfig, device: torch.device) -> dict[str, tuple[Callable, int]]:
-    """The calls that are compared, and the network evaluations of each."""
+def small_network() -> CTMUNet2DModel:
+    """A network of the shapes of the digits', 0.88 M parameters and images of 8x8, with random weights."""
     torch.manual_seed(0)
-    width = 2 * config.channels
-    network = CTMUNet2DModel.from_unet(
+    return CTMUNet2DModel.from_unet(
         UNet2DModel(
-            sample_size=config.resolution,
-            block_out_channels=(width, 2 * width),
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=8,
-            attention_head_dim=8,
+            attention_head_dim=32,
+            resnet_time_scale_shift="scale_shift",
+            num_class_embeds=10,
         )
     )
-    network.to(device, memory_format=torch.channels_last).eval()
+
+
+def sampling_calls(device: torch.device, batch_size: int) -> dict[str, Callable]:
+    """The calls that are compared, by name, on one small network."""
+    network = small_network().to(device).eval()
     ctm, heun = CTMPipeline(network, CTMScheduler()), CTMPipeline(network, EDMHeunScheduler())
     consistency = ConsistencyModelPipeline(network, CMStochasticIterativeScheduler())
     for pipe in (ctm, heun, consistency):
         pipe.set_progress_bar_config(disable=True)
-    batch = config.sampling_batch_size
-    sample = torch.randn(batch, 3, config.resolution, config.resolution, device=device)
-    time = torch.full((batch,), 1.0, device=device)
-    options = {"batch_size": batch, "output_type": "pt"}
+    sample, time = torch.randn(batch_size, 1, 8, 8, device=device), torch.ones(batch_size, device=device)
+    labels = [k % 10 for k in range(batch_size)]
+    condition = {"class_labels": torch.tensor(labels, device=device)}
+    options = {"batch_size": batch_size, "class_labels": labels, "output_type": "pt"}
 
     @torch.no_grad()
     def bare():
-        return network(sample, time, 0.5 * time, return_dict=False)[0]
+        return network(sample, time, 0.5 * time, **condition, return_dict=False)[0]
 
     return {
-        "bare network, 1 evaluation": (bare, 1),
-        "CTMPipeline, 1 step": (lambda: ctm(**options), 1),
-        "ConsistencyModelPipeline, 1 step": (lambda: consistency(**options), 1),
-        "CTMPipeline, 4 steps, gamma 0.5": (lambda: ctm(num_inference_steps=4, gamma=0.5, **options), 4),
-        "CTMPipeline, Heun, 18 steps": (lambda: heun(num_inference_steps=18, **options), 35),
+        BARE: bare,
+        "CTMPipeline, 1 step": lambda: ctm(**options),
+        "ConsistencyModelPipeline, 1 step": lambda: consistency(**options),
+        "CTMPipeline, 4 steps, gamma 0.5": lambda: ctm(num_inference_steps=4, gamma=0.5, **options),
+        HEUN: lambda: heun(num_inference_steps=18, **options),
     }
 
 
-def measure_sampling(config: BenchmarkConfig, device: torch.device) -> dict:
-    """Ratios of time.
+def measure_sampling(config: BenchmarkConfig, device: torch.device) -> dict[str, dict]:
+    """Ratios of time for one image, and for a batch of `--sampling_batch_size`, by "batch B".
 
     CTMPipeline to the network calls that it makes and to diffusers' pipeline of consistency models, and 18 Heun steps
-    of the teacher to one step.
+    of the teacher to one step. The ratio of a round is that of the medians of its calls.
     """
-    calls = sampling_calls(config, device)
-    seconds = {name: [] for name in calls}
-    with config.autocast(device):
-        for round_number in tqdm(range(config.rounds + 1), desc="Sampling", unit="round"):
-            spent = {name: [] for name in calls}
-            for repeat in range(3):
-                for name in list(calls) if repeat % 2 else list(calls)[::-1]:
-                    call, evaluations = calls[name]
-                    if evaluations <= 4 or repeat == 0:
-                        spent[name].append(seconds_of(call, device))
-            if round_number > 0:  # the first warms up
+    report = {}
+    for batch_size in sorted({1, config.sampling_batch_size}):
+        calls = sampling_calls(device, batch_size)
+        rounds = {name: [] for name in calls}
+        with config.autocast(device):
+            for call in calls.values():  # once for caches, threads and the allocator
+                call()
+            for _ in tqdm(range(config.rounds), desc=f"Sampling, batch {batch_size}", unit="round"):
+                spent = {name: [] for name in calls}
+                for repeat in range(config.sampling_calls):
+                    for name in list(calls) if repeat % 2 else list(calls)[::-1]:
+                        if name != HEUN or repeat % 10 == 0:
+                            spent[name].append(seconds_of(calls[name], device))
                 for name, values in spent.items():
-                    seconds[name].append(sum(values) / len(values))
-    bare, one, consistency, four, heun = seconds.values()
+                    rounds[name].append(statistics.median(values))
+        report[f"batch {batch_size}"] = {
+            "ratios": sampling_ratios(rounds),
+            "seconds": {name: summary(values) for name, values in rounds.items()},
+        }
+    return report
+
+
+def sampling_ratios(rounds: dict[str, list[float]]) -> dict[str, dict]:
+    """The ratios of the report, from the median seconds of each call in each round."""
+    bare, one, consistency, four, heun = rounds.values()
 
     def ratio(over: list[float], under: list[float], evaluations: int = 1) -> dict:
         return summary([a / (evaluations * b) for a, b in zip(over, under)])
 
     return {
-        "batch_size": config.sampling_batch_size,
-        "ratios": {
-            "CTMPipeline in 1 step over its network evaluation": ratio(one, bare),
-            "CTMPipeline in 4 steps at gamma 0.5 over its 4 network evaluations": ratio(four, bare, 4),
-            "CTMPipeline in 1 step over diffusers' ConsistencyModelPipeline in 1 step, same network": ratio(
-                one, consistency
-            ),
-            "18 Heun steps (35 evaluations) over CTMPipeline in 1 step": ratio(heun, one),
-        },
-        "seconds": {name: summary(values) for name, values in seconds.items()},
+        "CTMPipeline in 1 step over its network evaluation": ratio(one, bare),
+        "CTMPipeline in 4 steps at gamma 0.5 over its 4 network evaluations": ratio(four, bare, 4),
+        "CTMPipeline in 1 step over diffusers' ConsistencyModelPipeline in 1 step, same network": ratio(
+            one, consistency
+        ),
+        "18 Heun steps (35 evaluations) over CTMPipeline in 1 step": ratio(heun, one),
     }
 
 
@@ -274,8 +299,16 @@ def markdown(report: dict) -> str:
             "",
         ]
     if "sampling" in report:
-        lines += [f"Sampling, batch {report['sampling']['batch_size']}:", "", "| ratio of times | |", "|---|--:|"]
-        lines += [f"| {name} | {cell(values)} |" for name, values in report["sampling"]["ratios"].items()] + [""]
+        sampling = report["sampling"]
+        lines += [
+            "Sampling, a network as small as that of the digits, images as tensors:",
+            "",
+            f"| ratio of times | {' | '.join(sampling)} |",
+            f"|---|{'--:|' * len(sampling)}",
+        ]
+        for name in next(iter(sampling.values()))["ratios"]:
+            lines.append(f"| {name} | {' | '.join(cell(part['ratios'][name]) for part in sampling.values())} |")
+        lines.append("")
     lines.append(
         f"Ratios: mean ± standard deviation of {options['rounds']} rounds, both sides in turn, on "
         f"{report['hardware']['device']}, {report['hardware']['cpu_threads']} thread(s), "

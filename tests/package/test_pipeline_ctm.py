@@ -1,11 +1,13 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """CTMPipeline on exact networks, where the right image is known, and on tiny real ones."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -33,6 +35,7 @@ from diffusers_ctm import (
     trajectory_strip,
 )
 from diffusers_ctm.preconditioning import Preconditioning
+from diffusers_ctm.two_times import input_dtype
 from helpers.comparing import close, seeded
 from helpers.exact import ExactDenoiserNetwork, ExactNetwork, GaussianData, randn
 from helpers.tiny_networks import make_unet_2d
@@ -752,6 +755,60 @@ def test_offload_hooks(monkeypatch):
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: calls.append(len(pipe.unet.calls)))
     pipe(latents=latents(), num_inference_steps=3)
     assert calls == [3]  # once, after the last evaluation
+
+
+ONLOADED = torch.device("cpu:0")  # which is not what a weight on the CPU says
+HOOKS = {
+    "none": lambda unet: None,
+    "sequential offload": lambda unet: cpu_offload(unet, execution_device=torch.device("cpu")),
+    "offload of leaves": lambda unet: unet.enable_group_offload(ONLOADED, offload_type="leaf_level"),
+    "offload of blocks": lambda unet: unet.enable_group_offload(
+        ONLOADED, offload_type="block_level", num_blocks_per_group=1
+    ),
+    "casting": lambda unet: unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_device_and_dtype_of_a_call_are_those_that_diffusers_finds(make_unet, hook, dtype):
+    pipe = pipeline(make_unet().to(dtype))
+    HOOKS[hook](pipe.unet)
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe)
+    assert (pipe._execution_device == ONLOADED) == hook.startswith("offload")
+    assert input_dtype(pipe.unet) == pipe.unet.dtype == (torch.float32 if hook == "casting" else dtype)
+
+
+def test_a_call_does_not_walk_through_the_network(make_unet, monkeypatch):
+    """A walk takes a tenth of a small network's evaluation. diffusers takes one to tell a device or a dtype."""
+    pipe, walks = pipeline(make_unet(num_class_embeds=4)), []
+    walk = pipe.unet.named_modules
+    monkeypatch.setattr(pipe.unet, "named_modules", lambda *args, **more: walks.append(args) or walk(*args, **more))
+    for options in ({}, {"num_inference_steps": 3, "gamma": 0.5}):
+        pipe(class_labels=[0, 3], **options)
+    assert not walks
+    assert DiffusionPipeline._execution_device.fget(pipe) and walks  # which it would take
+
+
+@pytest.mark.parametrize("cls", [CTMPipeline, CTMImg2ImgPipeline, CTMInversionPipeline])
+def test_names_of_components_are_those_that_diffusers_finds(cls):
+    pipe = cls(exact_network(), CTMScheduler(sigma_data=0.6))
+    for asked in (cls, pipe):
+        expected = DiffusionPipeline._get_signature_keys.__func__(cls, asked)
+        for _ in range(2):
+            names = cls._get_signature_keys(asked)
+            assert tuple(names) == tuple(expected)
+            names[0].clear()  # a caller's own list
+
+
+def test_the_progress_bar_counts_network_evaluations_where_it_is_shown():
+    shown = {}
+    for hidden in (False, True):
+        file, pipe = io.StringIO(), pipeline()
+        pipe.set_progress_bar_config(file=file, disable=hidden)
+        pipe(num_inference_steps=3)
+        shown[hidden] = file.getvalue()
+    assert "3/3" in shown[False] and shown[True] == ""
 
 
 @pytest.mark.parametrize("loader", [CTMPipeline, DiffusionPipeline])

@@ -86,6 +86,16 @@ def test_saved_and_loaded_it_samples_the_same(cls, config, tmp_path):
 
 
 @BOTH
+def test_another_config_gives_another_preconditioning(cls):
+    scheduler = cls(sigma_data=0.5)
+    before = scheduler.preconditioning
+    assert scheduler.preconditioning == before
+    scheduler.register_to_config(sigma_data=0.7, timestep_scale=1000.0)
+    assert scheduler.preconditioning == cls(sigma_data=0.7, timestep_scale=1000.0).preconditioning != before
+    assert torch.equal(run(scheduler), run(cls(sigma_data=0.7, timestep_scale=1000.0)))
+
+
+@BOTH
 def test_tuple_holds_what_the_output_holds(cls):
     scheduler, x = cls(), randn(2, 3, 4, 4)
     results = []

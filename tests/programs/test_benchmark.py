@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from diffusers_ctm import CTMUNet2DModel
+from helpers.places import ROOT
 from training import benchmark
 from training.benchmark import BenchmarkConfig
 from training.cli.errors import UserError
@@ -20,6 +22,7 @@ TINY = {
     "rounds": 1,
     "device": "cpu",
     "sampling_batch_size": 2,
+    "sampling_calls": 2,
     "threads": torch.get_num_threads(),  # of the whole process
 }
 
@@ -86,10 +89,33 @@ def test_a_step_leaves_the_networks_as_they_were(step, trained):
 
 def test_sampling_ratios(tmp_path):
     report = benchmark.main(BenchmarkConfig(parts=["sampling"], output_dir=str(tmp_path), **TINY))
-    ratios = report["sampling"]["ratios"]
-    assert len(ratios) == 4 and all(values["mean"] > 0 for values in ratios.values())
-    heun = next(values["mean"] for name, values in ratios.items() if name.startswith("18 Heun"))
-    assert heun > 5  # 35 evaluations against one
+    assert list(report["sampling"]) == ["batch 1", "batch 2"]
+    for part in report["sampling"].values():
+        ratios = part["ratios"]
+        assert len(ratios) == 4 and all(values["mean"] > 0 for values in ratios.values())
+        heun = next(values["mean"] for name, values in ratios.items() if name.startswith("18 Heun"))
+        assert heun > 5  # 35 evaluations against one
+    heading = "| ratio of times | batch 1 | batch 2 |"
+    lines = (tmp_path / "benchmark.md").read_text().splitlines()
+    table = lines[lines.index(heading) :][:6]
+    assert all(line.count("|") == heading.count("|") for line in table[:1] + table[2:])
+    alone = BenchmarkConfig(parts=["sampling"], output_dir=str(tmp_path), **{**TINY, "sampling_batch_size": 1})
+    assert list(benchmark.main(alone)["sampling"]) == ["batch 1"]
+
+
+def test_ratios_of_sampling_are_those_of_times():
+    bare, one, consistency, four, heun = [1.0, 2.0], [1.2, 2.8], [1.6, 2.8], [4.8, 8.0], [36.0, 70.0]
+    calls = (bare, one, consistency, four, heun)
+    ratios = benchmark.sampling_ratios({str(k): values for k, values in enumerate(calls)})
+    expected = [[1.2, 1.4], [1.2, 1.0], [0.75, 1.0], [30.0, 25.0]]
+    for values, numbers in zip(ratios.values(), expected, strict=True):
+        assert values["by_seed"] == pytest.approx(numbers)
+
+
+def test_the_network_of_sampling_is_that_of_the_digits():
+    digits = CTMUNet2DModel.load_config(ROOT / "assets" / "digits-ctm" / "unet")
+    network = json.loads(benchmark.small_network().to_json_string())
+    assert {name: value for name, value in digits.items() if network[name] != value} == {}
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,15 @@ class EvaluateConfig(PairOptions):
     paired_samples: int = option(
         250,
         "Samples per seed that are compared with the teacher's own images from the same noise, where sampling is "
-        "deterministic; 0 is none. It needs --teacher.",
+        "deterministic; 0 is none.",
         must_be=NOT_NEGATIVE,
+        needs="teacher",
     )
     paired_steps: int = option(
-        PAIRED_STEPS, "Heun steps N of those images of the teacher; each costs 2N - 1 evaluations.", must_be=POSITIVE
+        PAIRED_STEPS,
+        "Heun steps N of those images of the teacher; each costs 2N - 1 evaluations.",
+        must_be=POSITIVE,
+        needs="teacher",
     )
 
     def __post_init__(self) -> None:
@@ -134,31 +138,8 @@ def main(config: EvaluateConfig) -> dict:
     judges = Judges(network, kept.statistics if reference is None else reference, config.kid)
     sampling = Sampling(pipelines, network, real_labels, num_samples, config.batch_size)
     settings = settings_of(pipelines, config.steps, config.gammas, config.teacher_steps)
-    has_pairs, unlike = "heun" in pipelines and config.paired_samples > 0, why_unlike(pipelines)
-    like = [setting for setting in settings if setting.sampler == "heun" or unlike is None]
-    paired = [setting for setting in like if setting.is_deterministic] if has_pairs else []
-    measured: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in settings}
-    seconds = dict.fromkeys(settings, 0.0)
     sampling.warm_up()
-    calls = sum(setting.nfe for setting in settings) * len(sampling.sizes)
-    if has_pairs:
-        pair_calls = sum(setting.nfe for setting in [Setting("heun", config.paired_steps), *paired])
-        calls += pair_calls * math.ceil(config.paired_samples / config.batch_size)
-    with tqdm(total=calls * len(config.seeds), unit="call") as progress:
-        for place, seed in enumerate(config.seeds):
-            for setting in settings:
-                progress.set_description(f"{num_samples:,} images: {setting.name}, seed {seed}")
-                features, spent = sampling.features(setting, seed, progress)
-                measured[setting].append(judges(features, sampling.labels[setting.sampler]))
-                seconds[setting] += spent
-            if has_pairs:
-                progress.set_description(f"{config.paired_samples:,} pairs with the teacher, seed {seed}")
-                labels = class_labels(pipelines["heun"].classes, real_labels, config.paired_samples)
-                amounts = config.paired_samples, seed, config.batch_size, config.paired_steps
-                error = PairedError(pipelines["heun"], labels, *amounts, networks[0], progress)
-                for setting in paired:
-                    measured[setting][place] |= error(pipelines[setting.sampler], setting, progress)
-    in_shares_of_the_teacher(measured, like)
+    measured, seconds, unlike = measure(config, sampling, judges, settings, networks[0], real_labels)
 
     first = next(iter(pipelines.values()))
     conditional = any(pipe.num_classes is not None for pipe in pipelines.values())
@@ -189,13 +170,50 @@ def main(config: EvaluateConfig) -> dict:
         "real_against_real": {}
         if dataset is None
         else judges.real_images(reference, num_samples, config.seeds, real_labels if conditional else None),
-        "notes": [*notes, *([unlike] if unlike else [])],
+        "notes": notes + unlike,
         "batch_sizes": sorted(set(sampling.sizes)),
         "seconds_in_all": time.perf_counter() - began,
     }
     pictures = {"evaluation": plot(report), "gammas": gammas_picture(config, pipelines)}
     write_report(config.output_dir, "evaluation", report, markdown(report), pictures)
     return report
+
+
+def measure(
+    config: EvaluateConfig,
+    sampling: Sampling,
+    judges: Judges,
+    settings: list[Setting],
+    network: torch.nn.Module,
+    real_labels: torch.Tensor | None,
+) -> tuple[dict[Setting, list[dict[str, float]]], dict[Setting, float], list[str]]:
+    """What is measured in each setting, by seed; the seconds that its samples took; notes on what is not measured."""
+    pipelines, unlike = sampling.pipelines, why_unlike(sampling.pipelines)
+    like = [setting for setting in settings if setting.sampler == "heun" or unlike is None]
+    has_pairs = "heun" in pipelines and config.paired_samples > 0
+    paired = [setting for setting in like if setting.is_deterministic] if has_pairs else []
+    measured: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in settings}
+    seconds = dict.fromkeys(settings, 0.0)
+    calls = sum(setting.nfe for setting in settings) * len(sampling.sizes)
+    if has_pairs:
+        truth = Setting("heun", config.paired_steps)
+        calls += sum(one.nfe for one in [truth, *paired]) * math.ceil(config.paired_samples / config.batch_size)
+    with tqdm(total=calls * len(config.seeds), unit="call") as progress:
+        for seed in config.seeds:
+            for setting in settings:
+                progress.set_description(f"{sum(sampling.sizes):,} images: {setting.name}, seed {seed}")
+                features, spent = sampling.features(setting, seed, progress)
+                measured[setting].append(judges(features, sampling.labels[setting.sampler]))
+                seconds[setting] += spent
+            if has_pairs:
+                progress.set_description(f"{config.paired_samples:,} pairs with the teacher, seed {seed}")
+                labels = class_labels(pipelines["heun"].classes, real_labels, config.paired_samples)
+                amounts = config.paired_samples, seed, config.batch_size, config.paired_steps
+                error = PairedError(pipelines["heun"], labels, *amounts, network, progress)
+                for setting in paired:
+                    measured[setting][-1] |= error(pipelines[setting.sampler], setting, progress)
+    in_shares_of_the_teacher(measured, like)
+    return measured, seconds, [unlike] if unlike else []
 
 
 def check_without_images(
@@ -217,14 +235,15 @@ def real_features(
     config: EvaluateConfig,
     kept: ReferenceFile | None,
     dataset: ImageDataset,
-    network: torch.nn.Module,
+    network: FeaturesSideBySide,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features and classes of all real images, which --reference may keep."""
+    """Features and classes of all real images. --reference may keep the features, if they are of one network."""
     if config.reference is None:
         workers = config.dataloader_num_workers
         return reference_features(dataset, network, config.batch_size, device, config.random_flip, workers)
-    features = kept_features(config.reference, kept, config, dataset, network, config.batch_size, device)
+    (one,) = network.networks
+    features = kept_features(config.reference, kept, config, dataset, one, config.batch_size, device)
     return features, dataset.labels()
 
 
@@ -278,7 +297,7 @@ def markdown(report: dict) -> str:
             *distance_table(report, "kernel"),
         ]
     judges, words = judges_table(report)
-    if judges:
+    if judges:  # shared statistics without a teacher say no more than the distance
         lines += ["", "Beside the distance, over the same seeds:", "", *judges]
     notes[5:5] = words
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"

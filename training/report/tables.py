@@ -44,7 +44,7 @@ def distance_table(report: dict, distance: str) -> list[str]:
 def judges_table(report: dict) -> tuple[list[str], list[str]]:
     """The lines of a table of all that is measured beside the first distances, and notes that explain its columns.
 
-    A row for each way to sample; both are empty where nothing is measured, as in reports of earlier versions.
+    A row for each way to sample, '-' where a number has no meaning.
     """
     options = report["options"]
     others = enumerate(report.get("other_features", []), start=2)
@@ -52,8 +52,8 @@ def judges_table(report: dict) -> tuple[list[str], list[str]]:
         (
             "precision",
             "precision",
-            "Precision: the share of samples that are nearer to a real image than its third nearest real image. "
-            "Recall: the share of real images that are so near to a sample (Kynkäänniemi et al. 2019).",
+            "Precision: the share of samples that are as near to a real image as the third nearest other real image. "
+            "Recall: likewise the share of real images, near to samples (Kynkäänniemi et al. 2019).",
         ),
         ("recall", "recall", ""),
         (
@@ -66,8 +66,8 @@ def judges_table(report: dict) -> tuple[list[str], list[str]]:
             "paired",
             "paired error",
             "Paired error: root mean squared error, of values in [-1, 1], to the teacher's own images from the same "
-            f"noise in {options.get('paired_steps')} Heun steps, {options.get('paired_samples'):,} per seed"
-            "; in features, of Euclidean distances. Only deterministic sampling has such images.",
+            f"noise in {options['paired_steps']} Heun steps, {options['paired_samples']:,} per seed; "
+            "in features, of Euclidean distances. Only deterministic sampling has such images.",
         ),
         ("paired_features", "paired error, features", ""),
     ]

@@ -5,6 +5,7 @@ python -m training.evaluate --model runs/digits/pipeline
 """
 
 import itertools
+import math
 import os
 import time
 from dataclasses import dataclass, fields
@@ -19,19 +20,19 @@ from diffusers_ctm.two_times import image_size
 from .cli.device import choose_device
 from .cli.errors import UserError
 from .cli.files import check_writable
-from .cli.options import FOLDER, POSITIVE, SEED, TWO_OR_MORE, UNIT, option, run_program
+from .cli.options import FOLDER, NOT_NEGATIVE, POSITIVE, SEED, UNIT, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset
-from .frozen.vectors import FEATURES_HELP, load_feature_network
+from .frozen.vectors import FEATURES_HELP, FeaturesSideBySide, load_feature_network
 from .measure.distances import (
     MOST_SAMPLES,
-    Distances,
     check_counts,
-    real_against_real,
     reference_features,
     what_is_compared,
 )
+from .measure.judges import Judges, in_shares_of_the_teacher
 from .measure.options import PairOptions
+from .measure.paired import PAIRED_STEPS, PairedError, why_unlike
 from .measure.reference import ReferenceFile, kept_features, read_reference
 from .measure.reports import facts, write_report
 from .measure.sampling import Sampling, Setting, class_labels, draw, settings_of
@@ -39,7 +40,7 @@ from .networks.pipelines import load_pipelines
 from .report.numbers import summaries
 from .report.pictures import captioned, tiles
 from .report.plots import PALETTE, new_figure, plain_ticks
-from .report.tables import distance_table, setting_name
+from .report.tables import distance_table, judges_table, setting_name
 
 
 @dataclass
@@ -66,12 +67,15 @@ class EvaluateConfig(PairOptions):
     num_samples: int | None = option(
         None,
         f"Images per setting and seed. Default: as many as there are reference images, at most {MOST_SAMPLES:,}.",
-        must_be=TWO_OR_MORE,
+        must_be=("4 or more", lambda value: value >= 4),  # precision and recall ask for a third neighbor
     )
     seeds: list[int] = option(
         [0, 1, 2], "Seeds; each is one measurement of every setting, from the same noise.", must_be=SEED
     )
-    features: str = option("digits", FEATURES_HELP)
+    features: list[str] = option(
+        ["digits"],
+        FEATURES_HELP + " Of further networks there is the Frechet distance alone: a second judge.",
+    )
     reference: str | None = option(
         None,
         "A file .npz with the mean `mu` and covariance `sigma` of real images' features, as others share them for FID: "
@@ -80,10 +84,30 @@ class EvaluateConfig(PairOptions):
         must_be=("a file .npz", lambda path: path.endswith(".npz")),
     )
     kid: bool = option(True, "Measure the kernel distance too.")
+    paired_samples: int = option(
+        250,
+        "Samples per seed that are compared with the teacher's own images from the same noise, where sampling is "
+        "deterministic; 0 is none.",
+        must_be=NOT_NEGATIVE,
+        needs="teacher",
+    )
+    paired_steps: int = option(
+        PAIRED_STEPS,
+        "Heun steps N of those images of the teacher; each costs 2N - 1 evaluations.",
+        must_be=POSITIVE,
+        needs="teacher",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sort_values("steps", "teacher_steps", "gammas", "seeds")
+        several = len(set(self.features)) == len(self.features) > 0
+        self.check(several, "features", "one network or several different ones")
+        self.check(
+            self.reference is None or len(self.features) == 1,
+            "features",
+            f"one network, because --reference {self.reference} holds the features of one",
+        )
 
 
 @torch.inference_mode()
@@ -97,34 +121,27 @@ def main(config: EvaluateConfig) -> dict:
             [entry.name for entry in fields(DataOptions)],
             f"has no use: --reference {config.reference} is all that samples are compared with",
         )
-        dataset, network = None, load_feature_network(config.features, device)
+        dataset, networks = None, [load_feature_network(config.features[0], device)]
         pipelines = load_pipelines(config, None, device, config.gammas)
-        num_samples, notes = check_without_images(config, kept, network, pipelines)
+        num_samples, notes = check_without_images(config, kept, networks[0], pipelines)
     else:
-        dataset = ImageDataset(config)
-        network, num_samples, notes = what_is_compared(dataset, config.features, config.num_samples, device)
+        dataset, networks, notes = ImageDataset(config), [], []
+        for name in config.features:
+            network, num_samples, new = what_is_compared(dataset, name, config.num_samples, device)
+            networks.append(network)
+            notes += new
         pipelines = load_pipelines(config, dataset, device, config.gammas)
     for path in (config.output_dir, *([os.path.dirname(config.reference)] if config.reference else [])):
         check_writable(path)
 
-    reference, real_labels = None, None
-    if dataset is None:
-        distances = Distances(kept.statistics)
-    else:
+    network, reference, real_labels = FeaturesSideBySide(networks), None, None
+    if dataset is not None:
         reference, real_labels = real_features(config, kept, dataset, network, device)
-        distances = Distances(reference, config.kid)
+    judges = Judges(network, kept.statistics if reference is None else reference, config.kid)
     sampling = Sampling(pipelines, network, real_labels, num_samples, config.batch_size)
     settings = settings_of(pipelines, config.steps, config.gammas, config.teacher_steps, config.teacher_is_guided)
-    measured: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in settings}
-    seconds = dict.fromkeys(settings, 0.0)
     sampling.warm_up()
-    calls = sum(setting.nfe for setting in settings) * len(sampling.sizes) * len(config.seeds)
-    with tqdm(total=calls, unit="call") as progress:
-        for seed, setting in itertools.product(config.seeds, settings):
-            progress.set_description(f"{num_samples:,} images: {setting.name}, seed {seed}")
-            features, spent = sampling.features(setting, seed, progress)
-            measured[setting].append(distances(features))
-            seconds[setting] += spent
+    measured, seconds, unlike = measure(config, sampling, judges, settings, networks[0], real_labels)
 
     first = next(iter(pipelines.values()))
     conditional = any(pipe.num_classes is not None for pipe in pipelines.values())
@@ -132,7 +149,8 @@ def main(config: EvaluateConfig) -> dict:
     report = {
         **facts(config, device),
         "num_samples": num_samples,
-        "features": network.about,
+        "features": networks[0].about,
+        "other_features": [network.about for network in networks[1:]],
         "reference": {
             "dataset_name": config.reference if dataset is None else config.dataset_name,
             "num_images": None if dataset is None else len(dataset),
@@ -153,14 +171,51 @@ def main(config: EvaluateConfig) -> dict:
         ],
         "real_against_real": {}
         if dataset is None
-        else real_against_real(reference, distances, num_samples, config.seeds, real_labels if conditional else None),
-        "notes": [*notes, *config.notes_on_guidance()],
+        else judges.real_images(reference, num_samples, config.seeds, real_labels if conditional else None),
+        "notes": [*notes, *unlike, *config.notes_on_guidance()],
         "batch_sizes": sorted(set(sampling.sizes)),
         "seconds_in_all": time.perf_counter() - began,
     }
     pictures = {"evaluation": plot(report), "gammas": gammas_picture(config, pipelines)}
     write_report(config.output_dir, "evaluation", report, markdown(report), pictures)
     return report
+
+
+def measure(
+    config: EvaluateConfig,
+    sampling: Sampling,
+    judges: Judges,
+    settings: list[Setting],
+    network: torch.nn.Module,
+    real_labels: torch.Tensor | None,
+) -> tuple[dict[Setting, list[dict[str, float]]], dict[Setting, float], list[str]]:
+    """What is measured in each setting, by seed; the seconds that its samples took; notes on what is not measured."""
+    pipelines, unlike = sampling.pipelines, why_unlike(sampling.pipelines)
+    like = [setting for setting in settings if setting.sampler == "heun" or unlike is None]
+    has_pairs = "heun" in pipelines and config.paired_samples > 0
+    paired = [setting for setting in like if setting.is_deterministic] if has_pairs else []
+    measured: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in settings}
+    seconds = dict.fromkeys(settings, 0.0)
+    calls = sum(setting.nfe for setting in settings) * len(sampling.sizes)
+    if has_pairs:
+        truth = Setting("heun", config.paired_steps)
+        calls += sum(one.nfe for one in [truth, *paired]) * math.ceil(config.paired_samples / config.batch_size)
+    with tqdm(total=calls * len(config.seeds), unit="call") as progress:
+        for seed in config.seeds:
+            for setting in settings:
+                progress.set_description(f"{sum(sampling.sizes):,} images: {setting.name}, seed {seed}")
+                features, spent = sampling.features(setting, seed, progress)
+                measured[setting].append(judges(features, sampling.labels[setting.sampler]))
+                seconds[setting] += spent
+            if has_pairs:
+                progress.set_description(f"{config.paired_samples:,} pairs with the teacher, seed {seed}")
+                labels = class_labels(pipelines["heun"].classes, real_labels, config.paired_samples)
+                amounts = config.paired_samples, seed, config.batch_size, config.paired_steps
+                error = PairedError(pipelines["heun"], labels, *amounts, network, progress)
+                for setting in paired:
+                    measured[setting][-1] |= error(pipelines[setting.sampler], setting, progress)
+    in_shares_of_the_teacher(measured, like)
+    return measured, seconds, [unlike] if unlike else []
 
 
 def check_without_images(
@@ -170,7 +225,7 @@ def check_without_images(
     count, num_samples = len(kept.statistics[0]), config.num_samples or MOST_SAMPLES
     if count != network.num_features:
         raise UserError(
-            f"--reference {config.reference} is of {count} features, --features {config.features} gives "
+            f"--reference {config.reference} is of {count} features, --features {config.features[0]} gives "
             f"{network.num_features}. Give the network that the file was made with."
         )
     for pipe in pipelines.values():
@@ -182,14 +237,15 @@ def real_features(
     config: EvaluateConfig,
     kept: ReferenceFile | None,
     dataset: ImageDataset,
-    network: torch.nn.Module,
+    network: FeaturesSideBySide,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Features and classes of all real images, which --reference may keep."""
+    """Features and classes of all real images. --reference may keep the features, if they are of one network."""
     if config.reference is None:
         workers = config.dataloader_num_workers
         return reference_features(dataset, network, config.batch_size, device, config.random_flip, workers)
-    features = kept_features(config.reference, kept, config, dataset, network, config.batch_size, device)
+    (one,) = network.networks
+    features = kept_features(config.reference, kept, config, dataset, one, config.batch_size, device)
     return features, dataset.labels()
 
 
@@ -220,6 +276,10 @@ def markdown(report: dict) -> str:
         "is no kernel distance, no distance of real images, and no classes' frequencies.",
         f"Features: `{features['name']}`, {features['num_features']} numbers per image{accuracy}. Distances in other "
         "features or for other numbers of images cannot be compared with these.",
+        *(
+            f"Other features: `{other['name']}`, {other['num_features']} numbers per image."
+            for other in report["other_features"]
+        ),
         (f"Real images: {floor}. " if from_images else "")
         + "The Frechet distance of a perfect sampler is not 0: it falls as one over the number of images.",
         "One step has no gamma: it goes straight to the image. NFE: network evaluations per image. Levels are "
@@ -238,6 +298,10 @@ def markdown(report: dict) -> str:
             "",
             *distance_table(report, "kernel"),
         ]
+    judges, words = judges_table(report)
+    if judges:  # shared statistics without a teacher say no more than the distance
+        lines += ["", "Beside the distance, over the same seeds:", "", *judges]
+    notes[5:5] = words
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 

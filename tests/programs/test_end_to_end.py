@@ -49,7 +49,8 @@ def test_from_a_published_teacher_to_an_evaluated_student(tmp_path):
         assert "license: cc-by-nc-sa-4.0" in card and "base_model: team/teacher" in card
 
         evaluation = [*data, "--num_samples", 80, "--seeds", 0, "--kid", "false"]
-        evaluation += ["--steps", 1, "--gammas", 0, "--teacher_steps", 2, "--output_dir", tmp_path / "evaluation"]
+        evaluation += ["--steps", 1, "--gammas", 0, "--teacher_steps", 2, "--paired_samples", 10]
+        evaluation += ["--output_dir", tmp_path / "evaluation"]
         command("training.evaluate", "--model", "team/student", "--teacher", "team/teacher", *evaluation)
     report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert {row["sampler"] for row in report["results"]} == {"ctm", "heun"}

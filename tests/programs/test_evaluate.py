@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -67,9 +68,10 @@ def mean(report: dict, sampler: str, steps: int, gamma: float | None = None, dis
 
 
 def test_better_model_scores_better_and_more_steps_help(gaussian, config):
-    right = main(config(teacher=gaussian["teacher"], teacher_steps=[2, 16], seeds=[0]))
+    options = {"seeds": [0], "paired_samples": 0}
+    right = main(config(teacher=gaussian["teacher"], teacher_steps=[2, 16], **options))
     wrong = main(
-        config(model=gaussian["wrong_ctm"], teacher=gaussian["wrong_teacher"], teacher_steps=[16], steps=[3], seeds=[0])
+        config(model=gaussian["wrong_ctm"], teacher=gaussian["wrong_teacher"], teacher_steps=[16], steps=[3], **options)
     )
     for distance in ("frechet", "kernel"):
         assert mean(right, "ctm", 3, 0.0, distance) < mean(right, "ctm", 1, None, distance)
@@ -82,8 +84,9 @@ def test_better_model_scores_better_and_more_steps_help(gaussian, config):
 def test_files_agree_and_the_same_command_gives_the_same_numbers(gaussian, config, tmp_path, capsys):
     conditional = save_exact(tmp_path / "conditional", SIGMA_DATA, num_class_embeds=2, **GRAY)
     options = config(
-        model=conditional, teacher=gaussian["teacher"], teacher_steps=[2], label_column="label", random_flip=True
-    )
+        model=conditional, teacher=gaussian["teacher"], teacher_steps=[2], label_column="label", random_flip=True,
+        paired_samples=5, paired_steps=2,
+    )  # fmt: skip
     report = main(options)
     out = Path(options.output_dir)
     assert sorted(os.listdir(out)) == ["evaluation.json", "evaluation.md", "evaluation.png", "gammas.png"]
@@ -95,9 +98,9 @@ def test_files_agree_and_the_same_command_gives_the_same_numbers(gaussian, confi
         "in the shares of the real images", "both with classes as asked for",
     ):  # fmt: skip
         assert stated in text
-    frechet, kernel = (
+    frechet, kernel, beside = (
         {line.split(" | ")[0][2:]: line.split(" | ") for line in part.splitlines() if line[:2] == "| "}
-        for part in text.split("Kernel distance")
+        for part in re.split("Kernel distance|Beside the distance", text)
     )
     columns = {None: 2, 0.0: 3, 1.0: 4}
     for result in report["results"]:
@@ -105,6 +108,12 @@ def test_files_agree_and_the_same_command_gives_the_same_numbers(gaussian, confi
         assert frechet[name][1:2] + frechet[name][column : column + 1] == [str(result["nfe"]), cell(result["frechet"])]
         assert kernel[name][column] == cell(result["kernel"]) and result["seconds_per_image"] > 0
         assert len(result["frechet"]["by_seed"]) == 2
+        row = beside[setting_name(result["sampler"], result["steps"], result["gamma"])]
+        assert row[1:3] == [cell(result["precision"]), cell(result["recall"])]
+    assert beside["real images, two halves"][1] == cell(report["real_against_real"]["halves"]["precision"])
+    # A teacher without classes has no images to be paired with those of a CTM that is told the class.
+    assert "has neither paired error nor diversity: it and the teacher know other classes" in text
+    assert beside["1 step"][3:5] == ["-", "-"] and beside["teacher, Heun 2"][3] == "100"
     assert Image.open(out / "evaluation.png").size[0] > 800
     assert Image.open(out / "gammas.png").size == (12 + 2 * (500 + 12), 12 + 3 * (50 + 18 + 12))
 
@@ -115,10 +124,44 @@ def test_files_agree_and_the_same_command_gives_the_same_numbers(gaussian, confi
     assert numbers(main(options)) == numbers(report)
 
 
+def test_pairs_and_diversity_say_what_a_gaussian_student_lacks(gaussian, config):
+    """In one Euler step from 2.0 the CTM draws x_T 0.3^2 / (0.3^2 + 2^2), which the flow takes to x_T 0.3 / 2.02."""
+    pairs = {"paired_samples": 100, "paired_steps": 20, "kid": False, "seeds": [0]}
+    report = main(config(teacher=gaussian["teacher"], teacher_steps=[3, 14], **pairs))
+    spread = (0.3**2 + 2.0**2) ** 0.5
+    drawn, true = 2 * 0.3**2 / spread**2, 2 * 0.3 / spread  # standard deviations
+    assert mean(report, "ctm", 1, distance="paired") == pytest.approx(true - drawn, rel=0.04)
+    assert mean(report, "ctm", 1, distance="paired") > 2 * mean(report, "ctm", 3, 0.0, "paired")
+    assert mean(report, "heun", 14, distance="paired") < 0.1 * mean(report, "heun", 3, distance="paired")
+    assert mean(report, "heun", 14, distance="diversity") == 100
+    assert mean(report, "ctm", 1, distance="diversity") < mean(report, "ctm", 3, 0.0, "diversity") < 95
+    (noisy,) = [row for row in report["results"] if row["gamma"] == 1]
+    assert "paired" not in noisy and "diversity" in noisy
+
+
+def test_a_further_network_gives_the_distance_that_it_gives_alone(gaussian, config, tmp_path, capsys):
+    other, options = str(pooling(tmp_path)), {"steps": [1], "seeds": [0]}
+    plain, alone = main(config(**options)), main(config(features=[other], **options))
+    capsys.readouterr()
+    both = main(config(features=["digits", other], **options))
+    assert [one["name"] for one in (both["features"], *both["other_features"])] == ["digits", other]
+    for row, first, second in zip(both["results"], plain["results"], alone["results"], strict=True):
+        assert row["frechet_2"]["mean"] == pytest.approx(second["frechet"]["mean"], abs=1e-9)
+        assert {key: row[key] for key in first if "seconds" not in key} == {
+            k: first[k] for k in first if "sec" not in k
+        }
+    for kind, values in both["real_against_real"].items():
+        assert values["frechet_2"] == alone["real_against_real"][kind]["frechet"]
+    assert f"| Frechet, `{other}` |" in capsys.readouterr().out
+
+
 def test_one_seed_and_the_teacher_alone(gaussian, config):
-    report = main(config(model=None, teacher=gaussian["teacher"], teacher_steps=[2], seeds=[3], kid=False))
+    report = main(
+        config(model=None, teacher=gaussian["teacher"], teacher_steps=[2], seeds=[3], kid=False, paired_samples=5)
+    )
     assert [row["sampler"] for row in report["results"]] == ["heun"]
-    assert set(report["results"][0]) == {"sampler", "steps", "gamma", "nfe", "frechet", "seconds_per_image"}
+    judges = {"frechet", "precision", "recall", "diversity", "paired", "paired_features"}
+    assert set(report["results"][0]) == {"sampler", "steps", "gamma", "nfe", "seconds_per_image"} | judges
     text = Path(report["options"]["output_dir"], "evaluation.md").read_text(encoding="utf-8")
     assert "seed 3" in text and "±" not in text and "Kernel" not in text and "asked for: none" in text
 
@@ -163,7 +206,7 @@ def test_kept_features_and_shared_statistics_give_the_same_distance(gaussian, co
         ({"dataset_name": gaussian["data"]}, "--dataset_name has no use: --reference .*fid.npz is all"),
         ({"label_column": "label"}, "--label_column has no use"),
         ({"num_samples": 60}, "--num_samples: 60 samples are too few"),
-        ({"features": str(pooling(tmp_path))}, "fid.npz is of 64 features, --features .* gives 3"),
+        ({"features": [str(pooling(tmp_path))]}, "fid.npz is of 64 features, --features .* gives 3"),
         ({"model": save_exact(tmp_path / "wide", SIGMA_DATA, sample_size=16, **GRAY)}, "is a network for 8x8 images"),
     ]:
         with pytest.raises(UserError, match=words):
@@ -196,8 +239,12 @@ def pooling(folder: Path) -> Path:
         ({"model": "{broken}"}, "--model .*broken has infinite or NaN weights: unet.conv_out.bias"),
         ({"model": "{teacher}"}, "is no CTM but a CTMPipeline with EDMHeunScheduler.*--teacher"),
         ({"teacher": "no/such/folder"}, "--teacher no/such/folder cannot be loaded"),
-        ({"features": "no/such/folder"}, "--features no/such/folder cannot be loaded"),
-        ({"features": "{teacher}"}, "--features .* cannot be loaded"),
+        ({"features": ["no/such/folder"]}, "--features no/such/folder cannot be loaded"),
+        ({"features": ["digits", "{teacher}"]}, "--features .* cannot be loaded"),
+        ({"features": ["digits", "digits"]}, "--features must be one network or several different ones"),
+        ({"features": ["digits", "x.pt"], "reference": "kept.npz"}, "--features must be one network, because --refer"),
+        ({"num_samples": 3}, "--num_samples must be 4 or more"),
+        ({"paired_samples": 10}, "--paired_samples needs --teacher"),
         ({"device": "cuda:77"}, "--device cuda:77 cannot be used"),
         ({"device": "meta"}, "--device meta cannot be used"),
         ({"resolution": 16}, "--features is a network for 8x8 images, these are 16x16"),
@@ -209,7 +256,13 @@ def pooling(folder: Path) -> Path:
 )
 def test_errors_name_the_option_and_leave_nothing(gaussian, config, tmp_path, monkeypatch, changes, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    filled = {name: value.format(**gaussian) if isinstance(value, str) else value for name, value in changes.items()}
+
+    def fill(value):
+        if isinstance(value, list):
+            return [fill(each) for each in value]
+        return value.format(**gaussian) if isinstance(value, str) else value
+
+    filled = {name: fill(value) for name, value in changes.items()}
     with pytest.raises(UserError, match=words):
         main(config(**filled))
     assert os.listdir(tmp_path) == []

@@ -83,6 +83,7 @@ def author(work: Path) -> dict:
     folders = {"model": teacher, "dataset_name": work / "digits", "output_dir": work / "evaluation"}
     evaluation["options"] |= {name: str(folder) for name, folder in folders.items()}
     evaluation["features"]["name"] = str(work / "digits")
+    evaluation["other_features"] = [{"name": str(work / "others")}]
     evaluation["results"] = [row | {"sampler": "heun"} for row in evaluation["results"] if row["gamma"] is None]
     files = {
         "notes.txt": f"remember {TOKEN}".encode(),
@@ -291,6 +292,7 @@ def test_only_the_pipeline_its_card_pictures_and_measurements_with_public_names_
     kept = json.loads((ROOT / "assets/digits-ctm/evaluation/evaluation.json").read_text())
     assert report["options"]["model"] == "edm" and report["options"]["dataset_name"] == "digits"
     assert "output_dir" not in report["options"] and report["features"]["name"] == "digits"
+    assert report["other_features"][0]["name"] == "others"
     assert report["results"][0]["frechet"] == kept["results"][0]["frechet"]
 
 

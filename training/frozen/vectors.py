@@ -44,6 +44,21 @@ def load_feature_network(name: str, device: torch.device | str = "cpu", prefix: 
     return network
 
 
+class FeaturesSideBySide(nn.Module):
+    """Several feature networks as one: uint8 images to (B, sum of their num_features)."""
+
+    def __init__(self, networks: list[nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([network(images).float() for network in self.networks], 1)
+
+    def split(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The features of each network again, of (B, sum of num_features)."""
+        return features.split([network.num_features for network in self.networks], 1)
+
+
 class ResizedFeatures(FrozenNetwork):
     """Base of networks for color images of one size. They take images of every size."""
 

@@ -110,5 +110,6 @@ def public_report(report: dict[str, Any]) -> dict[str, Any]:
         return public_name(value) if isinstance(value, str) else value
 
     return {
-        key: public(value) if key in ("options", "features", "reference") else value for key, value in report.items()
+        key: public(value) if key in ("options", "features", "other_features", "reference") else value
+        for key, value in report.items()
     }

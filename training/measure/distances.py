@@ -12,6 +12,7 @@ from ..cli.errors import UserError
 from ..data.images import ImageDataset, mirrored
 from ..frozen.vectors import load_feature_network
 from ..report.numbers import summaries
+from .diversity import PrecisionRecall
 from .sampling import class_labels
 
 
@@ -125,7 +126,7 @@ def real_against_real(
 
     "resampled": `num_samples` images drawn from the reference, with replacement, against the reference. They stand for
     a model that knows it by heart.
-    "halves": two halves of the reference against each other, N / 2 images each.
+    "halves": two halves of the reference against each other, N / 2 images each, with their precision and recall.
     With `real_labels`, shape (N,), both keep to the classes: "resampled" has the classes that samples are asked for,
     and both halves have the same.
     """
@@ -141,7 +142,8 @@ def real_against_real(
         place = (torch.rand(num_samples, generator=generator, dtype=torch.float64) * sizes[wanted]).long()
         resampled.append(distances(reference[order[(sizes.cumsum(0) - sizes)[wanted] + place]]))
         if count // 2 > reference.shape[1]:
-            halves.append(Distances(reference[order[0::2]])(reference[order[1::2]]))
+            half, other = reference[order[0::2]], reference[order[1::2]]
+            halves.append({**Distances(half)(other), **PrecisionRecall(half)(other)})
     result = {"resampled": {"num_images": num_samples, **summaries(resampled)}}
     if halves:
         result["halves"] = {"num_images": count // 2, **summaries(halves)}

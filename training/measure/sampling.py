@@ -42,6 +42,11 @@ class Setting:
         return 2 * calls if self.guided else calls
 
     @property
+    def is_deterministic(self) -> bool:
+        """Whether the noise at the start decides the image: no noise is added between steps."""
+        return self.sampler == "heun" or self.steps == 1 or self.gamma == 0
+
+    @property
     def shown_gamma(self) -> float | None:
         """gamma for reports: None in one step, which goes straight to the image and has none."""
         return None if self.steps == 1 else self.gamma
@@ -87,22 +92,33 @@ def class_labels(classes: list[int] | None, real_labels: torch.Tensor | None, co
     return classes[spread].repeat(math.ceil(count / len(classes)))[:count]
 
 
-def draw(
+def generate(
     pipe: CTMPipeline, setting: Setting, count: int, labels: torch.Tensor | None, seed: int, batch: int
 ) -> torch.Tensor:
-    """Samples as users get them, rounded: uint8, shape (count, C, H, W), on the device.
+    """Samples in [0, 1], float32 of shape (count, C, H, W), on the device.
 
     The noise depends on seed, batch and count, not on the setting: all settings start alike.
     """
     generator = torch.Generator(pipe._execution_device).manual_seed(seed * 1_000_003 + batch)
     try:
-        images = pipe(
+        return pipe(
             batch_size=count, class_labels=labels, generator=generator, output_type="pt", **setting.options
         ).images
     except NotFiniteError as error:
         option = "--model" if setting.sampler == "ctm" else "--teacher"
         raise UserError(f"{option} gives infinite or NaN pixels ({setting.name}). {error}") from error
+
+
+def rounded(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] as users get them: uint8."""
     return (images * 255).round().to(torch.uint8)
+
+
+def draw(
+    pipe: CTMPipeline, setting: Setting, count: int, labels: torch.Tensor | None, seed: int, batch: int
+) -> torch.Tensor:
+    """Samples as users get them, rounded: `generate` in uint8."""
+    return rounded(generate(pipe, setting, count, labels, seed, batch))
 
 
 class Sampling:
@@ -126,14 +142,12 @@ class Sampling:
         self.pipelines, self.network = pipelines, network
         num_batches = math.ceil(num_samples / batch_size)
         self.sizes = [num_samples * (i + 1) // num_batches - num_samples * i // num_batches for i in range(num_batches)]
-        self.labels = {}
-        for sampler, pipe in pipelines.items():
-            labels = class_labels(pipe.classes, real_labels, num_samples)
-            self.labels[sampler] = [None] * num_batches if labels is None else labels.split(self.sizes)
+        self.labels = {name: class_labels(pipe.classes, real_labels, num_samples) for name, pipe in pipelines.items()}
 
     def _draw(self, setting: Setting, seed: int, batch: int) -> torch.Tensor:
-        pipe, labels = self.pipelines[setting.sampler], self.labels[setting.sampler][batch]
-        return draw(pipe, setting, self.sizes[batch], labels, seed, batch)
+        labels = self.labels[setting.sampler]
+        own = None if labels is None else labels.split(self.sizes)[batch]
+        return draw(self.pipelines[setting.sampler], setting, self.sizes[batch], own, seed, batch)
 
     def features(self, setting: Setting, seed: int, progress: tqdm) -> tuple[torch.Tensor, float]:
         """Features of one setting and seed, float32 (num_samples, F) on the CPU, and the seconds that sampling took."""

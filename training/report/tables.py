@@ -40,3 +40,46 @@ def distance_table(report: dict, distance: str) -> list[str]:
         if distance in values:
             add(REAL_NAMES[kind], "", {None: values}, "")
     return lines
+
+
+def judges_table(report: dict) -> tuple[list[str], list[str]]:
+    """The lines of a table of all that is measured beside the first distances, and notes that explain its columns.
+
+    A row for each way to sample, '-' where a number has no meaning.
+    """
+    options = report["options"]
+    others = enumerate(report.get("other_features", []), start=2)
+    columns = [(f"frechet_{number}", f"Frechet, `{other['name']}`", "") for number, other in others] + [
+        (
+            "precision",
+            "precision",
+            "Precision: the share of samples that are as near to a real image as the third nearest other real image. "
+            "Recall: likewise the share of real images, near to samples (Kynkäänniemi et al. 2019).",
+        ),
+        ("recall", "recall", ""),
+        (
+            "diversity",
+            "diversity, %",
+            "Diversity: the mean distance of two samples of one class, in percent of that of the teacher in most "
+            "steps.",
+        ),
+        (
+            "paired",
+            "paired error",
+            "Paired error: root mean squared error, of values in [-1, 1], to the teacher's own images from the same "
+            f"noise in {options['paired_steps']} Heun steps, {options['paired_samples']:,} per seed; "
+            "in features, of Euclidean distances. Only deterministic sampling has such images.",
+        ),
+        ("paired_features", "paired error, features", ""),
+    ]
+    rows = [(setting_name(row["sampler"], row["steps"], row["gamma"]), row) for row in report["results"]]
+    rows += [(REAL_NAMES[kind], values) for kind, values in report["real_against_real"].items()]
+    columns = [column for column in columns if any(column[0] in values for _, values in rows)]
+    if not columns:
+        return [], []
+    lines = ["| | " + " | ".join(title for _, title, _ in columns) + " |", "|---|" + "--:|" * len(columns)]
+    for name, values in rows:
+        cells = [cell(values[key]) if key in values else "-" for key, _, _ in columns]
+        if set(cells) != {"-"}:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines, [note for _, _, note in columns if note]

@@ -606,8 +606,9 @@ def test_the_distance_measured_during_training_is_that_of_evaluate(tmp_path, cap
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [3, 4]
     last = lines_of(tmp_path / "run")[-1]
     config = EvaluateConfig(
-        teacher=path, label_column="label", output_dir=str(tmp_path / "out"), num_samples=100, seeds=[0], kid=False
-    )
+        teacher=path, label_column="label", output_dir=str(tmp_path / "out"), num_samples=100, seeds=[0], kid=False,
+        paired_samples=0,
+    )  # fmt: skip
     expected = evaluate.main(config)["results"][0]["frechet"]["mean"]
     assert last["frechet"]["heun-18"] == pytest.approx(expected, rel=1e-4)
     assert (last["num_samples"], last["num_reference"], last["features"]) == (100, 1797, "digits")

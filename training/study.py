@@ -24,10 +24,10 @@ from .data.images import ImageDataset
 from .frozen.vectors import FeaturesSideBySide
 from .measure.distances import features_for, reference_features
 from .measure.judges import Judges
-from .measure.paired import PairedError
+from .measure.paired import PairedError, why_unlike
 from .measure.reports import facts, write_report
 from .measure.sampling import Sampling, Setting
-from .networks.pipelines import load_model, prepare
+from .networks.pipelines import load_heun, load_model, prepare
 from .objective.adversarial import is_discriminator_step
 from .objective.objectives import READERS
 from .objective.solvers import SOLVERS
@@ -122,8 +122,10 @@ class Measure:
     def paired(self, sampling: Sampling) -> PairedError:
         """The teacher's own images from the same noise, made once."""
         if self._paired is None:
-            teacher = load_model(self.data.teacher, ())
+            teacher = load_heun(self.data)
             prepare(teacher, "--teacher", self.data, self.dataset, self.device)
+            if unlike := why_unlike({"ctm": sampling.pipelines["ctm"], "heun": teacher}):
+                raise UserError(f"--variants {self.config.variants}: {unlike}")
             labels = sampling.labels["ctm"]
             labels = None if labels is None else labels[: self.config.paired_samples]
             self._paired = PairedError(teacher, labels, self.config.paired_samples, batch_size=BATCH)

@@ -12,7 +12,7 @@ from diffusers_ctm import CTMScheduler
 from helpers.places import ROOT
 from training import study
 from training.cli.errors import UserError
-from training.studies.curves import at, seconds_per_iteration, seconds_until, tabulate
+from training.studies.curves import judged_at, leaderboard, reached, seconds_until
 from training.study import StudyConfig, read_variants
 from training.train_ctm import CTMConfig
 
@@ -28,11 +28,12 @@ def variants(tmp_path):
         "report_to": "none",
         "sample_every": 0,
         "checkpointing_steps": 1000,
+        "max_train_steps": 4,
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    variants = {"soft": None, "fast": {"solver": "dpm"}}
+    variants = {"soft": None, "pool": {"pool_size": 4, "pool_refresh": 2}}
     content = {"base": str(tmp_path / "base.yaml"), "common": {"learning_rate": 1e-3}, "variants": variants}
-    (tmp_path / "variants.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "variants.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return str(tmp_path / "variants.yaml")
 
 
@@ -47,30 +48,57 @@ def test_options_of_variants_are_read_as_by_the_program(tmp_path):
         read_variants(str(path))
 
 
-def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeypatch):
+def options_of(variants, tmp_path, **more):
     options = {"variants": variants, "output_dir": str(tmp_path / "study"), "seeds": [0], "num_samples": 80}
-    options |= {"max_train_steps": 4, "eval_every": 2, "eval_steps": [1, 2], "timing_steps": 2, "timing_rounds": 1}
-    options |= {"threads": torch.get_num_threads()}
+    options |= {"eval_every": 2, "eval_steps": [1, 2], "timing_steps": 2, "timing_rounds": 1, "paired_samples": 8}
+    return options | {"features": ["digits"], "threads": torch.get_num_threads()} | more
+
+
+def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeypatch):
+    options = options_of(variants, tmp_path)
     report = study.main(StudyConfig(only=["soft"], **options))
     assert list(report["curves"]) == ["soft"]
     report = study.main(StudyConfig(**options))
-    soft, fast = (report["curves"][name][0]["points"] for name in ("soft", "fast"))
-    assert [point["iteration"] for point in soft] == [2, 4] and set(soft[0]["frechet"]) == {"1", "2"}
-    assert soft[-1]["teacher_evaluations"] == 2 * fast[-1]["teacher_evaluations"] > 0  # the same times
-    row = report["table"]["rows"]["fast"]
-    assert row["iteration"]["1"]["mean"] == fast[-1]["frechet"]["1"]
-    (timing,) = json.loads((tmp_path / "study" / "timing.json").read_text())["phases"]["fast"]
-    assert fast[-1]["seconds"] == 4 * timing["seconds"][0] > 0
+    soft, pool = (report["curves"][name][0]["points"] for name in ("soft", "pool"))
+    assert [point["iteration"] for point in soft] == [2, 4] and set(soft[0]["judged"]) == {"1", "2"}
+    assert set(soft[0]["judged"]["1"]) == {"frechet", "paired"}
+    # One trajectory of Heun's on five levels for each of four images, filled once and refreshed after two steps.
+    assert [point["teacher_evaluations"] for point in pool] == [4 * 8, 2 * 4 * 8]
+    row = report["table"]["rows"]["pool"]
+    assert row["at_the_end"]["1"]["frechet"]["mean"] == pytest.approx(pool[-1]["judged"]["1"]["frechet"])
+    assert report["table"]["target"] == soft[-1]["judged"]["1"]["frechet"]
+    (timing,) = json.loads((tmp_path / "study" / "timing.json").read_text())["phases"]["soft"]
+    assert soft[-1]["seconds"] == 4 * timing["seconds"][0] > 0
     for name in ("study.json", "study.md", "study.png"):
         assert (tmp_path / "study" / name).stat().st_size > 100
-    monkeypatch.setattr(study.train_ctm, "main", lambda config: pytest.fail("trained again"))
+    assert "- pool: `--pool_size 4 --pool_refresh 2`" in (tmp_path / "study" / "study.md").read_text()
+    monkeypatch.setattr(study.train_ctm, "main", lambda *_, **__: pytest.fail("trained again"))
     assert study.main(StudyConfig(**options))["curves"] == report["curves"]
 
 
+def test_a_run_that_was_cut_off_goes_on_to_the_same_curve(variants, tmp_path, monkeypatch):
+    whole = study.main(StudyConfig(only=["soft"], **options_of(variants, tmp_path)))["curves"]["soft"]
+    measure = study.Measure.__call__
+
+    def cut_off(self, pipe):
+        if (tmp_path / "cut" / "soft-seed0" / "curve.json").exists():
+            raise KeyboardInterrupt  # as the second point is measured, after its checkpoint was saved
+        return measure(self, pipe)
+
+    options = options_of(variants, tmp_path, output_dir=str(tmp_path / "cut"))
+    monkeypatch.setattr(study.Measure, "__call__", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        study.main(StudyConfig(only=["soft"], **options))
+    monkeypatch.setattr(study.Measure, "__call__", measure)
+    points = study.main(StudyConfig(only=["soft"], **options))["curves"]["soft"][0]["points"]
+    for point, expected in zip(points, whole[0]["points"], strict=True):
+        assert {**point, "seconds": 0} == {**expected, "seconds": 0}
+
+
 def test_timed_iterations_are_like_the_runs(variants):
-    """They ask the teacher as often on average, and the parts before and in the adversarial stage are timed apart."""
-    config = StudyConfig(seeds=[0, 1], max_train_steps=50, eval_every=50, timing_steps=4)
-    soft = read_variants(variants)["soft"]
+    """They ask the teacher as often on average, and each part of a run is timed apart."""
+    config = StudyConfig(seeds=[0, 1], timing_steps=4)
+    soft = {**read_variants(variants)["soft"], "max_train_steps": 50}
     judge = {"discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_start": 20}
 
     def evaluations(options, first, last):
@@ -78,50 +106,72 @@ def test_timed_iterations_are_like_the_runs(variants):
 
     wanted = sum(evaluations({**soft, "seed": seed}, 0, 50) for seed in (0, 1)) / 2
     (whole,) = study.phases(config, soft)
-    assert evaluations(whole["options"], 4, 8) == pytest.approx(wanted, rel=0.05)
+    assert evaluations(whole["options"], whole["warm"], whole["until"]) == pytest.approx(wanted, rel=0.05)
     before, after = study.phases(config, {**soft, **judge})
     assert (before["iterations"], after["iterations"]) == (20, 30)
-    assert evaluations(before["options"], 4, 8) == pytest.approx(wanted, rel=0.05)
+    assert evaluations(before["options"], before["warm"], before["until"]) == pytest.approx(wanted, rel=0.05)
     # Every other turn of the adversarial stage asks no teacher.
-    assert evaluations(after["options"], 4, 8) == pytest.approx(wanted / 2, rel=0.15)
+    assert evaluations(after["options"], after["warm"], after["until"]) == pytest.approx(wanted / 2, rel=0.15)
 
     before["seconds"], after["seconds"] = [1.0, 3.0, 2.0], [8.0, 10.0, 9.0]
     assert [seconds_until(n, [before, after]) for n in (10, 20, 40)] == [20, 40, 220]
-    assert seconds_per_iteration([before, after]) == pytest.approx([5.2, 7.2, 6.2])
 
 
-def curve(evaluations, *distances):
-    points = [
-        {"iteration": 10 * n, "seconds": 1.0 * n, "teacher_evaluations": evaluations * n, "frechet": {"1": distance}}
+def test_filling_a_pool_and_each_objective_are_timed_apart(variants):
+    """Between two refreshes a pool asks no teacher: the timed iterations hold a whole number of them."""
+    options = read_variants(variants)["soft"] | {"max_train_steps": 50, "pool_size": 12, "pool_refresh": 5}
+    options |= {"objective": ["regression", "eulerian@30"], "eulerian_warmup": 0.5}
+    fill, steady, late = study.phases(StudyConfig(timing_steps=4), options)
+    assert [part["iterations"] for part in (fill, steady, late)] == [3, 27, 20]
+    assert (fill["warm"], fill["until"]) == (1, 3) and fill["options"]["objective"] == ["regression"]
+    assert steady["warm"] >= 3 and steady["until"] - steady["warm"] == 5
+    assert late["options"]["objective"] == ["eulerian"] and "pool_size" not in late["options"]
+    assert "eulerian_warmup" not in steady["options"] and late["options"]["eulerian_warmup"] == 0.5
+    for part in (fill, steady, late):
+        CTMConfig(**part["options"])  # nothing that it would refuse
+
+
+def points_of(*distances, seconds=1.0, evaluations=100):
+    return [
+        {
+            "iteration": 10 * n,
+            "seconds": seconds * n,
+            "teacher_evaluations": evaluations * n,
+            "judged": {"1": {"frechet": distance, "paired": 2 * distance}},
+        }
         for n, distance in enumerate(distances, 1)
     ]
-    return {"options": {"train_batch_size": 1}, "points": points}
 
 
-def test_a_variant_stands_beside_the_first_at_as_many_teacher_evaluations():
-    """Each as far as both go: neither at the least that any variant reaches, nor at the same iteration."""
+def test_the_leaderboard_says_when_each_comes_to_the_first_ones_end():
     curves = {
-        "soft": [curve(100, 8.0, 4.0, 2.0)],
-        "few": [curve(25, 9.0, 7.0, 5.0)],
-        "more": [curve(50, 9.0, 6.0, 3.0)],
-        "most": [curve(200, 7.0, 1.75, 1.0)],
+        "ctm": [points_of(8.0, 4.0, 2.0), points_of(8.0, 4.0, 2.0)],
+        "fast": [points_of(4.0, 1.0, 0.5, seconds=0.2, evaluations=10), points_of(2.0, 1.0, 0.5, seconds=0.2)],
+        "never": [points_of(8.0, 2.5, 2.1), points_of(8.0, 1.0)],
     }
-    table = tabulate(curves, {name: [0.1] for name in curves}, [1])
-    pairs = {name: row["beside_first"] for name, row in table["rows"].items()}
-    assert {name: pair["value"] for name, pair in pairs.items()} == {"soft": 300, "few": 75, "more": 150, "most": 300}
-    means = {name: [each and each["mean"] for each in pair["distances"]["1"]] for name, pair in pairs.items()}
-    assert means["more"] == pytest.approx([3, math.sqrt(32)]) and means["most"] == pytest.approx([3.5, 2])
-    assert means["few"] == [pytest.approx(5), None]  # soft is first measured after that
-    report = {"options": vars(StudyConfig(eval_steps=[1])), "hardware": {"device": "cpu"}}
-    lines = study.markdown(table, report).splitlines()
-    assert "| few | 75 | 5 | - |" in lines and not any(line.startswith("| soft | 75") for line in lines)
+    table = leaderboard(curves, [1], ["frechet", "paired"])
+    assert table["target"] == 2 and table["seconds"] == 3
+    fast = table["rows"]["fast"]
+    # The first run crosses 2 in the middle of its second stretch, in the logarithm; the other begins there.
+    assert fast["target"]["iteration"]["by_seed"] == pytest.approx([15, 10])
+    assert fast["share_of_seconds"]["by_seed"] == pytest.approx([0.1, 0.2 / 3])
+    assert fast["share_of_evaluations"]["by_seed"] == pytest.approx([0.05, 1 / 3])
+    assert fast["at_target"]["1"]["paired"]["by_seed"] == pytest.approx([4, 4])
+    assert table["rows"]["ctm"]["at_a_third"]["1"]["frechet"]["mean"] == pytest.approx(8)
+    assert table["rows"]["never"]["at_target"] is None and table["rows"]["never"]["target"]["seconds"] is None
+    assert table["rows"]["ctm"]["share_of_seconds"]["mean"] == pytest.approx(1)
 
 
 def test_reading_between_measurements():
-    points = curve(1, 8.0, 2.0, 1.0)["points"]
-    assert at(points, "seconds", 1.5, "1") == pytest.approx(math.sqrt(16))
-    assert at(points, "seconds", 1.0, "1") == pytest.approx(8) and at(points, "seconds", 3.0, "1") == pytest.approx(1)
-    assert at(points, "seconds", 0.5, "1") is None and at(points, "seconds", 3.1, "1") is None
+    points = points_of(8.0, 2.0, 1.0)
+    assert judged_at(points, "seconds", 1.5, "1", "frechet") == pytest.approx(math.sqrt(16))
+    assert judged_at(points, "seconds", 1.0, "1", "paired") == pytest.approx(16)
+    assert judged_at(points, "seconds", 3.0, "1", "frechet") == pytest.approx(1)
+    assert (
+        judged_at(points, "seconds", 0.5, "1", "frechet") is None is judged_at(points, "seconds", 3.1, "1", "frechet")
+    )
+    assert reached(points, 4.0, "1", "frechet")["seconds"] == pytest.approx(1.5)
+    assert reached(points, 9.0, "1", "frechet")["seconds"] == 1 and reached(points, 0.9, "1", "frechet") is None
 
 
 def test_the_shipped_study_has_the_shipped_variants():
@@ -145,5 +195,3 @@ def test_clear_errors(variants, tmp_path):
         read_variants(str(tmp_path / "bad.yaml"))
     with pytest.raises(UserError, match="must be a YAML file"):
         read_variants(str(tmp_path / "missing.yaml"))
-    with pytest.raises(UserError, match="--eval_every must be a divisor"):
-        StudyConfig(max_train_steps=10, eval_every=3)

@@ -85,19 +85,22 @@ def load_pipelines(
         pipelines["ctm"] = load_model(config.model, gammas)
         prepare(pipelines["ctm"], "--model", config, dataset, device)
     if config.teacher is not None:
-        teacher = load_teacher(config)
-        if teacher.is_consistency_model:
-            raise UserError(
-                f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no "
-                "denoiser. Measure it with --model and --gammas 1."
-            )
-        check_levels(teacher, teacher.scheduler)
-        network = GuidedNetwork(teacher) if teacher.is_guided else teacher.network
-        pipelines["heun"] = CTMPipeline(
-            network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class
-        )
+        pipelines["heun"] = load_heun(config)
         prepare(pipelines["heun"], "--teacher", config, dataset, device)
     return pipelines
+
+
+def load_heun(config: TeacherOptions) -> CTMPipeline:
+    """The teacher, guided if the options say so, sampled by Heun's method. Raises UserError if it is no denoiser."""
+    teacher = load_teacher(config)
+    if teacher.is_consistency_model:
+        raise UserError(
+            f"--teacher {config.teacher} is a consistency model, which Heun's method cannot sample: it is no denoiser. "
+            "Measure it with --model and --gammas 1."
+        )
+    check_levels(teacher, teacher.scheduler)
+    network = GuidedNetwork(teacher) if teacher.is_guided else teacher.network
+    return CTMPipeline(network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class)
 
 
 def prepare(

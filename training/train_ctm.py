@@ -131,7 +131,9 @@ def time_sampler(config: TimeOptions, scheduler: CTMScheduler) -> TimeSampler:
 
 
 def make_denoiser(config: TargetOptions, teacher: Teacher, student_ema: torch.nn.Module) -> TeacherDenoiser:
-    """The denoiser that is followed: the teacher's, or the average's."""
+    """The denoiser that is followed: the teacher's, or the average's; of a consistency model the jumps to the end."""
+    if teacher.is_consistency_model:
+        return teacher.jump_to_end
     if config.solver_model == "teacher":
         return teacher.denoise
     return lambda x, sigma, labels: teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition(labels))
@@ -155,25 +157,27 @@ def match_scores(
 
 
 class Asked:
-    """A denoiser, and the number of network evaluations that it took so far, one for each image.
+    """A denoiser that counts its network evaluations, one for each image, as "teacher_evaluations" of a run's record.
 
     Args:
         denoise: the denoiser.
-        evaluations: of its networks for an image, over all processes.
+        each: evaluations of its networks for an image, over all processes.
+        record: of the run.
     """
 
-    def __init__(self, denoise: TeacherDenoiser, evaluations: int):
-        self.denoise, self.each, self.evaluations = denoise, evaluations, 0
+    def __init__(self, denoise: TeacherDenoiser, each: int, record: dict):
+        self.denoise, self.each, self.record = denoise, each, record
+        record["teacher_evaluations"] = 0
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        self.evaluations += self.each * len(x)
+        self.record["teacher_evaluations"] += self.each * len(x)
         return self.denoise(x, sigma, labels)
 
     def state_dict(self, gather: Callable) -> dict:
-        return {"evaluations": self.evaluations}
+        return {"evaluations": self.record["teacher_evaluations"]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.evaluations = state["evaluations"]
+        self.record["teacher_evaluations"] = state["evaluations"]
 
 
 def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) -> TrajectoryPool:
@@ -190,7 +194,7 @@ def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) 
 def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
     """From t to u: along a score, or the jump to the end of a consistency model."""
     if teacher.is_consistency_model:
-        return lambda x, levels, labels: teacher.jump_to_end(x, levels[0], labels)
+        return lambda x, levels, labels: denoise(x, levels[0], labels)
     solve = SOLVERS[config.solver].solve
     return lambda x, levels, labels: solve(lambda x, sigma: denoise(x, sigma, labels), x, levels)
 
@@ -252,7 +256,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             run.speed_up(run.place(part.network))
     sampler = time_sampler(config, scheduler)
     evaluations = run.accelerator.num_processes * (teacher.evaluations if config.solver_model == "teacher" else 1)
-    denoise = Asked(make_denoiser(config, teacher, run.ema.module), evaluations)
+    denoise = Asked(make_denoiser(config, teacher, run.ema.module), evaluations, run.folder.record)
     run.keep("teacher", denoise)
     solver = make_solver(config, teacher, denoise)
     pool = None
@@ -322,7 +326,6 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             )
             if loss.dsm_samples is not None:
                 run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, score_matching.sigma)
-            run.folder.record["teacher_evaluations"] = denoise.evaluations
             run.update(loss.total, loss.terms)
     return run.finish()
 

@@ -421,7 +421,7 @@ def test_the_run_is_told_the_commit_of_its_teacher_and_counts_its_steps(teacher,
 
     monkeypatch.setattr(train_ctm, "TrainingRun", Told)
     options = {"teacher": teacher, "output_dir": str(tmp_path / "run"), "max_solver_steps": 2, "max_train_steps": 3}
-    train_ctm.main(CTMConfig(**SMALL, **options), on_step=steps.append)
+    train_ctm.main(CTMConfig(**SMALL, **options), on_step=lambda run: steps.append(run.step))
     assert seen["revisions"] == {"teacher": "0123abc"} and steps == [1, 2, 3]
 
 

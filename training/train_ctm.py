@@ -250,7 +250,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         revisions={role: part.revision for role, part in teacher.parts.items()},
         on_step=on_step,
     )
-    run.folder.record["distance"] = distance.to(run.device).about
+    run.folder.record |= {"objective": config.objective, "distance": distance.to(run.device).about}
     if config.solver_model == "teacher":
         for part in teacher.parts.values():
             run.speed_up(run.place(part.network))

@@ -31,6 +31,7 @@ from .objective.adversarial import (
     make_discriminator,
 )
 from .objective.distances import DistanceOptions, make_distance
+from .objective.derivatives import is_random
 from .objective.jumps import Jumps, TeacherDenoiser, TeacherSolver, noised, student_images
 from .objective.losses import Adversary, ScoreMatching, ScoreMatchingOptions, training_loss
 from .objective.objectives import ObjectiveOptions
@@ -268,6 +269,11 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         judge = run.place(judge)
         discriminator = run.add_network("discriminator", judge, discriminator_optimizer(config, judge))
     size = (dataset.resolution, dataset.resolution)
+    if config.lagrangian_gradient == "full" and is_random(run.bare_network):
+        raise UserError(
+            "--lagrangian_gradient full learns from the difference of two answers, and dropout makes that noise. Give "
+            "--dropout 0, or --lagrangian_gradient semi."
+        )
 
     samplers = {"matching": sampler, "global": replace(sampler, matching="global")}
     draws = {kind: each.draw_to_end if teacher.is_consistency_model else each.draw for kind, each in samplers.items()}

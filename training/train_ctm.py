@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import psutil
 import torch
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
@@ -182,7 +183,10 @@ class Asked:
 
 
 def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) -> TrajectoryPool:
-    """The pool that the options describe, empty. Raises UserError if it does not divide into the samples of a step."""
+    """The pool that the options describe, empty.
+
+    Raises UserError if it does not divide into the samples of a step, or takes more memory than is free.
+    """
     total = run.samples_per_step
     config.check(
         config.pool_size % total == 0,
@@ -194,6 +198,15 @@ def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) 
 
 def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
     """From t to u: along a score, or the jump to the end of a consistency model."""
+    shape = run.dataset.channels, run.dataset.resolution, run.dataset.resolution
+    needed = 4 * config.pool_size // run.accelerator.num_processes * sampler.num_levels * math.prod(shape)
+    free = psutil.virtual_memory().available  # a pool lies there, or in less than a GPU has
+    config.check(
+        needed <= free,
+        "pool_size",
+        f"at most {config.pool_size * free // needed // total * total}: {config.pool_size} trajectories take "
+        f"{needed / 2**30:.1f} GiB in each process, {free / 2**30:.1f} GiB are free",
+    )
     if teacher.is_consistency_model:
         return lambda x, levels, labels: denoise(x, levels[0], labels)
     solve = SOLVERS[config.solver].solve

@@ -79,6 +79,7 @@ class CTMConfig(
             self.refuse([entry.name for entry in fields(NetworkOptions)], "is for a run without --teacher")
         if self.solver_model == "ema":
             self.refuse(["teacher_guidance_scale"], "has no use with --solver_model ema: no solver asks the teacher")
+            self.refuse(["dsm_target"], "does not go with --solver_model ema: the average would learn from itself")
         if self.matching == "global":
             self.refuse(["inner_target"], "does not go with --matching global, which has no inner jump")
         late = self.stages[-1]
@@ -99,7 +100,7 @@ def check_consistency_teacher(config: CTMConfig) -> None:
             f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global with --objective ctm, "
             "which then learns those jumps, or distill the diffusion model that it came from."
         )
-    idle = ["solver", "solver_model", "max_solver_steps", "pool_size"]
+    idle = ["solver", "solver_model", "max_solver_steps", "pool_size", "dsm_target"]
     config.refuse(idle, f"has no use: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(

@@ -88,6 +88,10 @@ class CTMConfig(
             "objective",
             f"such that {late.name} begins before --max_train_steps {self.max_train_steps}",
         )
+        if "semigroup" in {stage.name for stage in self.stages}:
+            self.check(
+                self.dsm_weight > 0, "dsm_weight", "above 0 with semigroup, which learns the denoiser from it alone"
+            )
         if self.discriminator_weight == 0:
             self.refuse([entry.name for entry in fields(DiscriminatorOptions)], "needs --discriminator_weight")
 

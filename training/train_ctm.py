@@ -31,8 +31,8 @@ from .objective.adversarial import (
     is_discriminator_step,
     make_discriminator,
 )
-from .objective.distances import DistanceOptions, make_distance
 from .objective.derivatives import is_random
+from .objective.distances import DistanceOptions, make_distance
 from .objective.jumps import Jumps, TeacherDenoiser, TeacherSolver, noised, student_images
 from .objective.losses import Adversary, ScoreMatching, ScoreMatchingOptions, training_loss
 from .objective.objectives import ObjectiveOptions
@@ -198,11 +198,6 @@ def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) 
         "pool_size",
         f"a multiple of {total}, the images of a step (train_batch_size x accumulation x processes)",
     )
-    return TrajectoryPool(config, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
-
-
-def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
-    """From t to u: along a score, or the jump to the end of a consistency model."""
     shape = run.dataset.channels, run.dataset.resolution, run.dataset.resolution
     needed = 4 * config.pool_size // run.accelerator.num_processes * sampler.num_levels * math.prod(shape)
     free = psutil.virtual_memory().available  # a pool lies there, or in less than a GPU has
@@ -212,6 +207,11 @@ def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoise
         f"at most {config.pool_size * free // needed // total * total}: {config.pool_size} trajectories take "
         f"{needed / 2**30:.1f} GiB in each process, {free / 2**30:.1f} GiB are free",
     )
+    return TrajectoryPool(config, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
+
+
+def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
+    """From t to u: along a score, or the jump to the end of a consistency model."""
     if teacher.is_consistency_model:
         return lambda x, levels, labels: denoise(x, levels[0], labels)
     solve = SOLVERS[config.solver].solve
@@ -269,6 +269,11 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         revisions={role: part.revision for role, part in teacher.parts.items()},
         on_step=on_step,
     )
+    if config.lagrangian_gradient == "full" and is_random(run.bare_network):
+        raise UserError(
+            "--lagrangian_gradient full learns from the difference of two answers, and dropout makes that noise. Give "
+            "--dropout 0, or --lagrangian_gradient semi."
+        )
     run.folder.record |= {"objective": config.objective, "distance": distance.to(run.device).about}
     if config.solver_model == "teacher":
         for part in teacher.parts.values():
@@ -287,11 +292,6 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         judge = run.place(judge)
         discriminator = run.add_network("discriminator", judge, discriminator_optimizer(config, judge))
     size = (dataset.resolution, dataset.resolution)
-    if config.lagrangian_gradient == "full" and is_random(run.bare_network):
-        raise UserError(
-            "--lagrangian_gradient full learns from the difference of two answers, and dropout makes that noise. Give "
-            "--dropout 0, or --lagrangian_gradient semi."
-        )
 
     samplers = {"matching": sampler, "global": replace(sampler, matching="global")}
     draws = {kind: each.draw_to_end if teacher.is_consistency_model else each.draw for kind, each in samplers.items()}

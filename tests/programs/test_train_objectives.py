@@ -201,20 +201,18 @@ def test_the_students_own_average_can_be_followed(teacher, tmp_path):
 
 
 def test_a_second_run_goes_on_from_the_weights_of_the_first(teacher, tmp_path, logs):
-    """Each objective's first loss is lower than in the first run."""
-    first = distill(teacher, tmp_path / "first", objective=["regression"], max_train_steps=60, learning_rate=3e-3)
-    logs.clear()
-    for options in ({}, {"init_from": first}):
-        distill(teacher, tmp_path / f"run-{len(options)}", objective=["regression"], max_train_steps=1, **options)
-    assert logs[1]["trajectory_loss"] < 0.7 * logs[0]["trajectory_loss"]
-    distill(teacher, tmp_path / "second", init_from=first, **ALL)
-    assert_learned(logs, 7)
+    """The student is no longer its teacher, so that the first eulerian step has something to learn."""
+    first = distill(teacher, tmp_path / "first", **ALL, **{**STEADY, "learning_rate": 0.01})
+    distill(teacher, tmp_path / "second", objective=["eulerian"], dropout=0.0, init_from=first, max_train_steps=1)
+    assert_learned(logs, 6)
+    assert logs[-1]["trajectory_loss"] > 1e-6
 
 
 # A step that is split -------------------------------------------------------------------------------------------------
 
 
-SPLIT = {**ALL, **STEADY, "dsm_adaptive": False, "pool_size": 16, "pool_refresh": 1, "pool_from_data": 0.5}
+POOL = {"num_train_timesteps": 6, "pool_from_data": 0.5}  # a short grid, for speed
+SPLIT = {**ALL, **STEADY, "dsm_adaptive": False, "pool_size": 16, "pool_refresh": 1, **POOL}
 
 
 def test_accumulated_passes_are_one(teacher, tmp_path):
@@ -226,7 +224,7 @@ def test_accumulated_passes_are_one(teacher, tmp_path):
 
 def test_two_processes_are_one(teacher, tmp_path):
     """And a pool that two have filled serves one."""
-    options = {**SPLIT, "teacher": teacher, "learning_rate": 1e-3, "checkpointing_steps": 2}
+    options = {**SPLIT, "teacher": teacher, "learning_rate": 1e-3, "checkpointing_steps": 5}
     for processes in (1, 2):
         small = {**SMALL, "train_batch_size": 8 // processes, "output_dir": str(tmp_path / str(processes))}
         in_processes(processes, train_ctm.main, CTMConfig(**{**small, **options}))
@@ -234,7 +232,7 @@ def test_two_processes_are_one(teacher, tmp_path):
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
     assert record_of(one)["teacher_evaluations"] == record_of(two)["teacher_evaluations"] > 0
     pools = [
-        torch.load(tmp_path / name / "checkpoint-2" / "run_state.pt", weights_only=True)["kept"]["pool"]
+        torch.load(tmp_path / name / "checkpoint-5" / "run_state.pt", weights_only=True)["kept"]["pool"]
         for name in "12"
     ]
     torch.testing.assert_close(*pools, rtol=1e-4, atol=1e-4)
@@ -261,14 +259,14 @@ def test_resumed_in_any_stage_with_any_pool_is_uninterrupted_bit_for_bit(teacher
         "max_train_steps": 8,
         "pool_size": 24,
         "pool_refresh": 2,
-        "pool_from_data": 0.5,
+        **POOL,
         "gradient_accumulation_steps": 2,
         "train_batch_size": 4,
         "lr_scheduler": "cosine",
     }
     whole = distill(teacher, tmp_path / "whole", checkpointing_steps=1, checkpoints_total_limit=0, **options)
     filled = []
-    for step in (1, 2, 3, 5, 7):
+    for step in (1, 2, 5, 7):
         folder = tmp_path / f"part-{step}"
         os.makedirs(folder)
         os.rename(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")  # as if it had stopped
@@ -277,7 +275,7 @@ def test_resumed_in_any_stage_with_any_pool_is_uninterrupted_bit_for_bit(teacher
         part = distill(teacher, folder, resume_from_checkpoint="latest", **options)
         assert_same_weights(whole, part)
         assert {**record_of(part), "options": 0} == {**record_of(whole), "options": 0}
-    assert filled == [1, 2, 2, 3, 4]
+    assert filled == [1, 2, 3, 4]
     with pytest.raises(UserError, match="--objective was .*regression.*, is .*ctm"):
         distill(teacher, folder, resume_from_checkpoint="latest", **{**options, "objective": ["ctm"]})
 
@@ -304,10 +302,17 @@ def asked(monkeypatch):
     "options",
     [
         {},
-        {"gradient_accumulation_steps": 2, "pool_size": 32, "pool_refresh": 1, "solver": "unipc", "pool_substeps": 2},
+        {
+            "gradient_accumulation_steps": 2,
+            "pool_size": 32,
+            "pool_refresh": 1,
+            "solver": "unipc",
+            "pool_substeps": 2,
+            **POOL,
+        },
         {"teacher_guidance_scale": 2.0, "label_dropout": 0.5},
         {"dsm_target": "teacher", "dsm_share": 0.5, **FULL},
-        {**ADVERSARIAL, "pool_size": 16, "pool_refresh": 1, "objective": ["eulerian", "regression@2"]},
+        {**ADVERSARIAL, "pool_size": 16, "pool_refresh": 1, "objective": ["eulerian", "regression@2"], **POOL},
     ],
 )
 def test_evaluations_of_the_teacher_are_counted(teacher, tmp_path, options, asked):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import psutil
 import torch
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
@@ -30,6 +31,7 @@ from .objective.adversarial import (
     is_discriminator_step,
     make_discriminator,
 )
+from .objective.derivatives import is_random
 from .objective.distances import DistanceOptions, make_distance
 from .objective.jumps import Jumps, TeacherDenoiser, TeacherSolver, noised, student_images
 from .objective.losses import Adversary, ScoreMatching, ScoreMatchingOptions, training_loss
@@ -77,6 +79,7 @@ class CTMConfig(
             self.refuse([entry.name for entry in fields(NetworkOptions)], "is for a run without --teacher")
         if self.solver_model == "ema":
             self.refuse(["teacher_guidance_scale"], "has no use with --solver_model ema: no solver asks the teacher")
+            self.refuse(["dsm_target"], "does not go with --solver_model ema: the average would learn from itself")
         if self.matching == "global":
             self.refuse(["inner_target"], "does not go with --matching global, which has no inner jump")
         late = self.stages[-1]
@@ -85,6 +88,10 @@ class CTMConfig(
             "objective",
             f"such that {late.name} begins before --max_train_steps {self.max_train_steps}",
         )
+        if "semigroup" in {stage.name for stage in self.stages}:
+            self.check(
+                self.dsm_weight > 0, "dsm_weight", "above 0 with semigroup, which learns the denoiser from it alone"
+            )
         if self.discriminator_weight == 0:
             self.refuse([entry.name for entry in fields(DiscriminatorOptions)], "needs --discriminator_weight")
 
@@ -97,7 +104,7 @@ def check_consistency_teacher(config: CTMConfig) -> None:
             f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global with --objective ctm, "
             "which then learns those jumps, or distill the diffusion model that it came from."
         )
-    idle = ["solver", "solver_model", "max_solver_steps", "pool_size"]
+    idle = ["solver", "solver_model", "max_solver_steps", "pool_size", "dsm_target"]
     config.refuse(idle, f"has no use: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
@@ -131,7 +138,9 @@ def time_sampler(config: TimeOptions, scheduler: CTMScheduler) -> TimeSampler:
 
 
 def make_denoiser(config: TargetOptions, teacher: Teacher, student_ema: torch.nn.Module) -> TeacherDenoiser:
-    """The denoiser that is followed: the teacher's, or the average's."""
+    """The denoiser that is followed: the teacher's, or the average's; of a consistency model the jumps to the end."""
+    if teacher.is_consistency_model:
+        return teacher.jump_to_end
     if config.solver_model == "teacher":
         return teacher.denoise
     return lambda x, sigma, labels: teacher.preconditioning.g(student_ema, x, sigma, sigma, **condition(labels))
@@ -155,34 +164,48 @@ def match_scores(
 
 
 class Asked:
-    """A denoiser, and the number of network evaluations that it took so far, one for each image.
+    """A denoiser that counts its network evaluations, one for each image, as "teacher_evaluations" of a run's record.
 
     Args:
         denoise: the denoiser.
-        evaluations: of its networks for an image, over all processes.
+        each: evaluations of its networks for an image, over all processes.
+        record: of the run.
     """
 
-    def __init__(self, denoise: TeacherDenoiser, evaluations: int):
-        self.denoise, self.each, self.evaluations = denoise, evaluations, 0
+    def __init__(self, denoise: TeacherDenoiser, each: int, record: dict):
+        self.denoise, self.each, self.record = denoise, each, record
+        record["teacher_evaluations"] = 0
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        self.evaluations += self.each * len(x)
+        self.record["teacher_evaluations"] += self.each * len(x)
         return self.denoise(x, sigma, labels)
 
     def state_dict(self, gather: Callable) -> dict:
-        return {"evaluations": self.evaluations}
+        return {"evaluations": self.record["teacher_evaluations"]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.evaluations = state["evaluations"]
+        self.record["teacher_evaluations"] = state["evaluations"]
 
 
 def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) -> TrajectoryPool:
-    """The pool that the options describe, empty. Raises UserError if it does not divide into the samples of a step."""
+    """The pool that the options describe, empty.
+
+    Raises UserError if it does not divide into the samples of a step, or takes more memory than is free.
+    """
     total = run.samples_per_step
     config.check(
         config.pool_size % total == 0,
         "pool_size",
         f"a multiple of {total}, the images of a step (train_batch_size x accumulation x processes)",
+    )
+    shape = run.dataset.channels, run.dataset.resolution, run.dataset.resolution
+    needed = 4 * config.pool_size // run.accelerator.num_processes * sampler.num_levels * math.prod(shape)
+    free = psutil.virtual_memory().available  # a pool lies there, or in less than a GPU has
+    config.check(
+        needed <= free,
+        "pool_size",
+        f"at most {config.pool_size * free // needed // total * total}: {config.pool_size} trajectories take "
+        f"{needed / 2**30:.1f} GiB in each process, {free / 2**30:.1f} GiB are free",
     )
     return TrajectoryPool(config, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
 
@@ -190,7 +213,7 @@ def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) 
 def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
     """From t to u: along a score, or the jump to the end of a consistency model."""
     if teacher.is_consistency_model:
-        return lambda x, levels, labels: teacher.jump_to_end(x, levels[0], labels)
+        return lambda x, levels, labels: denoise(x, levels[0], labels)
     solve = SOLVERS[config.solver].solve
     return lambda x, levels, labels: solve(lambda x, sigma: denoise(x, sigma, labels), x, levels)
 
@@ -246,13 +269,18 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         revisions={role: part.revision for role, part in teacher.parts.items()},
         on_step=on_step,
     )
-    run.folder.record["distance"] = distance.to(run.device).about
+    if config.lagrangian_gradient == "full" and is_random(run.bare_network):
+        raise UserError(
+            "--lagrangian_gradient full learns from the difference of two answers, and dropout makes that noise. Give "
+            "--dropout 0, or --lagrangian_gradient semi."
+        )
+    run.folder.record |= {"objective": config.objective, "distance": distance.to(run.device).about}
     if config.solver_model == "teacher":
         for part in teacher.parts.values():
             run.speed_up(run.place(part.network))
     sampler = time_sampler(config, scheduler)
     evaluations = run.accelerator.num_processes * (teacher.evaluations if config.solver_model == "teacher" else 1)
-    denoise = Asked(make_denoiser(config, teacher, run.ema.module), evaluations)
+    denoise = Asked(make_denoiser(config, teacher, run.ema.module), evaluations, run.folder.record)
     run.keep("teacher", denoise)
     solver = make_solver(config, teacher, denoise)
     pool = None
@@ -322,7 +350,6 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             )
             if loss.dsm_samples is not None:
                 run.note_by_level("dsm_loss_by_sigma", loss.dsm_samples, score_matching.sigma)
-            run.folder.record["teacher_evaluations"] = denoise.evaluations
             run.update(loss.total, loss.terms)
     return run.finish()
 

@@ -30,7 +30,7 @@ from training.networks import student
 from training.networks.teacher import Teacher, load_teacher
 from training.objective import adversarial
 from training.objective.adversarial import ProjectedDiscriminator
-from training.objective.losses import ctm_loss
+from training.objective.losses import training_loss
 from training.objective.times import TimeSampler
 from training.run import devices
 from training.run import loop as run_module
@@ -369,7 +369,11 @@ def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, opt
     samplers, calls = [], []
     monkeypatch.setattr(train_ctm, "TimeSampler", lambda **given: samplers.append(TimeSampler(**given)) or samplers[-1])
     monkeypatch.setattr(
-        train_ctm, "ctm_loss", lambda jumps, *_, **given: calls.append((jumps, given)) or ctm_loss(jumps, *_, **given)
+        train_ctm,
+        "training_loss",
+        lambda objective, jumps, **given: (
+            calls.append((objective, jumps, given)) or training_loss(objective, jumps, **given)
+        ),
     )
     live = options.get("matching") != "global"
     options |= {"inner_target": "live"} if live else {}
@@ -377,9 +381,10 @@ def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, opt
     saved = distill(teacher, tmp_path / "run", max_train_steps=2, **options)
     assert not torch.equal(weights(saved)["conv_out.weight"], weights(teacher)["conv_out.weight"])
     assert (samplers[0].num_levels, samplers[0].matching) == (18, options.get("matching", "soft"))
-    jumps, given = calls[0]
+    objective, jumps, given = calls[0]
     assert samplers[0].most == most >= jumps.times.solver_steps
-    assert (given["distance"].about["name"], given["inner_target"]) == ("pseudo_huber", "live" if live else "ema")
+    inner_target = objective.keywords["options"].inner_target
+    assert (jumps.distance.about["name"], inner_target) == ("pseudo_huber", "live" if live else None)
     assert (given["score_matching"].weight, given["score_matching"].adaptive) == (0.7, not live)
     assert given["last_weight"]() is jumps.student.conv_out.weight
     assert torch.equal(jumps.student_ema.conv_out.weight, weights(saved)["conv_out.weight"])  # what is saved
@@ -388,11 +393,11 @@ def test_every_choice_of_times_runs_and_moves_the_student(teacher, tmp_path, opt
 def test_without_a_teacher_the_student_follows_its_own_average(tmp_path, monkeypatch):
     solved = []
 
-    def solve(denoiser, x, levels):
+    def states(denoiser, x, levels):
         solved.append(denoiser(x, levels[0]))
-        return x
+        yield x
 
-    monkeypatch.setitem(train_ctm.SOLVERS, "heun", dataclasses.replace(train_ctm.SOLVERS["heun"], solve=solve))
+    monkeypatch.setitem(train_ctm.SOLVERS, "heun", dataclasses.replace(train_ctm.SOLVERS["heun"], states=states))
     network = {"block_out_channels": [16, 32], "layers_per_block": 1, "attention_head_dim": 8, "sigma_data": 0.75}
     saved = distill(None, tmp_path / "scratch", max_train_steps=2, solver_model="ema", **network)
     assert len(solved) == 2
@@ -416,7 +421,7 @@ def test_the_run_is_told_the_commit_of_its_teacher_and_counts_its_steps(teacher,
 
     monkeypatch.setattr(train_ctm, "TrainingRun", Told)
     options = {"teacher": teacher, "output_dir": str(tmp_path / "run"), "max_solver_steps": 2, "max_train_steps": 3}
-    train_ctm.main(CTMConfig(**SMALL, **options), on_step=steps.append)
+    train_ctm.main(CTMConfig(**SMALL, **options), on_step=lambda run: steps.append(run.step))
     assert seen["revisions"] == {"teacher": "0123abc"} and steps == [1, 2, 3]
 
 
@@ -541,12 +546,12 @@ def test_turn_of_the_discriminator(teacher, tmp_path, monkeypatch):
     watch(Teacher, "denoise", "teacher")
     watch(train_ctm, "generator_loss", "generator")
     watch(train_ctm, "discriminator_loss", "discriminator")
-    watch(train_ctm, "ctm_estimate", "estimate")
+    watch(train_ctm, "student_images", "fakes")
     options = {**ADVERSARIAL, "discriminator_start": 0, "max_train_steps": 2}
     saved = distill(teacher, tmp_path / "run", **options)
     # The student's step asks the teacher before the discriminator; the discriminator's step does not ask it at all.
-    assert "teacher" in events[:-3] and events[-3:] == ["generator", "estimate", "discriminator"]
-    (jumps,) = seen["estimate"]
+    assert "teacher" in events[:-3] and events[-3:] == ["generator", "fakes", "discriminator"]
+    (jumps,) = seen["fakes"]
     assert torch.equal(jumps.student_ema.conv_out.weight, weights(saved)["conv_out.weight"])
     _, estimate, augment = seen["generator"]
     assert estimate.requires_grad and [len(parameters.brightness) for parameters in augment] == [8]

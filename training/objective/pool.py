@@ -171,7 +171,7 @@ class TrajectoryPool:
 
     def _fetch(self, values: torch.Tensor) -> torch.Tensor:
         """Bring what was drawn to the device."""
-        if values.device != self.device:
+        if values.device.type != self.device.type:  # of several processes on a CPU it is "cpu:0"
             values = values.pin_memory().to(self.device, non_blocking=True)
         return values
 

@@ -45,6 +45,16 @@ def test_distilled_guidance_is_said(reference, tmp_path):
     assert "guided" not in card_of(tmp_path, record={"teacher": teacher, "options": {}})
 
 
+def test_the_objective_and_its_pool_are_said(tmp_path):
+    record = {"steps": 9, "images_per_step": 4, "objective": ["regression", "eulerian@6"], "options": {}}
+    sentence = "- Objective besides score matching: `regression eulerian@6`"
+    assert f"{sentence}.\n" in card_of(tmp_path, record=record)
+    record["options"] = {"pool_size": 64}
+    assert f"{sentence}, from a pool of 64 trajectories of the teacher.\n" in card_of(tmp_path, record=record)
+    del record["objective"]
+    assert "Objective" not in card_of(tmp_path, record=record)
+
+
 def test_memorization_attribution_and_the_classes_that_can_be_asked(tmp_path):
     rows = [
         {"name": "1 step", "num_images": 1000, "pixels": {"median": 31.26, "copies": 0.012}},
@@ -80,8 +90,8 @@ def test_what_others_wrote_stays_text(tmp_path):
         "images_per_step": 1,
     }
     record |= {"dataset": {"name": evil, "split": evil}, "versions": {evil: evil}}
-    record |= {"options": {evil: evil, "teacher_guidance_scale": evil}}
-    record |= {"distance": {"name": evil, evil: evil}}
+    record |= {"options": {evil: evil, "teacher_guidance_scale": evil, "pool_size": evil}}
+    record |= {"distance": {"name": evil, evil: evil}, "objective": [evil]}
     license, conversion = License("other", evil, "javascript:x"), {"source": evil, "family": evil}
     card = card_of(tmp_path, license, record, conversion, model_index={"id2label": {"0": evil}})
     assert ModelCard(card).data.to_dict()["license"] == "other"

@@ -159,7 +159,7 @@ def test_a_step_of_one_network_leaves_the_other(tmp_path):
     run = start(tmp_path / "run", max_train_steps=3, lr_scheduler="linear", learning_rate=1.0)
     main, judge = run.networks["main"], run.networks["judge"]
     rates, steps = [], []
-    run.on_step = steps.append
+    run.on_step = lambda run: steps.append(run.step)
     for batch in run.batches():
         with run.accumulate():
             before = state(main.bare), state(run.ema.module)
@@ -324,7 +324,7 @@ def test_a_jump_of_the_learning_rate_is_said(tmp_path, capsys, kind, share, then
     options = {"lr_scheduler": kind, "checkpointing_steps": 4}
     learn(start(tmp_path / "run", max_train_steps=steps, **options), until=5)
     run = start(tmp_path / "run", max_train_steps=then, resume_from_checkpoint="latest", **options)
-    run.on_step = lambda step: rates.append(run.lr_scheduler.get_last_lr()[0] / 1e-3)
+    run.on_step = lambda run: rates.append(run.lr_scheduler.get_last_lr()[0] / 1e-3)
     capsys.readouterr()
     learn(run)
     said = f"goes from {share(4 / steps):.3f} to {share(4 / then):.3f} of its peak: --lr_scheduler {kind} ends at "

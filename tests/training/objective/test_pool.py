@@ -133,7 +133,7 @@ def whole_state(pools):
 
 @pytest.mark.parametrize("before", [ONE, PASSES, PROCESSES, BOTH], ids=["one", "passes", "processes", "both"])
 @pytest.mark.parametrize("after", [ONE, BOTH], ids=["one", "both"])
-@pytest.mark.parametrize("pause", [2, 6])
+@pytest.mark.parametrize("pause", [2, 5])
 def test_a_saved_pool_goes_on_in_any_split(before, after, pause):
     """The pause is before the pool is full, or between two refreshes."""
     options = {"pool_from_data": 0.4}

@@ -27,7 +27,7 @@ from training.measure.options import PairOptions
 from training.networks.pipelines import GuidedNetwork, load_pipelines
 from training.networks.student import choose_precision, student_scheduler
 from training.networks.teacher import Teacher, load_teacher
-from training.objective.solvers import heun_solve
+from training.objective.solvers import SOLVERS
 from training.train_ctm import CTMConfig
 
 
@@ -73,7 +73,7 @@ def slope_of_heun(teacher, exact, labels=None):
     errors = []
     for steps in (40, 80, 160):
         levels = karras_sigmas(steps + 1, 0.02, 80.0, 7.0).to(torch.float64)[:, None].expand(-1, 2)
-        solved = heun_solve(lambda x, sigma: teacher.denoise(x, sigma, labels), x, levels)
+        solved = SOLVERS["heun"].solve(lambda x, sigma: teacher.denoise(x, sigma, labels), x, levels)
         errors.append((solved - exact(x, 80.0, 0.02)).abs().max().item())
     assert errors[-1] < 2e-3
     return torch.tensor(errors).log2().diff().neg().min().item()
@@ -250,7 +250,7 @@ def test_a_pipeline_samples_the_guided_teacher(folders, teacher, reference, labe
     guided = load_teacher(options)
     labels = None if label is None else torch.full((2,), label)
     levels = pipe.scheduler.sigmas.float()
-    x = heun_solve(
+    x = SOLVERS["heun"].solve(
         lambda x, sigma: guided.denoise(x, sigma, labels), start * levels[0], levels[:-1, None].expand(-1, 2)
     )
     x = guided.denoise(x, levels[-2].expand(2), labels)  # the last step ends at 0 and is Euler's

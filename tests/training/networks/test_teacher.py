@@ -1,12 +1,14 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Teachers of every family: the Hub's layouts, what is refused, and students that start as their teacher."""
 
+import functools
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,9 @@ from training.cli.weights import load_pipeline
 from training.networks import pipelines
 from training.networks.student import choose_precision, student_scheduler
 from training.networks.teacher import Teacher, load_teacher
-from training.objective.losses import Jumps, ScoreMatching, ctm_loss
+from training.objective.jumps import Jumps, noised
+from training.objective.losses import ScoreMatching, training_loss
+from training.objective.objectives import OBJECTIVES, ObjectiveOptions
 from training.objective.times import TimeSampler
 from training.train_ctm import CTMConfig
 
@@ -211,25 +215,31 @@ def test_students_start_as_their_teachers_and_learn(layouts, name):
             anywhere = preconditioning.g(student, x, t, 0.5 * t, **condition(labels))
             torch.testing.assert_close(anywhere, g, rtol=1e-5, atol=1e-5 * high)
 
-    config = CTMConfig(teacher="none")
-    sampler = TimeSampler(18, low, high, max_steps=2)
-    draw = sampler.draw_to_end if teacher.is_consistency_model else sampler.draw
+    sampler, config = TimeSampler(18, low, high, max_steps=2), CTMConfig(teacher="none")
+    solver = train_ctm.make_solver(config, teacher, teacher.denoise)
     average = CTMUNet2DModel.from_unet(teacher.network)
     with torch.no_grad():
         average.conv_out.weight.mul_(0.9)
     x_0, noise, dsm_noise = (randn(4, 3, 8, 8, seed=seed, dtype=torch.float32) for seed in (1, 2, 3))
-    jumps = Jumps(student, average, preconditioning, draw(4, seeded()), 0.5 * x_0, noise, labels)
     sigma = torch.tensor([low, 0.5, 1.0, high])
-    loss = ctm_loss(
-        jumps,
-        train_ctm.make_solver(config, teacher, average),
-        lambda: student.last_layer.weight,
-        ScoreMatching(sigma, dsm_noise, adaptive=not teacher.is_consistency_model),
-    )
-    loss.total.backward()
-    assert loss.dsm > 0 and torch.isfinite(loss.trajectory)
-    gradient = student.time_embedding.linear_1.weight.grad
-    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    x_sigma, adaptive = noised(0.5 * x_0, sigma, dsm_noise), not teacher.is_consistency_model
+    score_matching = ScoreMatching(x_sigma, sigma, 0.5 * x_0, labels, adaptive=adaptive)
+    for name in ["ctm"] if teacher.is_consistency_model else OBJECTIVES:
+        objective = OBJECTIVES[name]
+        draws = {"matching": sampler.draw, "global": replace(sampler, matching="global").draw}
+        draws["between"] = sampler.draw_between
+        draw = sampler.draw_to_end if teacher.is_consistency_model else draws[objective.times]
+        times = draw(4, seeded())
+        x_t = noised(0.5 * x_0, times.t, noise)
+        given = {"solver": solver, "teacher": teacher.denoise, "progress": 0.5}
+        jumps = Jumps(student, average, preconditioning, times, x_t, labels, **given)
+        terms = functools.partial(objective.terms, options=ObjectiveOptions(objective=[name]))
+        loss = training_loss(terms, jumps, lambda: student.last_layer.weight, score_matching)
+        student.zero_grad()
+        loss.total.backward()
+        assert loss.terms["dsm_loss"] > 0 and torch.isfinite(loss.terms["trajectory_loss"])
+        gradient = student.time_embedding.linear_1.weight.grad
+        assert gradient.isfinite().all() and gradient.abs().max() > 0, name
 
 
 def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):

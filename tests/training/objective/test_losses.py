@@ -1,5 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""`ctm_loss` is 0 for the exact jump, equals the loss as the paper writes it, and computes no more than it needs."""
+"""`training_loss` with CTM's objective equals the loss as the paper writes it, and computes no more than it needs."""
+
+import contextlib
+import functools
 
 import pytest
 import torch
@@ -7,19 +10,12 @@ import torch
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import karras_sigmas
 from helpers.comparing import seeded
-from helpers.exact import ExactNetwork, GaussianData, grid_times, randn
+from helpers.exact import GaussianData, grid_times, randn
 from training.objective.distances import l2_distance, pseudo_huber_distance
-from training.objective.losses import (
-    Adversary,
-    Jumps,
-    ScoreMatching,
-    adaptive_weight,
-    ctm_estimate,
-    ctm_loss,
-    dsm_loss,
-    jump_where_needed,
-)
-from training.objective.solvers import SOLVERS, heun_solve
+from training.objective.jumps import Jumps, jump_where_needed, noised, student_images
+from training.objective.losses import Adversary, ScoreMatching, adaptive_weight, dsm_loss, training_loss
+from training.objective.objectives import OBJECTIVES, ObjectiveOptions
+from training.objective.solvers import SOLVERS
 from training.objective.times import TimeSampler
 from training.run.averages import EMA
 from training.run.learner import clip_gradient
@@ -37,33 +33,21 @@ def samples(batch=5, shape=(3, 8, 8)):
 
 
 def matching(batch=5, **options):
-    return ScoreMatching(torch.exp(randn(batch, seed=4)), randn(batch, 3, 8, 8, seed=3), **options)
+    x_0, _ = samples(batch)
+    sigma = torch.exp(randn(batch, seed=4))
+    return ScoreMatching(noised(x_0, sigma, randn(batch, 3, 8, 8, seed=3)), sigma, x_0, LABELS, **options)
 
 
-def jumps_of(student, ema, times, labels):
-    return Jumps(student, ema, PRECONDITIONING, times, *samples(), labels)
+def jumps_of(student, ema, times, labels, solver, **given):
+    x_0, noise = samples()
+    return Jumps(student, ema, PRECONDITIONING, times, noised(x_0, times.t, noise), labels, solver, **given)
 
 
-@pytest.mark.parametrize("kind", ["soft", "local", "global"])
-@pytest.mark.parametrize("inner_target", ["ema", "live"])
-def test_exact_jump_and_exact_solver_have_no_trajectory_loss(kind, inner_target):
-    network = ExactNetwork(GaussianData(SIGMA_DATA), SIGMA_DATA)
-    bias = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-    def solver(x, levels, labels):
-        return GaussianData(SIGMA_DATA).jump(x, levels[0], levels[-1])
-
-    def trajectory(times, offset):
-        def student(*args, **kwargs):
-            return (network(*args, **kwargs)[0] + bias + offset,)
-
-        jumps = Jumps(student, network, PRECONDITIONING, times, *samples(16))
-        return ctm_loss(jumps, solver, lambda: bias, inner_target=inner_target).trajectory.item()
-
-    for seed in range(3):
-        times = TimeSampler(18, matching=kind).draw(16, seeded(seed))
-        assert trajectory(times, 0.0) < 1e-20
-        assert trajectory(times, 0.1) > 1e-7  # a student that is off is seen
+def ctm_loss(jumps, last_weight, *terms, inner_target="ema", **given):
+    options = ObjectiveOptions(inner_target=inner_target)
+    return training_loss(
+        functools.partial(OBJECTIVES["ctm"].terms, options=options), jumps, last_weight, *terms, **given
+    )
 
 
 @pytest.fixture
@@ -78,13 +62,17 @@ LABELS = torch.tensor([0, 1, 2, 3, 0])
 TIMES = grid_times(GRID, [3, 14, 2, 0, 5], [6, 17, 5, 3, 8], [17, 17, 5, 9, 12])
 
 
-def along(network, solve=heun_solve):
+def along(network, solver="heun"):
     """A solver along the score of `network`."""
 
-    def solver(x, levels, labels):
-        return solve(lambda x, t: PRECONDITIONING.denoise(network, x, t, class_labels=labels), x, levels)
+    def solve(x, levels, labels):
+        return SOLVERS[solver].solve(denoiser(network, labels), x, levels)
 
-    return solver
+    return solve
+
+
+def denoiser(network, labels):
+    return lambda x, t: PRECONDITIONING.denoise(network, x, t, class_labels=labels)
 
 
 def plain_ctm_loss(student, ema, teacher, dsm, distance, inner, adaptive, generator=None):
@@ -98,7 +86,7 @@ def plain_ctm_loss(student, ema, teacher, dsm, distance, inner, adaptive, genera
     target = jump(ema, jump(ema if inner == "ema" else student, x_u, u, s, **condition), s, end, **condition).detach()
     estimate = jump(ema, jump(student, x_t, t, s, **condition), s, end, **condition)
     trajectory = distance(estimate, target).mean()
-    x_sigma = x_0 + dsm.sigma[:, None, None, None] * dsm.noise
+    x_sigma = x_0 + dsm.sigma[:, None, None, None] * randn(5, 3, 8, 8, seed=3)
     denoised = PRECONDITIONING.denoise(student, x_sigma, dsm.sigma, **condition)
     weight = (dsm.sigma**2 + SIGMA_DATA**2) / (dsm.sigma * SIGMA_DATA) ** 2
     terms = [trajectory, (weight * (denoised - x_0).square().mean((1, 2, 3))).mean()]
@@ -131,22 +119,16 @@ def test_equals_the_loss_with_every_jump_computed(networks, distance, inner, ada
     terms, scales, total = plain_ctm_loss(student, ema, teacher, dsm, distance, inner, adaptive, generator)
     expected = torch.autograd.grad(total, list(student.parameters()))
     term = Adversary(generator, lambda *gradients: adaptive_weight(*gradients).clamp(0.01, 10))
-    loss = ctm_loss(
-        jumps_of(student, ema, TIMES, LABELS),
-        along(teacher),
-        lambda: student.conv_out.weight,
-        dsm,
-        term if generator else None,
-        distance,
-        inner,
-    )
+    jumps = jumps_of(student, ema, TIMES, LABELS, along(teacher), distance=distance)
+    loss = ctm_loss(jumps, lambda: student.conv_out.weight, dsm, term if generator else None, inner_target=inner)
     loss.total.backward()
     torch.testing.assert_close(loss.total, total)
-    ours = [loss.trajectory, loss.dsm, loss.generator]
-    for value, plain in zip(ours, terms):
-        torch.testing.assert_close(value, plain.detach())
-    for value, plain in zip([loss.dsm_weight, loss.generator_weight], scales):
-        torch.testing.assert_close(value, torch.as_tensor(plain, dtype=torch.float64))
+    names = ["trajectory", "dsm", *(["generator"] if generator else [])]
+    for name, plain in zip(names, terms, strict=True):
+        torch.testing.assert_close(loss.terms[f"{name}_loss"], plain.detach())
+    for name, plain in zip(names[1:], scales, strict=True):
+        torch.testing.assert_close(loss.terms[f"{name}_weight"], torch.as_tensor(plain, dtype=torch.float64))
+    torch.testing.assert_close(loss.dsm_samples.mean(), terms[1].detach())
     for (name, parameter), gradient in zip(student.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, msg=lambda text, name=name: f"{name}: {text}")
     assert all(p.grad is None for network in (ema, teacher) for p in network.parameters())
@@ -173,8 +155,8 @@ def test_network_calls_forward_and_backward(networks, generator):
 
         network.conv_in.register_forward_hook(watch)
     term = Adversary(generator) if generator else None
-    jumps = jumps_of(student, ema, TIMES, LABELS)
-    ctm_loss(jumps, along(teacher), lambda: student.conv_out.weight, matching(), term).total.backward()
+    jumps = jumps_of(student, ema, TIMES, LABELS, along(teacher))
+    ctm_loss(jumps, lambda: student.conv_out.weight, matching(), term).total.backward()
     assert backward == {"ema": 1 if generator is None else 2, "student": 1}
     assert rows["student"] == [(10, True)]  # both losses in one batch
     assert rows["teacher"] == [(5, False)] * 6  # Heun, k = 3
@@ -184,10 +166,10 @@ def test_network_calls_forward_and_backward(networks, generator):
 
 def test_estimate_of_the_discriminators_step_is_that_of_the_loss(networks):
     student, ema, teacher = networks
-    seen, jumps = [], jumps_of(student, ema, TIMES, LABELS)
+    seen, jumps = [], jumps_of(student, ema, TIMES, LABELS, along(teacher))
     term = Adversary(lambda estimate: seen.append(estimate) or estimate.mean())
-    ctm_loss(jumps, along(teacher), lambda: student.conv_out.weight, adversary=term)
-    fake = ctm_estimate(jumps)
+    ctm_loss(jumps, lambda: student.conv_out.weight, adversary=term)
+    fake = student_images(jumps)
     torch.testing.assert_close(fake, seen[0].detach())
     assert not fake.requires_grad
 
@@ -200,33 +182,54 @@ def test_adaptive_weight_is_that_of_the_reduced_gradients(networks):
         seen.append(gradient)
         return gradient * (3.0 if len(seen) == 1 else 0.5)
 
-    jumps, last = jumps_of(student, ema, TIMES, LABELS), student.conv_out.weight
-    loss = ctm_loss(jumps, lambda x, *_: 0.5 * x, lambda: last, matching(weight=0.7), reduce_gradient=reduce)
-    torch.testing.assert_close(loss.dsm_weight, 0.7 * adaptive_weight(3.0 * seen[0], 0.5 * seen[1]))
+    jumps, last = jumps_of(student, ema, TIMES, LABELS, lambda x, *_: 0.5 * x), student.conv_out.weight
+    loss = ctm_loss(jumps, lambda: last, matching(weight=0.7), reduce_gradient=reduce)
+    torch.testing.assert_close(loss.terms["dsm_weight"], 0.7 * adaptive_weight(3.0 * seen[0], 0.5 * seen[1]))
 
 
 def test_no_jump_is_computed_where_all_are_identities(networks):
     student, ema, _ = networks
     ema.register_forward_hook(lambda *_: pytest.fail("the average was called"))
-    jumps = jumps_of(student, ema, TimeSampler(18).draw_to_end(5, seeded()), LABELS)
-    assert ctm_loss(jumps, lambda x, *_: 0.1 * x, lambda: student.conv_out.weight, matching()).trajectory > 0
+    jumps = jumps_of(student, ema, TimeSampler(18).draw_to_end(5, seeded()), LABELS, lambda x, *_: 0.1 * x)
+    assert ctm_loss(jumps, lambda: student.conv_out.weight, matching()).terms["trajectory_loss"] > 0
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_step_does_not_wait_for_the_device(networks, solver):
+STEPS = [
+    *(("ctm", {"solver": solver}) for solver in SOLVERS),
+    ("regression", {}),
+    ("eulerian", {}),
+    ("eulerian", {"derivative": "jvp"}),
+    ("lagrangian", {}),
+    ("lagrangian", {"derivative": "jvp"}),
+    ("lagrangian", {"lagrangian_gradient": "full"}),
+    ("semigroup", {}),
+]
+
+
+@pytest.mark.parametrize("name, options", STEPS, ids=lambda value: value if isinstance(value, str) else str(value))
+def test_a_step_does_not_wait_for_the_device(networks, name, options, monkeypatch):
     """On the device "meta" whoever reads a value, or a shape that depends on values, raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
     student, ema, teacher = (network.to("meta") for network in networks)
     average, means, dsm = EMA(student, 0.9), Means(), matching()
-    dsm = ScoreMatching(dsm.sigma.to("meta"), dsm.noise.to("meta"))
+    dsm = ScoreMatching(*(value.to("meta") for value in (dsm.x, dsm.sigma, dsm.target, dsm.class_labels)))
+    objective, config = OBJECTIVES[name], ObjectiveOptions(objective=[name], **options)
+    between = objective.times == "between"
+    times = TimeSampler(18).draw_between(5, seeded()) if between else TIMES
     x_0, noise = (value.to("meta") for value in samples())
-    jumps = Jumps(student, ema, PRECONDITIONING, TIMES, x_0, noise, LABELS.to("meta"))
+    jumps = Jumps(
+        student.train(), ema, PRECONDITIONING, times, noised(x_0, times.t, noise), LABELS.to("meta"),
+        along(teacher, config.solver), lambda x, t, labels: denoiser(teacher, labels)(x, t), progress=0.5,
+    )  # fmt: skip
+    terms, beside = functools.partial(objective.terms, options=config), objective.beside(jumps, config)
     last = student.conv_out.weight
-    loss = ctm_loss(jumps, along(teacher, SOLVERS[solver].solve), lambda: last, dsm, Adversary(adversary))
-    finite = means.add({"trajectory_loss": loss.trajectory, "dsm_loss": loss.dsm})
+    loss = training_loss(terms, jumps, lambda: last, dsm, Adversary(adversary), beside)
+    finite = means.add({name: value for name, value in loss.terms.items() if name.endswith("loss")})
     (loss.total * torch.where(finite, 1.0, float("nan"))).backward()
     norm = clip_gradient(list(student.parameters()), 1.0)
     average.step(student, norm.isfinite())
-    assert ctm_estimate(jumps).device.type == "meta"
+    assert student_images(jumps).device.type == "meta"
 
 
 def test_score_matching_of_the_exact_denoiser_is_one_at_every_level():

@@ -1,10 +1,11 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""`ctm_loss` against one training step of the authors' code: targets, losses, adaptive weight and all gradients.
+"""CTM's loss against one training step of the authors' code: targets, losses, adaptive weight and all gradients.
 
 A case is a network family and a distance. To add one: an entry of `CASES`.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from helpers.places import ORACLE
 from helpers.stub_gan import augment_of, stub_discriminator
 from training.frozen.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from training.objective.adversarial import generator_loss, generator_weight
+from training.objective.ctm import ctm
 from training.objective.distances import PerceptualDistance, l2_distance
-from training.objective.losses import Adversary, Jumps, ScoreMatching, ctm_loss
-from training.objective.solvers import heun_solve
+from training.objective.jumps import Jumps, noised
+from training.objective.losses import Adversary, ScoreMatching, training_loss
+from training.objective.solvers import SOLVERS, TargetOptions
 from training.official import adm as convert_adm
 from training.official import song as convert_edm
 
@@ -152,7 +155,7 @@ def close(ours, theirs, tolerance=TOLERANCE):
 
 @pytest.fixture(scope="module", params=CASES)
 def step(request):
-    """(case, the authors' arrays, what `ctm_loss` did with the same inputs, the student with gradients)."""
+    """(case, the authors' arrays, what `training_loss` did with the same inputs, the student with gradients)."""
     case, file = CASES[request.param], ORACLE / f"{request.param}.npz"
     if not file.exists():
         pytest.skip("the oracle folder is not here")
@@ -185,7 +188,7 @@ def step(request):
     seen = {"gradients": []}
 
     def solver(x, levels, labels):
-        seen["x_u"] = heun_solve(
+        seen["x_u"] = SOLVERS["heun"].solve(
             lambda x, sigma: preconditioning.denoise(teacher, x, sigma, **condition(labels)), x, levels
         )
         return seen["x_u"]
@@ -205,14 +208,14 @@ def step(request):
         augment = [augment_of(arrays, f"aug{index}_") for index in range(2)]
         adversary = Adversary(lambda estimate: generator_loss(judge, estimate, augment), generator_weight)
     times = grid_times(grid, index_t, index_t + k, index_s)
-    loss = ctm_loss(
-        Jumps(student, average, preconditioning, times, arrays["x_start"], arrays["noise"], labels),
-        solver,
+    x_0, sigma = arrays["x_start"], arrays["dsm_sigmas"]
+    x_t, x_sigma = noised(x_0, times.t, arrays["noise"]), noised(x_0, sigma, arrays["dsm_noise"])
+    loss = training_loss(
+        functools.partial(ctm, options=TargetOptions(inner_target="live")),
+        Jumps(student, average, preconditioning, times, x_t, labels, solver, distance=distance),
         lambda: student.get_parameter(case.last_weight),
-        ScoreMatching(arrays["dsm_sigmas"], arrays["dsm_noise"]),
+        ScoreMatching(x_sigma, sigma, x_0, labels),
         adversary,
-        distance,
-        inner_target="live",
         reduce_gradient=reduce_gradient,
     )
     loss.total.backward()
@@ -229,17 +232,18 @@ def test_solver_target_and_estimate(step):
 def test_losses_and_adaptive_weights(step):
     case, arrays, loss, seen, _ = step
     assert close(seen["distance"].detach(), arrays["consistency_loss"])
-    assert close(loss.trajectory, arrays["consistency_loss"].mean())
+    terms = loss.terms
+    assert close(terms["trajectory_loss"], arrays["consistency_loss"].mean())
     names = ("adapt_gan_num", "adapt_gan_den") if case.adversarial else ("adapt_dsm_num", "adapt_dsm_den")
     for gradient, name in zip(seen["gradients"], names):
         assert close(gradient.norm(), arrays[name]), name
-    assert close(loss.dsm_weight, arrays["adapt_dsm_w_raw"])
-    assert close(loss.dsm_weight * loss.dsm, arrays["denoising_loss"].mean())
+    assert close(terms["dsm_weight"], arrays["adapt_dsm_w_raw"])
+    assert close(terms["dsm_weight"] * terms["dsm_loss"], arrays["denoising_loss"].mean())
     if case.adversarial:
-        assert close(loss.generator_weight, arrays["adapt_gan_w_raw"].clamp(0.01, 10))
-        assert close(loss.generator_weight * loss.generator, arrays["d_loss"])
+        assert close(terms["generator_weight"], arrays["adapt_gan_w_raw"].clamp(0.01, 10))
+        assert close(terms["generator_weight"] * terms["generator_loss"], arrays["d_loss"])
     else:
-        assert close(loss.dsm, arrays["dsm_loss_raw"].mean())
+        assert close(terms["dsm_loss"], arrays["dsm_loss_raw"].mean())
     assert close(loss.total.detach(), arrays["total_loss"])
 
 

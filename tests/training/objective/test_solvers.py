@@ -9,7 +9,7 @@ from diffusers import EDMDPMSolverMultistepScheduler
 
 from diffusers_ctm.trajectory import karras_sigmas
 from helpers.exact import GaussianData, PixelMixture, randn
-from training.objective.solvers import SOLVERS, dpm_solve, heun_solve, unipc_solve
+from training.objective.solvers import SOLVERS
 
 
 DATA = PixelMixture()
@@ -49,7 +49,7 @@ def test_unipc_integrates_a_denoiser_that_is_a_parabola_in_ln_level_exactly():
 
     grid = torch.tensor([9.0, 5.0, 2.0, 0.7], dtype=torch.float64)
     x = 9 * randn(1, 1, 2, 2)
-    states = [unipc_solve(parabola, x, down(grid, 0, steps=steps)) for steps in (1, 2, 3)]
+    states = [SOLVERS["unipc"].solve(parabola, x, down(grid, 0, steps=steps)) for steps in (1, 2, 3)]
     for row in (1, 2):
         t, s = grid[row], grid[row + 1]
         nodes = torch.linspace((1 / t).item(), (1 / s).item(), 20001, dtype=torch.float64)
@@ -62,7 +62,11 @@ def test_the_first_unipc_step_is_heuns():
     x = 2 * randn(4, 1, 2, 2)
     for steps in (1, 2):
         levels = down(grid, *[0] * 4, steps=steps)
-        apart = (unipc_solve(DATA.denoiser, x, levels) - heun_solve(DATA.denoiser, x, levels)).abs().max()
+        apart = (
+            (SOLVERS["unipc"].solve(DATA.denoiser, x, levels) - SOLVERS["heun"].solve(DATA.denoiser, x, levels))
+            .abs()
+            .max()
+        )
         assert apart == 0 if steps == 1 else apart > 1e-3
 
 
@@ -83,7 +87,7 @@ def test_dpm_is_that_of_diffusers():
         )
         assert model_input.shape == output.shape
         theirs = scheduler.step(output, t, theirs, return_dict=False)[0]
-    ours = dpm_solve(data.denoiser, x, down(levels, 0, 0, 0, steps=num_steps - 1))
+    ours = SOLVERS["dpm"].solve(data.denoiser, x, down(levels, 0, 0, 0, steps=num_steps - 1))
     torch.testing.assert_close(ours, theirs.double(), rtol=1e-5, atol=1e-5)
 
 

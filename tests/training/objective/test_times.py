@@ -82,6 +82,38 @@ def test_times_of_a_consistency_model_end_at_sigma_min():
     assert set(places(times.t).round().int().tolist()) == set(range(17)) and times.solver_steps == 1
 
 
+def test_times_on_known_trajectories():
+    """For each sample P(k) ~ k up to what its trajectory has, t uniform over the places that are left, s below u."""
+    first = torch.tensor([0.0, 0.0, 12.0, 16.0]).repeat(6000)
+    for options, most in (({"max_steps": 4}, 4), ({"matching": "global"}, 5), ({"matching": "local"}, 1)):
+        times = TimeSampler(18, **options).draw_known(first, seeded())
+        t, u = times.places
+        torch.testing.assert_close(times.path, TimeSampler(18).level(times.places), rtol=0, atol=0)
+        assert (t >= first).all() and (u <= 17).all() and (times.u >= times.s).all() and times.solver_steps == 1
+        k = u - t
+        assert (k[first == 16] == 1).all() and (k[first == 0].max() > 5) == (options == {"matching": "global"})
+        late = first == 12
+        shares = torch.arange(1, most + 1).double()
+        counts = torch.bincount(k[late], minlength=most + 1)[1:].double()
+        torch.testing.assert_close(counts / counts.sum(), shares / shares.sum(), rtol=0, atol=0.02)
+        one = late & (k == 1)
+        torch.testing.assert_close(torch.bincount(t[one])[12:] / one.sum(), torch.full((5,), 0.2), rtol=0, atol=0.05)
+        assert torch.equal(times.s, times.u) == (options == {"matching": "global"})
+
+
+def test_times_between_the_levels():
+    """Of two uniform places t is the smaller and s the larger; u is uniform between; 30 % of the s are the end."""
+    times = TimeSampler(18).draw_between(40000, seeded())
+    assert (times.t >= times.u).all() and (times.u >= times.s).all()
+    assert times.t.max() <= 80 and times.s.min() == 0.002 and times.places is None
+    t, u, s = (places(levels) / 17 for levels in (times.t, times.u, times.s))
+    ends = times.s == 0.002
+    assert ends.double().mean().item() == pytest.approx(0.3, abs=0.01)
+    for value, mean, square in ((t, 1 / 3, 1 / 6), (s[~ends], 2 / 3, 1 / 2), ((u - t) / (s - t), 1 / 2, 1 / 3)):
+        assert value.mean().item() == pytest.approx(mean, abs=0.01)
+        assert value.square().mean().item() == pytest.approx(square, abs=0.01)
+
+
 def test_levels_of_score_matching():
     noise = torch.randn(20000, generator=seeded())
     sigma = draw_lognormal_sigma(noise)

@@ -93,10 +93,9 @@ def _jvp(jumps: Jumps, *tangents: torch.Tensor) -> torch.Tensor:
 
 
 def is_random(network: torch.nn.Module) -> bool:
-    """Whether two passes of a network differ: by dropout, in training."""
-    return network.training and any(
-        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in network.modules()
-    )
+    """Whether two passes of a network in training differ: by dropout of units or of labels."""
+    units = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in network.modules())
+    return network.training and (units or bool(getattr(network, "config", {}).get("label_dropout")))
 
 
 @contextmanager

@@ -5,8 +5,7 @@ import torch
 
 from diffusers_ctm.trajectory import append_dims, jump
 
-from ..cli.errors import UserError
-from .derivatives import DerivativeOptions, along_target, is_random, step_within
+from .derivatives import DerivativeOptions, along_target, step_within
 from .jumps import Jumps
 
 
@@ -28,15 +27,7 @@ def lagrangian(jumps: Jumps, options: DerivativeOptions) -> dict[str, torch.Tens
 
 
 def beside_target(jumps: Jumps, options: DerivativeOptions) -> list[tuple[torch.Tensor, ...]]:
-    """The second point that the full gradient asks the student about: a step up in ln s.
-
-    Raises UserError if the student drops units.
-    """
+    """The second point that the full gradient asks the student about: a step up in ln s."""
     if options.lagrangian_gradient == "semi":
         return []
-    if is_random(jumps.bare):
-        raise UserError(
-            "--lagrangian_gradient full takes a difference of two answers of the student, which dropout would blur. "
-            "Give --dropout 0 or --lagrangian_gradient semi."
-        )
     return [(jumps.x_t, jumps.t, jumps.s * torch.exp(step_within(jumps, options.derivative_step)))]

@@ -20,7 +20,6 @@ from diffusers_ctm.preconditioning import Preconditioning
 from helpers.comparing import close, seeded
 from helpers.exact import GaussianData, PixelMixture, levels_like, randn
 from helpers.tiny_networks import FAMILIES
-from training.cli.errors import UserError
 from training.objective.derivatives import along_target, along_time
 from training.objective.jumps import Jumps
 from training.objective.losses import ScoreMatching, training_loss
@@ -285,18 +284,6 @@ def test_the_jvp_of_real_networks_is_that_of_reverse_mode(name):
     close((w * along_time(jumps, velocity, options)).sum(), (by_x * velocity).sum() + by_t.sum(), 1e-5, 0)
     close((w * along_target(jumps, options)).sum(), by_s.sum(), 1e-5, 0)
     assert student.training and by_s.sum().abs() > 1e-3
-
-
-def test_the_full_gradient_refuses_dropout(make_unet):
-    """Its derivative is a difference of two answers with gradient, each of which would drop other units."""
-    options = {"objective": ["lagrangian"], "lagrangian_gradient": "full"}
-    student = make_unet(CTMUNet2DModel, dropout=0.1).requires_grad_(True)
-    jumps = real_jumps(student, dtype=torch.float32)
-    jumps.teacher = lambda x, t, _: GaussianData(SIGMA_DATA).denoiser(x, t)
-    descend("lagrangian", jumps, lagrangian_gradient="full")
-    student.train()
-    with pytest.raises(UserError, match="--lagrangian_gradient full .* Give --dropout 0 or --lagrangian_gradient semi"):
-        OBJECTIVES["lagrangian"].beside(jumps, ObjectiveOptions(**options))
 
 
 def real_jumps(student, timestep_scale=1.0, dtype=torch.float64):

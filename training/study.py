@@ -205,7 +205,7 @@ def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]
     """
     whole, last = train_ctm.CTMConfig(**options), options["max_train_steps"]
     adversarial = min(whole.discriminator_start, last) if whole.discriminator_weight > 0 else last
-    depth = min(whole.pool_size // whole.train_batch_size, last)
+    depth = min(whole.pool_size, last)
     fill = depth if depth > 1 else 0
     bounds = sorted({0, last, adversarial, fill, *(stage.start for stage in whole.stages)})
     parts = []

@@ -92,6 +92,11 @@ class CTMConfig(
             self.check(
                 self.dsm_weight > 0, "dsm_weight", "above 0 with semigroup, which learns the denoiser from it alone"
             )
+        self.check(
+            self.dsm_share * self.train_batch_size >= 2 or self.dsm_share == 1,
+            "dsm_share",
+            f"at least 2 of the {self.train_batch_size} images of --train_batch_size",
+        )
         if self.discriminator_weight == 0:
             self.refuse([entry.name for entry in fields(DiscriminatorOptions)], "needs --discriminator_weight")
 
@@ -153,11 +158,19 @@ def match_scores(
     noise: torch.Tensor,
     labels: torch.Tensor | None,
     denoise: TeacherDenoiser | None,
+    first: int,
 ) -> ScoreMatching:
-    """The score matching of a pass. Its target is what `denoise` makes of the noisy images, or they themselves."""
-    count = math.ceil(config.dsm_share * len(images))
-    images, sigma, noise = images[:count], sigma[:count], noise[:count]
-    labels = None if labels is None else labels[:count]
+    """The score matching of a pass, whose first image is number `first` of the step.
+
+    Its target is what `denoise` makes of the noisy images, or they themselves.
+    """
+    if config.dsm_share < 1:
+        # By pairs, of which `half_lognormal` draws one level low and one high.
+        pairs = (torch.arange(len(images)) + first) // 2
+        rows = (((pairs + 1) * config.dsm_share).floor() > (pairs * config.dsm_share).floor()).nonzero().flatten()
+        rows = rows.to(images.device, non_blocking=True)
+        images, sigma, noise = images[rows], sigma[rows], noise[rows]
+        labels = None if labels is None else labels[rows]
     x = noised(images, sigma, noise)
     target = images if denoise is None else denoise(x, sigma, labels)
     return ScoreMatching(x, sigma, target, labels, config.dsm_weight, config.dsm_adaptive)
@@ -188,25 +201,18 @@ class Asked:
 
 
 def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) -> TrajectoryPool:
-    """The pool that the options describe, empty.
-
-    Raises UserError if it does not divide into the samples of a step, or takes more memory than is free.
-    """
-    total = run.samples_per_step
-    config.check(
-        config.pool_size % total == 0,
-        "pool_size",
-        f"a multiple of {total}, the images of a step (train_batch_size x accumulation x processes)",
-    )
+    """The pool that the options describe, empty. Raises UserError if it takes more memory than is free."""
     shape = run.dataset.channels, run.dataset.resolution, run.dataset.resolution
-    needed = 4 * config.pool_size // run.accelerator.num_processes * sampler.num_levels * math.prod(shape)
+    own = run.samples_per_step // run.accelerator.num_processes
+    needed = 4 * own * sampler.num_levels * math.prod(shape)  # for one trajectory of each image
     free = psutil.virtual_memory().available  # a pool lies there, or in less than a GPU has
     config.check(
-        needed <= free,
+        config.pool_size * needed <= free,
         "pool_size",
-        f"at most {config.pool_size * free // needed // total * total}: {config.pool_size} trajectories take "
-        f"{needed / 2**30:.1f} GiB in each process, {free / 2**30:.1f} GiB are free",
+        f"at most {free // needed}: each takes {needed / 2**30:.2g} GiB in each process, {free / 2**30:.1f} GiB are "
+        "free",
     )
+    total = run.samples_per_step
     return TrajectoryPool(config, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
 
 
@@ -336,7 +342,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             sigma, noise = draw_dsm_sigma(config, scheduler, random), random.normal(*images.shape[1:])
             if config.dsm_weight > 0:
                 by = denoise if teacher.is_guided or config.dsm_target == "teacher" else None
-                score_matching = match_scores(config, images, sigma, noise, labels, by)
+                score_matching = match_scores(config, images, sigma, noise, labels, by, random.own.start)
             if fights:
                 adversary = make_adversary(config.discriminator_weight, discriminator.bare, random, size)
             loss = training_loss(

@@ -31,7 +31,7 @@ def variants(tmp_path):
         "max_train_steps": 4,
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    variants = {"soft": None, "pool": {"pool_size": 4, "pool_refresh": 2}}
+    variants = {"soft": None, "pool": {"pool_size": 1, "pool_refresh": 2}}
     content = {"base": str(tmp_path / "base.yaml"), "common": {"learning_rate": 1e-3}, "variants": variants}
     (tmp_path / "variants.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return str(tmp_path / "variants.yaml")
@@ -71,7 +71,7 @@ def test_runs_are_measured_compared_and_not_repeated(variants, tmp_path, monkeyp
     assert soft[-1]["seconds"] == 4 * timing["seconds"][0] > 0
     for name in ("study.json", "study.md", "study.png"):
         assert (tmp_path / "study" / name).stat().st_size > 100
-    assert "- pool: `--pool_size 4 --pool_refresh 2`" in (tmp_path / "study" / "study.md").read_text()
+    assert "- pool: `--pool_size 1 --pool_refresh 2`" in (tmp_path / "study" / "study.md").read_text()
     monkeypatch.setattr(study.train_ctm, "main", lambda *_, **__: pytest.fail("trained again"))
     assert study.main(StudyConfig(**options))["curves"] == report["curves"]
 
@@ -119,7 +119,7 @@ def test_timed_iterations_are_like_the_runs(variants):
 
 def test_filling_a_pool_and_each_objective_are_timed_apart(variants):
     """Between two refreshes a pool asks no teacher: the timed iterations hold a whole number of them."""
-    options = read_variants(variants)["soft"] | {"max_train_steps": 50, "pool_size": 12, "pool_refresh": 5}
+    options = read_variants(variants)["soft"] | {"max_train_steps": 50, "pool_size": 3, "pool_refresh": 5}
     options |= {"objective": ["regression", "eulerian@30"], "eulerian_warmup": 0.5}
     fill, steady, late = study.phases(StudyConfig(timing_steps=4), options)
     assert [part["iterations"] for part in (fill, steady, late)] == [3, 27, 20]

@@ -22,8 +22,8 @@ class PoolOptions(Checked):
 
     pool_size: int = option(
         0,
-        "Trajectories of the teacher that are kept with all their states and drawn from; a multiple of the images of a "
-        "step. 0: every step solves its own.",
+        "Trajectories of the teacher that are kept for each image of a step, with all their states, and drawn from. 0: "
+        "every step solves its own.",
         must_be=NOT_NEGATIVE,
     )
     pool_refresh: int = option(
@@ -55,7 +55,7 @@ class TrajectoryPool:
         options: size, refreshes, starts and steps.
         solver: follows the teacher.
         sampler: of the grid's levels.
-        total: samples of a step, over all processes and passes; `options.pool_size` is a multiple of it.
+        total: samples of a step, over all processes and passes.
         own: those of this process, a slice for each pass.
         device: of the samples.
 
@@ -75,7 +75,7 @@ class TrajectoryPool:
         device: torch.device,
     ):
         self.options, self.solver, self.sampler, self.device = options, solver, sampler, device
-        self.depth, self.total = options.pool_size // total, total
+        self.depth, self.total = options.pool_size, total
         self.own, self.offsets, rows = own, {}, 0
         for part in own:
             self.offsets[part.start] = rows

@@ -49,8 +49,10 @@ def test_the_objective_and_its_pool_are_said(tmp_path):
     record = {"steps": 9, "images_per_step": 4, "objective": ["regression", "eulerian@6"], "options": {}}
     sentence = "- Objective besides score matching: `regression eulerian@6`"
     assert f"{sentence}.\n" in card_of(tmp_path, record=record)
-    record["options"] = {"pool_size": 64}
-    assert f"{sentence}, from a pool of 64 trajectories of the teacher.\n" in card_of(tmp_path, record=record)
+    record["options"] = {"pool_size": 8}
+    assert f"{sentence}, from a pool of 8 trajectories of the teacher for each image of a step.\n" in card_of(
+        tmp_path, record=record
+    )
     del record["objective"]
     assert "Objective" not in card_of(tmp_path, record=record)
 

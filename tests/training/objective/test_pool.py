@@ -27,7 +27,7 @@ def teacher(x, t, labels):
 
 
 def pool_of(own=WHOLE, sampler=SAMPLER, total=TOTAL, **options):
-    config = ObjectiveOptions(**{"pool_size": 3 * total, "pool_refresh": 2, **options})
+    config = ObjectiveOptions(**{"pool_size": 3, "pool_refresh": 2, **options})
     return TrajectoryPool(config, SOLVERS["heun"], sampler, total, own, torch.device("cpu"))
 
 
@@ -155,7 +155,7 @@ def test_an_empty_pool_is_saved():
 def test_starts_from_data_have_their_level():
     """x_0 + t n of the newest trajectories: a share of them at levels below sigma_max, all levels but the last."""
     total, shape = 64, (1, 8, 8)
-    pool = pool_of((slice(0, total),), total=total, pool_size=total, pool_refresh=1, pool_from_data=0.3)
+    pool = pool_of((slice(0, total),), total=total, pool_size=1, pool_refresh=1, pool_from_data=0.3)
     starts = []
     for step in range(60):
         draw(pool, step, slice(0, total), False, total=total, shape=shape)

@@ -38,7 +38,7 @@ IDLE = [
     ("eulerian", {"inner_target": "live"}),
     ("semigroup", {"max_solver_steps": 3}),
     ("eulerian", {"solver": "dpm"}),
-    ("lagrangian", {"pool_size": 64}),
+    ("lagrangian", {"pool_size": 8}),
     ("ctm", {"derivative": "jvp"}),
     ("semigroup", {"derivative_step": 0.01}),
     ("lagrangian", {"eulerian_warmup": 0.1}),

@@ -107,7 +107,7 @@ def train(data, steps, **options):
             yield ema.module
 
 
-POOL = {"pool_size": 64 * 8, "pool_refresh": 4}
+POOL = {"pool_size": 8, "pool_refresh": 4}
 # Options, iterations, and the part of the error that may be left: measured 0.13 to 0.25, by derivatives 0.58 to 0.78.
 CASES = {
     "ctm": ({}, 150, 0.25),

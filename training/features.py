@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .cli.errors import UserError
 from .cli.files import atomic_folder, check_writable, write_json
+from .cli.names import without_folders
 from .cli.options import BELOW_ONE, FOLDER, NOT_NEGATIVE, POSITIVE, SEED, option, run_program
 from .cli.shared_options import DataOptions
 from .data.images import ImageDataset, mirrored
@@ -128,9 +129,10 @@ def save(
     network: FeatureNetwork, config: FeatureConfig, id2label: dict[int, str] | None, measured: dict[str, float]
 ) -> None:
     """Write weights, config and README as one folder."""
-    options = {name: value for name, value in asdict(config).items() if name not in ("config", "output_dir")}
+    unwanted = ("config", "output_dir")
+    options = {name: without_folders(value) for name, value in asdict(config).items() if name not in unwanted}
     readme = (
-        f"A small classifier of the data set `{config.dataset_name}` whose {config.num_features} features serve to "
+        f"A small classifier of the data set `{options['dataset_name']}` whose {config.num_features} features serve to "
         "compare sets of images. Made by\n\n"
         "    python -m training.features --output_dir FOLDER\n\n"
         f"with the options in `{CONFIG}`. "

@@ -35,7 +35,7 @@ from training.objective.distances import (
     make_distance,
     pseudo_huber_distance,
 )
-from training.objective.losses import ctm_loss
+from training.objective.losses import training_loss
 from training.train_ctm import CTMConfig
 
 
@@ -462,9 +462,12 @@ def distill(folder, **options):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_training_uses_it_and_says_so(tmp_path, monkeypatch, precision):
     seen = []
-    monkeypatch.setattr(
-        train_ctm, "ctm_loss", lambda *given, **named: seen.append(named["distance"]) or ctm_loss(*given, **named)
-    )
+
+    def noticed(objective, jumps, **given):
+        seen.append(jumps.distance)
+        return training_loss(objective, jumps, **given)
+
+    monkeypatch.setattr(train_ctm, "training_loss", noticed)
     options = {"distance": "features", "distance_network": "assets/digits-features"}
     pipeline = distill(tmp_path / "run", mixed_precision=precision, **options)
     assert isinstance(seen[0], PerceptualDistance) and seen[0].backbone.resolution == 8

@@ -50,7 +50,7 @@ test-load: $(INSTALLED)  ## Hold 20 visitors for a minute: latencies and errors
 bench: $(INSTALLED)  ## Measure the cost of training and sampling as ratios; about 10 minutes
 	$(BIN)/python -m training.benchmark --output_dir runs/benchmark
 
-study: $(INSTALLED)  ## Compare choices of training on the digits, three seeds each; about 2 hours of one core
+study: $(INSTALLED)  ## See which recipe comes soonest to the quality of the first, three seeds each; hours of one core
 	OMP_NUM_THREADS=1 $(BIN)/python -m training.study --output_dir runs/study
 
 lint: $(INSTALLED)  ## Check style with ruff

@@ -283,7 +283,7 @@ def test_the_study_is_that_of_the_report():
 
 
 def test_costs_are_those_of_the_report():
-    for name in ("exact", "--solver unipc", "--solver dpm"):
+    for name in ("exact", "--solver unipc", "--solver dpm", "--pool_size", "--objective regression --pool_size"):
         lines = (ASSETS / "benchmark" / "benchmark.md").read_text().splitlines()
         report = next(line for line in lines if line.startswith(f"| {name} |")).split("|")[2].strip()
         mean, _, std = report.partition(" ± ")

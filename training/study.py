@@ -33,6 +33,7 @@ from .objective.objectives import READERS
 from .objective.solvers import SOLVERS
 from .report.numbers import cell
 from .report.plots import PALETTE, new_figure
+from .report.tables import setting_name
 from .run.batch import StepRandom
 from .run.loop import TrainingRun
 from .studies.curves import leaderboard, seconds_until
@@ -295,7 +296,7 @@ def markdown(table: dict[str, Any], report: dict) -> str:
     names = [*(f"Frechet distance, `{name}`" for name in options["features"]), "Paired error"]
     judges = dict(zip(report["judges"], names))
     first, decides = next(iter(rows)), report["judges"][0]
-    few = f"{steps[0]} step{'s' if steps[0] != '1' else ''}"
+    few = setting_name("ctm", options["eval_steps"][0])
     lines = [
         f"Target: the distance {table['target']:.4f} in {few} that {first} reaches at the end, after "
         f"{table['seconds']:,.0f} seconds and {table['teacher_evaluations']:,.0f} images through the teacher "
@@ -367,7 +368,7 @@ def plot(curves: dict[str, list[dict]], steps: str, judge: str, target: float):
         place.axhline(target, color="black", linewidth=0.8, linestyle=":")
         place.set(xlabel=words, yscale="log")
         place.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel(f"Frechet distance, {steps} step{'s' if steps != '1' else ''}")
+    axes[0].set_ylabel(f"Frechet distance, {setting_name('ctm', int(steps))}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9, frameon=False)
     return figure
 

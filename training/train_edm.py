@@ -15,6 +15,7 @@ from .cli.shared_options import NetworkOptions
 from .cli.training_options import RunOptions
 from .data.batches import load_images
 from .networks.build import build_scheduler, build_unet
+from .objective.jumps import noised
 from .objective.losses import dsm_loss
 from .objective.times import draw_lognormal_sigma
 from .run.checkpoints import number_classes_as_before
@@ -72,7 +73,7 @@ def main(config: EDMConfig) -> str:
             # Karras et al. 2022, Table 1: log-normal levels, weight 1 / c_out^2.
             sigma = draw_lognormal_sigma(batch.random.normal(), config.p_mean, config.p_std)
             noise = batch.random.normal(*batch.images.shape[1:])
-            x_sigma = batch.images + sigma[:, None, None, None] * noise
+            x_sigma = noised(batch.images, sigma, noise)
             labels = batch.dropped_labels(config.label_dropout, null_class)
             denoised = scheduler.preconditioning.denoise(run.network, x_sigma, sigma, **condition(labels))
             losses = dsm_loss(denoised, batch.images, sigma, config.sigma_data)

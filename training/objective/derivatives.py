@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_ctm.trajectory import append_dims
 
-from ..cli.options import Checked, option
+from ..cli.options import UNIT, Checked, option
 from .jumps import Jumps
 
 
@@ -32,7 +32,7 @@ class DerivativeOptions(Checked):
     eulerian_warmup: float = option(
         0.3,
         "Share of its steps over which eulerian comes to weigh the derivative in full.",
-        must_be=("in [0, 1]", lambda share: 0 <= share <= 1),
+        must_be=UNIT,
     )
     lagrangian_gradient: str = option(
         "semi",

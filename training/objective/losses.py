@@ -57,6 +57,8 @@ def adaptive_weight(reference: torch.Tensor, gradient: torch.Tensor, largest: fl
 
 
 # The balance ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class ScoreMatching:
     """The score matching of a step: g at s = t shall be the denoised image.

@@ -88,7 +88,7 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
     def __post_init__(self) -> None:
         """Refuse what no objective of the run reads."""
         super().__post_init__()
-        parts = [text.partition("@") for text in self.objective]
+        parts = self._parts
         starts = [int(start) if start.isdecimal() else -1 for _, _, start in parts[1:]]
         self.check(
             bool(parts)
@@ -107,9 +107,14 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
             self.check(self.derivative == "difference", "derivative", "difference with --lagrangian_gradient full")
 
     @property
+    def _parts(self) -> list[tuple[str, str, str]]:
+        """The name of each objective, "@" and the step at which it begins; the last two are empty if not given."""
+        return [text.partition("@") for text in self.objective]
+
+    @property
     def stages(self) -> list[Stage]:
         """The objectives in their order."""
-        parts = [text.partition("@") for text in self.objective]
+        parts = self._parts
         starts = [int(start or 0) for _, _, start in parts]
         return [Stage(*each) for each in zip([name for name, _, _ in parts], starts, [*starts[1:], None])]
 

@@ -112,38 +112,36 @@ class Problem:
         sampler, own = TimeSampler(self.num_train_timesteps), [slice(0, self.batch_size)]
         options = PoolOptions(pool_size=1)
         pool = TrajectoryPool(options, SOLVERS["heun"], sampler, self.batch_size, own, self.device)
-        self.pool_step = 0
-        self._draw(pool, "soft")
+        self.refreshed_at = 0
+        self._draw(pool, 0, "soft")
         return pool
 
-    def _draw(self, pool: TrajectoryPool, matching: str) -> tuple[Times, torch.Tensor, torch.Tensor]:
+    def _draw(self, pool: TrajectoryPool, step: int, matching: str) -> tuple[Times, torch.Tensor, torch.Tensor]:
         size = (self.batch_size, 3, self.resolution, self.resolution)
         sampler = TimeSampler(self.num_train_timesteps, matching=matching)
         times, x_t, x_u, _ = pool.draw(
-            self.pool_step,
+            step,
             slice(0, self.batch_size),
             torch.zeros(size, device=self.device),
             None,
             lambda: torch.randn(size, device=self.device),
             lambda x, sigma, labels: self.denoise(x, sigma),
             sampler,
-            torch.Generator().manual_seed(self.pool_step),
+            torch.Generator().manual_seed(step),
         )
         return times, x_t, x_u
 
     def from_pool(self, jumps: Jumps, matching: str) -> Jumps:
         """`jumps` from states of the pool, without a refresh."""
         pool = self.pool
-        self.pool_step += 1
-        times, x_t, x_u = self._draw(pool, matching)
-        self.pool_step -= 1
+        times, x_t, x_u = self._draw(pool, self.refreshed_at + 1, matching)
         return replace(jumps, times=times, x_t=x_t, known_x_u=x_u)
 
     def refresh_pool(self) -> None:
         """What one step in `pool.options.pool_refresh` does besides."""
         pool = self.pool
-        self.pool_step += pool.options.pool_refresh
-        self._draw(pool, "soft")
+        self.refreshed_at += pool.options.pool_refresh
+        self._draw(pool, self.refreshed_at, "soft")
 
     def strata(self, count: int) -> list[int]:
         """The numbers of solver steps in the middle of `count` equally probable parts of P(k) ~ k."""

@@ -176,6 +176,7 @@ def test_a_guided_teacher_is_said_and_costs_twice(gaussian, config):
     assert mean(report, "heun", 8) < 0.3 * min(mean(each, "heun", 8) for each in alone)
     assert report["results"][0]["nfe"] == 2 * 15
     text = Path(report["options"]["output_dir"], "evaluation.md").read_text(encoding="utf-8")
+    assert "| teacher, Heun" not in text  # in no table
     assert "| guided teacher, Heun 8 | 30 |" in text and "guided by `narrow`, scale 0.5; each call is two" in text
 
 

@@ -17,6 +17,11 @@ def setting_name(sampler: str, steps: int, gamma: float | None = None, guided: b
     return name if gamma is None else f"{name}, gamma {gamma:g}"
 
 
+def _is_guided(report: dict) -> bool:
+    """Whether the report's teacher is."""
+    return (report.get("options") or {}).get("teacher_guidance_scale", 1) != 1
+
+
 def distance_table(report: dict, distance: str) -> list[str]:
     """The lines of a table: a row for each number of steps, a column for each gamma."""
     gammas = sorted({row["gamma"] for row in report["results"] if row["gamma"] is not None})
@@ -29,7 +34,7 @@ def distance_table(report: dict, distance: str) -> list[str]:
         cells = [cell(values[gamma][distance]) if gamma in values else "" for gamma in [None, *gammas]]
         lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + f" | {seconds} |")
 
-    guided = (report.get("options") or {}).get("teacher_guidance_scale", 1) != 1
+    guided = _is_guided(report)
     groups: dict[tuple[str, int], list[dict]] = {}
     for row in report["results"]:
         groups.setdefault((row["sampler"], row["steps"]), []).append(row)
@@ -72,7 +77,8 @@ def judges_table(report: dict) -> tuple[list[str], list[str]]:
         ),
         ("paired_features", "paired error, features", ""),
     ]
-    rows = [(setting_name(row["sampler"], row["steps"], row["gamma"]), row) for row in report["results"]]
+    guided = _is_guided(report)
+    rows = [(setting_name(row["sampler"], row["steps"], row["gamma"], guided), row) for row in report["results"]]
     rows += [(REAL_NAMES[kind], values) for kind, values in report["real_against_real"].items()]
     columns = [column for column in columns if any(column[0] in values for _, values in rows)]
     if not columns:

@@ -24,6 +24,16 @@ NETWORK = {
     "dropout": 0.1,
 }
 
+# A run that shows and saves nothing until its end.
+SMALL = {
+    "label_column": "label",
+    "train_batch_size": 8,
+    "report_to": "none",
+    "sample_every": 0,
+    "checkpointing_steps": 0,
+    "logging_steps": 2,
+}
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 import diffusers_ctm
 from helpers.places import ROOT
-from helpers.runs import NETWORK, assert_same_weights, fresh_accelerate, in_processes, weights  # noqa: F401
+from helpers.runs import NETWORK, SMALL, assert_same_weights, fresh_accelerate, in_processes, weights  # noqa: F401
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
 from training.cli.options import parse_config
@@ -39,16 +39,6 @@ from training.run.compiling import compile_network
 from training.run.monitor import SIGMA_BINS, SIGMA_EDGES
 from training.train_ctm import CTMConfig
 from training.train_edm import EDMConfig
-
-
-SMALL = {
-    "label_column": "label",
-    "train_batch_size": 8,
-    "report_to": "none",
-    "sample_every": 0,
-    "checkpointing_steps": 0,
-    "logging_steps": 2,
-}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from diffusers import (
     ScoreSdeVeScheduler,
 )
 
+from helpers import runs
 from helpers.runs import NETWORK, assert_same_weights, fresh_accelerate, in_processes, weights  # noqa: F401
 from training import train_ctm, train_edm
 from training.cli.errors import UserError
@@ -31,14 +32,7 @@ from training.train_ctm import CTMConfig
 from training.train_edm import EDMConfig
 
 
-SMALL = {
-    "label_column": "label",
-    "train_batch_size": 8,
-    "report_to": "none",
-    "sample_every": 0,
-    "checkpointing_steps": 0,
-    "logging_steps": 1,
-}
+SMALL = {**runs.SMALL, "logging_steps": 1}
 # One step of each, with the derivative in full.
 ALL = {
     "objective": ["ctm", "regression@1", "eulerian@2", "lagrangian@3", "semigroup@4"],

@@ -448,8 +448,12 @@ class Preconditioning:
 
     def network_input(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """c_in x, and for "score" 1/2 more; `sigma` of shape (B,) or ()."""
-        scaled = self.scalings(append_dims(sigma, x.ndim))[2] * x
-        return scaled + self.kind.input_shift if self.kind.input_shift else scaled
+        return self.scaled_input(x, self.scalings(append_dims(sigma, x.ndim))[2])
+
+    def scaled_input(self, x: torch.Tensor, c_in: torch.Tensor | float) -> torch.Tensor:
+        """`network_input` by c_in, where it is known already."""
+        shift = self.kind.input_shift
+        return c_in * x + shift if shift else c_in * x
 
     def g_of_output(self, model_output: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """g = c_skip x + c_out F from the network's output F, in the dtype of `x`; `sigma` of shape (B,) or ()."""

@@ -15,6 +15,21 @@ from .scheduling_karras import KarrasSchedulerMixin, accumulation_dtype
 from .trajectory import gamma_of_split, gamma_split, jump
 
 
+# What `set_timesteps` sets.
+SCHEDULE = (
+    "num_inference_steps",
+    "sigmas",
+    "gammas",
+    "target_sigmas",
+    "noise_std",
+    "target_timesteps",
+    "call_sigmas",
+    "timesteps",
+    "_call_scalings",
+    "_jumps",
+    "_step_index",
+    "_begin_index",
+)
 PRESET_KEYS = ("sigmas", "gamma", "target_sigmas", "final_sigma")
 
 
@@ -32,6 +47,11 @@ class CTMSchedulerOutput(BaseOutput):
     prev_sample: torch.Tensor
     pred_noised_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None
+
+
+def copied(value: Any) -> Any:
+    """A tensor as a new one, so that writing into it changes no other; anything else as it is."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _presets_in_json(presets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -86,6 +106,8 @@ class CTMScheduler(KarrasSchedulerMixin):
     order = 1
     jumps = True
     schedule_options = ("timesteps", "sigmas", "gamma", "target_sigmas", "final_sigma")
+    # The config, what `set_timesteps` was asked last, and what it set.
+    _kept_schedule: tuple[Mapping, list, dict[str, Any]] | None = None
 
     @register_to_config
     def __init__(
@@ -160,6 +182,19 @@ class CTMScheduler(KarrasSchedulerMixin):
             "target_sigmas": target_sigmas,
             "final_sigma": final_sigma,
         }
+        asked = [(type(value), value) for value in (num_inference_steps, *options.values())]
+        if not all(kind in (int, float, type(None)) for kind, _ in asked):
+            self._choose_schedule(num_inference_steps, device, options)
+            return
+        asked.append((type(device), device))
+        if self._kept_schedule is None or self._kept_schedule[0] is not self.config or self._kept_schedule[1] != asked:
+            self._choose_schedule(num_inference_steps, device, options)
+            self._kept_schedule = self.config, asked, {name: copied(vars(self)[name]) for name in SCHEDULE}
+        else:
+            vars(self).update({name: copied(value) for name, value in self._kept_schedule[2].items()})
+
+    def _choose_schedule(self, num_inference_steps, device, options: dict[str, Any]) -> None:
+        """`set_timesteps`: by the preset for this number of steps, or by `options`."""
         preset = (self.config.presets or {}).get(str(num_inference_steps))
         if preset is None or any(value is not None for value in options.values()):
             self._set_schedule(num_inference_steps, device, **options)
@@ -222,6 +257,7 @@ class CTMScheduler(KarrasSchedulerMixin):
         self.target_sigmas = s.to(torch.float32)
         self.noise_std = noise_std.to(torch.float32)
         self.target_timesteps = self.sigma_to_t(s.clamp(min=config.sigma_min)).to(device=device, dtype=torch.float32)
+        self._jumps = list(zip(self.target_sigmas.tolist(), self.noise_std.tolist()))
         self._set_calls(t, device)
 
     def _end(self, name: str, final_sigma: float | torch.Tensor | None) -> float:
@@ -282,17 +318,15 @@ class CTMScheduler(KarrasSchedulerMixin):
         Raises:
             ValueError: an integer timestep, more steps than were set, or `project` in a step that ends below sigma_min.
         """
-        t = self.sigma_of_call(timestep).double()
-        s = self.target_sigmas[self._step_index].double()
+        t = self.sigma_of_call(timestep).item()
+        s, noise_std = self._jumps[self._step_index]
         x_t = sample.to(accumulation_dtype(sample))
 
-        g = self.preconditioning.g_of_output(model_output, x_t, t)
+        g = self.g_of_call(model_output, x_t)
         if self.config.clip_sample:
             g = g.clamp(-1, 1)
         if project is not None:
-            end = torch.tensor(
-                self.config.sigma_min, dtype=torch.float32, device="cpu"
-            ).double()  # rounded as s is: s - end is 0
+            end = torch.tensor(self.config.sigma_min, dtype=torch.float32, device="cpu").item()  # rounded as s is
             if s < end:
                 raise ValueError(
                     "project needs a run that ends at sigma_min: `set_timesteps(..., final_sigma=sigma_min)`."
@@ -301,7 +335,6 @@ class CTMScheduler(KarrasSchedulerMixin):
             t, s = t - end, s - end  # the image is the state at sigma_min, so levels count from there
         x_s = jump(x_t, g, t, s)
         x_next = x_s
-        noise_std = float(self.noise_std[self._step_index])
         if noise_std > 0:
             noise = randn_tensor(x_s.shape, generator=generator, device=x_s.device, dtype=x_s.dtype)
             x_next = x_s + noise_std * noise

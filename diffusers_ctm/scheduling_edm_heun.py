@@ -137,7 +137,7 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
         sigma = self.sigma_of_call(timestep)
         call = self._step_index
         x = sample.to(accumulation_dtype(sample))
-        denoised = self.preconditioning.g_of_output(model_output, x, sigma.double())
+        denoised = self.g_of_call(model_output, x)
         slope = (x - denoised) / float(sigma)
 
         if call % 2 == 0:  # predictor: an Euler step, kept for the corrector

@@ -23,7 +23,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
       `Preconditioning`; it ends with `self._init_state()`.
     - `set_timesteps`: levels from `_start_levels`, kept in `sigmas` with the end of the last step, the noise level of
       every network call to `_set_calls`, and `num_inference_steps`.
-    - `step`: the level from `sigma_of_call`, g from `preconditioning.g_of_output`, and `self._step_index += 1`.
+    - `step`: the level from `sigma_of_call`, g from `g_of_call`, and `self._step_index += 1`.
 
     diffusers' schedulers lack the two attributes: they do not jump, and choose their levels themselves.
     """
@@ -145,6 +145,8 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
         """Record the noise level of every network call and start counting anew."""
         self.call_sigmas = call_sigmas.to(torch.float32)  # on the CPU: reading it never waits for a device
         self.timesteps = self.sigma_to_t(call_sigmas).to(device=device, dtype=torch.float32)
+        # Numbers for `step`, which needs no small tensors then.
+        self._call_scalings = list(zip(*(c.tolist() for c in self.preconditioning.scalings(self.call_sigmas.double()))))
         self._step_index = None
         self._begin_index = None
 
@@ -169,7 +171,13 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
         """c_in(t) * sample (for "score" plus 1/2), the input of the network. Same shape and dtype as `sample`."""
-        return self.preconditioning.network_input(sample, self.sigma_of_call(timestep).double())
+        self.sigma_of_call(timestep)
+        return self.preconditioning.scaled_input(sample, self._call_scalings[self._step_index][2])
+
+    def g_of_call(self, model_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """g = c_skip x + c_out F of the current call, whose level is known, in the dtype of `x`."""
+        c_skip, c_out, _ = self._call_scalings[self._step_index]
+        return c_skip * x + c_out * model_output.to(x.dtype)
 
     def levels_of_call(self, timestep) -> tuple[float, float]:
         """(t, s) of the current call: its noise level, and the one that it jumps to, t itself without jumps."""

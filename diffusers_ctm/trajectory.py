@@ -66,14 +66,15 @@ def karras_starts(
     return karras_sigmas(num_steps + 1, end, sigma_max, rho, dtype=torch.float64)[:-1]
 
 
-def jump(x_t: torch.Tensor, g: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def jump(x_t: torch.Tensor, g: torch.Tensor, t: torch.Tensor | float, s: torch.Tensor | float) -> torch.Tensor:
     """G(x_t, t, s) = (s/t) x_t + (1 - s/t) g, the state at level `s` <= `t` of the trajectory through x_t (CTM, Eq. 5).
 
     s = t returns x_t, s = 0 returns g. With g(x_t, t, t), the denoiser, it is one Euler step of the probability-flow
     ODE.
     """
-    t, s = append_dims(t, x_t.ndim), append_dims(s, x_t.ndim)
     ratio = s / t
+    if isinstance(ratio, torch.Tensor):
+        ratio = append_dims(ratio, x_t.ndim)
     return ratio * x_t + (1 - ratio) * g
 
 

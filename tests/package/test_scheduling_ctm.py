@@ -215,6 +215,27 @@ def test_set_timesteps_starts_anew(cls):
     assert torch.equal(run(scheduler), first)
 
 
+def test_the_schedule_that_is_kept_is_the_one_that_is_asked():
+    # `set_timesteps` keeps what it made last: writing into it, another config or other arguments make another one
+    scheduler = CTMScheduler()
+
+    def levels(*args, **kwargs):
+        scheduler.set_timesteps(*args, **kwargs)
+        return scheduler.sigmas.tolist(), scheduler.gammas.tolist(), scheduler.timesteps.tolist()
+
+    first = levels(3)
+    scheduler.sigmas.zero_(), scheduler.timesteps.zero_()
+    assert levels(3) == first
+    assert levels(3, gamma=0.5)[1] == [0.5] * 3 and levels(3)[1] == [0.0] * 3
+    scheduler.register_to_config(gamma=0.25, sigma_max=40.0)
+    assert levels(3)[1] == [0.25] * 3 and levels(3)[0][0] == 40.0
+    scheduler.register_to_config(presets={"3": {"gamma": 1.0}})
+    assert levels(3)[1] == [1.0] * 3
+    with pytest.raises(ValueError, match="gamma"):
+        levels(3, gamma=1.5)
+    assert levels(3)[1] == [1.0] * 3
+
+
 @BOTH
 @pytest.mark.parametrize("by", ["begin_index", "timestep", "rounded timestep"])
 def test_start_in_the_middle(cls, by):

@@ -206,16 +206,17 @@ def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]
     """
     whole, last = train_ctm.CTMConfig(**options), options["max_train_steps"]
     adversarial = min(whole.discriminator_start, last) if whole.discriminator_weight > 0 else last
-    depth = min(whole.pool_size, last)
+    depth = min(whole.pool_depth, last)
     fill = depth if depth > 1 else 0
     bounds = sorted({0, last, adversarial, fill, *(stage.start for stage in whole.stages)})
     parts = []
     for start, end in itertools.pairwise(bounds):
         name = whole.stage_at(start).name
         unread = {entry for entry, readers in READERS.items() if name not in readers}
+        own = {**options, "objective": [name], "pool_size": whole.pool_depth}
         if "pool_size" in unread:
-            unread |= {entry for entry in options if entry.startswith("pool_")}
-        own = {entry: value for entry, value in options.items() if entry not in unread} | {"objective": [name]}
+            unread |= {entry for entry in own if entry.startswith("pool_")}
+        own = {entry: value for entry, value in own.items() if entry not in unread}
         if whole.discriminator_weight > 0:
             own["discriminator_start"] = 0 if start >= adversarial else 10**6
         warm = timed = config.timing_steps
@@ -234,7 +235,7 @@ def typical_seed(config: StudyConfig, options: dict[str, Any], warm: int, timed:
     Without a pool, the teacher costs most, and a dozen iterations draw its number of steps too seldom to come near that
     average by themselves.
     """
-    if options.get("pool_size") or options["objective"] != ["ctm"]:
+    if options.get("pool_size") or options["objective"] != ["ctm"]:  # no solver, or one batch now and then
         return config.seeds[0]
 
     def average(seeds: Iterable[int], first: int, last: int) -> float:

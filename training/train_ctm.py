@@ -207,13 +207,13 @@ def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) 
     needed = 4 * own * sampler.num_levels * math.prod(shape)  # for one trajectory of each image
     free = psutil.virtual_memory().available  # a pool lies there, or in less than a GPU has
     config.check(
-        config.pool_size * needed <= free,
+        config.pool_depth * needed <= free,
         "pool_size",
         f"at most {free // needed}: each takes {needed / 2**30:.2g} GiB in each process, {free / 2**30:.1f} GiB are "
         "free",
     )
     total = run.samples_per_step
-    return TrajectoryPool(config, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
+    return TrajectoryPool(config, config.pool_depth, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
 
 
 def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
@@ -280,7 +280,8 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             "--lagrangian_gradient full learns from the difference of two answers, and dropout makes that noise. Give "
             "--dropout 0, or --lagrangian_gradient semi."
         )
-    run.folder.record |= {"objective": config.objective, "distance": distance.to(run.device).about}
+    run.folder.record |= {"objective": config.objective, "pool_size": config.pool_depth}
+    run.folder.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
         for part in teacher.parts.values():
             run.speed_up(run.place(part.network))
@@ -290,7 +291,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
     run.keep("teacher", denoise)
     solver = make_solver(config, teacher, denoise)
     pool = None
-    if config.pool_size:
+    if config.pool_depth:
         pool = make_pool(config, sampler, run)
         run.keep("pool", pool)
     discriminator = None

@@ -51,6 +51,7 @@ def teacher(tmp_path_factory):
 
 def distill(teacher, folder, **options):
     options = {"max_train_steps": 4, "max_solver_steps": 2, "learning_rate": 1e-3, **SMALL, **options}
+    options = {"objective": ["ctm"], **options}
     return train_ctm.main(CTMConfig(teacher=teacher, output_dir=str(folder), **options))
 
 

@@ -100,7 +100,7 @@ def make_card(
         "dataset": record.get("dataset") or {},
         "attributions": ATTRIBUTIONS,
         "objective": " ".join(map(str, record.get("objective") or [])),
-        "pool_size": (record.get("options") or {}).get("pool_size"),
+        "pool_size": record.get("pool_size"),
         "distance": record.get("distance") or {},
         "options": sorted((record.get("options") or {}).items()),
         "evaluation_table": "\n".join(distance_table(evaluation, "frechet")) if evaluation else "",

@@ -2,7 +2,7 @@
 """The objectives, in one table, and the stages of a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -80,7 +80,7 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
     """What the student learns."""
 
     objective: list[str] = option(
-        ["ctm"],
+        ["regression"],
         f"What the student learns besides score matching: {', '.join(OBJECTIVES)}. Several follow each other, each but "
         "the first with the step at which it begins, as in 'regression eulerian@600'.",
     )
@@ -102,9 +102,19 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
         names = {name for name, _, _ in parts}
         for entry, readers in READERS.items():
             if not names & readers:
-                self.refuse([entry], f"has no use in --objective {' '.join(self.objective)}")
+                self.refuse([entry], f"is for --objective {' or '.join(sorted(readers))}", "give that, or leave it out")
+        if not self.pool_depth:
+            pooled = [entry.name for entry in fields(PoolOptions) if entry.name != "pool_size"]
+            self.refuse(pooled, "needs a pool, --pool_size")
         if self.lagrangian_gradient == "full":
             self.check(self.derivative == "difference", "derivative", "difference with --lagrangian_gradient full")
+
+    @property
+    def pool_depth(self) -> int:
+        """Trajectories of the pool for each image of a step; 0 without a pool."""
+        if self.pool_size is not None:
+            return self.pool_size
+        return 8 if "regression" in {name for name, _, _ in self._parts} else 0
 
     @property
     def _parts(self) -> list[tuple[str, str, str]]:

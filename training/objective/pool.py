@@ -20,27 +20,23 @@ SHARE_OF_MEMORY = 0.25  # of a GPU's free memory that a pool may take; a larger 
 class PoolOptions(Checked):
     """A pool of the teacher's trajectories, for ctm and regression."""
 
-    pool_size: int = option(
-        0,
+    pool_size: int | None = option(
+        None,
         "Trajectories of the teacher that are kept for each image of a step, with all their states, and drawn from. 0: "
-        "every step solves its own.",
+        "every step solves its own. Default: 8 with regression, else 0.",
         must_be=NOT_NEGATIVE,
     )
     pool_refresh: int = option(
-        16,
+        8,
         "Steps after which the oldest trajectories, as many as a step has images, are replaced by new ones.",
         must_be=POSITIVE,
-        needs="pool_size",
     )
-    pool_substeps: int = option(
-        1, "The solver's steps between two levels of the grid.", must_be=POSITIVE, needs="pool_size"
-    )
+    pool_substeps: int = option(1, "The solver's steps between two levels of the grid.", must_be=POSITIVE)
     pool_from_data: float = option(
         0.0,
         "Share of the trajectories that start at a lower level of the grid, from an image with noise. Such states are "
         "free of the solver's errors above.",
         must_be=UNIT,
-        needs="pool_size",
     )
 
 
@@ -52,7 +48,8 @@ class TrajectoryPool:
     the draws of a step are independent, and it does not matter how its samples are split over processes.
 
     Args:
-        options: size, refreshes, starts and steps.
+        options: refreshes, starts and steps.
+        depth: trajectories of a sample.
         solver: follows the teacher.
         sampler: of the grid's levels.
         total: samples of a step, over all processes and passes.
@@ -68,6 +65,7 @@ class TrajectoryPool:
     def __init__(
         self,
         options: PoolOptions,
+        depth: int,
         solver: Solver,
         sampler: TimeSampler,
         total: int,
@@ -75,7 +73,7 @@ class TrajectoryPool:
         device: torch.device,
     ):
         self.options, self.solver, self.sampler, self.device = options, solver, sampler, device
-        self.depth, self.total = options.pool_size, total
+        self.depth, self.total = depth, total
         self.own, self.offsets, rows = own, {}, 0
         for part in own:
             self.offsets[part.start] = rows

@@ -110,8 +110,7 @@ class Problem:
     def pool(self) -> TrajectoryPool:
         """A pool of one trajectory for each sample, filled."""
         sampler, own = TimeSampler(self.num_train_timesteps), [slice(0, self.batch_size)]
-        options = PoolOptions(pool_size=1)
-        pool = TrajectoryPool(options, SOLVERS["heun"], sampler, self.batch_size, own, self.device)
+        pool = TrajectoryPool(PoolOptions(), 1, SOLVERS["heun"], sampler, self.batch_size, own, self.device)
         self.refreshed_at = 0
         self._draw(pool, 0, "soft")
         return pool

@@ -56,7 +56,7 @@ def test_values_of_yaml_are_what_is_written(tmp_path):
     "config",
     [
         EDMConfig(block_out_channels=[16, 32], attention_levels=[], learning_rate=3e-4, random_flip=True),
-        CTMConfig(teacher="folder", matching="local", distance="lpips"),
+        CTMConfig(teacher="folder", objective=["ctm"], matching="local", distance="lpips"),
         CTMConfig(teacher="folder", matching="global"),
     ],
 )
@@ -183,12 +183,12 @@ def test_shipped_stages_fit_together():
 # pass, N, M, learning rate, rate of the target's average, other rates, dropout.
 CIFAR, IMAGENET = (18, 17, 4e-4), ([0.9999, 0.9999432189950708], None)
 AUTHORS = {
-    "cifar10_cond": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
-    "cifar10_uncond": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
-    "cifar10_cond_adversarial": (528, 11, *CIFAR, 0.999, [0.9999], 0.13),
-    "cifar10_uncond_adversarial": (528, 11, *CIFAR, 0.9999, [0.999], 0.13),
-    "imagenet64": (1440, 18, 40, 39, 4e-4, 0.999, *IMAGENET),
-    "imagenet64_adversarial": (2112, 11, 40, 20, 8e-6, 0.999, *IMAGENET),
+    "cifar10_cond_ctm": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_uncond_ctm": (256, 16, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_cond_ctm_adversarial": (528, 11, *CIFAR, 0.999, [0.9999], 0.13),
+    "cifar10_uncond_ctm_adversarial": (528, 11, *CIFAR, 0.9999, [0.999], 0.13),
+    "imagenet64_ctm": (1440, 18, 40, 39, 4e-4, 0.999, *IMAGENET),
+    "imagenet64_ctm_adversarial": (2112, 11, 40, 20, 8e-6, 0.999, *IMAGENET),
 }
 
 
@@ -206,7 +206,7 @@ def test_the_authors_configs_have_their_numbers(stem):
         config.extra_ema_decays,
         config.dropout,
     )
-    assert (sampler.matching, config.optimizer) == ("soft", "radam")
+    assert (config.objective, config.pool_depth, sampler.matching, config.optimizer) == (["ctm"], 0, "soft", "radam")
     assert (config.adam_beta2, config.adam_weight_decay) == (0.999, 0)
     assert (config.lr_scheduler, config.lr_warmup_steps, config.max_grad_norm) == ("constant_with_warmup", 0, 0)
     assert (config.solver, config.inner_target, config.random_flip, config.ema_warmup) == ("heun", "live", True, False)

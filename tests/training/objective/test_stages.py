@@ -45,7 +45,7 @@ IDLE = [
     ("eulerian", {"lagrangian_gradient": "full"}),
     ("ctm", {"pool_refresh": 4}),
     ("ctm", {"pool_substeps": 2}),
-    ("regression", {"pool_from_data": 0.5}),
+    ("eulerian", {"pool_from_data": 0.5}),
 ]
 
 

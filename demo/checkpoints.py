@@ -131,11 +131,11 @@ CHECKPOINTS: dict[str, Checkpoint] = {}  # by name; `app.py` fills it
 
 
 def shipped() -> list[str]:
-    """The CTMs in the folder assets, the digits first."""
+    """The CTMs in the folder assets, MNIST first."""
     ours = ["diffusers_ctm", "CTMScheduler"]
     folders = [index.parent for index in (ROOT / "assets").glob("*/model_index.json")]
     names = [f"assets/{one.name}" for one in folders if read_json(one, "model_index.json").get("scheduler") == ours]
-    return sorted(names, key=lambda name: (name != "assets/digits-ctm", name))
+    return sorted(names, key=lambda name: (name != "assets/mnist-ctm", name))
 
 
 def load(source: str) -> Checkpoint:

@@ -27,9 +27,10 @@ from diffusers_ctm.trajectory import gamma_split, heun_step, karras_sigmas
 from .cli.errors import UserError
 from .cli.files import write_files
 from .cli.options import Checked, option, run_program
+from .cli.shared_options import TeacherOptions
 from .data.sources import digits
 from .frozen.vectors import load_feature_network
-from .networks.pipelines import load_model, without_classes
+from .networks.pipelines import load_heun, load_model, without_classes
 from .report.pictures import captioned, png, tiles
 from .report.plots import new_figure
 
@@ -44,6 +45,8 @@ class FiguresConfig(Checked):
     model: str = option(
         "assets/digits-ctm", "The CTM of the digits whose samples are drawn: a folder or a repository on the Hub."
     )
+    mnist_model: str = option("assets/mnist-ctm", "The CTM of MNIST, likewise.")
+    mnist_teacher: str = option("assets/mnist-edm", "The diffusion model that it was distilled from.")
     emoji_model: str = option("assets/emoji-ctm", "The CTM of 16x16 emoji, likewise.")
     output_dir: str = option("assets/figures", "Folder for the pictures.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
@@ -328,6 +331,22 @@ def draw_safety(pipe: CTMPipeline) -> Image.Image:
     return strips({"no safety checker": sample(pipe, classes), flags: output.images})
 
 
+# Pictures of MNIST ----------------------------------------------------------------------------------------------------
+
+
+def draw_mnist(pipe: CTMPipeline, teacher: CTMPipeline) -> Image.Image:
+    """The ten digits in one and in four steps, and of the teacher, from the same noise."""
+    rows = {
+        f"{words}: {evaluations}": sample(by, DIGITS, num_inference_steps=steps)
+        for words, evaluations, by, steps in (
+            ("one step", "1 network evaluation", pipe, 1),
+            ("four steps", "4 network evaluations", pipe, 4),
+            ("the teacher, 18 Heun steps", "35 network evaluations", teacher, 18),
+        )
+    }
+    return strips(rows)
+
+
 # Pictures of emoji ----------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +400,7 @@ EMOJI_PICTURES = {"emoji": draw_emoji, "emoji_editing": draw_emoji_editing, "emo
 def main(config: FiguresConfig) -> None:
     """Draw the pictures, each into its file."""
     pipe, emoji = load_model(config.model, ()), load_model(config.emoji_model, ())
+    mnist, mnist_teacher = load_model(config.mnist_model, ()), load_heun(TeacherOptions(teacher=config.mnist_teacher))
     if (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.num_classes) != (1, 8, 10):
         raise UserError(f"--model {config.model} must be a CTM of the ten 8x8 digits: the pictures show them.")
     if (emoji.unet.config.in_channels, emoji.unet.config.sample_size) != (3, 16) or not emoji.knows_no_class:
@@ -388,7 +408,14 @@ def main(config: FiguresConfig) -> None:
             f"--emoji_model {config.emoji_model} must be a CTM of 16x16 color images in classes, trained with "
             "--label_dropout: the pictures show them."
         )
-    files = {"how_it_works.png": png(draw_how_it_works())}
+    if mnist.num_classes != 10 or mnist_teacher.image_size != mnist.image_size or mnist_teacher.num_classes != 10:
+        raise UserError(
+            f"--mnist_model {config.mnist_model} must be a CTM of ten digits, and --mnist_teacher "
+            f"{config.mnist_teacher} a diffusion model of the same: the picture shows them."
+        )
+    for model in (mnist, mnist_teacher):
+        model.set_progress_bar_config(disable=True)
+    files = {"how_it_works.png": png(draw_how_it_works()), "mnist.png": png(draw_mnist(mnist, mnist_teacher))}
     for model, pictures in ((pipe, DIGITS_PICTURES), (emoji, EMOJI_PICTURES)):
         model.set_progress_bar_config(disable=True)
         files |= {f"{name}.png": png(draw(model)) for name, draw in pictures.items()}

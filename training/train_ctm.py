@@ -213,7 +213,9 @@ def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) 
         "free",
     )
     total = run.samples_per_step
-    return TrajectoryPool(config, config.pool_depth, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
+    return TrajectoryPool(
+        config, config.pool_depth, SOLVERS[config.solver], sampler, total, run.own_samples, run.device
+    )
 
 
 def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:

@@ -536,7 +536,7 @@ def test_requests_do_not_share_a_scheduler():
 
 
 def test_the_shipped_checkpoints():
-    assert shipped()[0] == "assets/digits-ctm" and "assets/digits-edm" not in shipped()
+    assert shipped()[0] == "assets/mnist-ctm" and "assets/digits-edm" not in shipped()
     digits = CHECKPOINTS[DIGITS]
     assert digits.name == DIGITS and digits.teacher[0] == "assets/digits-edm"
     assert digits.classifier == ("assets/digits-features", [str(k) for k in range(10)])

@@ -28,7 +28,7 @@ def test_assets_are_small():
     assert max(sizes.values()) < 8 * 2**20 and sum(sizes.values()) < 25 * 2**20
 
 
-@pytest.mark.parametrize("data", ["digits", "emoji"])
+@pytest.mark.parametrize("data", ["digits", "emoji", "mnist"])
 def test_checkpoints_are_a_teacher_and_its_student(data):
     teacher, student = load(f"{data}-edm"), load(f"{data}-ctm")
     assert type(teacher.unet) is UNet2DModel and isinstance(student.unet, diffusers_ctm.CTMUNet2DModel)
@@ -67,7 +67,10 @@ def test_student_draws_the_digit_it_is_asked(options):
     assert distance.mean() < noise.mean() / 2
 
 
-@pytest.mark.parametrize("data, classes, copies, shape", [("digits", 10, 5, (1, 8, 8)), ("emoji", 9, 3, (3, 16, 16))])
+@pytest.mark.parametrize(
+    "data, classes, copies, shape",
+    [("digits", 10, 5, (1, 8, 8)), ("emoji", 9, 3, (3, 16, 16)), ("mnist", 10, 1, (1, 28, 28))],
+)
 def test_student_ends_where_its_teacher_does(data, classes, copies, shape):
     labels = torch.arange(classes).repeat(copies)
     latents = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(0))
@@ -88,6 +91,13 @@ def test_emoji_have_groups_and_a_license(name):
     assert [pipe.config.id2label[i] for i in range(9)] == GROUPS and pipe.num_classes == 9
     assert pipe.config.null_class == 9 and pipe.unet.dtype == torch.float32
     assert json.loads((ASSETS / name / "training.json").read_text())["license"] == "cc-by-4.0"
+
+
+def test_mnist_is_the_digit_that_is_asked():
+    labels = torch.arange(10).repeat(10)
+    images = load("mnist-ctm")(class_labels=labels, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    classes = load_saved(ASSETS / "mnist-features").classify((images * 255).round().to(torch.uint8))
+    assert (classes == labels).float().mean() > 0.9
 
 
 def test_emoji_are_of_the_group_that_is_asked():

@@ -15,13 +15,22 @@ from training.figures import FiguresConfig, flow, main, two_modes_denoiser
 
 
 ASSETS = ROOT / "assets"
+FOLDERS = {"model": "digits-ctm", "emoji_model": "emoji-ctm", "mnist_model": "mnist-ctm", "mnist_teacher": "mnist-edm"}
+MODELS = {name: str(ASSETS / folder) for name, folder in FOLDERS.items()}
 
 
 def test_the_shipped_pictures_are_drawn(tmp_path):
-    models = {"model": str(ASSETS / "digits-ctm"), "emoji_model": str(ASSETS / "emoji-ctm")}
-    main(FiguresConfig(**models, output_dir=str(tmp_path)))
+    main(FiguresConfig(**MODELS, output_dir=str(tmp_path)))
     assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(ASSETS / "figures"))
-    for name in ("three_gammas.png", "editing.png", "trajectories.png", "safety.png", "emoji.png", "emoji_editing.png"):
+    for name in (
+        "mnist.png",
+        "three_gammas.png",
+        "editing.png",
+        "trajectories.png",
+        "safety.png",
+        "emoji.png",
+        "emoji_editing.png",
+    ):
         drawn, shipped = (
             np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, ASSETS / "figures")
         )
@@ -50,13 +59,13 @@ def test_the_toy_flow_keeps_the_distribution():
         ({"model": "{assets}/digits-edm"}, "is no CTM but a CTMPipeline with EDMHeunScheduler"),
         ({"model": "{other}"}, "must be a CTM of the ten 8x8 digits"),
         ({"emoji_model": "{other}"}, "--emoji_model .* must be a CTM of 16x16 color images"),
+        ({"mnist_model": "{other}"}, "--mnist_model .* must be a CTM of ten digits"),
     ],
 )
 def test_a_model_that_does_not_fit(make_unet, tmp_path, options, message):
     other = tmp_path / "other"
     CTMPipeline(make_unet(num_class_embeds=10), CTMScheduler()).save_pretrained(other)
-    models = {"model": str(ASSETS / "digits-ctm"), "emoji_model": str(ASSETS / "emoji-ctm")}
-    models |= {name: value.format(assets=ASSETS, other=other) for name, value in options.items()}
+    models = MODELS | {name: value.format(assets=ASSETS, other=other) for name, value in options.items()}
     with pytest.raises(UserError, match=message):
         main(FiguresConfig(**models, output_dir=str(tmp_path / "figures")))
     assert not (tmp_path / "figures").exists()

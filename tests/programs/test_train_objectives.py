@@ -359,12 +359,18 @@ CHOICES = "--objective must be one or several of ctm, regression, eulerian, lagr
             {"objective": ["ctm", "eulerian@50"], "max_train_steps": 50},
             "--objective must be such that eulerian begins before --max_train_steps 50",
         ),
-        ({"objective": ["eulerian"], "pool_size": 8}, "--pool_size is for --objective ctm or regression; give that, or leave it out"),
+        (
+            {"objective": ["eulerian"], "pool_size": 8},
+            "--pool_size is for --objective ctm or regression; give that, or leave it out",
+        ),
         ({"objective": ["regression"], "matching": "local"}, "--matching is for --objective ctm"),
         ({"objective": ["semigroup"], "solver": "dpm"}, "--solver is for --objective ctm or regression"),
         ({"derivative": "jvp"}, "--derivative is for --objective eulerian or lagrangian"),
         ({"eulerian_warmup": 0.1, "objective": ["lagrangian"]}, "--eulerian_warmup is for --objective eulerian"),
-        ({"lagrangian_gradient": "full", "objective": ["eulerian"]}, "--lagrangian_gradient is for --objective lagrangian"),
+        (
+            {"lagrangian_gradient": "full", "objective": ["eulerian"]},
+            "--lagrangian_gradient is for --objective lagrangian",
+        ),
         (
             {"lagrangian_gradient": "full", "objective": ["lagrangian"], "derivative": "jvp"},
             "--derivative must be difference with --lagrangian_gradient full",

@@ -57,7 +57,7 @@ def test_values_of_yaml_are_what_is_written(tmp_path):
     [
         EDMConfig(block_out_channels=[16, 32], attention_levels=[], learning_rate=3e-4, random_flip=True),
         CTMConfig(teacher="folder", objective=["ctm"], matching="local", distance="lpips"),
-        CTMConfig(teacher="folder", matching="global"),
+        CTMConfig(teacher="folder", objective=["ctm"], matching="global"),
     ],
 )
 def test_saved_options_are_read_again(config, tmp_path):

@@ -214,8 +214,9 @@ def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]
         name = whole.stage_at(start).name
         unread = {entry for entry, readers in READERS.items() if name not in readers}
         own = {**options, "objective": [name], "pool_size": whole.pool_depth}
-        if "pool_size" in unread:
-            unread |= {entry for entry in own if entry.startswith("pool_")}
+        for first, others in (("pool_size", "pool_"), ("distance", "distance_")):
+            if first in unread:
+                unread |= {entry for entry in own if entry.startswith(others)}
         own = {entry: value for entry, value in own.items() if entry not in unread}
         if whole.discriminator_weight > 0:
             own["discriminator_start"] = 0 if start >= adversarial else 10**6

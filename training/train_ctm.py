@@ -334,7 +334,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
                 denoise,
                 x_u,
                 distance,
-                stage.progress(run.step, config.max_train_steps),
+                1.0 if config.init_from else run.step / config.max_train_steps,
             )
             if discriminates:
                 augment = discriminator.bare.draw_augment(random.uniform, *size, parts=2)

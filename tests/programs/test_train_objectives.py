@@ -159,9 +159,9 @@ def train_ctm_names():
 def test_a_student_that_starts_as_its_teacher_takes_the_first_eulerian_step(teacher, tmp_path, logs):
     """Its loss is 0 but for rounding, so that score matching has nothing to be weighed by. Then both learn."""
     distill(teacher, tmp_path / "run", objective=["eulerian"], dropout=0.0)
-    assert_learned(logs, 4)
     assert logs[0]["trajectory_loss"] < 1e-10 and logs[0]["dsm_weight"] < 1e-5 and logs[0]["grad_norm"] < 1e-5
-    assert all(step["trajectory_loss"] > 1e-3 and step["dsm_weight"] > 1e-3 for step in logs[1:])
+    assert_learned(logs[1:], 3)
+    assert all(step["trajectory_loss"] > 1e-6 and step["dsm_weight"] > 1e-3 for step in logs[1:])
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.0}, {"dropout": 0.1}, {"mixed_precision": "bf16", "dropout": 0.0}])
@@ -193,6 +193,23 @@ def test_the_students_own_average_can_be_followed(teacher, tmp_path):
     by_teacher = distill(teacher, tmp_path / "teacher", **options)
     by_itself = distill(teacher, tmp_path / "ema", solver_model="ema", **options)
     assert_same_weights(by_teacher, by_itself, rtol=1e-4, atol=1e-6)
+
+
+def test_eulerian_warms_up_where_the_student_starts_as_its_teacher(teacher, tmp_path, monkeypatch):
+    """A warm-up in a later stage would teach the denoiser at every target, and undo the jumps that were learned."""
+    seen = []
+
+    class Watched(train_ctm.Jumps):
+        def __post_init__(self):
+            super().__post_init__()
+            seen.append(self.progress)
+
+    monkeypatch.setattr(train_ctm, "Jumps", Watched)
+    first = distill(teacher, tmp_path / "first", objective=["regression", "eulerian@2"])
+    assert seen == [0, 0.25, 0.5, 0.75]
+    seen.clear()
+    distill(teacher, tmp_path / "second", objective=["eulerian"], init_from=first, max_train_steps=2)
+    assert seen == [1, 1]
 
 
 def test_a_second_run_goes_on_from_the_weights_of_the_first(teacher, tmp_path, logs):

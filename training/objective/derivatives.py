@@ -31,7 +31,8 @@ class DerivativeOptions(Checked):
     )
     eulerian_warmup: float = option(
         0.3,
-        "Share of its steps over which eulerian comes to weigh the derivative in full.",
+        "Share of the run's steps over which eulerian comes to weigh the derivative in full. With --init_from it does "
+        "so at once: the student is no longer its teacher.",
         must_be=UNIT,
     )
     lagrangian_gradient: str = option(

@@ -6,6 +6,7 @@ import torch
 from diffusers_ctm.trajectory import append_dims
 
 from .derivatives import DerivativeOptions, along_time
+from .distances import l2_distance
 from .jumps import Jumps
 
 
@@ -14,11 +15,11 @@ SMALL = 0.1  # added to the length of h
 
 
 def eulerian(jumps: Jumps, options: DerivativeOptions) -> dict[str, torch.Tensor]:
-    """d( g, sg(g - h / (|h| + 0.1)) ),  h = (1 - r a) (g - D) + r a dg/d ln t,  a = 1 - s/t.
+    """| g - sg(g - h / (|h| + 0.1)) |^2,  h = (1 - r a) (g - D) + r a dg/d ln t,  a = 1 - s/t.
 
     dg/d ln t is taken along the teacher's trajectory through x_t. h is 0 for an exact flow map at r = 1, and for a
     student that starts as its teacher at r = 0. So r rises from 0 to 0.99. |h| is a root mean square over an image, in
-    units of EDM's c_out(t).
+    units of EDM's c_out(t). The distance is the squared one: another would weigh h, which has its length already.
     """
     r = MOST * min(1.0, jumps.progress / options.eulerian_warmup) if options.eulerian_warmup else MOST
     with torch.no_grad():
@@ -28,4 +29,5 @@ def eulerian(jumps: Jumps, options: DerivativeOptions) -> dict[str, torch.Tensor
             h = h + r * jumps.a * along_time(jumps, jumps.x_t - denoised, options)
         length = (jumps.unit * h).square().flatten(1).mean(1).sqrt()
         target = g - h / append_dims(length + SMALL, h.ndim)
-    return {"trajectory_loss": jumps.apart(jumps.g, target), "tangent_length": length.mean()}
+    loss = l2_distance(jumps.unit * jumps.g, jumps.unit * target).mean()
+    return {"trajectory_loss": loss, "tangent_length": length.mean()}

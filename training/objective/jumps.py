@@ -62,7 +62,7 @@ class Jumps:
         teacher: D of the teacher, with gradient if `x` has one.
         known_x_u: states at u of the same trajectories; None asks the solver.
         distance: of two batches of images, shape (B,).
-        progress: the part of the objective's steps that is done, in [0, 1).
+        progress: the part of the run's steps that is done, in [0, 1]; 1 if the student did not start as its teacher.
 
     Attributes:
         path, t, u, s: the levels of `times` in dtype and on the device of `x_t`.

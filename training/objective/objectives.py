@@ -51,6 +51,7 @@ READERS = {
     "max_solver_steps": {"ctm", "regression"},
     "solver": {"ctm", "regression"},
     "pool_size": {"ctm", "regression"},
+    "distance": {"ctm", "regression", "lagrangian", "semigroup"},
     "derivative": {"eulerian", "lagrangian"},
     "derivative_step": {"eulerian", "lagrangian"},
     "eulerian_warmup": {"eulerian"},
@@ -60,19 +61,14 @@ READERS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """An objective, the step at which it begins, and the one at which the next begins; None is the end of the run."""
+    """An objective and the step at which it begins."""
 
     name: str
     start: int
-    end: int | None
 
     @property
     def objective(self) -> Objective:
         return OBJECTIVES[self.name]
-
-    def progress(self, step: int, max_train_steps: int) -> float:
-        """The part of the stage that is done at `step`, in [0, 1)."""
-        return (step - self.start) / ((self.end or max_train_steps) - self.start)
 
 
 @dataclass
@@ -124,9 +120,7 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
     @property
     def stages(self) -> list[Stage]:
         """The objectives in their order."""
-        parts = self._parts
-        starts = [int(start or 0) for _, _, start in parts]
-        return [Stage(*each) for each in zip([name for name, _, _ in parts], starts, [*starts[1:], None])]
+        return [Stage(name, int(start or 0)) for name, _, start in self._parts]
 
     def stage_at(self, step: int) -> Stage:
         """The stage of a step."""

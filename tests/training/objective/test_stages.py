@@ -14,10 +14,6 @@ def test_stages_follow_each_other():
         "regression", "regression", "eulerian", "eulerian", "ctm", "ctm"
     ]  # fmt: skip
     assert options.stage_at(600).objective is OBJECTIVES["eulerian"]
-    progress = [options.stage_at(step).progress(step, 1000) for step in (0, 300, 599, 600, 750, 800, 900, 999)]
-    assert progress == pytest.approx([0, 0.5, 599 / 600, 0, 0.75, 0, 0.5, 199 / 200])
-    alone = ObjectiveOptions(objective=["eulerian"]).stage_at(250)
-    assert alone.progress(250, 1000) == 0.25
 
 
 @pytest.mark.parametrize(

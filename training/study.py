@@ -63,9 +63,9 @@ class StudyConfig(Checked):
     only: list[str] = option(
         [], "Names of the variants to run; default all. Tables and plot show all that are finished."
     )
-    eval_every: int = option(100, "Measure each time after this number of iterations.", must_be=POSITIVE)
+    eval_every: int = option(125, "Measure each time after this number of iterations.", must_be=POSITIVE)
     eval_steps: list[int] = option([1, 2, 4, 18], "Sampling steps that are measured, at gamma = 0.", must_be=POSITIVE)
-    num_samples: int = option(1000, "Images per measurement.", must_be=POSITIVE)
+    num_samples: int = option(500, "Images per measurement.", must_be=POSITIVE)
     features: list[str] = option(
         ["digits", "assets/digits-perceptual"],
         "Networks of the Frechet distances, as in training.evaluate. The first decides what the target is.",

@@ -255,31 +255,19 @@ def json_values(real: dict, *path: str):
 
 
 def test_the_study_is_that_of_the_report():
-    lines = (ASSETS / "study" / "study.md").read_text().split("At equal seconds")[0].splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    report = {name: numbers for name, runs, *numbers in table if runs == "3"}
+    report = json.loads((ASSETS / "study" / "study.json").read_text())["table"]["rows"]
 
     def same(cell, numbers):
-        mean, _, std = numbers.partition(" ± ")
-        return is_rounded(cell, float(mean), float(std))
+        return cell == "-" if numbers is None else is_rounded(cell, numbers["mean"], numbers["std"])
 
-    shown = [row for row in rows("docs/study.md") if row[0] in report and len(row) == 5]
-    assert len(shown) >= 8
-    for name, milliseconds, *distances in shown:
-        assert same(milliseconds, report[name][0]), name
-        assert all(same(cell, numbers) for cell, numbers in zip(distances, report[name][2:], strict=True)), name
-    removed = {
-        "`solver_steps_distribution: uniform`": "soft, uniform k",
-        "`solver_steps_per: sample`": "soft, k per sample",
-        "`continuous_times`": "soft, continuous",
-        "`triples_per_path: 4`": "soft, Heun, 4 per path",
-        "`triples_per_path: 2`, UniPC": "soft, UniPC, 2 per path",
-        "`triples_per_path: 2`, DPM": "soft, DPM, 2 per path",
-        "`triples_per_path: 4`, DPM": "soft, DPM, 4 per path",
-    }
-    for option, name in removed.items():
-        cells = row_of("docs/study.md", option)[1].split(", ")
-        assert all(same(cell, numbers) for cell, numbers in zip(cells, report[name][2:], strict=True)), name
+    shown = {row[0]: row[1:] for row in rows("docs/study.md") if row[0] in report and len(row) == 8}
+    assert shown.keys() == report.keys()
+    for name, (runs, share, seconds, *distances, paired) in shown.items():
+        row, end = report[name], report[name]["at_the_end"]
+        assert int(runs) == row["runs"], name
+        assert same(share, row["share_of_seconds"]) and same(seconds, row["seconds"]), name
+        assert all(same(cell, end[n]["frechet"]) for cell, n in zip(distances, ("1", "4", "18"), strict=True)), name
+        assert same(paired, end["1"]["paired"]), name
 
 
 def test_costs_are_those_of_the_report():

@@ -173,7 +173,9 @@ def test_shipped_stages_fit_together():
         second = parse_config(CTMConfig, ["--config", str(path)])
         stage = "_long" if path.stem.startswith("digits") else ""
         first = parse_config(CTMConfig, ["--config", str(path).replace("_adversarial", stage)])
-        for name in ("teacher", "dataset_name", "label_column", "num_train_timesteps", "distance", "inner_target"):
+        names = ["teacher", "dataset_name", "label_column", "num_train_timesteps", "inner_target"]
+        names += [] if path.stem.startswith("mnist") else ["distance"]  # features first, then pixels
+        for name in names:
             assert getattr(first, name) == getattr(second, name), (path.stem, name)
         assert second.discriminator_weight == 1 and first.discriminator_weight == 0
         assert path.stem.startswith("digits") or second.init_from == first.output_dir

@@ -98,7 +98,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_curve(variants, tmp_path, mo
 def test_timed_iterations_are_like_the_runs(variants):
     """They ask the teacher as often on average, and each part of a run is timed apart."""
     config = StudyConfig(seeds=[0, 1], timing_steps=4)
-    soft = {**read_variants(variants)["soft"], "max_train_steps": 50}
+    soft = {**read_variants(variants)["soft"], "objective": ["ctm"], "max_train_steps": 50}
     judge = {"discriminator_weight": 1.0, "discriminator_backbones": ["digits"], "discriminator_start": 20}
 
     def evaluations(options, first, last):

@@ -450,7 +450,7 @@ def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp
 )
 def test_choices_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        CTMConfig(**{"teacher": "folder", **options})
+        CTMConfig(**{"teacher": "folder", "objective": ["ctm"], **options})
 
 
 def test_edms_own_network_is_trained_and_distilled(tmp_path):
@@ -712,7 +712,18 @@ def test_full_disk_leaves_older_checkpoints_whole(teacher, tmp_path):
         "import training.train_ctm as t; from training.cli.options import run_program;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); run_program(t.main, t.CTMConfig)"
     )
-    arguments = ["--teacher", teacher, "--output_dir", str(folder), "--max_train_steps", "4", "--max_solver_steps", "2"]
+    arguments = [
+        "--teacher",
+        teacher,
+        "--output_dir",
+        str(folder),
+        "--max_train_steps",
+        "4",
+        "--objective",
+        "ctm",
+        "--max_solver_steps",
+        "2",
+    ]
     for name, value in {
         **SMALL,
         "learning_rate": 1e-3,

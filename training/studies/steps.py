@@ -110,7 +110,9 @@ class Problem:
     def pool(self) -> TrajectoryPool:
         """A pool of one trajectory for each sample, filled."""
         sampler, own = TimeSampler(self.num_train_timesteps), [slice(0, self.batch_size)]
-        pool = TrajectoryPool(PoolOptions(), 1, SOLVERS["heun"], sampler, self.batch_size, own, self.device)
+        pool = TrajectoryPool(
+            PoolOptions(pool_refresh=16), 1, SOLVERS["heun"], sampler, self.batch_size, own, self.device
+        )
         self.refreshed_at = 0
         self._draw(pool, 0, "soft")
         return pool

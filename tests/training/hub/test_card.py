@@ -49,7 +49,7 @@ def test_the_objective_and_its_pool_are_said(tmp_path):
     record = {"steps": 9, "images_per_step": 4, "objective": ["regression", "eulerian@6"], "options": {}}
     sentence = "- Objective besides score matching: `regression eulerian@6`"
     assert f"{sentence}.\n" in card_of(tmp_path, record=record)
-    record["options"] = {"pool_size": 8}
+    record["pool_size"] = 8
     assert f"{sentence}, from a pool of 8 trajectories of the teacher for each image of a step.\n" in card_of(
         tmp_path, record=record
     )
@@ -92,7 +92,7 @@ def test_what_others_wrote_stays_text(tmp_path):
         "images_per_step": 1,
     }
     record |= {"dataset": {"name": evil, "split": evil}, "versions": {evil: evil}}
-    record |= {"options": {evil: evil, "teacher_guidance_scale": evil, "pool_size": evil}}
+    record |= {"options": {evil: evil, "teacher_guidance_scale": evil}, "pool_size": evil}
     record |= {"distance": {"name": evil, evil: evil}, "objective": [evil]}
     license, conversion = License("other", evil, "javascript:x"), {"source": evil, "family": evil}
     card = card_of(tmp_path, license, record, conversion, model_index={"id2label": {"0": evil}})

@@ -254,12 +254,15 @@ def test_a_consistency_model_is_a_teacher_of_its_ends_only(layouts):
     torch.testing.assert_close(teacher.jump_to_end(x, t, labels), c_skip * x + c_out * output, rtol=1e-5, atol=1e-5)
     for options, message in (
         ({}, "--matching global"),
-        ({"matching": "global"}, "--dsm_adaptive false"),
-        ({"matching": "global", "dsm_adaptive": False, "dsm_weight": 0.0}, "--dsm_weight"),
+        ({"objective": ["ctm"], "matching": "global"}, "--dsm_adaptive false"),
+        (
+            {"objective": ["ctm"], "matching": "global", "dsm_adaptive": False, "dsm_weight": 0.0},
+            "--dsm_weight",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             train_ctm.check_consistency_teacher(CTMConfig(teacher=folder, **options))
-    config = CTMConfig(teacher=folder, matching="global", dsm_adaptive=False)
+    config = CTMConfig(teacher=folder, objective=["ctm"], matching="global", dsm_adaptive=False)
     train_ctm.check_consistency_teacher(config)
     with pytest.raises(UserError, match="--sigma_min cannot differ"):
         config.sigma_min = 0.01
@@ -570,6 +573,7 @@ def test_the_program_distills_every_kind(layouts, name, options, tmp_path):
     path = train_ctm.main(
         CTMConfig(
             **options,
+            objective=["ctm"],
             teacher=str(layouts.root / name),
             output_dir=str(tmp_path / "run"),
             dataset_name="digits" if name != "user/edm" else few_classes(tmp_path / "three.parquet"),
@@ -655,7 +659,7 @@ def test_real_commands_against_the_layouts_on_a_hub(layouts, tmp_path):
     small += ["--report_to", "none", "--sample_every", "0", "--checkpointing_steps", "0"]
     few = ["--max_solver_steps", "2", *small]
     labels = ["--label_column", "label"]
-    to_end = ["--matching", "global", "--dsm_adaptive", "false"]
+    to_end = ["--objective", "ctm", "--matching", "global", "--dsm_adaptive", "false"]
     runs = [
         ["--teacher", "google/ddpm-cifar10-32", *few],
         ["--teacher", "user/ddpm-v", "--sigma_max", "100", *labels, *few],

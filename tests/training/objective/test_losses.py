@@ -44,7 +44,7 @@ def jumps_of(student, ema, times, labels, solver, **given):
 
 
 def ctm_loss(jumps, last_weight, *terms, inner_target="ema", **given):
-    options = ObjectiveOptions(inner_target=inner_target)
+    options = ObjectiveOptions(objective=["ctm"], inner_target=inner_target)
     return training_loss(
         functools.partial(OBJECTIVES["ctm"].terms, options=options), jumps, last_weight, *terms, **given
     )

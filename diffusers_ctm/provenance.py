@@ -254,11 +254,9 @@ def _as_written(values: torch.Tensor) -> list[float]:
     return [float(str(value)) for value in values.numpy()]
 
 
-@functools.lru_cache(maxsize=64)
-def _model_and_revision(name: str | None, network: str | None) -> tuple[str | None, str | None]:
-    """A pipeline's source by its and its network's `_name_or_path`: an id of the Hub and its commit, or the name of a
-    folder without its path.
-    """
+def _model_and_revision(pipe: DiffusionPipeline) -> tuple[str | None, str | None]:
+    """The pipeline's source: an id of the Hub and its commit, or the name of a folder without its path."""
+    name, network = pipe.config.get("_name_or_path"), getattr(pipe.unet.config, "_name_or_path", None)
     commit = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})([/\\]|$)", str(network or ""))
     if name is None or not os.path.isdir(name):
         return name, commit and commit[1]
@@ -282,8 +280,7 @@ def run_records(
         changes: values that replace those of the scheduler's run.
     """
     scheduler, config, dtype = pipe.scheduler, pipe.scheduler.config, input_dtype(pipe.unet)
-    network = getattr(pipe.unet.config, "_name_or_path", None)
-    model, revision = _model_and_revision(pipe.config.get("_name_or_path"), network)
+    model, revision = _model_and_revision(pipe)
     record = {
         "digital_source_type": pipe._digital_source_type,
         "software": SOFTWARE,

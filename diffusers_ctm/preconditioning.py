@@ -457,7 +457,12 @@ class Preconditioning:
 
     def g_of_output(self, model_output: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """g = c_skip x + c_out F from the network's output F, in the dtype of `x`; `sigma` of shape (B,) or ()."""
-        c_skip, c_out, _ = self.scalings(append_dims(sigma, x.ndim))
+        return self.g_of_scaled(model_output, x, *self.scalings(append_dims(sigma, x.ndim))[:2])
+
+    def g_of_scaled(
+        self, model_output: torch.Tensor, x: torch.Tensor, c_skip: torch.Tensor | float, c_out: torch.Tensor | float
+    ) -> torch.Tensor:
+        """`g_of_output` by c_skip and c_out, where they are known already."""
         return c_skip * x + c_out * model_output.to(x.dtype)
 
     def g(

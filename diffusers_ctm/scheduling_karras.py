@@ -176,8 +176,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
 
     def g_of_call(self, model_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """g = c_skip x + c_out F of the current call, whose level is known, in the dtype of `x`."""
-        c_skip, c_out, _ = self._call_scalings[self._step_index]
-        return c_skip * x + c_out * model_output.to(x.dtype)
+        return self.preconditioning.g_of_scaled(model_output, x, *self._call_scalings[self._step_index][:2])
 
     def levels_of_call(self, timestep) -> tuple[float, float]:
         """(t, s) of the current call: its noise level, and the one that it jumps to, t itself without jumps."""

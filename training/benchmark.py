@@ -15,6 +15,7 @@ from .cli.device import choose_device
 from .cli.options import POSITIVE, Checked, option, run_program
 from .measure.reports import facts, write_report
 from .report.numbers import cell, summary
+from .report.tables import markdown_table
 from .studies.meters import Counter, peak_memory, seconds_of
 from .studies.steps import ADVERSARIAL, TRAINING, PooledStep, Problem, Step, restored, same_result
 
@@ -245,11 +246,9 @@ def sampling_ratios(rounds: dict[str, list[float]]) -> dict[str, dict]:
 
 def step_table(training: dict) -> list[str]:
     """The lines of a table of steps, and of the difference between the results of both sides."""
-    lines = [
-        "| step | time over plain | teacher forward | student forward | average forward, with graph "
-        "| backward through student, average | peak memory |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = ["step", "time over plain", "teacher forward", "student forward", "average forward, with graph"]
+    head += ["backward through student, average", "peak memory"]
+    rows = []
     for name, row in training["variants"].items():
         teacher, student, average = (row["images"][kind] for kind in ("teacher", "student", "average"))
         cells = [
@@ -261,9 +260,9 @@ def step_table(training: dict) -> list[str]:
             f"{student['backward']:.2f}, {average['backward']:.2f}",
             "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.0f} MiB",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     return [
-        *lines,
+        *markdown_table(head, rows),
         "",
         f"- The exact step's losses differ from the plain one's by {training['difference']['losses']:.1e}, "
         f"its gradients by {training['difference']['gradients']:.1e} of the largest.",
@@ -300,15 +299,14 @@ def markdown(report: dict) -> str:
         ]
     if "sampling" in report:
         sampling = report["sampling"]
+        names = next(iter(sampling.values()))["ratios"]
+        rows = [[name, *(cell(part["ratios"][name]) for part in sampling.values())] for name in names]
         lines += [
             "Sampling, a network as small as that of the digits, images as tensors:",
             "",
-            f"| ratio of times | {' | '.join(sampling)} |",
-            f"|---|{'--:|' * len(sampling)}",
+            *markdown_table(["ratio of times", *sampling], rows),
+            "",
         ]
-        for name in next(iter(sampling.values()))["ratios"]:
-            lines.append(f"| {name} | {' | '.join(cell(part['ratios'][name]) for part in sampling.values())} |")
-        lines.append("")
     lines.append(
         f"Ratios: mean ± standard deviation of {options['rounds']} rounds, both sides in turn, on "
         f"{report['hardware']['device']}, {report['hardware']['cpu_threads']} thread(s), "

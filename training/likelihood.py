@@ -18,6 +18,7 @@ from .data.images import ImageDataset
 from .measure.options import PairOptions
 from .measure.reports import facts, write_report
 from .networks.pipelines import load_pipelines
+from .report.tables import markdown_table
 
 
 NAMES = {"ctm": "CTM, exact score", "heun": "teacher"}
@@ -121,9 +122,11 @@ def main(config: LikelihoodConfig) -> list[dict]:
         for sampler, method in itertools.product(pipelines, config.methods)
     ]
     print(f"{config.dataset_name}, {config.dataset_split}: {len(indices)} images")
-    print("| density | method | bits/dim | evaluations per image |\n|---|---|--:|--:|")
-    for row in rows:
-        print("| {name} | {method} | {bits_per_dim:.3f} ± {standard_error:.3f} | {nfe:.0f} |".format(**row))
+    cells = [
+        [row["name"], row["method"], "{bits_per_dim:.3f} ± {standard_error:.3f}".format(**row), f"{row['nfe']:.0f}"]
+        for row in rows
+    ]
+    print(*markdown_table(["density", "method", "bits/dim", "evaluations per image"], cells), sep="\n")
     if config.output_dir is not None:
         report = {**facts(config, device), "indices": indices, "results": rows}
         write_report(config.output_dir, "likelihood", report)

@@ -24,6 +24,7 @@ from .measure.sampling import Sampling, settings_of
 from .networks.pipelines import load_pipelines
 from .report.numbers import number
 from .report.pictures import captioned, tiles
+from .report.tables import markdown_table
 
 
 @dataclass
@@ -116,14 +117,13 @@ def markdown(report: dict) -> str:
     """memorization.md."""
     kinds = ["pixels"] + (["features"] if report["features"] is not None else [])
     columns = [f"{kind}: {column}" for kind in kinds for column in ("median", "5th percentile", "lowest", "copies")]
-    lines = ["Distance to the nearest training image:", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    rows = []
     for row in report["results"]:
         cells = [f"{row['name']} ({row['num_images']:,})"]
         for values in (row[kind] for kind in kinds):
             distances = (number(round(values[name], 3)) for name in ("median", "percentile_5", "min"))
             cells += [*distances, f"{values['copies']:.1%}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     mirrored = ", and of their mirror images" if report["options"]["random_flip"] else ""
     notes = [
         f"Nearest of {report['num_training_images']:,} training images{mirrored}.",
@@ -134,7 +134,8 @@ def markdown(report: dict) -> str:
     ]
     if report["features"] is not None:
         notes.insert(2, f"Features: `{report['features']['name']}`, Euclidean distance.")
-    return "\n".join([*lines, "", *(f"- {note}" for note in [*notes, *report["notes"]])]) + "\n"
+    lines = ["Distance to the nearest training image:", "", *markdown_table(["", *columns], rows), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in [*notes, *report["notes"]])]) + "\n"
 
 
 def pairs(

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,11 +29,13 @@ from .measure.reports import facts, write_report
 from .measure.sampling import Sampling, Setting
 from .networks.pipelines import load_heun, load_model, prepare
 from .objective.adversarial import is_discriminator_step
+from .objective.distances import DistanceOptions
 from .objective.objectives import READERS
+from .objective.pool import PoolOptions
 from .objective.solvers import SOLVERS
 from .report.numbers import cell
 from .report.plots import PALETTE, new_figure
-from .report.tables import setting_name
+from .report.tables import markdown_table, setting_name
 from .run.batch import StepRandom
 from .run.loop import TrainingRun
 from .studies.curves import leaderboard, seconds_until
@@ -206,17 +208,17 @@ def phases(config: StudyConfig, options: dict[str, Any]) -> list[dict[str, Any]]
     """
     whole, last = train_ctm.CTMConfig(**options), options["max_train_steps"]
     adversarial = min(whole.discriminator_start, last) if whole.discriminator_weight > 0 else last
-    depth = min(whole.pool_depth, last)
+    depth = min(whole.pool_size or 0, last)
     fill = depth if depth > 1 else 0
     bounds = sorted({0, last, adversarial, fill, *(stage.start for stage in whole.stages)})
     parts = []
     for start, end in itertools.pairwise(bounds):
         name = whole.stage_at(start).name
         unread = {entry for entry, readers in READERS.items() if name not in readers}
-        own = {**options, "objective": [name], "pool_size": whole.pool_depth}
-        for first, others in (("pool_size", "pool_"), ("distance", "distance_")):
+        own = {**options, "objective": [name], "pool_size": whole.pool_size}
+        for first, group in (("pool_size", PoolOptions), ("distance", DistanceOptions)):
             if first in unread:
-                unread |= {entry for entry in own if entry.startswith(others)}
+                unread |= {entry.name for entry in fields(group)}
         own = {entry: value for entry, value in own.items() if entry not in unread}
         if whole.discriminator_weight > 0:
             own["discriminator_start"] = 0 if start >= adversarial else 10**6
@@ -275,12 +277,6 @@ AXES = {
 }
 
 
-def table_lines(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown, with an empty line after it."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return [lines[0], "|---" + "|--:" * (len(head) - 1) + "|", *lines[1:], ""]
-
-
 def cell_or_dash(values: dict | None) -> str:
     return cell(values) if values else "-"
 
@@ -307,21 +303,19 @@ def markdown(table: dict[str, Any], report: dict) -> str:
         "",
     ]
     head = ["", "runs", "iterations to the target", "seconds", f"of {first}'s", "teacher evaluations", f"of {first}'s"]
-    lines += table_lines(
-        head,
+    costs = [
         [
-            [
-                name,
-                str(row["runs"]),
-                cell_or_dash(row["target"]["iteration"]),
-                cell_or_dash(row["target"]["seconds"]),
-                cell_or_dash(row["share_of_seconds"]),
-                cell_or_dash(row["target"]["teacher_evaluations"]),
-                cell_or_dash(row["share_of_evaluations"]),
-            ]
-            for name, row in rows.items()
-        ],
-    )
+            name,
+            row["runs"],
+            cell_or_dash(row["target"]["iteration"]),
+            cell_or_dash(row["target"]["seconds"]),
+            cell_or_dash(row["share_of_seconds"]),
+            cell_or_dash(row["target"]["teacher_evaluations"]),
+            cell_or_dash(row["share_of_evaluations"]),
+        ]
+        for name, row in rows.items()
+    ]
+    lines += [*markdown_table(head, costs), ""]
     places = {
         "at_target": "Where the target is reached",
         "at_a_third": f"After a third of {first}'s seconds, {table['seconds'] / 3:,.0f}",
@@ -334,7 +328,7 @@ def markdown(table: dict[str, Any], report: dict) -> str:
         for name, row in rows.items():
             seconds = [cell(row["seconds"])] if place == "at_the_end" else []
             cells.append([name, *seconds, *(cell_or_dash(row[place] and row[place][n][judge]) for n in steps)])
-        lines += table_lines(head, cells)
+        lines += [*markdown_table(head, cells), ""]
     shared = report["curves"][first][0]["options"]
     lines += [f"A row is `python -m training.train_ctm` with the options of {options['variants']}. {first} has:", ""]
     lines += [f"`{on_command_line(shared)}`", "", "The others have besides:", ""]

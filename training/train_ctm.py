@@ -109,8 +109,9 @@ def check_consistency_teacher(config: CTMConfig) -> None:
             f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global with --objective ctm, "
             "which then learns those jumps, or distill the diffusion model that it came from."
         )
-    idle = ["solver", "solver_model", "max_solver_steps", "pool_size", "dsm_target"]
+    idle = ["solver", "solver_model", "max_solver_steps", "dsm_target"]
     config.refuse(idle, f"has no use: {name}, and no solver runs")
+    config.check(not config.pool_size, "pool_size", f"0: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
             f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score "
@@ -207,15 +208,13 @@ def make_pool(config: ObjectiveOptions, sampler: TimeSampler, run: TrainingRun) 
     needed = 4 * own * sampler.num_levels * math.prod(shape)  # for one trajectory of each image
     free = psutil.virtual_memory().available  # a pool lies there, or in less than a GPU has
     config.check(
-        config.pool_depth * needed <= free,
+        config.pool_size * needed <= free,
         "pool_size",
         f"at most {free // needed}: each takes {needed / 2**30:.2g} GiB in each process, {free / 2**30:.1f} GiB are "
         "free",
     )
     total = run.samples_per_step
-    return TrajectoryPool(
-        config, config.pool_depth, SOLVERS[config.solver], sampler, total, run.own_samples, run.device
-    )
+    return TrajectoryPool(config, SOLVERS[config.solver], sampler, total, run.own_samples, run.device)
 
 
 def make_solver(config: TargetOptions, teacher: Teacher, denoise: TeacherDenoiser) -> TeacherSolver:
@@ -282,7 +281,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             "--lagrangian_gradient full learns from the difference of two answers, and dropout makes that noise. Give "
             "--dropout 0, or --lagrangian_gradient semi."
         )
-    run.folder.record |= {"objective": config.objective, "pool_size": config.pool_depth}
+    run.folder.record |= {"objective": config.objective, "pool_size": config.pool_size}
     run.folder.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
         for part in teacher.parts.values():
@@ -293,7 +292,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
     run.keep("teacher", denoise)
     solver = make_solver(config, teacher, denoise)
     pool = None
-    if config.pool_depth:
+    if config.pool_size:
         pool = make_pool(config, sampler, run)
         run.keep("pool", pool)
     discriminator = None

@@ -31,7 +31,7 @@ from .measure.schedules import LEAST_GAP, Space, mean, run_search
 from .networks.pipelines import load_model, prepare
 from .report.numbers import cell, number, summary
 from .report.plots import PALETTE, new_figure, plain_ticks
-from .report.tables import setting_name
+from .report.tables import markdown_table, setting_name
 
 
 CACHE = "cache.json"
@@ -239,21 +239,22 @@ def save_with_presets(presets: dict[str, dict[str, list[float]]], config: TuneCo
 def markdown(report: dict) -> str:
     """tune.md."""
     options = report["options"]
-    distances = [
-        "| steps | now, search | found, search | now, other seeds | best gamma on Karras levels, other seeds "
-        "| found, other seeds | improvement there | saved |",
-        "|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    schedules = ["| steps | now | levels found | gammas found | tried |", "|--:|---|---|---|--:|"]
+    distances, schedules = [], []
     for row in report["results"]:
         gamma = "" if row["karras_gamma"] is None else f" (gamma {row['karras_gamma']:g})"
         distances.append(
-            f"| {row['steps']} | {cell(row['now']['search'])} | {cell(row['best']['search'])} "
-            f"| {cell(row['now']['confirm'])} | {cell(row['karras']['confirm'])}{gamma} "
-            f"| {cell(row['best']['confirm'])} | {cell(row['improvement'])} | {'yes' if row['saved'] else 'no'} |"
+            [
+                row["steps"],
+                *(cell(row[schedule]["search"]) for schedule in ("now", "best")),
+                cell(row["now"]["confirm"]),
+                cell(row["karras"]["confirm"]) + gamma,
+                cell(row["best"]["confirm"]),
+                cell(row["improvement"]),
+                "yes" if row["saved"] else "no",
+            ]
         )
         levels, gammas = (", ".join(map(number, row["preset"][key])) for key in ("sigmas", "gamma"))
-        schedules.append(f"| {row['steps']} | {row['now_is']} | {levels} | {gammas} | {len(row['trials'])} |")
+        schedules.append([row["steps"], row["now_is"], levels, gammas, len(row["trials"])])
     seeds, others = (", ".join(map(str, options[name])) for name in ("seeds", "confirm_seeds"))
     notes = [
         f"{report['num_samples']:,} samples per schedule and seed, against {report['num_reference']:,} real images, in "
@@ -265,8 +266,18 @@ def markdown(report: dict) -> str:
         f"On {report['hardware']['device']}, {report['hardware']['cpu_threads']} threads.",
         *report["notes"],
     ]
-    lines = ["Frechet distance to real images (lower is better), mean ± standard deviation over seeds:", "", *distances]
-    return "\n".join([*lines, "", *schedules, "", *(f"- {note}" for note in notes)]) + "\n"
+    head = ["steps", "now, search", "found, search", "now, other seeds", "best gamma on Karras levels, other seeds"]
+    head += ["found, other seeds", "improvement there", "saved"]
+    lines = [
+        "Frechet distance to real images (lower is better), mean ± standard deviation over seeds:",
+        "",
+        *markdown_table(head, distances),
+        "",
+        *markdown_table(["steps", "now", "levels found", "gammas found", "tried"], schedules),
+        "",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def plot(report: dict):

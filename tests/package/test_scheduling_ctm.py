@@ -25,6 +25,7 @@ from diffusers import (
 from diffusers_ctm import CTMPipeline, CTMScheduler, EDMHeunScheduler
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.scheduler_configs import own_config
+from diffusers_ctm.scheduling_ctm import SCHEDULE
 from diffusers_ctm.trajectory import jump, karras_sigmas
 from helpers.comparing import close_in_float64 as close
 from helpers.comparing import seeded
@@ -234,6 +235,14 @@ def test_the_schedule_that_is_kept_is_the_one_that_is_asked():
     with pytest.raises(ValueError, match="gamma"):
         levels(3, gamma=1.5)
     assert levels(3)[1] == [1.0] * 3
+
+
+def test_all_that_a_schedule_sets_is_kept():
+    scheduler = CTMScheduler()
+    before = dict(vars(scheduler))
+    scheduler.set_timesteps(3, gamma=0.5)
+    changed = {name for name, value in vars(scheduler).items() if value is not before.get(name)}
+    assert {"sigmas", "timesteps"} < changed - {"_kept_schedule"} <= set(SCHEDULE)
 
 
 @BOTH

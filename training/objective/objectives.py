@@ -82,7 +82,7 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
     )
 
     def __post_init__(self) -> None:
-        """Refuse what no objective of the run reads."""
+        """Refuse what no objective of the run reads, and fill in the size of the pool."""
         super().__post_init__()
         parts = self._parts
         starts = [int(start) if start.isdecimal() else -1 for _, _, start in parts[1:]]
@@ -99,18 +99,13 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
         for entry, readers in READERS.items():
             if not names & readers:
                 self.refuse([entry], f"is for --objective {' or '.join(sorted(readers))}", "give that, or leave it out")
-        if not self.pool_depth:
+        if self.pool_size is None and names & READERS["pool_size"]:
+            self.pool_size = 8 if "regression" in names else 0
+        if not self.pool_size:
             pooled = [entry.name for entry in fields(PoolOptions) if entry.name != "pool_size"]
             self.refuse(pooled, "needs a pool, --pool_size")
         if self.lagrangian_gradient == "full":
             self.check(self.derivative == "difference", "derivative", "difference with --lagrangian_gradient full")
-
-    @property
-    def pool_depth(self) -> int:
-        """Trajectories of the pool for each image of a step; 0 without a pool."""
-        if self.pool_size is not None:
-            return self.pool_size
-        return 8 if "regression" in {name for name, _, _ in self._parts} else 0
 
     @property
     def _parts(self) -> list[tuple[str, str, str]]:

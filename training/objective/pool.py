@@ -48,8 +48,7 @@ class TrajectoryPool:
     the draws of a step are independent, and it does not matter how its samples are split over processes.
 
     Args:
-        options: refreshes, starts and steps.
-        depth: trajectories of a sample.
+        options: with the size of the pool.
         solver: follows the teacher.
         sampler: of the grid's levels.
         total: samples of a step, over all processes and passes.
@@ -65,7 +64,6 @@ class TrajectoryPool:
     def __init__(
         self,
         options: PoolOptions,
-        depth: int,
         solver: Solver,
         sampler: TimeSampler,
         total: int,
@@ -73,7 +71,7 @@ class TrajectoryPool:
         device: torch.device,
     ):
         self.options, self.solver, self.sampler, self.device = options, solver, sampler, device
-        self.depth, self.total = depth, total
+        self.depth, self.total = options.pool_size, total
         self.own, self.offsets, rows = own, {}, 0
         for part in own:
             self.offsets[part.start] = rows

@@ -2,8 +2,15 @@
 """The table of distances by steps and gamma, and the names of its rows."""
 
 import statistics
+from collections.abc import Iterable, Sequence
 
 from .numbers import cell, duration
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table in Markdown: its first column to the left, the others to the right."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows)]
+    return [lines[0], "|---" + "|--:" * (len(head) - 1) + "|", *lines[1:]]
 
 
 REAL_NAMES = {"resampled": "real images, resampled", "halves": "real images, two halves"}
@@ -25,14 +32,12 @@ def _is_guided(report: dict) -> bool:
 def distance_table(report: dict, distance: str) -> list[str]:
     """The lines of a table: a row for each number of steps, a column for each gamma."""
     gammas = sorted({row["gamma"] for row in report["results"] if row["gamma"] is not None})
-    lines = [
-        "| | NFE | without gamma |" + "".join(f" gamma {gamma:g} |" for gamma in gammas) + " time per image |",
-        "|---|--:|--:|" + "--:|" * (len(gammas) + 1),
-    ]
+    head = ["", "NFE", "without gamma", *(f"gamma {gamma:g}" for gamma in gammas), "time per image"]
+    table: list[list[object]] = []
 
     def add(name: str, nfe: int | str, values: dict[float | None, dict], seconds: str) -> None:
         cells = [cell(values[gamma][distance]) if gamma in values else "" for gamma in [None, *gammas]]
-        lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + f" | {seconds} |")
+        table.append([name, nfe, *cells, seconds])
 
     guided = _is_guided(report)
     groups: dict[tuple[str, int], list[dict]] = {}
@@ -44,7 +49,7 @@ def distance_table(report: dict, distance: str) -> list[str]:
     for kind, values in report["real_against_real"].items():
         if distance in values:
             add(REAL_NAMES[kind], "", {None: values}, "")
-    return lines
+    return markdown_table(head, table)
 
 
 def judges_table(report: dict) -> tuple[list[str], list[str]]:
@@ -83,9 +88,7 @@ def judges_table(report: dict) -> tuple[list[str], list[str]]:
     columns = [column for column in columns if any(column[0] in values for _, values in rows)]
     if not columns:
         return [], []
-    lines = ["| | " + " | ".join(title for _, title, _ in columns) + " |", "|---|" + "--:|" * len(columns)]
-    for name, values in rows:
-        cells = [cell(values[key]) if key in values else "-" for key, _, _ in columns]
-        if set(cells) != {"-"}:
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines, [note for _, _, note in columns if note]
+    table = [[name, *(cell(values[key]) if key in values else "-" for key, _, _ in columns)] for name, values in rows]
+    head = ["", *(title for _, title, _ in columns)]
+    told = [row for row in table if set(row[1:]) != {"-"}]
+    return markdown_table(head, told), [note for _, _, note in columns if note]

@@ -110,9 +110,8 @@ class Problem:
     def pool(self) -> TrajectoryPool:
         """A pool of one trajectory for each sample, filled."""
         sampler, own = TimeSampler(self.num_train_timesteps), [slice(0, self.batch_size)]
-        pool = TrajectoryPool(
-            PoolOptions(pool_refresh=16), 1, SOLVERS["heun"], sampler, self.batch_size, own, self.device
-        )
+        options = PoolOptions(pool_size=1, pool_refresh=16)
+        pool = TrajectoryPool(options, SOLVERS["heun"], sampler, self.batch_size, own, self.device)
         self.refreshed_at = 0
         self._draw(pool, 0, "soft")
         return pool

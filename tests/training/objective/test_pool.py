@@ -28,7 +28,7 @@ def teacher(x, t, labels):
 
 def pool_of(own=WHOLE, sampler=SAMPLER, total=TOTAL, **options):
     config = ObjectiveOptions(**{"pool_size": 3, "pool_refresh": 2, **options})
-    return TrajectoryPool(config, config.pool_depth, SOLVERS["heun"], sampler, total, own, torch.device("cpu"))
+    return TrajectoryPool(config, SOLVERS["heun"], sampler, total, own, torch.device("cpu"))
 
 
 def images(step, total=TOTAL, shape=SHAPE):

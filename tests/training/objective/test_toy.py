@@ -56,7 +56,8 @@ def train(data, steps, **options):
     config = ObjectiveOptions(**options)
     objective = config.stage_at(0).objective
     sampler = TimeSampler(18, matching="global" if objective.times == "global" else "soft")
-    pool = TrajectoryPool(config, config.pool_depth, SOLVERS["heun"], sampler, 64, [slice(0, 64)], torch.device("cpu"))
+    if config.pool_size:
+        pool = TrajectoryPool(config, SOLVERS["heun"], sampler, 64, [slice(0, 64)], torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
 
     def denoise(x, sigma, labels=None):
@@ -69,7 +70,7 @@ def train(data, steps, **options):
 
     def states(step, x_0, noise):
         """Times, x_t, and x_u where it is known."""
-        if config.pool_depth:
+        if config.pool_size:
             return pool.draw(step, slice(0, 64), x_0, None, lambda: noise, denoise, sampler, generator)[:3]
         times = (sampler.draw_between if objective.times == "between" else sampler.draw)(64, generator)
         return times, noised(x_0, times.t, noise), None

@@ -99,7 +99,10 @@ class OptimizerOptions(Checked):
     )
     lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", must_be=NOT_NEGATIVE)
     max_grad_norm: float = option(
-        0.0, "Clip the norm of each network's gradient to this; 0 is no clipping.", must_be=NOT_NEGATIVE
+        1.0,
+        "Clip the norm of each network's gradient to this; 0 is no clipping. RAdam's first five steps are as long as "
+        "the gradient is.",
+        must_be=NOT_NEGATIVE,
     )
     max_skipped_steps: int = option(
         20,

@@ -120,7 +120,7 @@ def network_distance(options: "DistanceOptions") -> PerceptualDistance:
     return PerceptualDistance(backbone, about={"name": "features", "network": public_name(options.distance_network)})
 
 
-PIXEL_DISTANCES: dict[str, Distance] = {"l2": l2_distance, "pseudo_huber": pseudo_huber_distance}
+PIXEL_DISTANCES: dict[str, Distance] = {"pseudo_huber": pseudo_huber_distance, "l2": l2_distance}
 NETWORK_DISTANCES = {"lpips": lpips_distance, "features": network_distance}  # functions of the options
 
 
@@ -129,9 +129,9 @@ class DistanceOptions(Checked):
     """The distance of the trajectory loss."""
 
     distance: str = option(
-        "l2",
-        "Distance of the two estimates at time 0: 'l2', 'pseudo_huber', 'lpips' (the paper's, for color images), or "
-        "'features': unit-normalized features of any frozen network.",
+        "pseudo_huber",
+        "How two answers are compared: 'pseudo_huber' (their distance in pixels), 'l2' (its mean square), 'lpips' (the "
+        "paper's, for color images), or 'features': unit-normalized features of any frozen network.",
         [*PIXEL_DISTANCES, *NETWORK_DISTANCES],
     )
     distance_network: str | None = option(

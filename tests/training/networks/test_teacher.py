@@ -545,7 +545,7 @@ def test_precision_is_left_alone_where_rounding_is_not_magnified(layouts):
 # The program ----------------------------------------------------------------------------------------------------------
 
 FEW = {"max_solver_steps": 2}
-TO_END = {"matching": "global", "dsm_adaptive": False}
+TO_END = {"objective": ["ctm"], "matching": "global", "dsm_adaptive": False}
 
 
 @pytest.mark.parametrize(
@@ -573,7 +573,6 @@ def test_the_program_distills_every_kind(layouts, name, options, tmp_path):
     path = train_ctm.main(
         CTMConfig(
             **options,
-            objective=["ctm"],
             teacher=str(layouts.root / name),
             output_dir=str(tmp_path / "run"),
             dataset_name="digits" if name != "user/edm" else few_classes(tmp_path / "three.parquet"),

@@ -402,7 +402,7 @@ def test_resolution_below_what_the_network_halves(tmp_path):
         ("--distance features", "--distance_network is needed for --distance features"),
         ("--distance lpips --distance_network resnet", "--distance_network must be vgg or alex"),
         ("--distance lpips --distance_resolution 0", "--distance_resolution must be positive"),
-        ("--distance nonsense", "invalid choice: 'nonsense' (choose from 'l2', "),
+        ("--distance nonsense", "invalid choice: 'nonsense' (choose from 'pseudo_huber', "),
     ],
 )
 def test_contradictory_options(arguments, message, capsys):

@@ -129,7 +129,7 @@ def main(config: EvaluateConfig) -> dict:
         for name in config.features:
             network, num_samples, new = what_is_compared(dataset, name, config.num_samples, device)
             networks.append(network)
-            notes += new
+            notes += [note for note in new if note not in notes]
         pipelines = load_pipelines(config, dataset, device, config.gammas)
     for path in (config.output_dir, *([os.path.dirname(config.reference)] if config.reference else [])):
         check_writable(path)

@@ -34,7 +34,7 @@ from .objective.objectives import READERS
 from .objective.pool import PoolOptions
 from .objective.solvers import SOLVERS
 from .report.numbers import cell
-from .report.plots import PALETTE, new_figure
+from .report.plots import PALETTE, new_figure, plain_ticks
 from .report.tables import markdown_table, setting_name
 from .run.batch import StepRandom
 from .run.loop import TrainingRun
@@ -65,7 +65,7 @@ class StudyConfig(Checked):
     only: list[str] = option(
         [], "Names of the variants to run; default all. Tables and plot show all that are finished."
     )
-    eval_every: int = option(125, "Measure each time after this number of iterations.", must_be=POSITIVE)
+    eval_every: int = option(250, "Measure each time after this number of iterations.", must_be=POSITIVE)
     eval_steps: list[int] = option([1, 2, 4, 18], "Sampling steps that are measured, at gamma = 0.", must_be=POSITIVE)
     num_samples: int = option(500, "Images per measurement.", must_be=POSITIVE)
     features: list[str] = option(
@@ -363,7 +363,9 @@ def plot(curves: dict[str, list[dict]], steps: str, judge: str, target: float):
             place.plot(across, mean, style, color=color, marker="o", markersize=3, linewidth=1.4, label=name)
         place.axhline(target, color="black", linewidth=0.8, linestyle=":")
         place.set(xlabel=words, yscale="log")
+        place.locator_params(axis="x", nbins=5)
         place.grid(alpha=0.3, which="both")
+    plain_ticks(axes[0])
     axes[0].set_ylabel(f"Frechet distance, {setting_name('ctm', int(steps))}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9, frameon=False)
     return figure

@@ -86,6 +86,6 @@ def test_names_that_may_be_published(tmp_path):
         teacher="t", dataset_name=str(tmp_path), output_dir="/secret/place", learning_rate=1.0, hub_model_id="a/b",
         discriminator_weight=1.0, discriminator_backbones=["/secret/features", "user/name"],
     )  # fmt: skip
-    expected = {"dataset_name": tmp_path.name, "learning_rate": 1.0}
+    expected = {"dataset_name": tmp_path.name, "learning_rate": 1.0, "pool_size": 8}
     expected |= {"discriminator_weight": 1.0, "discriminator_backbones": ["features", "user/name"]}
     assert changed_options(options) == expected

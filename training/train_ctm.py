@@ -109,9 +109,8 @@ def check_consistency_teacher(config: CTMConfig) -> None:
             f"{name}: it knows jumps to sigma_min and no solver's steps. Give --matching global with --objective ctm, "
             "which then learns those jumps, or distill the diffusion model that it came from."
         )
-    idle = ["solver", "solver_model", "max_solver_steps", "dsm_target"]
+    idle = ["solver", "solver_model", "max_solver_steps", "pool_size", "dsm_target"]
     config.refuse(idle, f"has no use: {name}, and no solver runs")
-    config.check(not config.pool_size, "pool_size", f"0: {name}, and no solver runs")
     if config.dsm_adaptive:  # always, unless score matching runs
         raise UserError(
             f"{name}, and the student starts as its copy: at first the trajectory loss has no gradient to weigh score "
@@ -281,7 +280,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             "--lagrangian_gradient full learns from the difference of two answers, and dropout makes that noise. Give "
             "--dropout 0, or --lagrangian_gradient semi."
         )
-    run.folder.record |= {"objective": config.objective, "pool_size": config.pool_size}
+    run.folder.record |= {"objective": config.objective, "pool_size": config.pool_size or 0}
     run.folder.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
         for part in teacher.parts.values():

@@ -99,8 +99,8 @@ class ObjectiveOptions(DerivativeOptions, PoolOptions, TimeOptions, TargetOption
         for entry, readers in READERS.items():
             if not names & readers:
                 self.refuse([entry], f"is for --objective {' or '.join(sorted(readers))}", "give that, or leave it out")
-        if self.pool_size is None and names & READERS["pool_size"]:
-            self.pool_size = 8 if "regression" in names else 0
+        if self.pool_size is None and "regression" in names:
+            self.pool_size = 8
         if not self.pool_size:
             pooled = [entry.name for entry in fields(PoolOptions) if entry.name != "pool_size"]
             self.refuse(pooled, "needs a pool, --pool_size")

@@ -208,7 +208,7 @@ def test_the_authors_configs_have_their_numbers(stem):
         config.extra_ema_decays,
         config.dropout,
     )
-    assert (config.objective, config.pool_size, sampler.matching, config.optimizer) == (["ctm"], 0, "soft", "radam")
+    assert (config.objective, config.pool_size, sampler.matching, config.optimizer) == (["ctm"], None, "soft", "radam")
     assert (config.adam_beta2, config.adam_weight_decay) == (0.999, 0)
     assert (config.lr_scheduler, config.lr_warmup_steps, config.max_grad_norm) == ("constant_with_warmup", 0, 0)
     assert (config.solver, config.inner_target, config.random_flip, config.ema_warmup) == ("heun", "live", True, False)

@@ -309,8 +309,8 @@ class TrainingRun:
         """Raise UserError if a weight is infinite or NaN: a loss can be finite and its gradient not."""
         if names := self._broken():
             raise UserError(
-                f"The weights became infinite or NaN by step {self.step}, in {names[0]}. Lower --learning_rate, set "
-                "--max_grad_norm 1, or use --mixed_precision no; the checkpoints of earlier steps are intact."
+                f"The weights became infinite or NaN by step {self.step}, in {names[0]}. Lower --learning_rate, keep "
+                "--max_grad_norm above 0, or use --mixed_precision no; the checkpoints of earlier steps are intact."
             )
 
     def _broken(self) -> list[str]:

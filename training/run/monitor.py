@@ -158,7 +158,7 @@ class Monitor:
         intact = f"{newest} is intact" if newest else "no checkpoint had been saved"
         raise UserError(
             f"The last {in_a_row} steps were left out, up to step {step}: {names} became infinite or NaN. Lower "
-            f"--learning_rate, set --max_grad_norm 1, or use --mixed_precision no or bf16; {intact}. "
+            f"--learning_rate, keep --max_grad_norm above 0, or use --mixed_precision no or bf16; {intact}. "
             f"(--max_skipped_steps {limit})"
         )
 

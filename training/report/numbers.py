@@ -29,7 +29,7 @@ def number(value: float) -> str:
 def cell(values: dict) -> str:
     """Mean ± standard deviation of a `summary`: the deviation with two digits, the mean with as many decimals."""
     mean, std = values["mean"], values["std"]
-    if not std:
+    if not std or std < 1e-9 * abs(mean):  # errors of rounding are no spread
         return number(mean)
     decimals = max(0, 1 - math.floor(math.log10(std)))
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"

@@ -18,4 +18,5 @@ def test_cells():
     assert cell({"mean": -0.01186, "std": 0.000114}) == "-0.01186 ± 0.00011"
     assert cell({"mean": 1234.4, "std": 31.0}) == "1234 ± 31"
     assert cell({"mean": 1.2345, "std": None}) == "1.23"
+    assert cell({"mean": 100.0, "std": 6.4e-15}) == "100"
     assert [duration(seconds) for seconds in (2.5, 0.0123, 4.2e-5)] == ["2.5 s", "12.3 ms", "42 µs"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..cli.errors import UserError
 from ..official.files import read_checkpoint
@@ -31,42 +32,52 @@ def installed_efficientnet() -> dict[str, torch.Tensor]:
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution without bias, padded as TensorFlow's "SAME": the odd pixel goes to the right and to the bottom."""
+    """A convolution padded as TensorFlow's "SAME": the odd pixel goes to the right and to the bottom.
 
-    def __init__(self, weight: torch.Tensor, stride: int = 1, groups: int = 1):
+    The normalization after it never changes, so it is folded into weight and bias.
+
+    Args:
+        weights: of convolution and normalization, by name; they are taken out.
+        conv, norm: their names.
+        stride: of the convolution.
+        depthwise: whether each channel is convolved alone.
+    """
+
+    def __init__(
+        self, weights: dict[str, torch.Tensor], conv: str, norm: str, stride: int = 1, depthwise: bool = False
+    ):
+        mean, variance, scale, shift = (
+            weights.pop(f"{norm}.{part}") for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        weight, bias = fuse_conv_bn_weights(weights.pop(f"{conv}.weight"), None, mean, variance, 1e-3, scale, shift)
         channels_out, channels_in, kernel, _ = weight.shape
-        super().__init__(channels_in * groups, channels_out, kernel, stride, groups=groups, bias=False)
+        groups = channels_out if depthwise else 1
+        super().__init__(channels_in * groups, channels_out, kernel, stride, groups=groups)
+        self.weight, self.bias = weight, bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]
         down, right = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in x.shape[-2:])
-        return super().forward(F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2)))
-
-
-def batch_norm(weight: torch.Tensor) -> nn.BatchNorm2d:
-    """The normalization after the convolution of `weight`."""
-    return nn.BatchNorm2d(len(weight), eps=1e-3)
+        if down % 2 or right % 2:
+            x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+            down = right = 0
+        return F.conv2d(x, self.weight, self.bias, stride, (down // 2, right // 2), groups=self.groups)
 
 
 class InvertedBottleneck(nn.Module):
     """Expand, convolve each channel, project; added to the input where shapes allow (Sandler et al. 2018)."""
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], name: str, stride: int):
+    def __init__(self, weights: dict[str, torch.Tensor], name: str, stride: int):
         super().__init__()
         self.stride, self.expands = stride, f"{name}.expand_conv.weight" in weights
-        depthwise, project = weights[f"{name}.depthwise_conv.weight"], weights[f"{name}.project_conv.weight"]
         if self.expands:
-            self.expand_conv = SameConv2d(weights[f"{name}.expand_conv.weight"])
-            self.bn0 = batch_norm(depthwise)
-        self.depthwise_conv = SameConv2d(depthwise, stride, groups=len(depthwise))
-        self.bn1 = batch_norm(depthwise)
-        self.project_conv = SameConv2d(project)
-        self.bn2 = batch_norm(project)
+            self.expand_conv = SameConv2d(weights, f"{name}.expand_conv", f"{name}.bn0")
+        self.depthwise_conv = SameConv2d(weights, f"{name}.depthwise_conv", f"{name}.bn1", stride, depthwise=True)
+        self.project_conv = SameConv2d(weights, f"{name}.project_conv", f"{name}.bn2")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
-        y = F.relu6(self.bn1(self.depthwise_conv(y)))
-        y = self.bn2(self.project_conv(y))
+        y = F.relu6(self.expand_conv(x)) if self.expands else x
+        y = self.project_conv(F.relu6(self.depthwise_conv(y)))
         return x + y if self.stride == 1 and x.shape == y.shape else y
 
 
@@ -87,18 +98,18 @@ class EfficientNetLite0(Backbone):
         weights = {
             name.replace("._", ".").removeprefix("_"): value
             for name, value in weights.items()
-            if name.startswith(("_conv_stem.", "_bn0.", "_blocks."))
+            if name.startswith(("_conv_stem.", "_bn0.", "_blocks.")) and not name.endswith("num_batches_tracked")
         }
         try:
-            self.conv_stem = SameConv2d(weights["conv_stem.weight"], 2)
-            self.bn0 = batch_norm(weights["conv_stem.weight"])
+            self.conv_stem = SameConv2d(weights, "conv_stem", "bn0", 2)
             self.blocks = nn.ModuleList(
                 InvertedBottleneck(weights, f"blocks.{index}", stride) for index, stride in enumerate(STRIDES)
             )
-            self.load_state_dict(weights)
+            if weights:
+                raise KeyError(f"more than its {len(STRIDES)} blocks, {next(iter(weights))}")
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"these are no weights of EfficientNet-Lite0: {str(error)[:200]}") from error
         self.freeze()
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return outputs_of(self.blocks, F.relu6(self.bn0(self.conv_stem(x))), MAPS)
+        return outputs_of(self.blocks, F.relu6(self.conv_stem(x)), MAPS)

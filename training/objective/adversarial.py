@@ -271,8 +271,9 @@ class ProjectedDiscriminator(nn.Module):
     ) -> list[torch.Tensor]:
         """Logits of each backbone, float32 of shape (B, L), positive for data.
 
-        Images are augmented at their own size, then the backbone scales them. Heads run in float32, whatever autocast
-        says.
+        Images are augmented at their own size, then the backbone scales them. All of it is in float32 whatever autocast
+        says, as the authors' is: in bfloat16 the generator's gradient through EfficientNet-Lite0 was at an angle of 74
+        degrees to this one.
 
         Args:
             images: in [-1, 1], shape (B, C, H, W).
@@ -280,11 +281,12 @@ class ProjectedDiscriminator(nn.Module):
             parts: the batch is so many batches of equal size one after the other, each with its own batch statistics.
         """
         logits = []
-        for index, backbone in enumerate(self.backbones.values()):
-            shown = images if augment is None else diff_augment(images, augment[index])
-            features = self.projections[index](backbone(shown))
-            with torch.autocast(images.device.type, enabled=False):
-                batches = zip(*(x.float().chunk(parts) for x in features))
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float()
+            for index, backbone in enumerate(self.backbones.values()):
+                shown = images if augment is None else diff_augment(images, augment[index])
+                features = self.projections[index](backbone(shown))
+                batches = zip(*(x.chunk(parts) for x in features))
                 logits.append(torch.cat([self.discriminators[index](batch) for batch in batches]))
         return logits
 

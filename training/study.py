@@ -282,8 +282,9 @@ def cell_or_dash(values: dict | None) -> str:
 
 
 def on_command_line(options: dict[str, Any]) -> str:
-    """Options as one types them."""
+    """Options as one types them; None is no option."""
     values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    values = {name: value for name, value in values.items() if value != [None]}
     return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in values.items())
 
 
@@ -337,8 +338,9 @@ def markdown(table: dict[str, Any], report: dict) -> str:
         lines += [f"- {name}: `{on_command_line(own)}`"] if own else []
     lines += [
         "",
-        f"- Measured every {options['eval_every']} iterations. Between measurements, what a judge says lies on a line "
-        "in its logarithm. '-': not reached, or not measured there.",
+        "- Between measurements, the points of study.png, what a judge says lies on a line in its logarithm. A run "
+        "that is below the target at its first measurement counts as arriving there. '-': not reached, or not measured "
+        "there.",
         f"- Paired error: root mean squared difference of {options['paired_samples']} images from the teacher's own "
         "from the same noise, in [-1, 1].",
         f"- Seconds: iterations times the median of {options['timing_rounds']} timings of {options['timing_steps']} "

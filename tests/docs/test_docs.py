@@ -196,9 +196,12 @@ def test_what_the_page_says_of_a_space():
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
-def rows(page: str) -> list[list[str]]:
-    """The rows of the tables of a page."""
-    lines = [line for line in TEXTS[page].splitlines() if line.startswith("|")]
+def rows(page: str, heading: str = "") -> list[list[str]]:
+    """The rows of the tables of a page, or of its section under a heading."""
+    text = TEXTS[page]
+    if heading:
+        text = re.split(r"\n##", text.partition(f"\n{heading}\n")[2])[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -254,13 +257,16 @@ def json_values(real: dict, *path: str):
                     yield numbers
 
 
-def test_the_study_is_that_of_the_report():
-    report = json.loads((ASSETS / "study" / "study.json").read_text())["table"]["rows"]
+@pytest.mark.parametrize(
+    "folder, heading", [("study", "## Which objective comes soonest"), ("study-mnist", "### MNIST")]
+)
+def test_the_study_is_that_of_the_report(folder, heading):
+    report = json.loads((ASSETS / folder / "study.json").read_text())["table"]["rows"]
 
     def same(cell, numbers):
         return cell == "-" if numbers is None else is_rounded(cell, numbers["mean"], numbers["std"])
 
-    shown = {row[0]: row[1:] for row in rows("docs/study.md") if row[0] in report and len(row) == 8}
+    shown = {row[0]: row[1:] for row in rows("docs/study.md", heading) if row[0] in report}
     assert shown.keys() == report.keys()
     for name, (runs, share, seconds, *distances, paired) in shown.items():
         row, end = report[name], report[name]["at_the_end"]

@@ -283,8 +283,8 @@ def cell_or_dash(values: dict | None) -> str:
 
 def on_command_line(options: dict[str, Any]) -> str:
     """Options as one types them; None is no option."""
-    values = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
-    values = {name: value for name, value in values.items() if value != [None]}
+    given = {name: value for name, value in options.items() if value is not None}
+    values = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
     return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in values.items())
 
 

@@ -106,7 +106,7 @@ class EfficientNetLite0(Backbone):
                 InvertedBottleneck(weights, f"blocks.{index}", stride) for index, stride in enumerate(STRIDES)
             )
             if weights:
-                raise KeyError(f"more than its {len(STRIDES)} blocks, {next(iter(weights))}")
+                raise ValueError(f"{next(iter(weights))} is left over")
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"these are no weights of EfficientNet-Lite0: {str(error)[:200]}") from error
         self.freeze()

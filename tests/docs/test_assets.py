@@ -69,7 +69,7 @@ def test_student_draws_the_digit_it_is_asked(options):
 
 @pytest.mark.parametrize(
     "data, classes, copies, shape, nearer",
-    [("digits", 10, 5, (1, 8, 8), 2), ("emoji", 9, 3, (3, 16, 16), 2), ("mnist", 10, 1, (1, 28, 28), 1.3)],
+    [("digits", 10, 20, (1, 8, 8), 2), ("emoji", 9, 3, (3, 16, 16), 2), ("mnist", 10, 1, (1, 28, 28), 1.3)],
 )
 def test_student_ends_where_its_teacher_does(data, classes, copies, shape, nearer):
     labels = torch.arange(classes).repeat(copies)

@@ -22,7 +22,7 @@ EPSILON = 1e-4  # of every normalization, added to the root mean square
 
 
 def normalize(x: torch.Tensor, dim: int | tuple[int, ...] = 1) -> torch.Tensor:
-    """x / (1e-4 + root mean square of x over `dim`); over the channels it is pixel normalization (Eq. 30)."""
+    """x / (1e-4 + root mean square of x over `dim`); over the channels it is pixel normalization."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return x / (EPSILON + norm / math.sqrt(x.numel() / norm.numel())).to(x.dtype)
 
@@ -269,18 +269,20 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
     def from_unet(cls, unet: "EDM2UNet2DModel") -> "EDM2UNet2DModel":
         """A student that equals the teacher `unet` to the last bit at every target time, on its device, in its dtype.
 
-        Every weight of the teacher is copied, under its name; what reads the target time is new and random, with gains
-        of zero. (A copy of the time's own embedding would add up with it where both times are equal.) The copy shares
-        no storage with `unet`. Raises ValueError if `unet` is no EDM2UNet2DModel, or has a target time already.
+        Every weight of the teacher is copied, under its name, but for those of `log_variance`, which belong to the
+        teacher's own training. What reads the target time is new and random, with gains of zero. (A copy of the time's
+        own embedding would add up with it where both times are equal.) The copy shares no storage with `unet`. Raises
+        ValueError if `unet` is no EDM2UNet2DModel, or has a target time already.
         """
         if not isinstance(unet, EDM2UNet2DModel):
             raise ValueError(f"from_unet starts from an EDM2UNet2DModel, not from {type(unet).__name__}.")
         if unet.has_target_time:
             raise ValueError("from_unet starts from a network without target time; this one has it already.")
-        student = cls.from_config(config_of(unet), target_time=True)
+        student = cls.from_config(config_of(unet), target_time=True, log_variance_channels=None)
         # Not by ModelMixin.to, which warns that an empty list of modules "should be kept in float32".
         student = nn.Module.to(student, device=unet.device, dtype=unet.dtype)
-        student.load_state_dict(unet.state_dict(), strict=False)
+        weights = {name: weight for name, weight in unet.state_dict().items() if not name.startswith("log_variance_")}
+        student.load_state_dict(student.state_dict() | weights)
         return student.train(unet.training)
 
     @torch.no_grad()

@@ -21,8 +21,6 @@ from helpers.tiny_networks import FAMILIES, blocks, check_the_same, inputs, make
 
 # One layer of a block reads both times.
 WIDENED = {name: FAMILIES[name] for name in ("CTMUNet2DModel", "EDMUNet2DModel")}
-    name: FAMILIES[name] for name in ("CTMUNet2DModel", "EDMUNet2DModel")
-}  # one layer of a block reads both times
 
 
 def kinds(*names, families=FAMILIES):

@@ -158,7 +158,8 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
         target_time: whether there is a second time.
 
     Raises:
-        ValueError: a level with attention whose channels are no multiple of `attention_head_dim`.
+        ValueError: a level with attention whose channels are no multiple of `attention_head_dim`, or a filter that has
+            an odd number of taps or a sum of 0.
     """
 
     _supports_gradient_checkpointing = True
@@ -197,6 +198,12 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
                     f"attention_head_dim={attention_head_dim} must divide the {block_out_channels[level]} channels of "
                     f"level {level}, which has attention."
                 )
+
+        if len(resample_filter) % 2 or not sum(resample_filter):
+            raise ValueError(
+                f"resample_filter={resample_filter} must have an even number of taps and a sum that is not 0, such as "
+                "(1, 1)."
+            )
 
         # 1. Times and class
         proj_dim = time_proj_dim or block_out_channels[0]

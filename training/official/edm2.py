@@ -30,7 +30,7 @@ from .layers import (
     split_qkv,
 )
 from .pickles import Record
-from .weights import modules_of
+from .weights import is_number, module_numbers, modules_of
 
 
 NAME = "edm2"
@@ -56,22 +56,21 @@ def defaults(shapes: Shapes) -> dict[str, float]:
 def said_by(part: Record) -> dict[str, Any]:
     """What a pickled network says beside its weights: the attributes SAID, the size of its heads, its filter.
 
-    Raises UserError if parts of it say different things.
+    What cannot be is left out. Raises UserError if parts of it say different things.
     """
-    found: dict[str, set] = {}
+    found: dict[str, set] = {name: module_numbers(part, name) for name in SAID}
+    found["sigma_data"] = {value for value in found["sigma_data"] if value > 0}
+    found |= {"attention_head_dim": set(), "resample_filter": set()}
     for _, state in modules_of(part):
-        for name in SAID:
-            if type(state.get(name)) in (int, float):
-                found.setdefault(name, set()).add(float(state[name]))
         heads, channels, taps = (state.get(name) for name in ("num_heads", "out_channels", "resample_filter"))
-        if type(heads) is type(channels) is int and heads > 0:
-            found.setdefault("attention_head_dim", set()).add(channels // heads)
-        if type(taps) is list and len(taps) <= 16 and all(type(tap) in (int, float) for tap in taps):
-            found.setdefault("resample_filter", set()).add(tuple(taps))
+        if type(heads) is type(channels) is int and 0 < heads <= channels < 1e30:
+            found["attention_head_dim"].add(channels // heads)
+        if type(taps) is list and len(taps) <= 16 and all(map(is_number, taps)):
+            found["resample_filter"].add(tuple(taps))
     for name, values in found.items():
         if len(values) > 1:
             raise UserError(f"Blocks of the network say different things of {name}: {sorted(values)[:4]}.")
-    return {name: values.pop() for name, values in found.items()}
+    return {name: values.pop() for name, values in found.items() if values}
 
 
 def to_diffusers(state_dict: Mapping[str, torch.Tensor], qkv_order: str | None = None, **overrides) -> EDM2UNet2DModel:
@@ -104,24 +103,24 @@ def to_official(network: EDM2UNet2DModel, flavour: str | None = None) -> Tensors
 
 def _inferred(shapes: Shapes) -> dict:
     """The arguments that names and shapes tell, and the family's defaults for the others."""
-    inner = {name.removeprefix("unet."): shape for name, shape in shapes.items()}
-    sizes, blocks = resolutions(inner)
-    widths = [shape_of(inner, f"enc.{size}x{size}_block0.conv_res1.weight", 4)[0] for size in sizes]
-    time_embedding_dim, time_proj_dim = shape_of(inner, "emb_noise.weight", 2)
+    sizes, blocks = resolutions({name.removeprefix("unet."): shape for name, shape in shapes.items()})
+    levels = [f"unet.enc.{size}x{size}" for size in sizes]
+    widths = [shape_of(shapes, f"{level}_block0.conv_res1.weight", 4)[0] for level in levels]
+    attended = tuple(index for index, level in enumerate(levels) if has(shapes, f"{level}_block0.attn_"))
+    time_embedding_dim, time_proj_dim = shape_of(shapes, "unet.emb_noise.weight", 2)
+    classes, variances = has(shapes, "unet.emb_label."), has(shapes, "logvar_")
     return {
         "sample_size": sizes[0],
-        "in_channels": shape_of(inner, f"enc.{sizes[0]}x{sizes[0]}_conv.weight", 4)[1] - 1,
-        "out_channels": shape_of(inner, "out_conv.weight", 4)[0],
+        "in_channels": shape_of(shapes, f"{levels[0]}_conv.weight", 4)[1] - 1,
+        "out_channels": shape_of(shapes, "unet.out_conv.weight", 4)[0],
         "block_out_channels": tuple(widths),
         "layers_per_block": blocks,
-        "attention_levels": tuple(
-            level for level, size in enumerate(sizes) if has(inner, f"enc.{size}x{size}_block0.attn_qkv.")
-        ),
+        "attention_levels": attended,
         "attention_head_dim": HEAD_DIM,
         "time_proj_dim": time_proj_dim,
         "time_embedding_dim": time_embedding_dim,
-        "num_class_embeds": shape_of(inner, "emb_label.weight", 2)[1] if has(inner, "emb_label.") else None,
-        "log_variance_channels": shape_of(shapes, "logvar_linear.weight", 2)[1] if has(shapes, "logvar_") else None,
+        "num_class_embeds": shape_of(shapes, "unet.emb_label.weight", 2)[1] if classes else None,
+        "log_variance_channels": shape_of(shapes, "logvar_linear.weight", 2)[1] if variances else None,
     }
 
 

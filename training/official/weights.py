@@ -34,6 +34,17 @@ def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
     return result
 
 
+def module_numbers(module: Record, name: str) -> set[float]:
+    """The finite numbers that a pickled module and its parts hold under the attribute `name`, such as "dropout"."""
+    values = (state.get(name) for _, state in modules_of(module))
+    return {float(value) for value in values if is_number(value)}
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number that is neither infinite nor NaN, nor of thousands of digits."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
 def said_by_precond(part: Record) -> dict[str, float]:
     """What one of NVIDIA's pickled EDMPrecond says of itself beside its weights: `sigma_data` and `dropout`.
 
@@ -45,13 +56,9 @@ def said_by_precond(part: Record) -> dict[str, float]:
             f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something "
             "else and are shown other times. Only those with EDM's preconditioning are converted."
         )
-    said = {}
-    for key in ("sigma_data", "dropout"):
-        values = (state.get(key) for _, state in modules_of(part))
-        numbers = {float(value) for value in values if type(value) in (int, float) and abs(value) < 1e30}
-        if len(numbers) == 1 and (number := numbers.pop()) > 0 and (key != "dropout" or number < 1):
-            said[key] = number
-    return said
+    values = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
+    said = {key: numbers.pop() for key, numbers in values.items() if len(numbers) == 1}
+    return {key: value for key, value in said.items() if value > 0 and (key != "dropout" or value < 1)}
 
 
 def modules_of(module: Record) -> Iterator[tuple[str, dict]]:

@@ -293,15 +293,17 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
         return student.train(unet.training)
 
     @torch.no_grad()
-    def normalize_weights_(self) -> None:
+    def normalize_weights_(self, applied: torch.Tensor | None = None) -> None:
         """Give every row of every weight a root mean square of 1, as training keeps it (Eq. 66).
 
         Call it after each step of the optimizer, so that its learning rate stays the relative size of a step. The
-        output changes by what `EPSILON` in the normalization makes of it, about 1e-4.
+        output changes by what `EPSILON` in the normalization makes of it, about 1e-4. `applied`, a bool of shape () on
+        the device, says whether the step was taken; at False nothing changes, and the host need not know it.
         """
         for module in self.modules():
             if isinstance(module, (MPLinear, MPConv2d)):
-                module.weight.copy_(normalize(module.weight, tuple(range(1, module.weight.ndim))))
+                weight = normalize(module.weight, tuple(range(1, module.weight.ndim)))
+                module.weight.copy_(weight if applied is None else torch.where(applied, weight, module.weight))
 
     def log_variance(self, timestep: torch.Tensor) -> torch.Tensor:
         """u(sigma), the logarithm of the loss that is to be expected at c_noise = `timestep` (Eq. 21); (B,) to (B,).

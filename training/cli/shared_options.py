@@ -149,11 +149,11 @@ class NetworkOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         groups, channels = self.norm_num_groups, self.block_out_channels
-        self.check(
-            all(width > 0 and width % groups == 0 for width in channels),
-            "block_out_channels",
-            "multiples of norm_num_groups",
-        )
+        self.check(all(width > 0 for width in channels), "block_out_channels", "positive")
+        if self.architecture != "edm2":  # which has no groups
+            self.check(
+                all(width % groups == 0 for width in channels), "block_out_channels", "multiples of norm_num_groups"
+            )
         if self.architecture != "unet_2d":
             self.refuse(
                 ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"],

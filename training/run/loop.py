@@ -200,11 +200,12 @@ class TrainingRun:
         norm, applied = trained.step(self.options.max_grad_norm)
         means.add({"grad_norm" if network == "main" else f"{network}_grad_norm": norm})
         if network == "main" and applied is not False:
+            applied = None if applied is True else applied
             for average in self.averages.values():
-                average.step(self.bare_network, None if applied is True else applied)
+                average.step(self.bare_network, applied)
             # Not within a forward pass: a step may have several of them.
             if hasattr(self.bare_network, "normalize_weights_"):
-                self.bare_network.normalize_weights_()
+                self.bare_network.normalize_weights_(applied)
 
     def note_by_level(self, name: str, values: torch.Tensor, sigma: torch.Tensor) -> None:
         """Log the mean of `values`, shape (B,), in each of a few bins of noise levels `sigma`, as "name/bin"."""

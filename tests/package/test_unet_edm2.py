@@ -75,7 +75,7 @@ def test_normalization():
         close_in_float64(normalize(x, dim), x / (EPS + rms(x, dim)))
     assert torch.equal(normalize(torch.zeros(2, 3)), torch.zeros(2, 3))
     close(normalize(torch.full((1, 8), EPS)), torch.full((1, 8), 0.5))  # eps stands beside the root, not below
-    big = torch.full((1, 8), 300.0, dtype=torch.float16)  # whose square is too large for float16
+    big = torch.full((1, 1024), 3000.0, dtype=torch.float16)  # whose length is too large for float16
     assert normalize(big).dtype == torch.float16 and torch.equal(normalize(big), torch.ones_like(big))
 
 

@@ -21,6 +21,7 @@ from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
+from .unet_edm2 import EDM2UNet2DModel
 from .version import __version__
 from .visualization import gamma_seed_grid, steps_gamma_grid, trajectory_strip
 
@@ -38,6 +39,7 @@ __all__ = [
     "CTMUNet2DModel",
     "ClassAverage",
     "ClassifierGuidance",
+    "EDM2UNet2DModel",
     "EDMHeunScheduler",
     "EDMHeunSchedulerOutput",
     "EDMUNet2DModel",

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Functions that both networks of two times share."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -31,6 +33,29 @@ def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) 
             f"{name} must be a float, the c_noise of a noise level (`scheduler.timesteps` holds them), not an integer."
         )
     return timestep.expand(sample.shape[0])
+
+
+def class_vector(network: nn.Module, class_labels: torch.Tensor | None, timestep: torch.Tensor) -> torch.Tensor:
+    """Input of EDM's class embeddings, (B, num_class_embeds): sqrt(num_class_embeds) * one-hot, zero for no class.
+
+    `class_labels` are (B,) integers, floats of the result's shape, or None. In training some are left out, as the
+    config's `label_dropout` says. Raises ValueError for another shape.
+    """
+    batch_size, count = timestep.shape[0], network.config.num_class_embeds
+    if class_labels is None:
+        vector = torch.zeros(batch_size, count, device=timestep.device)
+    elif class_labels.is_floating_point():
+        vector = class_labels
+    else:
+        vector = nn.functional.one_hot(class_labels.long(), count)
+    if vector.shape != (batch_size, count):
+        raise ValueError(
+            f"class_labels must be {batch_size} class numbers or floats of shape {(batch_size, count)}, "
+            f"got shape {tuple(class_labels.shape)}."
+        )
+    if network.training and network.config.label_dropout:
+        vector = vector * (torch.rand(batch_size, 1, device=vector.device) >= network.config.label_dropout)
+    return vector * math.sqrt(count)
 
 
 def config_of(network: nn.Module) -> dict:

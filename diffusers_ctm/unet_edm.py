@@ -18,7 +18,7 @@ from diffusers.models.upsampling import FirUpsample2D, upfirdn2d_native
 from torch import nn
 
 from .checks import check_choice
-from .two_times import config_of, float_time, start_as
+from .two_times import class_vector, config_of, float_time, start_as
 
 
 class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -205,30 +205,12 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             raise ValueError("from_unet starts from a network without target time; this one has it already.")
         return start_as(cls.from_config(config_of(unet), target_time=True), unet)
 
-    def _class_vector(self, class_labels: torch.Tensor | None, timestep: torch.Tensor) -> torch.Tensor:
-        """Input of the class embedding, (B, num_class_embeds): sqrt(num_class_embeds) * one-hot, zero for no class."""
-        batch_size, count = timestep.shape[0], self.config.num_class_embeds
-        if class_labels is None:
-            vector = torch.zeros(batch_size, count, device=timestep.device)
-        elif class_labels.is_floating_point():
-            vector = class_labels
-        else:
-            vector = nn.functional.one_hot(class_labels.long(), count)
-        if vector.shape != (batch_size, count):
-            raise ValueError(
-                f"class_labels must be {batch_size} class numbers or floats of shape {(batch_size, count)}, "
-                f"got shape {tuple(class_labels.shape)}."
-            )
-        if self.training and self.config.label_dropout:
-            vector = vector * (torch.rand(batch_size, 1, device=vector.device) >= self.config.label_dropout)
-        return vector * math.sqrt(count)
-
     def _conditioning(self, timestep, target_timestep, class_labels, augment_labels, dtype) -> torch.Tensor:
         """The embedding of the time, or [time, target time]; class and augmentation are in both. Shape (B, width)."""
         condition = 0
         if self.class_embedding is not None:
-            vector = self._class_vector(class_labels, timestep)
-            condition = condition + self.class_embedding(vector.to(dtype))
+            vector = class_vector(self, class_labels, timestep).to(dtype)
+            condition = condition + self.class_embedding(vector)
         elif class_labels is not None:
             raise ValueError("class_labels were given, but this network has no class embedding")
         if self.augment_embedding is not None:

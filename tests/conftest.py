@@ -37,7 +37,7 @@ def exact_teacher(make_unet):
 
 @pytest.fixture
 def oracle():
-    """Read an .npz of the oracle folder, or skip where the checkout has none."""
+    """Read an .npz of the oracle folder, or of a path in another one; skip where the checkout has none."""
 
     def read(name):
         if not (ORACLE / name).exists():

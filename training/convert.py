@@ -20,9 +20,10 @@ from .cli.files import atomic_file, atomic_folder, sha256, write_json
 from .cli.options import BELOW_ONE, POSITIVE, Checked, option, run_program
 from .cli.weights import check_finite, load_pipeline
 from .official.download import fetch, shown
-from .official.families import Family, family_of, find_family, said_by
+from .official.families import Family, family_of, find_family
 from .official.files import read_checkpoint
 from .official.layers import QKV_ORDERS, shapes_of
+from .official.pickles import Record
 from .official.weights import find_weights, weights_of
 
 
@@ -142,7 +143,7 @@ def network_of(family: Family, state_dict: dict[str, torch.Tensor], config: Conv
     """The network of the weights, by the options, what the file says and the family's defaults, in this order."""
     if config.prediction_type == "epsilon":
         state_dict = family.without_variances(state_dict)
-    overrides = {name: said[name] for name in ("dropout",) if name in said} | config.network_overrides()
+    overrides = {name: value for name, value in said.items() if name != "sigma_data"} | config.network_overrides()
     network = family.to_diffusers(state_dict, **overrides)
     if network.config.out_channels == 2 * network.config.in_channels:
         raise UserError(
@@ -261,7 +262,6 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
     """Convert the checkpoint at `path` to the folder OUT, check it, and say what was found."""
     checkpoint = read_checkpoint(path)
     entry, part = find_weights(checkpoint, config.entry)
-    said = said_by(part)
     weights = weights_of(part)
     values, size = sum(tensor.numel() for tensor in weights.values()), os.path.getsize(path)
     if values > size:  # of any dtype
@@ -270,6 +270,7 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
             "that do not are converted."
         )
     family, state_dict = find_family(weights)
+    said = family.said_by(part) if isinstance(part, Record) else {}
     other = next((name for name, tensor in state_dict.items() if not tensor.is_floating_point()), None)
     if other is not None:
         raise UserError(f"{other} is of type {state_dict[other].dtype}; quantized weights are not converted.")
@@ -283,7 +284,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
         sep="\n",
     )
     if said:
-        print(f"The file itself says: {', '.join(f'{name} {value:g}' for name, value in said.items())}")
+        values = (f"{value:g}" if isinstance(value, float) else str(value) for value in said.values())
+        print(f"The file itself says: {', '.join(map(' '.join, zip(said, values)))}")
     others = [str(name)[:40] for name in checkpoint if str(name) != entry.partition(".")[0]] if entry else []
     if others:
         print(f"Left out: {', '.join(others[:20])}")

@@ -16,7 +16,7 @@ from .cli.training_options import RunOptions
 from .data.batches import load_images
 from .networks.build import build_scheduler, build_unet
 from .objective.jumps import noised
-from .objective.losses import dsm_loss
+from .objective.losses import dsm_loss, uncertainty_loss
 from .objective.times import draw_lognormal_sigma
 from .run.checkpoints import number_classes_as_before
 from .run.loop import TrainingRun
@@ -24,7 +24,10 @@ from .run.loop import TrainingRun
 
 @dataclass
 class EDMConfig(NetworkOptions, RunOptions):
-    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`."""
+    """Train an EDM denoiser (Karras et al. 2022, Table 1), a teacher for `training.train_ctm`.
+
+    With --architecture edm2 a learned uncertainty weighs the noise levels (Karras et al. 2024).
+    """
 
     PROGRAM = "training.train_edm"
 
@@ -78,8 +81,11 @@ def main(config: EDMConfig) -> str:
             denoised = scheduler.preconditioning.denoise(run.network, x_sigma, sigma, **condition(labels))
             losses = dsm_loss(denoised, batch.images, sigma, config.sigma_data)
             run.note_by_level("dsm_loss_by_sigma", losses.detach(), sigma)
-            loss = losses.mean()
-            run.update(loss, {"dsm_loss": loss})
+            terms = {"dsm_loss": losses.mean()}
+            if config.architecture == "edm2":
+                u = run.bare_network.log_variance(scheduler.preconditioning.c_noise(sigma))
+                terms["uncertainty_loss"] = uncertainty_loss(losses, u).mean()
+            run.update(list(terms.values())[-1], terms)
     return run.finish()
 
 

@@ -5,4 +5,6 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[2]  # of this checkout
-ORACLE = ROOT.parent / "shared" / "oracle"  # numbers of the authors' code; tests that read it skip without it
+# Numbers of the authors' code; tests that read them skip without them.
+ORACLE = ROOT.parent / "shared" / "oracle"
+EDM2_ORACLE = ROOT.parent / "shared" / "oracle-edm2"

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Tiny networks of both families in every kind, and inputs for them."""
+"""Tiny networks of every family in every kind, and inputs for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from diffusers_ctm import CTMUNet2DModel, EDMUNet2DModel
+from diffusers_ctm import CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
 from diffusers_ctm.two_times import image_size
+from diffusers_ctm.unet_edm2 import EDM2Block2D
 from helpers.comparing import close
 from helpers.exact import randn
 
@@ -84,6 +85,51 @@ EDM_KINDS = {
 }
 
 
+EDM2_TINY = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "attention_levels": (1,),
+    "attention_head_dim": 8,
+    "log_variance_channels": 8,
+}
+EDM2_KINDS = {
+    "plain": {},
+    "classes": {"num_class_embeds": 7},
+    "three levels": {"block_out_channels": (8, 12, 16), "layers_per_block": 2, "attention_head_dim": 4},
+    "one level": {"block_out_channels": (8,), "attention_levels": ()},
+    "every option": {
+        "num_class_embeds": 7,
+        "time_proj_dim": 12,
+        "time_embedding_dim": 20,
+        "label_balance": 0.35,
+        "concat_balance": 0.4,
+        "res_balance": 0.25,
+        "attn_balance": 0.4,
+        "clip_act": 1.5,
+        "resample_filter": (1, 3, 3, 1),
+        "log_variance_channels": None,
+        "attention_levels": (0, 1),
+        "attention_head_dim": 4,
+    },
+    "not square": {"sample_size": (8, 16), "in_channels": 2, "out_channels": 4},
+}
+
+
+def make_edm2(seed=0, random=True, **changes):
+    """A tiny EDM2UNet2DModel in eval mode. `random=True` also fills the gains, and gives rows of unequal length."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = EDM2UNet2DModel(**{**EDM2_TINY, **changes}).eval()
+        if random:
+            for name, parameter in unet.named_parameters():
+                if name.endswith("gain"):
+                    nn.init.uniform_(parameter.data, 0.4, 0.9)
+                else:
+                    parameter.data.mul_(torch.exp(0.3 * torch.randn(len(parameter), *[1] * (parameter.ndim - 1))))
+    return unet
+
+
 def make_edm(seed=0, random=True, **changes):
     """A tiny EDMUNet2DModel in eval mode. `random=True` also fills what starts at or near zero."""
     with torch.random.fork_rng(devices=[]):
@@ -111,7 +157,7 @@ class Family:
         small: a kind of few layers, with every condition.
         timestep_scale: that its embedding is made for.
         checkpointed: the blocks whose activations gradient checkpointing computes again; None leaves them to diffusers.
-        num_attention: attention layers of the plain kind.
+        adapted: names of layers of every sort, for adapters.
     """
 
     student_class: type[ModelMixin]
@@ -121,7 +167,7 @@ class Family:
     small: dict
     timestep_scale: float
     checkpointed: tuple[type[nn.Module], ...] | None
-    num_attention: int
+    adapted: tuple[str, ...]
 
 
 FAMILIES = {
@@ -138,7 +184,7 @@ FAMILIES = {
         },
         1000.0,
         None,
-        4,
+        ("to_q", "to_v", "time_emb_proj", "linear_1"),
     ),
     "EDMUNet2DModel": Family(
         EDMUNet2DModel,
@@ -148,7 +194,17 @@ FAMILIES = {
         {"block_out_channels": (8,), "attention_levels": (), "num_class_embeds": 7, "augment_dim": 9},
         1.0,
         (ResnetBlock2D, Attention),
-        3,
+        ("to_q", "to_v", "time_emb_proj", "linear_1"),
+    ),
+    "EDM2UNet2DModel": Family(
+        EDM2UNet2DModel,
+        make_edm2,
+        lambda **changes: make_edm2(target_time=True, **changes),
+        EDM2_KINDS,
+        {"block_out_channels": (8,), "attention_levels": (), "num_class_embeds": 7},
+        1.0,
+        (EDM2Block2D,),
+        ("to_q", "to_v", "emb_linear", "time_embedding"),
     ),
 }
 
@@ -184,7 +240,7 @@ def check_the_same(again, unet):
 
 
 def blocks(unet):
-    """The blocks that read the times."""
+    """The blocks that read the times, where one layer reads both."""
     return [module for module in unet.modules() if getattr(module, "time_emb_proj", None) is not None]
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""CTMUNet2DModel: how its second time enters, and what it refuses. See test_both_unets.py for the rest."""
+"""CTMUNet2DModel: how its second time enters, and what it refuses. See test_unets.py for the rest."""
 
 import math
 

@@ -23,16 +23,19 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
+from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ctm.preconditioning import condition
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.nvidia import Persistent, nvidia_pickle
-from helpers.places import ORACLE
+from helpers.official_edm2 import precond_of, snapshot
+from helpers.places import EDM2_ORACLE, ORACLE
+from helpers.tiny_networks import make_edm2
 from training.cli.errors import UserError
 from training.cli.options import parse_config, run_program
 from training.convert import ConvertConfig, main
-from training.official import download, families
+from training.official import download, edm2, families
 from training.official.files import read_checkpoint
+from training.official.weights import said_by_precond
 
 
 SIZE = {
@@ -60,6 +63,9 @@ class Toy:
 
     def defaults(self, shapes):
         return {"sigma_data": 0.5, "timestep_scale": 1000.0 if any("target" in name for name in shapes) else 1.0}
+
+    def said_by(self, part):
+        return said_by_precond(part)
 
     def to_diffusers(self, state_dict, attention_head_dim=8, dropout=0.25):
         labels = state_dict.get(official_name("class_embedding.weight"))
@@ -298,6 +304,62 @@ def test_official_networks_give_the_authors_numbers(name, options, tmp_path, mon
     assert set(written) == set(weights)
     for key in weights:  # two biases of a CTM are one
         assert torch.equal(written[key], weights[key]) or (is_ctm and key.endswith("bias")), key
+
+
+def halves(weights) -> dict[str, torch.Tensor]:
+    """Official weights as a float16 file gives them back."""
+    return {name: tensor.half().float() for name, tensor in weights.items()}
+
+
+def test_a_snapshot_of_edm2_becomes_a_pipeline(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # the real families
+    network = make_edm2(num_class_embeds=3, clip_act=1.5, res_balance=0.25, attention_head_dim=4, dropout=0.1)
+    source, out = tmp_path / "network-snapshot-0000001-0.050.pkl", tmp_path / "out"
+    source.write_bytes(snapshot(precond_of(network, sigma_data=0.7)))
+    run(source, out, "--license", "cc-by-nc-sa-4.0")
+    pipe = CTMPipeline.from_pretrained(out)
+    written = edm2.to_official(pipe.unet)
+    assert all(torch.equal(written[name], tensor) for name, tensor in halves(edm2.to_official(network)).items())
+    config = {name: network.config[name] for name in ("clip_act", "res_balance", "attention_head_dim", "dropout")}
+    assert {name: pipe.unet.config[name] for name in config} == config and type(pipe.unet) is EDM2UNet2DModel
+    assert isinstance(pipe.scheduler, EDMHeunScheduler)
+    assert (pipe.scheduler.config.sigma_data, pipe.scheduler.config.timestep_scale) == (0.7, 1.0)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(class_labels=[2], num_inference_steps=2, output_type="pt").images.isfinite().all()
+    record = json.loads((out / "conversion.json").read_text())
+    assert (record["family"], record["entry"], record["license"]) == ("edm2", "ema", "cc-by-nc-sa-4.0")
+    said = capsys.readouterr().out
+    for words in ("entry ema", "conditional on 3 classes", "class EDM2UNet2DModel", "sigma_data 0.7", "clip_act 1.5"):
+        assert words in said
+    run(source, tmp_path / "other", "--dropout", 0.3)
+    assert CTMPipeline.from_pretrained(tmp_path / "other").unet.config.dropout == 0.3
+
+    with pytest.raises(UserError, match="with these options"):  # names and shapes do not tell clip_act
+        run(out, tmp_path / "back.pt", "--to", "official", "--num_head_channels", 4)
+
+
+def test_edm2s_usual_networks_return_to_official_names(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real families
+    network = make_edm2(num_class_embeds=3)
+    CTMPipeline(network, EDMHeunScheduler()).save_pretrained(tmp_path / "pipe")
+    run(tmp_path / "pipe", tmp_path / "net.safetensors", "--to", "official", "--num_head_channels", 8)
+    written, expected = read_checkpoint(tmp_path / "net.safetensors"), edm2.to_official(network)
+    assert set(written) == set(expected) and all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+@pytest.mark.skipif(not EDM2_ORACLE.exists(), reason="the authors' numbers are not in this checkout")
+@pytest.mark.parametrize("name, weights", [("rgb", "edm2_guide_cond64"), ("latent", "edm2_snapshot_latent")])
+def test_snapshots_of_edm2s_authors_become_pipelines(name, weights, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real families
+    run(EDM2_ORACLE / f"edm2_snapshot_{name}.pkl", tmp_path / "out")
+    pipe = CTMPipeline.from_pretrained(tmp_path / "out")
+    written = edm2.to_official(pipe.unet)
+    expected = safetensors.torch.load_file(EDM2_ORACLE / f"{weights}.safetensors")
+    assert set(written) == set(expected) and {tensor.dtype for tensor in expected.values()} == {torch.float16}
+    for key, tensor in expected.items():
+        assert torch.equal(written[key], tensor.float()), key
+    assert pipe.unet.config.attention_head_dim == 4 and pipe.scheduler.config.sigma_data == 0.5
+    assert pipe.unet.config.dropout == {"rgb": 0.0, "latent": 0.1}[name]
 
 
 @pytest.mark.parametrize("flavour", [None, "nvidia"])

@@ -4,6 +4,7 @@
 import dataclasses
 import glob
 import json
+import math
 import os
 import re
 import subprocess
@@ -183,18 +184,20 @@ def test_accumulation_may_change_when_a_run_is_resumed(teacher, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, factors",
+    "name, more, factors",
     [
-        ("constant_with_warmup", [0.5, 1, 1, 1, 1, 1]),
-        ("linear", [0.5, 1, 0.75, 0.5, 0.25, 0]),
-        ("cosine", [0.5, 1, 0.8535534, 0.5, 0.1464466, 0]),
+        ("constant_with_warmup", {}, [0.5, 1, 1, 1, 1, 1]),
+        ("linear", {}, [0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", {}, [0.5, 1, 0.8535534, 0.5, 0.1464466, 0]),
+        ("inverse_sqrt", {"lr_decay_after": 3}, [0.5, 1, 1, 0.75**0.5, 0.6**0.5, 0.5**0.5]),
+        ("inverse_sqrt", {"lr_decay_after": 1}, [0.5, 0.5**0.5, 3**-0.5, 0.5, 0.2**0.5, 6**-0.5]),
     ],
 )
-def test_learning_rate_over_the_steps(tmp_path, monkeypatch, name, factors):
+def test_learning_rate_over_the_steps(tmp_path, monkeypatch, name, more, factors):
     """After step i, so that the last is that of a step never taken."""
     logged = []
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
-    options = {**SMALL, **NETWORK, "logging_steps": 1, "learning_rate": 1e-3, "max_train_steps": 6}
+    options = {**SMALL, **NETWORK, "logging_steps": 1, "learning_rate": 1e-3, "max_train_steps": 6, **more}
     train_edm.main(EDMConfig(output_dir=str(tmp_path / "run"), lr_scheduler=name, lr_warmup_steps=2, **options))
     rates = [values["train/learning_rate"] / 1e-3 for values in logged]
     assert rates == pytest.approx(factors, abs=1e-6)
@@ -444,6 +447,8 @@ def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp
             {"teacher": None, "solver_model": "ema", "architecture": "ddpmpp", "norm_num_groups": 4},
             "--norm_num_groups is not for --architecture ddpmpp",
         ),
+        ({"lr_scheduler": "inverse_sqrt"}, "--lr_decay_after must be given with --lr_scheduler inverse_sqrt"),
+        ({"lr_decay_after": 5}, "--lr_decay_after is for --lr_scheduler inverse_sqrt"),
         ({"streaming": True, "eval_every": 1}, "--eval_every must be 0 with --streaming"),
         ({"dataset_name": "cifar10", "eval_every": 1}, "--eval_features must be given with --eval_every"),
     ],
@@ -461,6 +466,56 @@ def test_edms_own_network_is_trained_and_distilled(tmp_path):
         unet = DiffusionPipeline.from_pretrained(folder).unet
         assert type(unet).__name__ == "EDMUNet2DModel" and unet.has_target_time == target_time
         assert unet.config.model_channels == 8 and list(unet.config.block_out_channels) == [16, 16]
+
+
+EDM2 = {
+    "architecture": "edm2",
+    "block_out_channels": [8, 12],
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "dropout": 0.1,
+    "lr_scheduler": "inverse_sqrt",
+    "lr_decay_after": 2,
+}
+
+
+def test_edm2s_network_is_trained_distilled_and_resumed_bit_for_bit(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
+
+    def edm(folder, **options):
+        options = {"max_train_steps": 4, "ema_decay": 0.5, **SMALL, **EDM2, **options}
+        return train_edm.main(EDMConfig(output_dir=str(folder), **options))
+
+    programs = {"edm": edm}
+    for name in ("edm", "ctm"):
+        whole, part = tmp_path / name, tmp_path / f"{name}-part"
+        saved = programs[name](whole, checkpointing_steps=2)
+        os.makedirs(part)
+        os.rename(whole / "checkpoint-2", part / "checkpoint-2")
+        assert_same_weights(saved, programs[name](part, resume_from_checkpoint="latest"))
+        programs["ctm"] = lambda folder, teacher=saved, **options: distill(
+            teacher, folder, lr_scheduler="inverse_sqrt", lr_decay_after=2, **options
+        )
+        unet = DiffusionPipeline.from_pretrained(saved).unet
+        assert type(unet).__name__ == "EDM2UNet2DModel" and unet.config.dropout == 0.1
+        assert unet.has_target_time == (name == "ctm")
+        assert (unet.log_variance_linear is None) == (name == "ctm")
+        gains = [value for gain, value in unet.named_parameters() if gain.endswith("emb_gain")]
+        assert len(gains) == 10 * (2 if name == "ctm" else 1) and all(gains)  # each has learned
+    losses = {name.removeprefix("train/") for values in logged for name in values}
+    assert {"dsm_loss", "uncertainty_loss", "trajectory_loss"} <= losses
+    assert all(math.isfinite(value) for values in logged for value in values.values())
+
+
+def test_two_processes_train_edm2s_network_as_one(tmp_path):
+    """Its uncertainty is no part of the wrapped network's output, and its weights are normalized in each process."""
+    options = {**SMALL, **EDM2, "dropout": 0.0, "max_train_steps": 3, "ema_decay": 0.0, "adam_epsilon": 1e-3}
+    for processes in (1, 2):
+        own = {"train_batch_size": 8 // processes, "output_dir": str(tmp_path / str(processes))}
+        in_processes(processes, train_edm.main, EDMConfig(**{**options, **own}))
+    one, two = (str(tmp_path / name / "pipeline") for name in "12")
+    assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
 
 
 ADVERSARIAL = {

@@ -126,8 +126,9 @@ class NetworkOptions(Checked):
     architecture: str = option(
         "unet_2d",
         "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose first "
-        "convolution has half the first of --block_out_channels.",
-        ["unet_2d", "ddpmpp"],
+        "convolution has half the first of --block_out_channels; 'edm2': EDM2's magnitude-preserving network "
+        "(EDM2UNet2DModel).",
+        ["unet_2d", "ddpmpp", "edm2"],
     )
     block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")
     layers_per_block: int = option(2, "Residual blocks per resolution.", must_be=POSITIVE)
@@ -148,16 +149,17 @@ class NetworkOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         groups, channels = self.norm_num_groups, self.block_out_channels
-        self.check(
-            all(width > 0 and width % groups == 0 for width in channels),
-            "block_out_channels",
-            "multiples of norm_num_groups",
-        )
-        if self.architecture == "ddpmpp":
+        self.check(all(width > 0 for width in channels), "block_out_channels", "positive")
+        if self.architecture != "edm2":  # which has no groups
+            self.check(
+                all(width % groups == 0 for width in channels), "block_out_channels", "multiples of norm_num_groups"
+            )
+        if self.architecture != "unet_2d":
             self.refuse(
                 ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"],
-                "is not for --architecture ddpmpp, which has its own",
+                f"is not for --architecture {self.architecture}, which has its own",
             )
+        if self.architecture == "ddpmpp":
             self.check(all(width % 2 == 0 for width in channels), "block_out_channels", "even numbers")
         levels = range(len(channels))
         self.check(all(i in levels for i in self.attention_levels), "attention_levels", f"in 0..{len(levels) - 1}")
@@ -169,3 +171,10 @@ class NetworkOptions(Checked):
             f"at most {narrowest}, the fewest --block_out_channels that have attention (--attention_levels, "
             "--mid_attention)",
         )
+        if self.architecture == "edm2":
+            heads = self.attention_head_dim
+            self.check(
+                all(channels[level] % heads == 0 for level in attended),
+                "attention_head_dim",
+                "a divisor of the --block_out_channels that have attention (--attention_levels, and the last)",
+            )

@@ -94,8 +94,12 @@ class OptimizerOptions(Checked):
     adam_epsilon: float = option(1e-8, "The optimizer's epsilon.", must_be=POSITIVE)
     lr_scheduler: str = option(
         "constant_with_warmup",
-        "Learning rate after the warm-up: constant, or falling to 0 at max_train_steps along a line or half a cosine.",
-        ["constant_with_warmup", "linear", "cosine"],
+        "Learning rate after the warm-up: constant, or falling to 0 at max_train_steps along a line or half a cosine; "
+        "'inverse_sqrt' is constant up to --lr_decay_after, then falls as 1/sqrt(step) (EDM2).",
+        ["constant_with_warmup", "linear", "cosine", "inverse_sqrt"],
+    )
+    lr_decay_after: int | None = option(
+        None, "The last step of the peak learning rate, with --lr_scheduler inverse_sqrt.", must_be=POSITIVE
     )
     lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", must_be=NOT_NEGATIVE)
     max_grad_norm: float = option(
@@ -111,6 +115,13 @@ class OptimizerOptions(Checked):
         free=True,
         must_be=POSITIVE,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_scheduler == "inverse_sqrt":
+            self.check(self.lr_decay_after is not None, "lr_decay_after", "given with --lr_scheduler inverse_sqrt")
+        else:
+            self.refuse(["lr_decay_after"], "is for --lr_scheduler inverse_sqrt")
 
 
 @dataclass

@@ -4,7 +4,7 @@
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
+from diffusers_ctm import EDM2UNet2DModel, EDMHeunScheduler, EDMUNet2DModel
 
 from ..cli.errors import UserError, listed
 from ..cli.shared_options import NetworkOptions
@@ -13,7 +13,7 @@ from ..data.images import Images
 
 def build_unet(
     config: NetworkOptions, dataset: Images, dropout: float, label_dropout: float
-) -> UNet2DModel | EDMUNet2DModel:
+) -> UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel:
     """The network that the options describe. Untrained, its D is the best linear denoiser, as in EDM.
 
     Raises UserError for a resolution that it cannot halve, and if many classes have no image.
@@ -41,6 +41,10 @@ def build_unet(
         return EDMUNet2DModel(
             model_channels=config.block_out_channels[0] // 2, attention_levels=tuple(config.attention_levels), **shared
         )
+    if config.architecture == "edm2":
+        network = EDM2UNet2DModel(attention_levels=tuple(config.attention_levels), **shared)
+        network.normalize_weights_()
+        return network
     network = UNet2DModel(
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),

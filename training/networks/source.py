@@ -14,7 +14,7 @@ from ..cli.errors import UserError
 from ..cli.weights import WEIGHTS, check_finite, kind_of_weights, loading_options
 
 
-NETWORKS = ("UNet2DModel", "CTMUNet2DModel", "EDMUNet2DModel")  # attributes of diffusers, ours too
+NETWORKS = ("UNet2DModel", "CTMUNet2DModel", "EDMUNet2DModel", "EDM2UNet2DModel")  # attributes of diffusers, ours too
 
 
 class Source:

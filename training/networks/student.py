@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from diffusers import UNet2DModel
-from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
-from diffusers_ctm import CTMScheduler, CTMUNet2DModel, EDMUNet2DModel
+from diffusers_ctm import CTMScheduler, CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.two_times import image_size
 
@@ -21,7 +21,7 @@ from .teacher import Teacher, check_levels
 
 def fit_data(
     dataset: Images,
-    network: UNet2DModel | EDMUNet2DModel,
+    network: UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel,
     num_classes: int | None,
     id2label: Mapping[int, str] | None,
     name: str,
@@ -81,10 +81,10 @@ def student_scheduler(teacher: Teacher, options: GridOptions) -> CTMScheduler:
 
 
 def make_student(
-    network: UNet2DModel | EDMUNet2DModel, dropout: float | None = None
-) -> CTMUNet2DModel | EDMUNet2DModel:
+    network: UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel, dropout: float | None = None
+) -> CTMUNet2DModel | EDMUNet2DModel | EDM2UNet2DModel:
     """A teacher's network with a target time, equal to it at every target. `dropout` replaces the teacher's."""
-    student_class = EDMUNet2DModel if isinstance(network, EDMUNet2DModel) else CTMUNet2DModel
+    student_class = CTMUNet2DModel if isinstance(network, UNet2DModel) else type(network)
     try:
         student = student_class.from_unet(network)
     except ValueError as error:
@@ -94,11 +94,11 @@ def make_student(
     return student
 
 
-def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel, probability: float) -> None:
+def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel | EDM2UNet2DModel, probability: float) -> None:
     """As if `network` had been built with `dropout=probability`: in its residual blocks, not in attention."""
     network.register_to_config(dropout=probability)
     for module in network.modules():
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(getattr(module, "dropout", None), nn.Dropout):
             module.dropout.p = probability
 
 

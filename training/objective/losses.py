@@ -51,6 +51,14 @@ def dsm_loss(denoised: torch.Tensor, x_0: torch.Tensor, sigma: torch.Tensor, sig
     return edm_loss_weight(sigma, sigma_data) * l2_distance(denoised, x_0)
 
 
+def uncertainty_loss(losses: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """losses / exp(u) + u, shape (B,): every noise level weighs alike once u is the logarithm of its loss.
+
+    Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", Eq. 21.
+    """
+    return losses / log_variance.exp() + log_variance
+
+
 def adaptive_weight(reference: torch.Tensor, gradient: torch.Tensor, largest: float = 1e4) -> torch.Tensor:
     """|reference| / |gradient|, at most `largest`: makes two losses pull equally at a layer (CTM, Eq. 12; VQGAN)."""
     return (reference.norm() / (gradient.norm() + 1e-4)).clamp(max=largest).detach()

@@ -36,6 +36,8 @@ from .layers import (
     sides_of,
     two_times,
 )
+from .pickles import Record
+from .weights import said_by_precond
 
 
 NAME = "adm"
@@ -75,6 +77,10 @@ def matches(shapes: Shapes) -> bool:
 
 def defaults(shapes: Shapes) -> dict[str, float]:
     return dict(DEFAULTS[flavour_of(shapes)])
+
+
+def said_by(part: Record) -> dict[str, float]:
+    return said_by_precond(part)
 
 
 def network_of(shapes: Shapes, **overrides) -> UNet2DModel | CTMUNet2DModel:

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 import torch
 
 from ..cli.errors import UserError
-from . import adm, song
+from . import adm, edm2, song
 from .layers import Shapes, Tensors, shapes_of
 from .pickles import Record
-from .weights import module_numbers
 
 
 WRAPPERS = 4  # that may lie around each other
@@ -39,6 +38,9 @@ class Family(Protocol):
     def defaults(self, shapes: Shapes) -> dict[str, float]:
         """`sigma_data` and `timestep_scale`, which shapes do not tell."""
 
+    def said_by(self, part: Record) -> dict[str, Any]:
+        """What a pickled network says of itself beside its weights: `sigma_data`, and arguments of its class."""
+
     def to_diffusers(
         self, state_dict: Mapping[str, torch.Tensor], qkv_order: str | None = None, **overrides
     ) -> torch.nn.Module:
@@ -51,7 +53,7 @@ class Family(Protocol):
         """The state dict with the authors' names, in one of the family's `flavour`s."""
 
 
-FAMILIES: tuple[Family, ...] = (song, adm)
+FAMILIES: tuple[Family, ...] = (song, adm, edm2)
 
 
 def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[str, torch.Tensor]]:
@@ -77,7 +79,7 @@ def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[st
         advice = " These have the names of diffusers: such weights need no conversion, but a folder with config.json."
     raise UserError(
         f"These weights are of no network that is known here. Their {len(state_dict)} names begin with {found}. Known "
-        f"are EDM's DDPM++, NCSN++ and ADM, OpenAI's ADM, and the CTMs of both.{advice}"
+        f"are EDM's DDPM++, NCSN++ and ADM, OpenAI's ADM, the CTMs of both, and EDM2's.{advice}"
     )
 
 
@@ -86,21 +88,3 @@ def family_of(network: torch.nn.Module) -> Family:
     if family is None:
         raise UserError(f"A {type(network).__name__} has no official form.")
     return family
-
-
-def said_by(part: Any) -> dict[str, float]:
-    """What a pickled network says of itself beside its weights: `sigma_data` and `dropout`. Nothing for a state dict.
-
-    Raises UserError if it is one of NVIDIA's other preconditionings, whose tensors are named alike.
-    """
-    if not isinstance(part, Record):
-        return {}
-    name = part.class_name.rpartition(".")[2]
-    if name.endswith("Precond") and name != "EDMPrecond":
-        raise UserError(
-            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something "
-            "else and are shown other times. Only those with EDM's preconditioning are converted."
-        )
-    values = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
-    said = {key: numbers.pop() for key, numbers in values.items() if len(numbers) == 1}
-    return {key: value for key, value in said.items() if value > 0 and (key != "dropout" or value < 1)}

@@ -209,7 +209,7 @@ def sides_of(network: torch.nn.Module) -> list[str]:
     size = network.config.sample_size
     if not isinstance(size, int):
         raise UserError(f"The official names contain the side of the image; this network has sample_size={size}.")
-    return [f"{size >> level}x{size >> level}" for level in range(len(network.down_blocks))]
+    return [f"{size >> level}x{size >> level}" for level in range(len(network.config.block_out_channels))]
 
 
 def empty_network(kind: Callable[..., Network], inferred: dict, overrides: dict) -> Network:

@@ -35,6 +35,8 @@ from .layers import (
     sides_of,
     two_times,
 )
+from .pickles import Record
+from .weights import said_by_precond
 
 
 NAME = "edm"
@@ -58,6 +60,10 @@ def matches(shapes: Shapes) -> bool:
 
 def defaults(shapes: Shapes) -> dict[str, float]:
     return dict(DEFAULTS)
+
+
+def said_by(part: Record) -> dict[str, float]:
+    return said_by_precond(part)
 
 
 def network_of(shapes: Shapes, **overrides) -> EDMUNet2DModel:

@@ -24,7 +24,7 @@ def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
     Raises UserError if it is no module, or modules lie within each other endlessly.
     """
     result: dict[str, torch.Tensor] = {}
-    for prefix, state in _modules(module):
+    for prefix, state in modules_of(module):
         transient = state.get("_non_persistent_buffers_set")
         transient = transient if isinstance(transient, set | list | tuple) else ()
         for kind in ("_parameters", "_buffers"):
@@ -36,11 +36,32 @@ def module_state_dict(module: Record) -> dict[str, torch.Tensor]:
 
 def module_numbers(module: Record, name: str) -> set[float]:
     """The finite numbers that a pickled module and its parts hold under the attribute `name`, such as "dropout"."""
-    values = (state.get(name) for _, state in _modules(module))
-    return {float(value) for value in values if type(value) in (int, float) and abs(value) < 1e30}
+    values = (state.get(name) for _, state in modules_of(module))
+    return {float(value) for value in values if is_number(value)}
 
 
-def _modules(module: Record) -> Iterator[tuple[str, dict]]:
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number that is neither infinite nor NaN, nor of thousands of digits."""
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def said_by_precond(part: Record) -> dict[str, float]:
+    """What one of NVIDIA's pickled EDMPrecond says of itself beside its weights: `sigma_data` and `dropout`.
+
+    Raises UserError if it is one of NVIDIA's other preconditionings, whose tensors are named alike.
+    """
+    name = part.class_name.rpartition(".")[2]
+    if name.endswith("Precond") and name != "EDMPrecond":
+        raise UserError(
+            f"The file holds a {name[:40]}, not an EDMPrecond: the networks of NVIDIA's baselines predict something "
+            "else and are shown other times. Only those with EDM's preconditioning are converted."
+        )
+    values = {key: module_numbers(part, key) for key in ("sigma_data", "dropout")}
+    said = {key: numbers.pop() for key, numbers in values.items() if len(numbers) == 1}
+    return {key: value for key, value in said.items() if value > 0 and (key != "dropout" or value < 1)}
+
+
+def modules_of(module: Record) -> Iterator[tuple[str, dict]]:
     """(prefix of its names, attributes) of a pickled module and all its parts, in their order."""
     waiting, seen = [("", module)], 0
     while waiting:

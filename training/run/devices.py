@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
 
 from ..cli.errors import UserError
 from ..cli.training_options import HardwareOptions, OptimizerOptions, RunOptions
@@ -84,6 +85,26 @@ def make_optimizer(options: OptimizerOptions, network: torch.nn.Module) -> torch
         eps=options.adam_epsilon,
         **at_once,
     )
+
+
+def make_lr_scheduler(options: RunOptions, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each step.
+
+    "inverse_sqrt" is EDM2's: constant for `lr_decay_after` steps, then falling as one over the root of their number.
+    """
+    if options.lr_scheduler != "inverse_sqrt":
+        return get_scheduler(
+            options.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.max_train_steps,
+        )
+
+    def factor(step: int) -> float:
+        rise = min(step / options.lr_warmup_steps, 1.0) if options.lr_warmup_steps else 1.0
+        return rise / max(step / options.lr_decay_after, 1.0) ** 0.5
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 # Weights that FSDP spreads over processes ----------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
-from diffusers.optimization import get_scheduler
 
 from diffusers_ctm import CTMPipeline
 
@@ -24,7 +23,7 @@ from .averages import make_averages
 from .batch import Batch, StepRandom
 from .checkpoints import newest_checkpoint
 from .compiling import compile_network
-from .devices import make_accelerator, make_optimizer, whole
+from .devices import make_accelerator, make_lr_scheduler, make_optimizer, whole
 from .interruption import Interruption
 from .learner import TrainedNetwork
 from .monitor import Monitor
@@ -90,12 +89,7 @@ class TrainingRun:
         self.networks: dict[str, TrainedNetwork] = {}
         main = self.add_network("main", network, make_optimizer(options, network))
         self.network, self.bare_network = main.network, main.bare
-        self.lr_scheduler = get_scheduler(
-            options.lr_scheduler,
-            main.optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=options.max_train_steps,
-        )
+        self.lr_scheduler = make_lr_scheduler(options, main.optimizer)
         self.accelerator.register_for_checkpointing(self.lr_scheduler)
         self.monitor = Monitor(options, dataset, self.accelerator, sample_settings)
         self.step = self._saved_step = 0
@@ -206,8 +200,12 @@ class TrainingRun:
         norm, applied = trained.step(self.options.max_grad_norm)
         means.add({"grad_norm" if network == "main" else f"{network}_grad_norm": norm})
         if network == "main" and applied is not False:
+            applied = None if applied is True else applied
             for average in self.averages.values():
-                average.step(self.bare_network, None if applied is True else applied)
+                average.step(self.bare_network, applied)
+            # Not within a forward pass: a step may have several of them.
+            if hasattr(self.bare_network, "normalize_weights_"):
+                self.bare_network.normalize_weights_(applied)
 
     def note_by_level(self, name: str, values: torch.Tensor, sigma: torch.Tensor) -> None:
         """Log the mean of `values`, shape (B,), in each of a few bins of noise levels `sigma`, as "name/bin"."""

@@ -122,6 +122,24 @@ def test_a_head_of_attention_is_no_wider_than_its_level(architecture):
         EDMConfig(block_out_channels=[16, 8], attention_levels=[0], mid_attention=False, **options)
 
 
+def test_heads_and_channels_of_edm2():
+    """It has no groups, always attention in the middle, and heads that fill the channels of a level."""
+    options = {"architecture": "edm2", "attention_head_dim": 6}
+    EDMConfig(block_out_channels=[7, 18], **options)
+    EDMConfig(block_out_channels=[12, 7, 18], **options, attention_levels=[0])
+    for wrong in ([12, 16], [18, 20, 18]):
+        with pytest.raises(UserError, match="--attention_head_dim must be a divisor of the --block_out_channels"):
+            EDMConfig(block_out_channels=wrong, **options)
+    with pytest.raises(UserError, match="--attention_head_dim must be at most 4"):
+        EDMConfig(block_out_channels=[12, 4], **options)
+    for wrong in ([-12, 12], [0, 12]):
+        with pytest.raises(UserError, match="--block_out_channels must be positive"):
+            EDMConfig(block_out_channels=wrong, **options)
+    for idle in ({"norm_num_groups": 6}, {"mid_attention": False}, {"resnet_time_scale_shift": "default"}):
+        with pytest.raises(UserError, match=f"--{next(iter(idle))} is not for --architecture edm2, which has its own"):
+            EDMConfig(block_out_channels=[12, 12], **options, **idle)
+
+
 PROGRAMS = {  # module: the name of its options' class
     path.stem: found[1]
     for path in sorted((ROOT / "training").glob("*.py"))

@@ -3,17 +3,25 @@
 
 import contextlib
 import functools
+import math
 
 import pytest
 import torch
 
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import karras_sigmas
-from helpers.comparing import seeded
+from helpers.comparing import close_in_float64, seeded
 from helpers.exact import GaussianData, grid_times, randn
 from training.objective.distances import l2_distance, pseudo_huber_distance
 from training.objective.jumps import Jumps, jump_where_needed, noised, student_images
-from training.objective.losses import Adversary, ScoreMatching, adaptive_weight, dsm_loss, training_loss
+from training.objective.losses import (
+    Adversary,
+    ScoreMatching,
+    adaptive_weight,
+    dsm_loss,
+    training_loss,
+    uncertainty_loss,
+)
 from training.objective.objectives import OBJECTIVES, ObjectiveOptions
 from training.objective.solvers import SOLVERS
 from training.objective.times import TimeSampler
@@ -240,6 +248,20 @@ def test_score_matching_of_the_exact_denoiser_is_one_at_every_level():
         x = x_0 + level * randn(2000, 1, 4, 4, seed=1)
         assert dsm_loss(data.denoiser(x, sigma), x_0, sigma, SIGMA_DATA).mean().item() == pytest.approx(1, abs=0.03)
         assert dsm_loss(1.1 * data.denoiser(x, sigma) + 0.1, x_0, sigma, SIGMA_DATA).mean().item() > 1.03
+
+
+def test_the_uncertainty_that_is_best_is_the_logarithm_of_the_loss():
+    """losses / exp(u) + u; then every level has the same loss 1, and that is no smaller for any other u."""
+    losses = torch.tensor([0.03, 1.0, 20.0], dtype=torch.float64)
+    u = losses.log().requires_grad_()
+    best = uncertainty_loss(losses, u)
+    close_in_float64(best.detach(), 1 + losses.log())
+    (gradient,) = torch.autograd.grad(best.sum(), u)
+    assert gradient.abs().max() < 1e-12
+    for shift in (-0.5, 0.1, 2.0):
+        more = uncertainty_loss(losses, u + shift) - best
+        assert more.tolist() == pytest.approx([math.exp(-shift) - 1 + shift] * 3, rel=1e-9)
+    assert torch.equal(uncertainty_loss(losses, torch.zeros(3)), losses)
 
 
 def test_adaptive_weight_is_a_ratio_of_lengths_with_a_limit():

@@ -168,33 +168,14 @@ def test_another_family_does_not_match():
 
 
 class Song(Arithmetic):
-    """The U-Net of Karras et al. 2022 (Appendix F.1; after Song et al. 2021) as a function of its official state dict.
-
-    Resampling is a matrix: D halves an axis with the filter's taps, and its transpose, twice as strong, doubles it.
-    """
+    """The U-Net of Karras et al. 2022 (Appendix F.1; after Song et al. 2021), a function of its official state dict."""
 
     def __init__(self, weights, network):
-        super().__init__(weights)
         config = network.config
+        super().__init__(weights, config.resample_filter)
         self.encoder, self.decoder, self.head_dim = config.encoder_type, config.decoder_type, config.attention_head_dim
         self.sizes = [config.sample_size >> level for level in range(len(config.block_out_channels))]
         self.layers = config.layers_per_block
-        self.taps = torch.tensor(config.resample_filter).double() / sum(config.resample_filter)
-
-    def halving(self, size, pad):
-        """The matrix that halves an axis of `size`, which is filled up with `pad` zeros at both ends."""
-        rows = torch.zeros((size + 2 * pad - len(self.taps)) // 2 + 1, size + 2 * pad, dtype=torch.float64)
-        for i, row in enumerate(rows):
-            row[2 * i : 2 * i + len(self.taps)] = self.taps
-        return rows[:, pad : pad + size]
-
-    def half(self, x):
-        matrix = self.halving(x.shape[-1], len(self.taps) // 2 - 1)
-        return matrix @ x @ matrix.T
-
-    def double(self, x):
-        matrix = 2 * self.halving(2 * x.shape[-1], len(self.taps) // 2 - 1).T
-        return matrix @ x @ matrix.T
 
     def norm(self, name, x):
         return super().norm(name, x, min(32, x.shape[1] // 4), 1e-6)

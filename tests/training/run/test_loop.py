@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusers_ctm import CTMPipeline
+from diffusers_ctm.unet_edm2 import normalize
 from helpers.runs import NETWORK, assert_same_weights, fresh_accelerate, same, weights  # noqa: F401
 from training import evaluate, train_edm
 from training.cli.errors import UserError
@@ -198,6 +199,36 @@ def test_networks_of_a_checkpoint_must_be_those_of_the_run(tmp_path):
     learn(start(tmp_path / "run", checkpointing_steps=4))
     with pytest.raises(UserError, match="holds the networks main, judge, this run has main.*--init_from"):
         train(tmp_path / "run", dropout=0.0, resume_from_checkpoint="latest", max_train_steps=5)
+
+
+# Weights that are normalized ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer, rate", [("adam", 0.05), ("radam", 10.0)])  # RAdam starts slowly
+def test_weights_are_normalized_after_each_step_that_is_taken(tmp_path, optimizer, rate):
+    """After the averages, which see what the optimizer left: at rate 0 they are just that."""
+    options = {"architecture": "edm2", "norm_num_groups": 8, "gradient_accumulation_steps": 2, "max_train_steps": 5}
+    run = start(tmp_path / "run", optimizer=optimizer, learning_rate=rate, ema_decay=0.0, **options)
+    names = [name for name, _ in run.bare_network.named_parameters() if name.endswith("weight")]
+    before, moved = [state(run.bare_network)], []
+
+    def check(run):
+        now, left = state(run.bare_network), state(run.ema.module)
+        if run.step == 4:
+            assert same(now, before[-1])  # the step was skipped
+        else:
+            moved.append(sum(not torch.equal(left[name], before[-1][name]) for name in names))
+            for name, value in now.items():
+                expected = normalize(left[name], tuple(range(1, value.ndim))) if name in names else left[name]
+                torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+        before.append(now)
+
+    run.on_step = check
+    learn(run, broken=lambda step: step == 3)
+    lengths = torch.cat([before[-1][name].flatten(1).square().mean(1).sqrt() for name in names])
+    assert len(moved) == 4 and moved[-1] > 20 and (lengths - 1).abs().max() < 2e-4
+    left = torch.cat([state(run.ema.module)[name].flatten(1).square().mean(1).sqrt() for name in names])
+    assert (left - 1).abs().max() > 1e-3
 
 
 # A first stage --------------------------------------------------------------------------------------------------------

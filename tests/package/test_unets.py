@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Both networks of two times: growing from a teacher, the second time, and what diffusers offers for any model."""
+"""Every network of two times: growing from a teacher, the second time, and what diffusers offers for any model."""
 
 import copy
 import json
@@ -11,24 +11,25 @@ from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from diffusers_ctm import (
-    CTMUNet2DModel,
-    EDMUNet2DModel,
-)
+from diffusers_ctm import CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import jump
 from helpers.comparing import close
 from helpers.exact import GaussianData, randn
-from helpers.tiny_networks import FAMILIES, blocks, check_the_same, inputs, make_edm, make_unet_2d, times
+from helpers.tiny_networks import FAMILIES, blocks, check_the_same, inputs, make_edm, make_edm2, make_unet_2d, times
 
 
-def kinds(*names):
-    """Pairs (family, changes): every kind of both families, or those of `names` that a family has."""
+# One layer of a block reads both times.
+WIDENED = {name: FAMILIES[name] for name in ("CTMUNet2DModel", "EDMUNet2DModel")}
+
+
+def kinds(*names, families=FAMILIES):
+    """Pairs (family, changes): every kind of the families, or those of `names` that a family has."""
     return pytest.mark.parametrize(
         "family, changes",
         [
             pytest.param(family, changes, id=f"{name}-{kind}")
-            for name, family in FAMILIES.items()
+            for name, family in families.items()
             for kind, changes in family.kinds.items()
             if not names or kind in names
         ],
@@ -37,6 +38,7 @@ def kinds(*names):
 
 every_kind = kinds()
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+every_widened_family = pytest.mark.parametrize("family", WIDENED.values(), ids=WIDENED.keys())
 
 
 # Growing from a teacher -----------------------------------------------------------------------------------------------
@@ -54,7 +56,7 @@ def test_a_new_student_is_its_teacher_at_every_target(family, changes):
     assert student.has_target_time and not getattr(teacher, "has_target_time", False)
 
 
-@every_kind
+@kinds(families=WIDENED)
 def test_every_weight_of_the_teacher_keeps_its_name(family, changes):
     teacher = family.make_teacher(**changes)
     student = family.student_class.from_unet(teacher)
@@ -102,7 +104,7 @@ def test_student_has_the_dtype_and_mode_of_its_teacher(family, dtype):
 def test_untrained_student_is_an_euler_step_of_its_exact_teacher(family):
     """F = 0 is the denoiser of N(0, sigma_data^2)."""
     teacher = family.make_teacher()
-    for parameter in getattr(teacher, "last_layer", teacher.conv_out).parameters():
+    for parameter in teacher.conv_out.parameters():
         nn.init.zeros_(parameter)
     student = family.student_class.from_unet(teacher)
     preconditioning = Preconditioning(0.5, family.timestep_scale)
@@ -122,6 +124,8 @@ def test_untrained_student_is_an_euler_step_of_its_exact_teacher(family):
         (EDMUNet2DModel, lambda: make_edm(target_time=True), "has it already"),
         (EDMUNet2DModel, lambda: nn.Linear(1, 1), "not from Linear"),
         (EDMUNet2DModel, lambda: UNet2DModel.__new__(UNet2DModel), "not from UNet2DModel"),
+        (EDM2UNet2DModel, lambda: make_edm2(target_time=True), "has it already"),
+        (EDM2UNet2DModel, make_edm, "starts from an EDM2UNet2DModel, not from EDMUNet2DModel"),
     ],
 )
 def test_from_unet_of_something_else(student_class, wrong, message):
@@ -146,7 +150,7 @@ def test_the_target_matters_once_its_columns_are_not_zero(family, changes):
         close(unet(sample[i : i + 1], t[i], s[i], **alone).sample, output[i : i + 1], atol=1e-4)
 
 
-@every_family
+@every_widened_family
 def test_training_reaches_every_weight_of_a_student(family):
     """No weight is without gradient, as distributed training demands."""
     student = family.student_class.from_unet(family.make_teacher()).train()
@@ -168,8 +172,8 @@ def test_training_reaches_every_weight_of_a_student(family):
 
 @pytest.mark.parametrize(
     "make",
-    [family.make_student for family in FAMILIES.values()] + [make_edm],
-    ids=[*FAMILIES, "EDMUNet2DModel, one time"],
+    [family.make_student for family in FAMILIES.values()] + [make_edm, make_edm2],
+    ids=[*FAMILIES, "EDMUNet2DModel, one time", "EDM2UNet2DModel, one time"],
 )
 def test_forms_of_a_time(make):
     unet = make()
@@ -229,16 +233,16 @@ def test_saved_and_loaded_it_is_the_same(family, changes, tmp_path):
     check_saved_and_loaded(family.make_student(**changes), changes, tmp_path)
 
 
-@pytest.mark.parametrize("changes", FAMILIES["EDMUNet2DModel"].kinds.values(), ids=FAMILIES["EDMUNet2DModel"].kinds)
-def test_a_teacher_saved_and_loaded_is_the_same(changes, tmp_path):
-    check_saved_and_loaded(make_edm(**changes), changes, tmp_path)
+@kinds(families={name: FAMILIES[name] for name in ("EDMUNet2DModel", "EDM2UNet2DModel")})
+def test_a_teacher_saved_and_loaded_is_the_same(family, changes, tmp_path):
+    check_saved_and_loaded(family.make_teacher(**changes), changes, tmp_path)
 
 
 # Precision, memory, speed ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
-@kinds("classes", "class_embed_type timestep", "ADM", "attention skip", "NCSN++", "skip")
+@kinds("classes", "class_embed_type timestep", "ADM", "attention skip", "NCSN++", "skip", "every option")
 def test_half_precision(dtype, tolerance, family, changes, tmp_path):
     unet = family.make_student(**changes)
     sample, t, s, condition = inputs(unet)
@@ -250,7 +254,7 @@ def test_half_precision(dtype, tolerance, family, changes, tmp_path):
         assert (actual.float() - expected).abs().max() < tolerance * expected.abs().max()
 
 
-@kinds("classes", "ADM", "NCSN++")
+@kinds("classes", "ADM", "NCSN++", "every option")
 def test_channels_last_and_autocast(family, changes):
     unet = family.make_student(**changes)
     sample, t, s, condition = inputs(unet)
@@ -262,7 +266,7 @@ def test_channels_last_and_autocast(family, changes):
     assert 0 < (low.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-@kinds("classes", "ADM", "NCSN++", "skip, filtered")
+@kinds("classes", "ADM", "NCSN++", "skip, filtered", "three levels")
 def test_gradient_checkpointing_gives_the_same_gradients(family, changes):
     unet, calls = family.make_student(**changes).train(), []
     sample, t, s, condition = inputs(unet)
@@ -291,7 +295,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, changes):
         assert set(calls) == {module for module in unet.modules() if isinstance(module, family.checkpointed)}
 
 
-@kinds("classes", "ADM", "NCSN++", "skip, filtered", "attention skip")
+@kinds("classes", "ADM", "NCSN++", "skip, filtered", "attention skip", "every option")
 def test_weights_that_are_brought_or_cast_when_they_are_needed(family, changes):
     unet = family.make_student(**changes)
     sample, t, s, condition = inputs(unet)
@@ -324,12 +328,13 @@ def test_lora(family, tmp_path):
     sample, t, s, condition = inputs(unet)
     before = unet(sample, t, s, **condition).sample
     unet.requires_grad_(False)
-    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "time_emb_proj", "linear_1"]))
+    adapted = [name for name, _ in unet.named_modules() if name.rpartition(".")[2] in family.adapted]
+    unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=list(family.adapted)))
     assert torch.equal(unet(sample, t, s, **condition).sample, before)  # an untrained adapter changes nothing
 
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     assert all("lora" in name for name, parameter in unet.named_parameters() if parameter.requires_grad)
-    assert len(trained) == 2 * (2 * family.num_attention + len(blocks(unet)) + 2)
+    assert len(trained) == 2 * len(adapted) > 10
     optimizer = torch.optim.SGD(trained, lr=5.0)
     for _ in range(2):
         unet(sample, t, s, **condition).sample.square().mean().backward()
@@ -343,7 +348,13 @@ def test_lora(family, tmp_path):
     close(fresh(sample, t, s, **condition).sample, after)
     fresh.disable_adapters()
     close(fresh(sample, t, s, **condition).sample, before)
-    # the adapter of a block reads the columns of both times
+
+
+@every_widened_family
+def test_an_adapter_of_a_block_reads_both_times(family):
+    peft = pytest.importorskip("peft")
+    unet = family.make_student(num_class_embeds=7)
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["time_emb_proj"]))
     width = 2 * unet.time_embedding.linear_2.out_features
     adapters = [parameter for name, parameter in unet.named_parameters() if "time_emb_proj.lora_A" in name]
     assert len(adapters) == len(blocks(unet)) and all(adapter.shape[1] == width for adapter in adapters)

@@ -18,7 +18,7 @@ from ..cli.errors import UserError
 from ..cli.training_options import RunOptions
 from ..cli.weights import broken
 from ..data.batches import LoadedBatch, run_batches
-from ..data.images import Images, mirrored, to_sample
+from ..data.images import Images
 from .averages import make_averages
 from .batch import Batch, StepRandom
 from .checkpoints import newest_checkpoint
@@ -226,9 +226,7 @@ class TrainingRun:
             raise UserError(f"{error} {newest_checkpoint(self.options.output_dir)} is saved.") from error
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor | None, random: StepRandom) -> Batch:
-        images = to_sample(images.to(self.device, non_blocking=True))
-        if self.options.random_flip:
-            images = mirrored(images, random.uniform())
+        images = self.dataset.to_sample(images.to(self.device, non_blocking=True), random)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return Batch(images.contiguous(memory_format=self._memory_format), labels, random)
 

@@ -295,7 +295,10 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         student,
         make_pipeline,
         samples,
-        revisions={role: part.revision for role, part in teacher.parts.items()},
+        revisions={
+            "vae": autoencoder and autoencoder.revision,
+            **{role: part.revision for role, part in teacher.parts.items()},
+        },
         on_step=on_step,
     )
     if config.lagrangian_gradient == "full" and is_random(run.bare_network):

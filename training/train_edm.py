@@ -73,7 +73,14 @@ def main(config: EDMConfig) -> str:
             **dataset.pipeline_options,
         )
 
-    run = TrainingRun(config, dataset, network, make_pipeline, {"heun-18": {"num_inference_steps": 18}})
+    run = TrainingRun(
+        config,
+        dataset,
+        network,
+        make_pipeline,
+        {"heun-18": {"num_inference_steps": 18}},
+        revisions={"vae": autoencoder and autoencoder.revision},
+    )
     for batch in run.batches():
         with run.accumulate(), run.accelerator.autocast():
             # Karras et al. 2022, Table 1: log-normal levels, weight 1 / c_out^2.

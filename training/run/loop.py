@@ -45,11 +45,11 @@ class TrainingRun:
 
     Args:
         options: of the run.
-        dataset: images.
+        dataset: images, or their latents.
         network: learns; it is moved to the device and wrapped.
         make_pipeline: builds the pipeline that is saved and sampled from a network.
         sample_settings: name and `CTMPipeline.__call__` options of each grid drawn during training.
-        revisions: the commits that were loaded of the teacher and of the one that guides it, by their options, for the
+        revisions: the commits that were loaded of teacher, guiding teacher and autoencoder, by their options, for the
             record.
         on_step: called with the run after each step, when it has been logged, sampled and saved.
 

@@ -47,7 +47,8 @@ class TrainingRun:
         options: of the run.
         dataset: images, or their latents.
         network: learns; it is moved to the device and wrapped.
-        make_pipeline: builds the pipeline that is saved and sampled from a network.
+        make_pipeline: builds the pipeline that is saved and sampled from a network. Without `sample_settings` it may be
+            another model of diffusers.
         sample_settings: name and `CTMPipeline.__call__` options of each grid drawn during training.
         revisions: the commits that were loaded of teacher, guiding teacher and autoencoder, by their options, for the
             record.

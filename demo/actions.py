@@ -277,7 +277,8 @@ def interpolate_seeds(
     run, steps = Run(chosen(model)), whole("Steps", steps, 1, MOST_STEPS)
     count = whole("The number of images", count, 2, MOST_IMAGES)
     first, second, label = one_seed(first), one_seed(second), one_class(run.checkpoint, label)
-    shape = (1, run.checkpoint.channels, *run.checkpoint.pipe.image_size)
+    pipe = run.checkpoint.pipe
+    shape = (1, pipe.unet.config.in_channels, *pipe.state_size)
     output = run(recipes.between_seeds, run.pipe, label, steps, shape, first, second, count)
     return run.made(grid(output.images), f"From seed {first} to seed {second}: {run.cost}.", output)
 

@@ -82,7 +82,7 @@ class Checkpoint:
 
     @property
     def channels(self) -> int:
-        return self.pipe.unet.config.in_channels
+        return self.pipe.image_channels
 
     @property
     def classes(self) -> list[str]:
@@ -153,7 +153,7 @@ def load(source: str) -> Checkpoint:
             f"{source} is no CTM but a {type(pipe).__name__} with {type(getattr(pipe, 'scheduler', None)).__name__}. "
             f"Distill it first: python -m training.train_ctm --teacher {source}"
         )
-    size, channels = pipe.image_size, pipe.unet.config.in_channels
+    size, channels = pipe.image_size, pipe.image_channels
     if channels not in (1, 3) or size is None or max(size) > MOST_SIDE:
         raise UserError(
             f"{source} makes images of {channels} channels and {size or 'any'} pixels; the page shows gray and color "

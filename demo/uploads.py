@@ -48,7 +48,7 @@ def open_upload(source, name: str = "The picture") -> Image.Image:
 def fitted(image: Image.Image, pipe) -> Image.Image:
     """An "RGBA" picture, center-cropped and resized for the network. Transparency becomes the background."""
     height, width = pipe.image_size
-    channels = pipe.unet.config.in_channels
+    channels = pipe.image_channels
     flat = Image.alpha_composite(Image.new("RGBA", image.size, background(channels)), image)
     return ImageOps.fit(flat.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BOX)
 

@@ -67,7 +67,8 @@ class Guidance:
         """How far each sample is from what is wanted, -log p(y | x_0) up to a constant; shape (B,), differentiable.
 
         Args:
-            x_0: estimate of the clean sample (x_t if `on="noisy"`), float32 of shape (B, C, H, W), images in [-1, 1].
+            x_0: estimate of the clean sample, decoded if the pipeline has a `vae` (x_t if `on="noisy"`), float32 of
+                shape (B, C, H, W), images in [-1, 1].
             sigma: noise level of x_t, shape (B,).
             class_labels: what the network is conditioned on, shape (B,); None if it is unconditional.
         """
@@ -225,6 +226,7 @@ def guided_output(
     class_labels: torch.Tensor | None,
     dtype: torch.dtype,
     num_classes: int | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] = lambda states: states,
 ) -> tuple[torch.Tensor, bool]:
     """The network's output F for `scheduler.step`, moved so that g moves along the gradient; and whether it moved.
 
@@ -238,6 +240,7 @@ def guided_output(
         class_labels: shape (B,) or None.
         dtype: of the network's input.
         num_classes: classes of the network, for a `ClassifierGuidance` without a target.
+        decode: gives the images of estimates of x_0, differentiably.
 
     Raises:
         ValueError: the loss has no gradient, another shape than (B,), or is not finite.
@@ -268,7 +271,8 @@ def guided_output(
 
         token = _NUM_CLASSES.set(num_classes)
         try:
-            loss = guidance.loss(seen, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
+            image = seen if seen is x else decode(seen)
+            loss = guidance.loss(image, torch.full((len(x),), t, dtype=x.dtype, device=x.device), labels)
         finally:
             _NUM_CLASSES.reset(token)
         network_finite = (sum_of(model_output) + sum_of(seen)).isfinite()

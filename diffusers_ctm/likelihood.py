@@ -46,9 +46,10 @@ class LogLikelihood:
 
     Args:
         bits_per_dim: -log2 p(x) / n + log2(127.5): an upper bound of the negative log-likelihood of the 8-bit image per
-            value.
+            value. With a `vae`, -log2 p(z) / n of the latents z, a density, which may be negative and says nothing of
+            pixels.
         standard_error: of `bits_per_dim`, from the spread of the estimates; NaN if there is only one.
-        nats: mean log-density of the (dequantized) image in [-1, 1], log p(x).
+        nats: mean log-density of the (dequantized) image in [-1, 1], or of its latents, log p(x).
         nfe: network evaluations per image.
         backward_passes: vector-Jacobian products through the network per image.
     """
@@ -82,6 +83,9 @@ def log_likelihood(
 
     Cost per image: "ode" as many evaluations per draw as the tolerances ask, each with `num_probes` backward passes (n
     for an exact trace); "elbo" two evaluations per draw, and `num_probes` backward passes with `trace="hutchinson"`.
+
+    A pipeline with a `vae` is asked for the density of the standardized latents of the images, by their mean. It is not
+    one of images: the autoencoder loses some of them, and its change of volume is not known.
 
     The ODE's density is the one at sigma_min, where a CTM's steps end; the bound is of the density at 0. At sigma_max
     both take N(0, sigma_max^2), from which the pipelines draw (docs/likelihood.md says what both cost in bits).
@@ -129,13 +133,20 @@ def log_likelihood(
             "The network is in training mode, where dropout changes the likelihood; call `pipe.unet.eval()`."
         )
     check_differentiable(unet)
-    size, channels = pipe.image_size, unet.config.in_channels
-    clean = 2 * read_images(images, channels, size, "images", bounded=dequantize, dtype=torch.float64) - 1
+    images = read_images(
+        images, pipe.image_channels, pipe.image_size, "images", bounded=dequantize, dtype=torch.float64
+    )
 
     # 2. Prepare
     device = pipe._execution_device
     dtype = torch.float64 if unet.dtype == torch.float64 else torch.float32
-    clean = (_on_grid(clean) if dequantize else clean).to(device=device, dtype=dtype)
+    if pipe.vae is None:
+        clean, bits_per_value = 2 * images - 1, math.log2(LEVELS_PER_UNIT)
+        clean = _on_grid(clean) if dequantize else clean
+    else:
+        with torch.no_grad():
+            clean, bits_per_value, dequantize = pipe.encode_images(images.float()), 0.0, False
+    clean = clean.to(device=device, dtype=dtype)
     exact = exact_denoiser(pipe, **pipeline_condition(pipe, class_labels, len(clean), device))
     sums, seen = [], []
 
@@ -201,7 +212,7 @@ def log_likelihood(
     nats = log_density.mean((0, 1))
     spread = independent.std(0) if len(independent) > 1 else torch.full_like(nats, math.nan)
     return LogLikelihood(
-        bits_per_dim=-nats / per_bit + math.log2(LEVELS_PER_UNIT),
+        bits_per_dim=-nats / per_bit + bits_per_value,
         standard_error=spread / len(independent) ** 0.5 / per_bit,
         nats=nats,
         nfe=nfe,

@@ -14,6 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .autoencoder import decode, downscale, encode, latent_channels
 from .checks import called_back, check_callback, check_count, check_finite, check_output_type, sum_of
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
@@ -67,6 +68,11 @@ class CTMPipeline(DiffusionPipeline):
             `feature_extractor`, or `OpenNSFWSafetyChecker`, without. If it fails, the call fails. Callbacks see states,
             which are not checked.
         feature_extractor: transformers' `CLIPImageProcessor` or the like, for checkers that read its output.
+        vae: optional; an image autoencoder of diffusers, such as `AutoencoderKL`, for a network of its latents, which
+            are scaled and shifted as its config says. Images are then decoded and encoded by it; states of the sampler,
+            `latents` and noise levels are of latents.
+        normalize_images: whether `vae` works on images in [-1, 1], as diffusers' do. False: in [0, 1] (EDM2's). Saved
+            with the pipeline.
         requires_safety_checker: warn when there is no checker. Saved with the pipeline. None: if one is given.
         add_provenance: let PIL images carry how they were made, as text in `image.info`, where `save_images` and others
             find it. The output's `provenance` says it in any case.
@@ -80,8 +86,8 @@ class CTMPipeline(DiffusionPipeline):
     them meanwhile, which `enable_model_cpu_offload` does after each call.
     """
 
-    model_cpu_offload_seq = "unet"
-    _optional_components = ["safety_checker", "feature_extractor"]
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "vae"]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents"]
     _digital_source_type = GENERATED
@@ -98,10 +104,12 @@ class CTMPipeline(DiffusionPipeline):
         requires_safety_checker: bool | None = None,
         add_provenance: bool = False,
         trained_classes: Sequence[int] | None = None,
+        vae: Callable | None = None,
+        normalize_images: bool = True,
     ):
         super().__init__()
         self.register_modules(
-            unet=unet, scheduler=scheduler, safety_checker=safety_checker, feature_extractor=feature_extractor
+            unet=unet, scheduler=scheduler, safety_checker=safety_checker, feature_extractor=feature_extractor, vae=vae
         )
         if id2label is not None:
             try:
@@ -118,8 +126,10 @@ class CTMPipeline(DiffusionPipeline):
             requires_safety_checker=requires_safety_checker,
             add_provenance=add_provenance,
             trained_classes=None if trained_classes is None else list(trained_classes),
+            normalize_images=normalize_images,
         )
         check_safety_checker(self)
+        self._check_vae()
         if null_class is not None and null_class != (unet.config.num_class_embeds or 0) - 1:
             raise ValueError(
                 f"null_class={null_class!r} must be the last of the network's labels, num_class_embeds - 1 with "
@@ -189,7 +199,7 @@ class CTMPipeline(DiffusionPipeline):
             raise ValueError(f"save_directory={save_directory!r} is not a folder; pass one.")
         self._match_scheduler()  # a scheduler that was swapped in is told what it must carry along
         # diffusers does not save a component that was set after loading, unless it is registered.
-        self.register_modules(safety_checker=self.safety_checker, feature_extractor=self.feature_extractor)
+        self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
         write_loading_code(save_directory, self)
         remove_weights_loaded_first(os.path.join(save_directory, "unet"), safe_serialization, variant)
         super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
@@ -305,9 +315,45 @@ class CTMPipeline(DiffusionPipeline):
         return self.config.null_class is not None or bool(getattr(self.unet.config, "label_dropout", 0.0))
 
     @property
+    def state_size(self) -> tuple[int, int] | None:
+        """Height and width of what the network sees, None if its config does not say."""
+        return image_size(self.unet)
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the images in pixels, None if the network's config does not say."""
-        return image_size(self.unet)
+        size, factor = self.state_size, 1 if self.vae is None else downscale(self.vae)
+        return size and tuple(factor * side for side in size)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
+
+    def _check_vae(self) -> None:
+        """Raise ValueError if the autoencoder's latents are not what the network sees."""
+        channels = self.unet.config.in_channels
+        if self.vae is not None and latent_channels(self.vae) != channels:
+            raise ValueError(
+                f"vae makes latents with {latent_channels(self.vae)} channels, and the network sees {channels}. Pass "
+                "the autoencoder that it was trained with."
+            )
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """The states at level 0 of images in [0, 1] of shape (B, C, H, W): in [-1, 1], or with `vae` their latents."""
+        images = 2 * images.to(self._execution_device) - 1
+        if self.vae is None:
+            return images
+        factor = downscale(self.vae)
+        if any(side % factor for side in images.shape[-2:]):
+            raise ValueError(
+                f"The image is {images.shape[2]}x{images.shape[3]} pixels; the autoencoder takes multiples of {factor}."
+            )
+        return encode(self.vae, images, self.config.normalize_images)
+
+    def decode_states(self, states: torch.Tensor) -> torch.Tensor:
+        """The images in about [-1, 1] of states at level 0: with `vae` they are decoded, else they are the images."""
+        return states if self.vae is None else decode(self.vae, states, self.config.normalize_images)
 
     def get_label_ids(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """Class numbers for numbers or names of classes. Raises ValueError for a class that does not exist."""
@@ -341,7 +387,7 @@ class CTMPipeline(DiffusionPipeline):
 
         `size` is height and width for a network whose config has no `sample_size`.
         """
-        size = self.image_size or size
+        size = self.state_size or size
         if size is None:
             if latents is None:
                 raise ValueError("The network's config has no sample_size; pass `latents` of the wanted shape.")
@@ -454,7 +500,16 @@ class CTMPipeline(DiffusionPipeline):
                 scales.append(self._guidance_scale)
                 if guided:
                     model_output, any_moved = guided_output(
-                        guidance, network, scheduler, latents, t, times, class_labels, dtype, self.num_classes
+                        guidance,
+                        network,
+                        scheduler,
+                        latents,
+                        t,
+                        times,
+                        class_labels,
+                        dtype,
+                        self.num_classes,
+                        self.decode_states,
                     )
                     moved.append(any_moved)
                 else:
@@ -483,15 +538,28 @@ class CTMPipeline(DiffusionPipeline):
             )
         return latents
 
+    def checked_images(
+        self, states: torch.Tensor, output_type: str, denormalize: bool = True, shown: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[bool] | None]:
+        """(images, flags of the safety checker or None) of `states` at level 0; flagged images are black.
+
+        The images are in [-1, 1], decoded by `vae`; for output type "latent" the states themselves. With
+        `denormalize=False` `states` are images in [0, 1] already. `shown` is looked at and shown in place of `states`.
+        """
+        shown, latent = states if shown is None else shown, output_type == "latent"
+        if denormalize and (self.safety_checker is not None or not latent):
+            shown = self.decode_states(shown)
+        return without_unsafe(self, states if latent else shown, denormalize, shown)
+
     def _finish(
         self, latents, output_type, return_dict, class_labels=None, denormalize: bool = True, **provenance
     ) -> CTMPipelineOutput | tuple:
-        """The last sample, in [-1, 1] (with `denormalize=False` in [0, 1]), checked, as the images that were asked for.
+        """The last sample (with `denormalize=False` images in [0, 1]), checked, as the images that were asked for.
 
         `provenance` replaces what the scheduler says of the run. A tuple holds the images, and with a safety checker
         its flags.
         """
-        latents, flags = without_unsafe(self, latents, denormalize)
+        latents, flags = self.checked_images(latents, output_type, denormalize)
         seeds = None if self._interrupt else self._seeds
         records = run_records(self, len(latents), class_labels, seeds, {**self._guided_by, **provenance})
         each = None if denormalize else [False] * len(latents)  # None takes all at once
@@ -547,8 +615,8 @@ class CTMPipeline(DiffusionPipeline):
             latents: unit normal noise of shape (B, C, H, W) to start from; it is multiplied by
                 `scheduler.init_noise_sigma`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": what the sampler
-                returned, unclipped, float32, images in [-1, 1]. A safety checker checks them all, "latent" too: here
-                these are pixels.
+                returned, unclipped, float32, images in [-1, 1] or with a `vae` its latents. A safety checker checks
+                them all, "latent" too, for which it decodes them.
             return_dict: return a `CTMPipelineOutput` rather than a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": ...})` after each network
                 evaluation; may return a dict with new latents, and set `pipe._interrupt` or `pipe._guidance_scale`.

@@ -60,7 +60,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             strength: in (0, 1], how far up the Karras schedule to go: the level is (a + strength (b - a))^rho with
                 a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5,
                 the default, is 2.5 for levels from 0.002 to 80.
-            sigma: instead, the level itself: standard deviation of the noise, for pixels in [-1, 1].
+            sigma: instead, the level itself: standard deviation of the noise, for pixels in [-1, 1] or latents.
             num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min, or to
                 the `final_sigma` of the scheduler's config. Default 1 with `CTMScheduler`, else 18. N network
                 evaluations, 2N - 1 with `EDMHeunScheduler`.
@@ -87,7 +87,9 @@ class CTMImg2ImgPipeline(CTMPipeline):
             raise ValueError("image is missing; pass the image to edit.")
         if not add_noise and latents is not None:
             raise ValueError("latents are noise to add, and add_noise=False adds none; pass one of them.")
-        image = read_images(image, self.unet.config.in_channels, self.image_size, bounded=add_noise)
+        if not add_noise and self.vae is not None:
+            raise ValueError("add_noise=False takes noisy pixels, and this network knows the noise of latents only.")
+        image = read_images(image, self.image_channels, self.image_size, bounded=add_noise)
         batch_size = self.check_call(
             batch_size, latents, generator, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
@@ -99,7 +101,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
         device = self._execution_device
         class_labels, batch_size = labels_and_batch_size(self, class_labels, batch_size, generator, device)
         self.set_timesteps(device, sigmas=sigmas, gamma=gamma)
-        start = (2 * image - 1).to(device).expand(batch_size, -1, -1, -1)
+        start = self.encode_images(image).expand(batch_size, -1, -1, -1)
         if add_noise:
             start = start + self.prepare_latents(batch_size, device, generator, latents, tuple(start.shape[-2:]))
 

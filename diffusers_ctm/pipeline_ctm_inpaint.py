@@ -4,8 +4,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from .autoencoder import downscale
 from .guidance import Guidance
 from .image_inputs import read_images, read_masks
 from .linear_operators import MaskOperator
@@ -18,7 +20,9 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
     """Repaints the white part of a mask. `CTMRestorationPipeline` says how, and what to expect of gamma.
 
     Known pixels come back exactly: as floats bit for bit ("latent", "pt" and "np"), as 8-bit values in PIL images; but
-    not in an image that a safety checker flags.
+    not in an image that a safety checker flags. With a `vae` a latent counts as known if all of its pixels are, so that
+    a few more pixels beside the mask are made anew, and known pixels are pasted over the decoded image; "latent" holds
+    the known latents.
     """
 
     _given = "image"
@@ -71,16 +75,21 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         """
         if image is None or mask_image is None:
             raise ValueError("image and mask_image must both be given.")
-        image = read_images(image, self.unet.config.in_channels, self.image_size)
+        image = read_images(image, self.image_channels, self.image_size)
         repaint = read_masks(mask_image, tuple(image.shape[-2:]))
         if len(image) != len(repaint) and 1 not in (len(image), len(repaint)):
             raise ValueError(f"image has {len(image)} entries and mask_image {len(repaint)}; pass one or as many.")
         image, repaint = torch.broadcast_tensors(image, repaint)
 
         known = (~repaint[:, :1]).to(device=self._execution_device, dtype=image.dtype)  # once, not at every step
+        given = known * image.to(known.device)
+        if self.vae is not None:
+            given = self.encode_images(given + (1 - known) / 2)  # gray where nothing is known
+            factor = downscale(self.vae)
+            known = (F.avg_pool2d(known, factor) == 1).to(known.dtype)
         operator = MaskOperator(known)
         latents, class_labels = self._restore(
-            operator(image.to(known.device)),
+            operator(given),
             operator,
             operator.pseudo_inverse,
             {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "gamma": gamma},
@@ -96,6 +105,6 @@ class CTMInpaintPipeline(CTMRestorationPipeline):
         if output_type == "latent":
             return self._finish(latents, output_type, return_dict, class_labels)
         # [-1, 1] and back is not exact in floats: the known pixels are put back as they were given
-        images = self.image_processor.postprocess(latents, "pt")
+        images = self.image_processor.postprocess(self.decode_states(latents), "pt")
         images = torch.where(repaint.to(latents.device), images, image.to(latents.device))
         return self._finish(images, output_type, return_dict, class_labels, denormalize=False)

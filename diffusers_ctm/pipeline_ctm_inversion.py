@@ -83,7 +83,7 @@ class CTMInversionPipeline(CTMPipeline):
                 not of this package.
         """
         device = self._execution_device
-        x = self._read(image, "image").to(device)
+        x = self._read(image, "image")
         condition = pipeline_condition(self, class_labels, len(x), device)
         x = self._follow(
             x,
@@ -171,15 +171,15 @@ class CTMInversionPipeline(CTMPipeline):
             raise ValueError(f"weights must be a list of numbers in [0, 1], got {weights.tolist()}.")
         device = self._execution_device
         condition = pipeline_condition(self, class_labels, 2, device)
-        states = self._follow(torch.cat(pair).to(device), self._ode_levels(num_inference_steps).flip(0), condition)
+        states = self._follow(torch.cat(pair), self._ode_levels(num_inference_steps).flip(0), condition)
         first, second = (state.expand(len(weights), *state.shape) for state in states / self.scheduler.config.sigma_max)
         labels = condition.get("class_labels")
         labels = None if labels is None else labels[(weights >= 0.5).long().to(device)]
         return self.decode(slerp(first, second, weights), labels, num_inference_steps, output_type, return_dict)
 
     def _read(self, image, name: str) -> torch.Tensor:
-        """`image` as (B, C, H, W) in [-1, 1], of the channels and size of the network."""
-        return 2 * read_images(image, self.unet.config.in_channels, self.image_size, name) - 1
+        """The states at level 0 of `image`, which must have the channels and size of the pipeline's images."""
+        return self.encode_images(read_images(image, self.image_channels, self.image_size, name))
 
     def _ode_levels(self, num_steps: int) -> torch.Tensor:
         """The scheduler's N + 1 Karras levels from sigma_max to sigma_min, float64."""

@@ -46,6 +46,10 @@ class CTMRestorationPipeline(CTMPipeline):
     and stays wrong however many steps are taken: relations between known and unknown pixels come out too weak. The
     measurement is taken as exact: a noisy one leaves its noise in the images.
 
+    With a `vae`, x are latents: the operator acts on them, and the measurement is what it gives for the latents of an
+    image, a tensor. An operator of pixels is not linear in latents, so that colorization and super-resolution of pixels
+    are not possible there; `CTMInpaintPipeline` is.
+
     Components, classes, generators and callbacks are those of `CTMPipeline`; the scheduler is `CTMScheduler`.
     """
 
@@ -106,6 +110,11 @@ class CTMRestorationPipeline(CTMPipeline):
             pseudo_inverse = getattr(operator, "pseudo_inverse", None)
         if not callable(pseudo_inverse):
             raise ValueError("pseudo_inverse is missing; pass a function, or an operator that has one of that name.")
+        if self.vae is not None and not isinstance(measurement, torch.Tensor):
+            raise ValueError(
+                "measurement must be a tensor, what the operator gives for latents: this network has an autoencoder, "
+                "and sees no pixels."
+            )
         images, class_labels = self._restore(
             _read_measurement(measurement),
             operator,
@@ -137,9 +146,10 @@ class CTMRestorationPipeline(CTMPipeline):
         guidance,
         guidance_scale,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The last sample, in [-1, 1] unless it is "latent", and its classes.
+        """The last sample, in [-1, 1] unless it is "latent" or has a `vae`, and its classes.
 
-        `y` is what `operator` gives for pixels in [0, 1], a float tensor; `levels` go to `set_timesteps`.
+        `y` is what `operator` gives for pixels in [0, 1], or with a `vae` for latents, a float tensor; `levels` go to
+        `set_timesteps`.
         """
         # 1. Check
         batch_size = self.check_call(batch_size, latents, generator, output_type, *callback)
@@ -159,12 +169,13 @@ class CTMRestorationPipeline(CTMPipeline):
         # The image counts as the state at sigma_min.
         self.set_timesteps(device, **levels, final_sigma=self.scheduler.config.sigma_min)
         y = y.to(device).expand(batch_size, *y.shape[1:])
-        size = self.image_size or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
+        size = self.state_size or tuple((pseudo_inverse(y) if latents is None else latents).shape[-2:])
         shape = (batch_size, self.unet.config.in_channels, *size)
         check_operator(operator, pseudo_inverse, shape, y)
-        white = operator(y.new_ones(shape))
-        check_measured_values(operator, y, white, shape)
-        y = 2 * y - white  # A is linear, and the network's pixels are 2 x - 1
+        if self.vae is None:
+            white = operator(y.new_ones(shape))
+            check_measured_values(operator, y, white, shape)
+            y = 2 * y - white  # A is linear, and the network's pixels are 2 x - 1
         known = pseudo_inverse(y)
         start = known + self.prepare_latents(batch_size, device, generator, latents, size)
 
@@ -179,7 +190,7 @@ class CTMRestorationPipeline(CTMPipeline):
         )
 
         # 4. Bring into range
-        if output_type != "latent":
+        if output_type != "latent" and self.vae is None:
             images, error = nearest_image_in_range(operator, pseudo_inverse, images, y)
             if error > 1e-5:
                 logging.get_logger(__name__).warning(

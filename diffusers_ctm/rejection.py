@@ -121,7 +121,10 @@ def rejection_sample(
         drawn.update(labels)
         batches += 1
         for label, score, image, flagged in zip(
-            *_judged(classifier, x_0 if latent else 2 * x_0 - 1, labels, pipe.num_classes), x_0, unsafe, strict=True
+            *_judged(classifier, pipe.decode_states(x_0) if latent else 2 * x_0 - 1, labels, pipe.num_classes),
+            x_0,
+            unsafe,
+            strict=True,
         ):
             if label in kept and score >= (threshold or 0.0) and not flagged:
                 accepted += 1

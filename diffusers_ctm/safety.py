@@ -131,16 +131,16 @@ def check_safety_checker(pipe: Any) -> None:
 
 
 def without_unsafe(
-    pipe: Any, images: torch.Tensor, denormalize: bool = True, shown: torch.Tensor | None = None
+    pipe: Any, images: torch.Tensor, denormalize: bool, shown: torch.Tensor
 ) -> tuple[torch.Tensor, list[bool] | None]:
     """`images` with those black that the pipeline's safety checker flags, and its flags, None without a checker.
 
-    `images` lie in [-1, 1], with `denormalize=False` in [0, 1]. `shown` is checked in their place.
+    What is checked is `shown`, in [-1, 1], with `denormalize=False` in [0, 1]: `images`, or what latents show.
     """
     if pipe.safety_checker is None:
         return images, None
     check_safety_checker(pipe)
-    shown = images if shown is None else shown
+    is_latent = images.shape != shown.shape
     shown = (shown / 2 + 0.5 if denormalize else shown).clamp(0, 1)
     flags = unsafe_images(pipe.safety_checker, pipe.feature_extractor, shown)
     if any(flags):
@@ -148,5 +148,8 @@ def without_unsafe(
             f"The safety checker flagged {sum(flags)} of {len(flags)} images; they are returned black."
         )
         images = images.clone()
-        images[torch.tensor(flags, device=images.device)] = -1.0 if denormalize else 0.0
+        black = -1.0 if denormalize else 0.0
+        if is_latent:
+            black = pipe.encode_images(torch.zeros_like(shown[:1]))
+        images[torch.tensor(flags, device=images.device)] = black
     return images, flags

@@ -11,7 +11,6 @@ from .class_labels import labels_and_batch_size
 from .pipeline_ctm import CTMPipeline
 from .preconditioning import condition
 from .runs import own_run
-from .safety import without_unsafe
 from .scheduling_karras import jumps
 
 
@@ -28,6 +27,7 @@ class TrajectoryStrip(NamedTuple):
     estimates: list
 
 
+@torch.no_grad()
 @own_run
 def trajectory_strip(
     pipe: CTMPipeline,
@@ -75,8 +75,7 @@ def trajectory_strip(
 
     def show(images, scale=1.0):
         shown = scale * images
-        safe, _ = without_unsafe(pipe, images if output_type == "latent" else shown, shown=shown)
-        return pipe.image_processor.postprocess(safe, output_type)
+        return pipe.image_processor.postprocess(pipe.checked_images(images, output_type, shown=shown)[0], output_type)
 
     sigma_data = pipe.scheduler.config.sigma_data
     return TrajectoryStrip(
@@ -188,7 +187,7 @@ def steps_gamma_grid(
             states[k] = runs[k].step(output, runs[k].timesteps[i], states[k], noises[k], return_dict=False)[0]
 
     check_finite(sums, levels)
-    images = without_unsafe(pipe, torch.cat(states))[0]
+    images = pipe.checked_images(torch.cat(states), output_type)[0]
     pipe.maybe_free_model_hooks()
     return [
         pipe.image_processor.postprocess(row, output_type) for row in images.unflatten(0, (len(gammas), len(steps)))

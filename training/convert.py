@@ -4,7 +4,7 @@
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import safetensors.torch
@@ -19,6 +19,8 @@ from .cli.errors import UserError, loading
 from .cli.files import atomic_file, atomic_folder, sha256, write_json
 from .cli.options import BELOW_ONE, POSITIVE, Checked, option, run_program
 from .cli.weights import check_finite, load_pipeline
+from .data.latents import Autoencoder
+from .networks.autoencoder import load_autoencoder
 from .official.download import fetch, shown
 from .official.families import Family, family_of, find_family
 from .official.files import read_checkpoint
@@ -106,6 +108,14 @@ class ConvertConfig(Checked):
         "Noise levels N of a CTM's training grid. Default: 18 below 64x64 pixels, 40 from there on.",
         must_be=POSITIVE,
     )
+    vae: str | None = option(
+        None,
+        "The autoencoder of a network of latents, as diffusers has it: a folder or a repository on the Hub. That of "
+        "EDM2's ImageNet-512 networks is stabilityai/sd-vae-ft-mse.",
+    )
+    vae_revision: str | None = option(
+        None, "Branch, tag or commit of the autoencoder's repository. Default: main.", needs="vae"
+    )
     flavour: str | None = option(None, "With --to official: whose key names, if the family has several.")
     id2label: str | None = option(
         None, 'JSON file with the names of the classes: {"0": "airplane", ...} or ["airplane", ...].'
@@ -161,8 +171,10 @@ def is_ctm(network: UNet2DModel) -> bool:
 # To diffusers ---------------------------------------------------------------------------------------------------------
 
 
-def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: dict[str, Any]) -> CTMPipeline:
-    """The network with the scheduler of its kind and the names of its classes."""
+def make_pipeline(
+    network: UNet2DModel, config: ConvertConfig, defaults: dict[str, Any], autoencoder: Autoencoder | None
+) -> CTMPipeline:
+    """The network with the scheduler of its kind, the names of its classes, and its autoencoder."""
     names = ("sigma_min", "sigma_max", "sigma_data", "timestep_scale")
     numbers = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.prediction_type == "edm":
@@ -185,7 +197,34 @@ def make_pipeline(network: UNet2DModel, config: ConvertConfig, defaults: dict[st
             raise UserError(f"--sigma_min or --sigma_max does not fit: {error}") from error
     else:
         scheduler = EDMHeunScheduler(**numbers)
-    return CTMPipeline(network, scheduler, id2label=read_labels(config.id2label, network.config.num_class_embeds))
+    labels = read_labels(config.id2label, network.config.num_class_embeds)
+    latent = {} if autoencoder is None else autoencoder.pipeline_options
+    try:
+        return CTMPipeline(network, scheduler, id2label=labels, **latent)
+    except ValueError as error:
+        raise UserError(f"--vae {config.vae} does not fit: {error}") from error
+
+
+def autoencoder_for(network: UNet2DModel, family: Family, encoder: Any, config: ConvertConfig) -> Autoencoder | None:
+    """The autoencoder of --vae with the family's numbers, for a network of latents; None for one of pixels.
+
+    Raises UserError if it is missing, or the network sees pixels.
+    """
+    channels = network.config.in_channels
+    if channels in (1, 3):
+        config.check(config.vae is None, "vae", f"left out: the network sees images with {channels} channels")
+        return None
+    if config.vae is None:
+        raise UserError(
+            f"The network sees {channels} channels: latents. Give their autoencoder with --vae; that of EDM2's "
+            "ImageNet-512 networks is stabilityai/sd-vae-ft-mse."
+        )
+    autoencoder = load_autoencoder(config.vae, config.vae_revision)
+    numbers = family.latent_numbers(encoder)
+    if numbers is None:
+        return autoencoder
+    autoencoder.network.register_to_config(scaling_factor=1.0, shift_factor=None, **numbers)
+    return replace(autoencoder, normalize_images=False)
 
 
 def read_labels(path: str | None, count: int | None) -> dict[int, str] | None:
@@ -276,7 +315,9 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
         raise UserError(f"{other} is of type {state_dict[other].dtype}; quantized weights are not converted.")
     check_finite(f"SOURCE {shown(config.source)}", state_dict)
     network = network_of(family, state_dict, config, said)
-    pipe = make_pipeline(network, config, family.defaults(shapes_of(state_dict)) | said)
+    encoder = checkpoint.get("encoder") if isinstance(checkpoint, dict) else None
+    autoencoder = autoencoder_for(network, family, encoder, config)
+    pipe = make_pipeline(network, config, family.defaults(shapes_of(state_dict)) | said, autoencoder)
     print(
         f"Read {shown(config.source)}: {size / 1e6:.1f} MB, "
         f"{f'entry {entry}' if entry else 'a state dict'} with {len(state_dict)} tensors",

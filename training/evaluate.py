@@ -15,7 +15,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_ctm import CTMPipeline
-from diffusers_ctm.two_times import image_size
 
 from .cli.device import choose_device
 from .cli.errors import UserError
@@ -154,8 +153,8 @@ def main(config: EvaluateConfig) -> dict:
         "reference": {
             "dataset_name": config.reference if dataset is None else config.dataset_name,
             "num_images": None if dataset is None else len(dataset),
-            "channels": first.unet.config.out_channels,
-            "resolution": image_size(first.unet)[0],
+            "channels": first.image_channels,
+            "resolution": first.image_size[0],
         },
         "class_labels": asked if conditional else "none",
         "results": [
@@ -229,7 +228,7 @@ def check_without_images(
             f"{network.num_features}. Give the network that the file was made with."
         )
     for pipe in pipelines.values():
-        network.check_images(pipe.unet.config.out_channels, *image_size(pipe.unet))
+        network.check_images(pipe.image_channels, *pipe.image_size)
     return num_samples, check_counts(num_samples, None, count)
 
 
@@ -343,7 +342,7 @@ def plot(report: dict):
 
 def gammas_picture(config: EvaluateConfig, pipelines: dict[str, CTMPipeline]) -> Image.Image:
     """gammas.png: samples from the same noise, a row per gamma, a group per number of steps; the teacher's below."""
-    _, width = image_size(next(iter(pipelines.values())).unet)
+    _, width = next(iter(pipelines.values())).image_size
     count = min(10, max(1, 2000 // (len(config.steps) * max(50, width))))  # images per group
 
     def group(caption: str, setting: Setting) -> tuple[str, Image.Image]:

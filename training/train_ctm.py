@@ -18,6 +18,8 @@ from .cli.options import option, run_program, with_default
 from .cli.shared_options import NetworkOptions, TeacherOptions
 from .cli.training_options import RunOptions, StudentOptions
 from .data.batches import load_images
+from .data.latents import Autoencoder
+from .networks.autoencoder import load_autoencoder
 from .networks.student import check_fit, choose_precision, label_dropout, make_student, student_scheduler, untrained
 from .networks.teacher import Teacher, load_teacher
 from .objective.adversarial import (
@@ -117,6 +119,24 @@ def check_consistency_teacher(config: CTMConfig) -> None:
             "matching by, and without score matching nothing would be learned. Give --dsm_adaptive false and a "
             "--dsm_weight above 0."
         )
+
+
+def choose_autoencoder(config: CTMConfig, teacher: Teacher | None) -> Autoencoder | None:
+    """The autoencoder whose latents are learned: the teacher's, or that of --vae. None: pixels.
+
+    Raises UserError for two of them, and for options that see images, which latents are not.
+    """
+    autoencoder = teacher and teacher.autoencoder
+    if config.vae is not None:
+        if autoencoder is not None:
+            raise UserError(f"--vae is not needed: --teacher {teacher.name} brings its own autoencoder. Leave it out.")
+        autoencoder = load_autoencoder(config.vae, config.vae_revision)
+    if autoencoder is not None:
+        sees = "sees images, and the run learns latents"
+        config.check(config.distance in ("l2", "pseudo_huber"), "distance", f"l2 or pseudo_huber: another {sees}")
+        config.check(config.discriminator_weight == 0, "discriminator_weight", f"0: the discriminator {sees}")
+        config.check(not config.streaming, "streaming", "false: latents are encoded once")
+    return autoencoder
 
 
 def draw_dsm_sigma(config: ScoreMatchingOptions, scheduler: CTMScheduler, random: StepRandom) -> torch.Tensor:
@@ -237,10 +257,12 @@ def make_adversary(
 
 def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None) -> str:
     """Distill, and save the averaged student as a pipeline; return its folder. Each step ends with `on_step(run)`."""
-    dataset = load_images(config)
+    teacher = None if config.teacher is None else load_teacher(config)
+    autoencoder = choose_autoencoder(config, teacher)
+    dataset = load_images(config, autoencoder)
     number_classes_as_before(dataset, config)
     torch.manual_seed(config.seed)
-    teacher = untrained(config, dataset) if config.teacher is None else load_teacher(config)
+    teacher = teacher or untrained(config, dataset)
     check_fit(teacher, config, dataset)
     if teacher.is_consistency_model:
         check_consistency_teacher(config)
@@ -261,6 +283,7 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             id2label=teacher.id2label or dataset.id2label,
             null_class=teacher.null_class,
             trained_classes=dataset.trained_classes,
+            **dataset.pipeline_options,
         )
 
     samples = {"1-step": {"num_inference_steps": 1}, "4-steps": {"num_inference_steps": 4}}
@@ -272,7 +295,10 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         student,
         make_pipeline,
         samples,
-        revisions={role: part.revision for role, part in teacher.parts.items()},
+        revisions={
+            "vae": autoencoder and autoencoder.revision,
+            **{role: part.revision for role, part in teacher.parts.items()},
+        },
         on_step=on_step,
     )
     if config.lagrangian_gradient == "full" and is_random(run.bare_network):

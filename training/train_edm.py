@@ -14,6 +14,7 @@ from .cli.options import BELOW_ONE, POSITIVE, option, run_program, with_default
 from .cli.shared_options import NetworkOptions
 from .cli.training_options import RunOptions
 from .data.batches import load_images
+from .networks.autoencoder import load_autoencoder
 from .networks.build import build_scheduler, build_unet
 from .objective.jumps import noised
 from .objective.losses import dsm_loss, uncertainty_loss
@@ -54,7 +55,8 @@ class EDMConfig(NetworkOptions, RunOptions):
 
 def main(config: EDMConfig) -> str:
     """Train, and save the averaged network as a pipeline; return its folder."""
-    dataset = load_images(config)
+    autoencoder = load_autoencoder(config.vae, config.vae_revision) if config.vae else None
+    dataset = load_images(config, autoencoder)
     number_classes_as_before(dataset, config)
     torch.manual_seed(config.seed)
     network = build_unet(config, dataset, config.dropout, config.label_dropout)
@@ -68,9 +70,17 @@ def main(config: EDMConfig) -> str:
             id2label=dataset.id2label,
             null_class=null_class,
             trained_classes=dataset.trained_classes,
+            **dataset.pipeline_options,
         )
 
-    run = TrainingRun(config, dataset, network, make_pipeline, {"heun-18": {"num_inference_steps": 18}})
+    run = TrainingRun(
+        config,
+        dataset,
+        network,
+        make_pipeline,
+        {"heun-18": {"num_inference_steps": 18}},
+        revisions={"vae": autoencoder and autoencoder.revision},
+    )
     for batch in run.batches():
         with run.accumulate(), run.accelerator.autocast():
             # Karras et al. 2022, Table 1: log-normal levels, weight 1 / c_out^2.

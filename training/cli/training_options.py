@@ -31,6 +31,26 @@ class StreamOptions(DataOptions):
 
 
 @dataclass
+class LatentOptions(Checked):
+    """Training on the latents of an autoencoder."""
+
+    vae: str | None = option(
+        None,
+        "Train on the latents of this image autoencoder of diffusers: a folder or a repository on the Hub, of the "
+        "autoencoder or of a pipeline with it. Default: the teacher's, if it has one, else pixels.",
+    )
+    vae_revision: str | None = option(
+        None, "Branch, tag or commit of the autoencoder's repository. Default: main.", needs="vae"
+    )
+    latents: str | None = option(
+        None,
+        "Folder of the data set's latents: what is missing there is encoded first. Several runs may share it. Default: "
+        "OUTPUT_DIR-latents, beside the output_dir.",
+        recorded=False,
+    )
+
+
+@dataclass
 class OutputOptions(Checked):
     """The run's folder, and what it starts from."""
 
@@ -248,6 +268,7 @@ class RunOptions(
     OptimizerOptions,
     StepOptions,
     OutputOptions,
+    LatentOptions,
     StreamOptions,
 ):
     """Every training run has these options."""
@@ -255,6 +276,7 @@ class RunOptions(
     def __post_init__(self) -> None:
         """Check, and fill in the features that measure the digits."""
         super().__post_init__()
+        self.check(not (self.vae and self.streaming), "vae", "left out with --streaming: latents are encoded once")
         self.check(
             not (self.eval_every and self.streaming),
             "eval_every",

@@ -3,16 +3,19 @@
 
 import contextlib
 import functools
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from ..cli.errors import UserError, error_text
-from ..cli.training_options import RunOptions, StreamOptions
+from ..cli.training_options import RunOptions
 from .images import ImageDataset
+from .latents import Autoencoder, LatentDataset
 from .stream import ImageStream, stream_batches
 
 
@@ -21,13 +24,21 @@ GRACE = 60  # seconds
 LoadedBatch = tuple[torch.Tensor, torch.Tensor | None, dict[str, Any] | None]
 
 
-def load_images(options: StreamOptions) -> ImageDataset | ImageStream:
-    """The images of a training run, all at hand or streamed. Raises UserError as these do."""
-    return ImageStream(options, options.shuffle_buffer) if options.streaming else ImageDataset(options)
+def load_images(
+    options: RunOptions, autoencoder: Autoencoder | None = None
+) -> ImageDataset | ImageStream | LatentDataset:
+    """The images of a training run, all at hand or streamed, or their latents. Raises UserError as these do."""
+    if options.streaming:
+        return ImageStream(options, options.shuffle_buffer)
+    images = ImageDataset(options)
+    if autoencoder is None:
+        return images
+    autoencoder.network.to(PartialState().device)
+    return LatentDataset(images, autoencoder, options.latents or f"{os.path.normpath(options.output_dir)}-latents")
 
 
 def run_batches(
-    dataset: ImageDataset | ImageStream,
+    dataset: ImageDataset | ImageStream | LatentDataset,
     options: RunOptions,
     first_step: int,
     parts: list[int],
@@ -35,7 +46,7 @@ def run_batches(
     position: dict[str, Any] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[LoadedBatch]:
-    """(images, labels, position) for one process: uint8 (n, C, H, W), int64 (n,) or None, and the place in a stream.
+    """(images, labels, position) for one process: what the data set gives, int64 (n,) or None, the place in a stream.
 
     The images of a step are the same however it is split into parts (`step_indices`). Raises UserError if an image
     cannot be read.
@@ -73,7 +84,7 @@ def step_indices(
 
 
 def load_batches(
-    dataset: ImageDataset, indices: Iterable[list[int]], num_workers: int, pin_memory: bool
+    dataset: ImageDataset | LatentDataset, indices: Iterable[list[int]], num_workers: int, pin_memory: bool
 ) -> Iterator[LoadedBatch]:
     """The batches of `indices`, decoded by `num_workers` processes ahead of time, or by this one if it is 0.
 

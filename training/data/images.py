@@ -19,6 +19,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from ..cli.device import say
 from ..cli.errors import UserError, listed, loading
+from ..cli.names import without_folders
 from ..cli.shared_options import DataOptions
 from .classes import Classes
 from .dataset_tool import read_file
@@ -40,6 +41,7 @@ class Images(Classes):
         source: its rows, with the columns needed only; each image is decoded later, where it is used.
         columns: the columns to read.
         mode, channels, resolution: of the images as they are made to fit; known after `look_at`.
+        pipeline_options: what a pipeline of such images is made with.
 
     Raises UserError if a column is missing or of the wrong kind.
     """
@@ -50,6 +52,7 @@ class Images(Classes):
         super().__init__(label_column, options.num_classes)
         self.columns = [column for column in (self.image_column, self.label_column) if column is not None]
         self.source = source.select_columns(self.columns).cast_column(self.image_column, Image(decode=False))
+        self.pipeline_options: dict[str, Any] = {}
         self._warned = set()
         if self.label_column is not None:
             kind = features[self.label_column]
@@ -129,6 +132,11 @@ class Images(Classes):
         self.check_labels(labels)
         return pixels, self.as_numbered(labels)
 
+    def to_sample(self, images: torch.Tensor, random: Any) -> torch.Tensor:
+        """uint8 images as float32 in [-1, 1], with --random_flip mirrored where `random.uniform()` is below 0.5."""
+        images = to_sample(images)
+        return mirrored(images, random.uniform()) if self.options.random_flip else images
+
     def _fit(self, image: PILImage.Image, name: str = "An image") -> PILImage.Image:
         """Scale the shorter side to the resolution and keep the center.
 
@@ -192,9 +200,31 @@ class ImageDataset(Images, torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def images(self) -> "ImageDataset":
+        """The images themselves, as `LatentDataset.images` are those of its latents."""
+        return self
+
     def labels(self) -> torch.Tensor | None:
         """Class of each image, int64 of shape (N,), or None without classes."""
         return self.as_numbered(self.source[self.label_column][:]) if self.label_column else None
+
+    def labels_of(self, indices: list[int]) -> torch.Tensor | None:
+        """Class of some images, int64 of shape (n,), or None without classes; their pixels are not read."""
+        if self.label_column is None:
+            return None
+        return self.as_numbered(self.source.select_columns(self.label_column)[indices][self.label_column])
+
+    def origin(self) -> dict[str, Any]:
+        """What these images are, in JSON's types. Paths are named by their last part."""
+        names = ("dataset_name", "dataset_config_name", "dataset_split", "random_flip")
+        return {
+            **{name: without_folders(getattr(self.options, name)) for name in names},
+            "image_column": self.image_column,
+            "num_images": len(self),
+            "resolution": self.resolution,
+            "image_mode": self.mode,
+        }
 
     def __getitem__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         rows = self.source[indices]

@@ -95,6 +95,8 @@ def make_card(
         "guidance_teacher": guidance_teacher,
         "guidance_teacher_license": license_of(guidance_teacher),
         "first_stage": first_stage,
+        "vae": record.get("vae") or {},
+        "vae_license": license_of(record.get("vae") or {}),
         "first_stage_license": license_of(first_stage),
         "conversion": conversion,
         "dataset": record.get("dataset") or {},
@@ -143,10 +145,11 @@ def card_data(
 ) -> ModelCardData:
     """The metadata, as the Hub reads it."""
     origins = origins_of(record, conversion)
-    del origins[ORIGINS["guidance_teacher"]]  # whose weights are not a part of these
+    for role in ("guidance_teacher", "vae"):  # the weights of the network are not made from theirs
+        del origins[ORIGINS[role]]
     sources = [origin["name"] for origin in origins.values() if origin.get("on_hub")]
     # The Hub has no relation "distilled"; a student starts as its teacher.
-    trained = any(record.get(role) for role in ORIGINS)
+    trained = any(record.get(role) for role in ("teacher", "first_stage"))
     dataset = record.get("dataset") or {}
     results = _results(evaluation, dataset)
     kind = ["consistency-trajectory-model", "ctm", "few-step"] if is_ctm else ["edm", "diffusion"]

@@ -26,9 +26,14 @@ CONVERSION = "conversion.json"  # written by training.convert
 NOTICE = "NOTICE.md"  # attribution, which the page shows too
 
 # The weights of a run inherit the licenses of these: keys of `training.json`, and words for a reader.
-ORIGINS = {"teacher": "teacher", "guidance_teacher": "guidance teacher", "first_stage": "first stage"}
+ORIGINS = {
+    "teacher": "teacher",
+    "guidance_teacher": "guidance teacher",
+    "first_stage": "first stage",
+    "vae": "autoencoder",
+}
 
-TEACHERS = ("teacher", "guidance_teacher")  # those of them that options of the same name give
+LOADED = ("teacher", "guidance_teacher", "vae")  # those of them that options of the same name give
 
 
 def recorded_license(folder: str) -> License | None:
@@ -78,10 +83,10 @@ def training_record(
 
     Args:
         first_stage: the result of `find_first_stage`.
-        revisions: the commits that were loaded, by the options of `TEACHERS`. The Hub may have moved on since.
+        revisions: the commits that were loaded, by the options of `LOADED`. The Hub may have moved on since.
     """
     dataset, origins = options.dataset_name, {}
-    for role in TEACHERS:
+    for role in LOADED:
         name = getattr(options, role, None)
         revision = name and ((revisions or {}).get(role) or getattr(options, f"{role}_revision"))
         origins[role] = name and origin_record(name, revision)

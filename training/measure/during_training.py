@@ -16,6 +16,7 @@ from ..cli.errors import UserError, loading
 from ..cli.files import atomic_file
 from ..cli.training_options import RunOptions
 from ..data.images import ImageDataset, mirrored
+from ..data.latents import LatentDataset
 from .distances import Distances, check_counts, features_for
 from .sampling import Setting, class_labels, draw
 
@@ -35,17 +36,17 @@ class DistanceToData:
 
     Args:
         options: of the run.
-        dataset: images.
+        dataset: images, or latents of images.
         accelerator: of the run.
 
     Raises UserError if the features do not fit the images or there are too few images.
     """
 
-    def __init__(self, options: RunOptions, dataset: ImageDataset, accelerator: Accelerator):
-        self.options, self.dataset, self.accelerator = options, dataset, accelerator
+    def __init__(self, options: RunOptions, dataset: ImageDataset | LatentDataset, accelerator: Accelerator):
+        self.options, self.dataset, self.accelerator = options, dataset.images, accelerator
         with torch.random.fork_rng(devices=[]):  # making a network draws weights first
-            self.network = features_for(dataset, options.eval_features, accelerator.device, "eval_")
-        self.num_reference = min(len(dataset), MOST_REFERENCE)
+            self.network = features_for(self.dataset, options.eval_features, accelerator.device, "eval_")
+        self.num_reference = min(len(self.dataset), MOST_REFERENCE)
         check_counts(options.eval_samples, self.num_reference, self.network.num_features, "eval_")
         self._distances: Distances | None = None
 

@@ -11,7 +11,6 @@ import torch
 
 from ..cli.errors import UserError, loading
 from ..cli.files import atomic_file, tensors_digest
-from ..cli.names import without_folders
 from ..cli.shared_options import DataOptions
 from ..data.images import ImageDataset
 from .distances import Statistics, reference_features
@@ -67,15 +66,10 @@ def check_statistics(what: str, mu: torch.Tensor, sigma: torch.Tensor) -> None:
         raise UserError(f"{what}: sigma has the eigenvalue {values[0]:.3g} below 0, so it is no covariance.")
 
 
-def origin_of(config: DataOptions, dataset: ImageDataset, network: torch.nn.Module) -> dict[str, Any]:
+def origin_of(dataset: ImageDataset, network: torch.nn.Module) -> dict[str, Any]:
     """All that features of a data set depend on, in JSON's types. Paths are named by their last part."""
-    names = ("dataset_name", "dataset_config_name", "dataset_split", "random_flip")
     return {
-        **{name: without_folders(getattr(config, name)) for name in names},
-        "image_column": dataset.image_column,
-        "num_images": len(dataset),
-        "resolution": dataset.resolution,
-        "image_mode": dataset.mode,
+        **dataset.origin(),
         "features": tensors_digest(network.state_dict().items(), str(network.about.get("resizing"))).hex()[:16],
     }
 
@@ -94,7 +88,7 @@ def kept_features(
     Raises UserError if `kept` was made from other data or features, or in another way. A few images are looked at
     again.
     """
-    origin = origin_of(config, dataset, network)
+    origin = origin_of(dataset, network)
 
     def compute(only: torch.Tensor | None = None) -> torch.Tensor:
         workers = config.dataloader_num_workers if only is None else 0

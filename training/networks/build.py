@@ -9,10 +9,11 @@ from diffusers_ctm import EDM2UNet2DModel, EDMHeunScheduler, EDMUNet2DModel
 from ..cli.errors import UserError, listed
 from ..cli.shared_options import NetworkOptions
 from ..data.images import Images
+from ..data.latents import LatentDataset
 
 
 def build_unet(
-    config: NetworkOptions, dataset: Images, dropout: float, label_dropout: float
+    config: NetworkOptions, dataset: Images | LatentDataset, dropout: float, label_dropout: float
 ) -> UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel:
     """The network that the options describe. Untrained, its D is the best linear denoiser, as in EDM.
 
@@ -58,7 +59,7 @@ def build_unet(
     return network
 
 
-def check_classes(dataset: Images) -> None:
+def check_classes(dataset: Images | LatentDataset) -> None:
     """Raise UserError if more than a few of the classes to be learned have no image, unless --num_classes says so."""
     empty = dataset.empty_classes
     if len(empty) > 1 and 10 * len(empty) > dataset.num_classes and dataset.options.num_classes is None:

@@ -100,7 +100,8 @@ def load_heun(config: TeacherOptions) -> CTMPipeline:
         )
     check_levels(teacher, teacher.scheduler)
     network = GuidedNetwork(teacher) if teacher.is_guided else teacher.network
-    return CTMPipeline(network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class)
+    latent = {} if teacher.autoencoder is None else teacher.autoencoder.pipeline_options
+    return CTMPipeline(network, teacher.scheduler, id2label=teacher.id2label, null_class=teacher.null_class, **latent)
 
 
 def prepare(
@@ -108,7 +109,8 @@ def prepare(
 ) -> None:
     """Fit the data to the pipeline of the option `name` (`fit_data`), and put that on the device, silent."""
     if dataset is not None:
-        fit_data(dataset, pipe.unet, pipe.num_classes, pipe.config.id2label, name, config)
+        makes = (pipe.image_channels, *pipe.image_size)
+        fit_data(dataset, makes, pipe.num_classes, pipe.config.id2label, name, config)
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)

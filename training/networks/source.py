@@ -84,21 +84,17 @@ class Source:
             raise UserError(
                 f"{name}{f' --{self.option}_subfolder {subfolder}' if subfolder else ''} holds {count} of the classes "
                 f"{', '.join(NETWORKS)}. It holds: {listed or 'no model at all'}. "
-                + (
-                    f"Choose one with --{self.option}_subfolder."
-                    if candidates
-                    else "It must be a diffusion model of pixels."
-                )
+                + (f"Choose one with --{self.option}_subfolder." if candidates else "It must be a diffusion model.")
             )
-        [folder] = candidates
-        for other, class_name in classes.items():
-            is_beside = folder and os.path.dirname(other) == os.path.dirname(folder)
-            if is_beside and class_name.startswith(("VQModel", "Autoencoder")):
-                raise UserError(
-                    f"{name}: {folder} works on the latents of {other} ({class_name}), not on pixels, which is not "
-                    "supported."
-                )
-        return folder
+        return candidates[0]
+
+    def autoencoders(self, beside: str | None = None) -> list[str]:
+        """The folders of all autoencoders, or of those of the pipeline that the network in `beside` belongs to."""
+        kinds = ("VQModel", "Autoencoder", "AsymmetricAutoencoder")
+        folders = [folder for folder, class_name in self.networks().items() if class_name.startswith(kinds)]
+        if beside is None:
+            return folders
+        return [folder for folder in folders if beside and os.path.dirname(folder) == os.path.dirname(beside)]
 
     def load_network(self, folder: str) -> UNet2DModel:
         """The network, with no weight missing or left over."""

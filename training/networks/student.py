@@ -15,13 +15,14 @@ from ..cli.errors import UserError
 from ..cli.shared_options import DataOptions
 from ..cli.training_options import GridOptions, HardwareOptions, StudentOptions
 from ..data.images import Images
+from ..data.latents import LatentDataset
 from .build import build_scheduler, build_unet
 from .teacher import Teacher, check_levels
 
 
 def fit_data(
-    dataset: Images,
-    network: UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel,
+    dataset: Images | LatentDataset,
+    makes: tuple[int, int, int],
     num_classes: int | None,
     id2label: Mapping[int, str] | None,
     name: str,
@@ -29,9 +30,8 @@ def fit_data(
 ) -> None:
     """Give the data's classes the numbers that the network of the option `name` has for them, and say so.
 
-    Raises UserError if the images have another shape than the network makes, or classes that it does not know.
+    Raises UserError if the images have another shape than `makes`, (C, H, W), or classes that it does not know.
     """
-    makes = (network.config.out_channels, *image_size(network))
     given = (dataset.channels, dataset.resolution, dataset.resolution)
     if makes != given:
         raise UserError(
@@ -42,7 +42,7 @@ def fit_data(
         dataset.number_classes(num_classes, id2label, name)
 
 
-def check_fit(teacher: Teacher, config: DataOptions, dataset: Images) -> None:
+def check_fit(teacher: Teacher, config: DataOptions, dataset: Images | LatentDataset) -> None:
     """Raise UserError if images or classes of the data are not those of the teacher."""
     labels = teacher.network.config.num_class_embeds
     if labels is not None and dataset.num_classes is None:
@@ -50,7 +50,8 @@ def check_fit(teacher: Teacher, config: DataOptions, dataset: Images) -> None:
     if labels is None and dataset.num_classes is not None:
         raise UserError("--label_column was given, but the teacher is unconditional; leave it out.")
     num_classes = labels if teacher.null_class is None else teacher.null_class  # which is the last label
-    fit_data(dataset, teacher.network, num_classes, teacher.id2label, "--teacher", config)
+    makes = (teacher.network.config.out_channels, *image_size(teacher.network))
+    fit_data(dataset, makes, num_classes, teacher.id2label, "--teacher", config)
 
 
 def choose_precision(options: HardwareOptions, teacher: Teacher) -> HardwareOptions:
@@ -102,7 +103,7 @@ def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel | EDM2UNet2DModel, prob
             module.dropout.p = probability
 
 
-def untrained(options: StudentOptions, dataset: Images) -> Teacher:
+def untrained(options: StudentOptions, dataset: Images | LatentDataset) -> Teacher:
     """The start of a student without a teacher: the network that the options describe, with random weights."""
     network = build_unet(options, dataset, options.dropout or 0.0, options.label_dropout or 0.0)
     try:

@@ -22,6 +22,8 @@ from diffusers_ctm.two_times import image_size
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import TeacherOptions
+from ..data.latents import Autoencoder
+from .autoencoder import autoencoder_of
 from .source import Source, join
 
 
@@ -41,6 +43,7 @@ class Teacher:
         null_class: its label that means "no class", if it was trained with label dropout.
         guidance_scale: w of D_ref + w (D - D_ref); 1 is no guidance.
         reference: the teacher of D_ref; None is this one itself without class, which needs a `null_class`.
+        autoencoder: that of its pipeline, if it works on latents.
     """
 
     network: UNet2DModel | EDMUNet2DModel
@@ -51,6 +54,7 @@ class Teacher:
     null_class: int | None = None
     guidance_scale: float = 1.0
     reference: "Teacher | None" = None
+    autoencoder: Autoencoder | None = None
 
     @property
     def preconditioning(self) -> Preconditioning:
@@ -152,11 +156,21 @@ def _load(
         network = source.load_network(folder)
         scheduler_config = source.scheduler(folder)
         index = source.json(join(os.path.dirname(folder), "model_index.json"))
+        beside = source.autoencoders(folder)
+        autoencoder = autoencoder_of(source, beside[0]) if len(beside) == 1 else None
     null_class = index.get("null_class")
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})
     scheduler = _make_scheduler(label, scheduler_config, given)
-    return Teacher(network.float().requires_grad_(False).eval(), scheduler, id2label, name, source.revision, null_class)
+    return Teacher(
+        network.float().requires_grad_(False).eval(),
+        scheduler,
+        id2label,
+        name,
+        source.revision,
+        null_class,
+        autoencoder=autoencoder,
+    )
 
 
 def _check_reference(reference: Teacher, teacher: Teacher) -> None:

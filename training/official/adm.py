@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -81,6 +82,10 @@ def defaults(shapes: Shapes) -> dict[str, float]:
 
 def said_by(part: Record) -> dict[str, float]:
     return said_by_precond(part)
+
+
+def latent_numbers(encoder: Any) -> None:
+    return None
 
 
 def network_of(shapes: Shapes, **overrides) -> UNet2DModel | CTMUNet2DModel:

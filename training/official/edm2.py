@@ -39,6 +39,7 @@ CLASSES = (EDM2UNet2DModel,)
 # What names and shapes do not tell: the values of all published networks.
 DEFAULTS = {"sigma_data": 0.5, "timestep_scale": 1.0}
 HEAD_DIM = 64
+RAW_MEAN, RAW_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the latents of ImageNet-512
 
 # Attributes of the pickled modules: arguments of EDM2UNet2DModel, and sigma_data.
 SAID = ("sigma_data", "dropout", "label_balance", "concat_balance", "res_balance", "attn_balance", "clip_act")
@@ -71,6 +72,22 @@ def said_by(part: Record) -> dict[str, Any]:
         if len(values) > 1:
             raise UserError(f"Blocks of the network say different things of {name}: {sorted(values)[:4]}.")
     return {name: values.pop() for name, values in found.items() if values}
+
+
+def latent_numbers(encoder: Any) -> dict[str, list[float]]:
+    """What the authors' StabilityVAEEncoder does, latent = scale * raw + bias, in diffusers' words.
+
+    The numbers are the file's, or without them those of the published networks. Raises UserError for numbers that no
+    latents have.
+    """
+    state = encoder.state if isinstance(encoder, Record) and isinstance(encoder.state, dict) else {}
+    scale, bias = state.get("scale"), state.get("bias")
+    if not all(isinstance(value, torch.Tensor) and value.ndim == 1 for value in (scale, bias)):
+        return {"latents_mean": list(RAW_MEAN), "latents_std": [2 * value for value in RAW_STD]}
+    mean, std = -bias.double() / scale, 1 / scale.double()
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UserError(f"The file's encoder has no proper scale and bias: {scale.tolist()}, {bias.tolist()}.")
+    return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
 
 def to_diffusers(state_dict: Mapping[str, torch.Tensor], qkv_order: str | None = None, **overrides) -> EDM2UNet2DModel:

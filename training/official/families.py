@@ -41,6 +41,12 @@ class Family(Protocol):
     def said_by(self, part: Record) -> dict[str, Any]:
         """What a pickled network says of itself beside its weights: `sigma_data`, and arguments of its class."""
 
+    def latent_numbers(self, encoder: Any) -> dict[str, list[float]] | None:
+        """`latents_mean` and `latents_std` of its networks of latents, which see images in [0, 1], or None.
+
+        `encoder` is the file's entry of that name, if it has one.
+        """
+
     def to_diffusers(
         self, state_dict: Mapping[str, torch.Tensor], qkv_order: str | None = None, **overrides
     ) -> torch.nn.Module:

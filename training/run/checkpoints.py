@@ -21,7 +21,7 @@ from ..cli.training_options import OutputOptions, RunOptions
 from ..cli.weights import check_finite, load_pipeline
 from ..data.images import Images
 from ..hub.client import download_checkpoint
-from ..hub.record import TEACHERS
+from ..hub.record import LOADED
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -140,7 +140,7 @@ def changes_of(state: dict, options: RunOptions, precision: str, former: dict, r
     before, now = state["options"], free_options(options, precision)
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     changed = [f"--{name} was {before[name]}, is {now[name]}" for name in changed]
-    for role in TEACHERS if former else ():
+    for role in LOADED if former else ():
         old, new = (
             " at ".join(filter(None, map((each.get(role) or {}).get, ("name", "revision")))) or None
             for each in (former, record)

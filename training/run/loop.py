@@ -18,7 +18,7 @@ from ..cli.errors import UserError
 from ..cli.training_options import RunOptions
 from ..cli.weights import broken
 from ..data.batches import LoadedBatch, run_batches
-from ..data.images import Images, mirrored, to_sample
+from ..data.images import Images
 from .averages import make_averages
 from .batch import Batch, StepRandom
 from .checkpoints import newest_checkpoint
@@ -45,11 +45,12 @@ class TrainingRun:
 
     Args:
         options: of the run.
-        dataset: images.
+        dataset: images, or their latents.
         network: learns; it is moved to the device and wrapped.
-        make_pipeline: builds the pipeline that is saved and sampled from a network.
+        make_pipeline: builds the pipeline that is saved and sampled from a network. Without `sample_settings` it may be
+            another model of diffusers.
         sample_settings: name and `CTMPipeline.__call__` options of each grid drawn during training.
-        revisions: the commits that were loaded of the teacher and of the one that guides it, by their options, for the
+        revisions: the commits that were loaded of teacher, guiding teacher and autoencoder, by their options, for the
             record.
         on_step: called with the run after each step, when it has been logged, sampled and saved.
 
@@ -227,9 +228,7 @@ class TrainingRun:
             raise UserError(f"{error} {newest_checkpoint(self.options.output_dir)} is saved.") from error
 
     def _batch(self, images: torch.Tensor, labels: torch.Tensor | None, random: StepRandom) -> Batch:
-        images = to_sample(images.to(self.device, non_blocking=True))
-        if self.options.random_flip:
-            images = mirrored(images, random.uniform())
+        images = self.dataset.to_sample(images.to(self.device, non_blocking=True), random)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return Batch(images.contiguous(memory_format=self._memory_format), labels, random)
 

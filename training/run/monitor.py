@@ -181,7 +181,7 @@ class Monitor:
 
     def save_samples(self, step: int, pipe: CTMPipeline) -> None:
         """Draw samples from fixed noise to output_dir/samples, one picture per setting; none if they are NaN."""
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process or not self.sample_settings:
             return
         grids, columns, rows = {}, 10, 4
         pipe.set_progress_bar_config(disable=True)

@@ -45,7 +45,7 @@ class RunFolder:
     Args:
         options: of the run.
         accelerator: of the run.
-        make_pipeline: builds the pipeline that is saved from a network.
+        make_pipeline: builds the pipeline, or other model of diffusers, that is saved from a network.
         revisions: as of `TrainingRun`.
 
     Attributes:
@@ -109,7 +109,9 @@ class RunFolder:
         weights, of_averages, preconditioning = load_first_stage(source)
         with loading(f"--init_from {source}", "It is not of the network that this run trains."):
             load_whole(network, weights)
-        check_preconditioning(self.make_pipeline(network).scheduler.preconditioning, preconditioning, source)
+        pipe = self.make_pipeline(network)
+        if hasattr(pipe, "scheduler"):
+            check_preconditioning(pipe.scheduler.preconditioning, preconditioning, source)
         for name, average in averages.items():
             if not name.startswith("sigma_rel"):
                 average.start_from(of_averages.get(name, of_averages[None]))
@@ -136,8 +138,8 @@ class RunFolder:
                 pipe = self.make_pipeline(ema.module)
                 state = {
                     **state,
-                    "preconditioning": asdict(pipe.scheduler.preconditioning),
-                    "id2label": pipe.config.id2label,
+                    "preconditioning": asdict(pipe.scheduler.preconditioning) if hasattr(pipe, "scheduler") else None,
+                    "id2label": pipe.config.get("id2label"),
                     "options": {
                         **decisive_options(options, accelerator.num_processes),
                         **free_options(options, accelerator.mixed_precision),

@@ -340,11 +340,15 @@ def test_several_networks_are_listed(layouts, copy):
             load(folder, subfolder)
 
 
-def test_networks_of_latents_are_refused(copy):
+def test_networks_of_latents_bring_their_autoencoder(copy):
     folder = copy("user/ddpm-v")
-    VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "vqvae")
-    with pytest.raises(UserError, match=r"unet works on the latents of vqvae \(VQModel\)"):
-        load(folder)
+    assert load(folder).autoencoder is None
+    vae = VQModel(block_out_channels=(8,), norm_num_groups=4)
+    vae.save_pretrained(folder / "vqvae")
+    autoencoder = load(folder).autoencoder
+    assert autoencoder.normalize_images and not autoencoder.network.training
+    for name, weight in vae.state_dict().items():
+        assert torch.equal(autoencoder.network.state_dict()[name], weight)
 
 
 def test_empty_and_half_copied_folders(copy, tmp_path):

@@ -1,0 +1,73 @@
+# Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
+"""Images to latents and back, by any image autoencoder of diffusers and the numbers that its config holds."""
+
+import torch
+from torch import nn
+
+
+def latent_channels(vae: nn.Module) -> int:
+    """Channels of the latents of an autoencoder."""
+    return vae.config.get("vq_embed_dim") or vae.config.latent_channels
+
+
+def downscale(vae: nn.Module) -> int:
+    """Pixels of an image for each pixel of a latent, along a side."""
+    ratio = getattr(vae, "spatial_compression_ratio", None)
+    blocks = vae.config.get("encoder_block_out_channels") or vae.config.get("block_out_channels")
+    return ratio or 2 ** (len(blocks) - 1)
+
+
+def moments(vae: nn.Module, images: torch.Tensor, normalized: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean and standard deviation of the raw latents of `images`, float32 of shape (B, c, h, w).
+
+    The deviation is None for an autoencoder without one.
+
+    Args:
+        vae: `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`, `VQModel` or another that encodes images alike.
+        images: in [-1, 1], shape (B, C, H, W).
+        normalized: whether the autoencoder works on images in [-1, 1]; else in [0, 1].
+    """
+    images = images if normalized else images / 2 + 0.5
+    output = vae.encode(images.to(vae.dtype))
+    if hasattr(output, "latent_dist"):
+        return output.latent_dist.mean.float(), output.latent_dist.std.float()
+    return (output.latents if hasattr(output, "latents") else output.latent).float(), None
+
+
+def standardized(vae: nn.Module, raw: torch.Tensor) -> torch.Tensor:
+    """The latents that a diffusion model sees, by the autoencoder's config: (raw - mean) * scaling_factor / std."""
+    mean, scale = _shift_and_scale(vae, raw)
+    return (raw - mean) * scale
+
+
+def encode(vae: nn.Module, images: torch.Tensor, normalized: bool = True) -> torch.Tensor:
+    """Standardized latents of `images`, those of their mean; as `moments` and `standardized`."""
+    return standardized(vae, moments(vae, images, normalized)[0])
+
+
+def decode(vae: nn.Module, latents: torch.Tensor, normalized: bool = True) -> torch.Tensor:
+    """The images of standardized latents, about in [-1, 1], float32 of shape (B, C, H, W).
+
+    An autoencoder that overflows in float16 (`force_upcast`) decodes in float32.
+    """
+    mean, scale = _shift_and_scale(vae, latents)
+    raw, dtype = latents / scale + mean, vae.dtype
+    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        images = vae.decode(raw.to(vae.dtype), return_dict=False)[0].float()
+    finally:
+        if upcast:
+            vae.to(dtype)
+    return images if normalized else 2 * images - 1
+
+
+def _shift_and_scale(vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is subtracted from raw latents, and what the difference is multiplied with; each (1, c or 1, 1, 1)."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [config.get("shift_factor") or 0.0], [1.0]
+    mean, std = (torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None] for values in (mean, std))
+    return mean, (config.get("scaling_factor") or 1.0) / std

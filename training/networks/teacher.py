@@ -10,10 +10,9 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import UNet2DModel
 from diffusers.utils import logging
 
-from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
+from diffusers_ctm import EDMHeunScheduler
 from diffusers_ctm.preconditioning import PREDICTIONS, Preconditioning, condition
 from diffusers_ctm.scheduler_configs import own_config
 from diffusers_ctm.scheduling_karras import KarrasSchedulerMixin
@@ -22,7 +21,7 @@ from diffusers_ctm.two_times import image_size
 
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import TeacherOptions
-from .source import Source, join
+from .source import Network, Source, join
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +42,7 @@ class Teacher:
         reference: the teacher of D_ref; None is this one itself without class, which needs a `null_class`.
     """
 
-    network: UNet2DModel | EDMUNet2DModel
+    network: Network
     scheduler: EDMHeunScheduler
     id2label: dict[int, str] | None = None
     name: str | None = None
@@ -152,7 +151,7 @@ def _load(
         network = source.load_network(folder)
         scheduler_config = source.scheduler(folder)
         index = source.json(join(os.path.dirname(folder), "model_index.json"))
-    null_class = index.get("null_class")
+        null_class = source.null_class(folder)
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})
     scheduler = _make_scheduler(label, scheduler_config, given)
@@ -196,7 +195,7 @@ def check_levels(teacher: Teacher, scheduler: KarrasSchedulerMixin) -> None:
         ) from error
 
 
-def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> None:
+def _check_network(label: str, network: Network, null_class: int | None) -> None:
     """Raise UserError if the network is of a kind that cannot be a teacher."""
     config = network.config
     embedding, classes = config.get("class_embed_type"), config.num_class_embeds

@@ -258,7 +258,7 @@ FAMILIES = {
         {"num_layers": 1, "num_class_embeds": 7},
         1000.0,
         (CTMDiTBlock,),
-        ("to_q", "to_v", "linear", "linear_1", "target_linear"),
+        ("to_q", "to_v", "linear", "linear_1"),
         "proj_out_2",
     ),
 }

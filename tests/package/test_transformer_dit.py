@@ -64,18 +64,15 @@ def test_a_student_is_its_teacher_to_the_last_bit():
     teacher = CTMDiTTransformer2DModel.from_unet(theirs, target_time=False)
     sample, labels, t = sample_of(theirs), torch.tensor([0, 5, 6]), TIMESTEPS.float()
     expected = teacher(sample, t, class_labels=labels).sample
-    added = {f"transformer_blocks.{block}.norm1.emb.target_linear.weight" for block in range(2)}
     for student in (CTMDiTTransformer2DModel.from_unet(theirs), make_student(teacher)):
         for target in (0.5 * t, t, None, torch.tensor(-3.0)):
             assert torch.equal(student(sample, t, target, labels).sample, expected)
         weights = student.state_dict()
-        assert (
-            set(weights) - set(teacher.state_dict())
-            == {f"target_time_embedding.{w}" for w in ("weight", "bias")} | added
-        )
+        added = {name.removeprefix("target_time_embedding."): weights[name] for name in weights if "target" in name}
+        assert len(added) == 4 and len(weights) == 4 + len(teacher.state_dict())
         first = teacher.transformer_blocks[0].norm1.emb.timestep_embedder.linear_1
-        assert torch.equal(weights["target_time_embedding.weight"], first.weight)
-        assert not any(weights[name].any() for name in added)
+        assert torch.equal(added["linear_1.weight"], first.weight) and torch.equal(added["linear_1.bias"], first.bias)
+        assert not added["linear_2.weight"].any() and not added["linear_2.bias"].any()
 
 
 def test_a_network_of_other_channels_is_no_teacher():
@@ -101,36 +98,29 @@ def test_a_new_network_is_the_exact_teacher():
 
 
 def test_the_target_adds_to_the_embedding_of_every_block():
-    """target_linear(silu(target_time_embedding(cos and sin of s))), as if the time's embedding had a larger bias."""
+    """linear_2(silu(linear_1(cos and sin of s))), as if the time's embedding had a larger bias, in the output too."""
     student = make_dit(target_time=True, num_class_embeds=7)
     sample, t, _, condition = inputs(student)
-    frequencies = 10000.0 ** -(torch.arange(128) / 127)
-    angles = 0.37 * frequencies
-    shared = nn.functional.silu(student.target_time_embedding(torch.cat([angles.cos(), angles.sin()])))
+    angles = 0.37 * 10000.0 ** -(torch.arange(128) / 127)
+    layers = student.target_time_embedding
+    shared = layers.linear_2(nn.functional.silu(layers.linear_1(torch.cat([angles.cos(), angles.sin()]))))
 
     plain = make_dit(num_class_embeds=7)
     plain.load_state_dict({name: w for name, w in student.state_dict().items() if name in plain.state_dict()})
-    for with_target, without in zip(student.transformer_blocks, plain.transformer_blocks, strict=True):
-        bias = without.norm1.emb.timestep_embedder.linear_2.bias.data
-        bias += with_target.norm1.emb.target_linear(shared)
-    close(student(sample, t, 0.37, **condition).sample, plain(sample, t, **condition).sample, rtol=1e-4, atol=1e-4)
+    expected = student(sample, t, 0.37, **condition).sample
+    for block in reversed(plain.transformer_blocks):
+        assert (plain(sample, t, **condition).sample - expected).abs().max() > 1e-2
+        block.norm1.emb.timestep_embedder.linear_2.bias.data += shared
+    close(plain(sample, t, **condition).sample, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_output_layer_reads_the_target_of_the_first_block():
+def test_the_output_layer_reads_the_target():
     student = make_dit(target_time=True)
     sample, t, s, _ = inputs(student)
     for block in student.transformer_blocks:  # blocks that change nothing
         for parameter in block.norm1.linear.parameters():
             parameter.data.zero_()
-
-    def differs():
-        return (student(sample, t, s).sample - student(sample, t, 0.5 * s).sample).abs().max() > 1e-3
-
-    assert differs()
-    student.transformer_blocks[1].norm1.emb.target_linear.weight.data.zero_()
-    assert differs()
-    student.transformer_blocks[0].norm1.emb.target_linear.weight.data.zero_()
-    assert not differs()
+    assert (student(sample, t, s).sample - student(sample, t, 0.5 * s).sample).abs().max() > 1e-2
 
 
 def test_training_reaches_every_weight_of_a_student():
@@ -141,10 +131,10 @@ def test_training_reaches_every_weight_of_a_student():
         optimizer.zero_grad()
         student(sample, t, s, **condition).sample.square().mean().backward()
         assert not [name for name, parameter in student.named_parameters() if parameter.grad is None]
-        for block in student.transformer_blocks:
-            assert block.norm1.emb.target_linear.weight.grad.abs().max() > 0
+        layers = student.target_time_embedding
+        assert layers.linear_2.weight.grad.abs().max() > 0
         # through weights of zero, nothing reaches what is before them
-        assert (student.target_time_embedding.weight.grad.abs().max() > 0) == (step > 0)
+        assert (layers.linear_1.weight.grad.abs().max() > 0) == (step > 0)
         optimizer.step()
     assert (student(sample, t, s, **condition).sample - student(sample, t, t, **condition).sample).abs().max() > 1e-6
 

@@ -19,6 +19,7 @@ from .rejection import RejectionSamplingOutput, rejection_sample
 from .safety import OpenNSFWSafetyChecker
 from .scheduling_ctm import CTMScheduler, CTMSchedulerOutput
 from .scheduling_edm_heun import EDMHeunScheduler, EDMHeunSchedulerOutput
+from .transformer_dit_ctm import CTMDiTTransformer2DModel
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
 from .unet_edm2 import EDM2UNet2DModel
@@ -28,6 +29,7 @@ from .visualization import gamma_seed_grid, steps_gamma_grid, trajectory_strip
 
 __all__ = [
     "BlockAverageOperator",
+    "CTMDiTTransformer2DModel",
     "CTMImg2ImgPipeline",
     "CTMInpaintPipeline",
     "CTMInversionPipeline",

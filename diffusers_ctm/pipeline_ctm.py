@@ -25,6 +25,7 @@ from .provenance import GENERATED, fresh_seeds, png_text, run_records
 from .runs import own_run, runs_of, show_run
 from .safety import check_safety_checker, without_unsafe
 from .scheduling_karras import default_num_steps, jumps, preconditioning_of
+from .transformer_dit_ctm import CTMDiTTransformer2DModel
 from .two_times import image_size, input_dtype, input_weight
 from .unet_2d_ctm import CTMUNet2DModel
 from .unet_edm import EDMUNet2DModel
@@ -51,8 +52,9 @@ class CTMPipeline(DiffusionPipeline):
     """Unconditional and class-conditional image generation in 1 to N network evaluations.
 
     Args:
-        unet: a `CTMUNet2DModel`, or an `EDMUNet2DModel` or `EDM2UNet2DModel` with target time. With `EDMHeunScheduler`
-            and the like also a denoiser, a plain `UNet2DModel` or one of the others without.
+        unet: a `CTMUNet2DModel`, or an `EDMUNet2DModel`, `EDM2UNet2DModel` or `CTMDiTTransformer2DModel` with target
+            time. With `EDMHeunScheduler` and the like also a denoiser, a plain `UNet2DModel` or one of the others
+            without.
         scheduler: `CTMScheduler`. A CTM is a diffusion model too: `EDMHeunScheduler` and (for prediction_type "edm")
             diffusers' `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler` sample with its exact score. Build them
             with `from_config(pipe.scheduler.config)`.
@@ -95,7 +97,7 @@ class CTMPipeline(DiffusionPipeline):
     # `from_pipe` compares a network's class with this annotation, subclasses excluded.
     def __init__(
         self,
-        unet: UNet2DModel | CTMUNet2DModel | EDMUNet2DModel | EDM2UNet2DModel,
+        unet: UNet2DModel | CTMUNet2DModel | EDMUNet2DModel | EDM2UNet2DModel | CTMDiTTransformer2DModel,
         scheduler,
         id2label: dict[str, str] | dict[int, str] | None = None,
         null_class: int | None = None,

@@ -10,7 +10,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from diffusers_ctm import CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
+from diffusers_ctm import CTMDiTTransformer2DModel, CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
+from diffusers_ctm.transformer_dit_ctm import CTMDiTBlock
 from diffusers_ctm.two_times import image_size
 from diffusers_ctm.unet_edm2 import EDM2Block2D
 from helpers.comparing import close
@@ -116,6 +117,47 @@ EDM2_KINDS = {
 }
 
 
+DIT_TINY = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+}
+DIT_KINDS = {
+    "plain": {},
+    "classes": {"num_class_embeds": 7, "num_layers": 5},
+    "every option": {
+        "num_class_embeds": 7,
+        "num_attention_heads": 3,
+        "attention_head_dim": 4,
+        "attention_bias": False,
+        "patch_size": 4,
+        "activation_fn": "geglu",
+        "upcast_attention": True,
+        "norm_elementwise_affine": True,
+        "norm_eps": 1e-2,
+    },
+    "not square": {"sample_size": (4, 16), "in_channels": 2, "out_channels": 4},
+}
+
+
+def fill(network):
+    """Draw every weight of a network of which DiT's start leaves many at zero. Returns the network."""
+    for parameter in network.parameters():
+        nn.init.normal_(parameter.data, std=0.2)
+    return network
+
+
+def make_dit(seed=0, random=True, **changes):
+    """A tiny CTMDiTTransformer2DModel in eval mode. `random=True` draws every weight."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = CTMDiTTransformer2DModel(**{**DIT_TINY, **changes}).eval()
+        return fill(transformer) if random else transformer
+
+
 def make_edm2(seed=0, random=True, **changes):
     """A tiny EDM2UNet2DModel in eval mode. `random=True` also fills the gains, and gives rows of unequal length."""
     with torch.random.fork_rng(devices=[]):
@@ -158,6 +200,7 @@ class Family:
         timestep_scale: that its embedding is made for.
         checkpointed: the blocks whose activations gradient checkpointing computes again; None leaves them to diffusers.
         adapted: names of layers of every sort, for adapters.
+        last_layer: name of the layer whose zeros make the output zero.
     """
 
     student_class: type[ModelMixin]
@@ -168,6 +211,7 @@ class Family:
     timestep_scale: float
     checkpointed: tuple[type[nn.Module], ...] | None
     adapted: tuple[str, ...]
+    last_layer: str = "conv_out"
 
 
 FAMILIES = {
@@ -205,6 +249,17 @@ FAMILIES = {
         1.0,
         (EDM2Block2D,),
         ("to_q", "to_v", "emb_linear", "time_embedding"),
+    ),
+    "CTMDiTTransformer2DModel": Family(
+        CTMDiTTransformer2DModel,
+        make_dit,
+        lambda **changes: make_dit(target_time=True, **changes),
+        DIT_KINDS,
+        {"num_layers": 1, "num_class_embeds": 7},
+        1000.0,
+        (CTMDiTBlock,),
+        ("to_q", "to_v", "linear", "linear_1"),
+        "proj_out_2",
     ),
 }
 

@@ -11,16 +11,29 @@ from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from diffusers_ctm import CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
+from diffusers_ctm import CTMDiTTransformer2DModel, CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import jump
 from helpers.comparing import close
 from helpers.exact import GaussianData, randn
-from helpers.tiny_networks import FAMILIES, blocks, check_the_same, inputs, make_edm, make_edm2, make_unet_2d, times
+from helpers.tiny_networks import (
+    FAMILIES,
+    blocks,
+    check_the_same,
+    inputs,
+    make_dit,
+    make_edm,
+    make_edm2,
+    make_unet_2d,
+    times,
+)
 
 
 # One layer of a block reads both times.
 WIDENED = {name: FAMILIES[name] for name in ("CTMUNet2DModel", "EDMUNet2DModel")}
+
+# The teacher is of the student's class.
+ONE_CLASS = {name: family for name, family in FAMILIES.items() if name != "CTMUNet2DModel"}
 
 
 def kinds(*names, families=FAMILIES):
@@ -104,7 +117,7 @@ def test_student_has_the_dtype_and_mode_of_its_teacher(family, dtype):
 def test_untrained_student_is_an_euler_step_of_its_exact_teacher(family):
     """F = 0 is the denoiser of N(0, sigma_data^2)."""
     teacher = family.make_teacher()
-    for parameter in teacher.conv_out.parameters():
+    for parameter in teacher.get_submodule(family.last_layer).parameters():
         nn.init.zeros_(parameter)
     student = family.student_class.from_unet(teacher)
     preconditioning = Preconditioning(0.5, family.timestep_scale)
@@ -126,6 +139,8 @@ def test_untrained_student_is_an_euler_step_of_its_exact_teacher(family):
         (EDMUNet2DModel, lambda: UNet2DModel.__new__(UNet2DModel), "not from UNet2DModel"),
         (EDM2UNet2DModel, lambda: make_edm2(target_time=True), "has it already"),
         (EDM2UNet2DModel, make_edm, "starts from an EDM2UNet2DModel, not from EDMUNet2DModel"),
+        (CTMDiTTransformer2DModel, lambda: make_dit(target_time=True), "has it already"),
+        (CTMDiTTransformer2DModel, make_unet_2d, "or CTMDiTTransformer2DModel, not from CTMUNet2DModel"),
     ],
 )
 def test_from_unet_of_something_else(student_class, wrong, message):
@@ -172,8 +187,8 @@ def test_training_reaches_every_weight_of_a_student(family):
 
 @pytest.mark.parametrize(
     "make",
-    [family.make_student for family in FAMILIES.values()] + [make_edm, make_edm2],
-    ids=[*FAMILIES, "EDMUNet2DModel, one time", "EDM2UNet2DModel, one time"],
+    [family.make_student for family in FAMILIES.values()] + [make_edm, make_edm2, make_dit],
+    ids=[*FAMILIES, *(f"{name}, one time" for name in ONE_CLASS)],
 )
 def test_forms_of_a_time(make):
     unet = make()
@@ -233,7 +248,7 @@ def test_saved_and_loaded_it_is_the_same(family, changes, tmp_path):
     check_saved_and_loaded(family.make_student(**changes), changes, tmp_path)
 
 
-@kinds(families={name: FAMILIES[name] for name in ("EDMUNet2DModel", "EDM2UNet2DModel")})
+@kinds(families=ONE_CLASS)
 def test_a_teacher_saved_and_loaded_is_the_same(family, changes, tmp_path):
     check_saved_and_loaded(family.make_teacher(**changes), changes, tmp_path)
 
@@ -302,10 +317,10 @@ def test_weights_that_are_brought_or_cast_when_they_are_needed(family, changes):
     expected = unet(sample, t, s, **condition).sample
     cast = copy.deepcopy(unet)
     cast.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
-    assert cast.conv_in.weight.dtype == torch.float16
+    assert cast.get_submodule(family.last_layer).weight.dtype == torch.float16
     close(cast(sample, t, s, **condition).sample, expected, rtol=0.03, atol=0.03)
     offloaded = cpu_offload(unet, execution_device=torch.device("cpu"))  # as `enable_sequential_cpu_offload`
-    assert offloaded.conv_in.weight.device.type == "meta"
+    assert offloaded.get_submodule(family.last_layer).weight.device.type == "meta"
     close(offloaded(sample, t, s, **condition).sample, expected)
 
 

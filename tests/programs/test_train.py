@@ -449,6 +449,7 @@ def test_the_students_own_average_can_solve_from_a_teachers_weights(teacher, tmp
         ),
         ({"lr_scheduler": "inverse_sqrt"}, "--lr_decay_after must be given with --lr_scheduler inverse_sqrt"),
         ({"lr_decay_after": 5}, "--lr_decay_after is for --lr_scheduler inverse_sqrt"),
+        ({"teacher": None, "solver_model": "ema", "patch_size": 4}, "--patch_size is for --architecture dit"),
         ({"streaming": True, "eval_every": 1}, "--eval_every must be 0 with --streaming"),
         ({"dataset_name": "cifar10", "eval_every": 1}, "--eval_features must be given with --eval_every"),
     ],
@@ -516,6 +517,29 @@ def test_two_processes_train_edm2s_network_as_one(tmp_path):
         in_processes(processes, train_edm.main, EDMConfig(**{**options, **own}))
     one, two = (str(tmp_path / name / "pipeline") for name in "12")
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
+
+
+def test_a_dit_is_trained_and_distilled(tmp_path, monkeypatch):
+    options = {"architecture": "dit", "block_out_channels": [16], "layers_per_block": 2, "attention_head_dim": 8}
+    options |= {"label_dropout": 0.5, "dropout": 0.1}
+    edm = train_edm.main(EDMConfig(output_dir=str(tmp_path / "edm"), max_train_steps=3, **SMALL, **options))
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append(values))
+    few = {"max_train_steps": 3, "logging_steps": 1, "optimizer": "adam"}
+    student = distill(edm, tmp_path / "ctm", **few, dropout=0.2)
+    assert len(logged) == 3 and all(math.isfinite(value) for values in logged for value in values.values())
+    pipes = {folder: DiffusionPipeline.from_pretrained(folder) for folder in (edm, student)}
+    for folder, pipe in pipes.items():
+        assert type(pipe.unet).__name__ == "CTMDiTTransformer2DModel" and pipe.unet.has_target_time == (folder != edm)
+        assert len(pipe.unet.transformer_blocks) == pipe.unet.config.patch_size == 2
+        assert pipe.unet.config.num_class_embeds == 11 and pipe.config.null_class == 10
+        pipe.set_progress_bar_config(disable=True)
+        image = pipe(class_labels="3", guidance_scale=2.0, num_inference_steps=2, output_type="pt").images
+        assert image.shape == (1, 1, 8, 8) and image.isfinite().all()
+    assert pipes[student].unet.config.dropout == 0.2
+    before, after = weights(edm), weights(student)
+    assert all(not torch.equal(after[name], before[name]) for name in before if "norm1.linear" in name)
+    assert after["target_time_embedding.linear_2.weight"].any()  # at first zero
 
 
 ADVERSARIAL = {

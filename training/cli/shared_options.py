@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Option groups of several programs: data, teacher, network."""
 
+import math
 from dataclasses import dataclass
 
 from diffusers_ctm.preconditioning import PREDICTIONS
@@ -127,11 +128,14 @@ class NetworkOptions(Checked):
         "unet_2d",
         "'unet_2d': diffusers' UNet2DModel, an ADM; 'ddpmpp': EDM's DDPM++ for CIFAR-10 (EDMUNet2DModel), whose first "
         "convolution has half the first of --block_out_channels; 'edm2': EDM2's magnitude-preserving network "
-        "(EDM2UNet2DModel).",
-        ["unet_2d", "ddpmpp", "edm2"],
+        "(EDM2UNet2DModel); 'dit': a diffusion transformer (CTMDiTTransformer2DModel).",
+        ["unet_2d", "ddpmpp", "edm2", "dit"],
     )
-    block_out_channels: list[int] = option([64, 128], "Channels of each resolution, the highest first.")
-    layers_per_block: int = option(2, "Residual blocks per resolution.", must_be=POSITIVE)
+    block_out_channels: list[int] = option(
+        [64, 128], "Channels of each resolution, the highest first; of 'dit' one number, its width."
+    )
+    layers_per_block: int = option(2, "Residual blocks per resolution; of 'dit' all its blocks.", must_be=POSITIVE)
+    patch_size: int = option(2, "Height and width of the patches of 'dit', in pixels.", must_be=POSITIVE)
     attention_levels: list[int] = option([1], "Resolutions that have self-attention, by index into block_out_channels.")
     mid_attention: bool = option(True, "Self-attention in the middle block.")
     attention_head_dim: int = option(32, "Channels per attention head.", must_be=POSITIVE)
@@ -149,15 +153,25 @@ class NetworkOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         groups, channels = self.norm_num_groups, self.block_out_channels
-        self.check(all(width > 0 for width in channels), "block_out_channels", "positive")
-        if self.architecture != "edm2":  # which has no groups
-            self.check(
-                all(width % groups == 0 for width in channels), "block_out_channels", "multiples of norm_num_groups"
-            )
         if self.architecture != "unet_2d":
             self.refuse(
                 ["mid_attention", "norm_num_groups", "resnet_time_scale_shift"],
                 f"is not for --architecture {self.architecture}, which has its own",
+            )
+        if self.architecture == "dit":
+            self.refuse(["attention_levels"], "is not for --architecture dit, which has one level")
+            unit = math.lcm(self.attention_head_dim, 4)
+            self.check(
+                len(channels) == 1 and channels[0] > 0 and channels[0] % unit == 0,
+                "block_out_channels",
+                f"one multiple of {unit} (of attention_head_dim, and of 4) with --architecture dit",
+            )
+            return
+        self.refuse(["patch_size"], "is for --architecture dit")
+        self.check(all(width > 0 for width in channels), "block_out_channels", "positive")
+        if self.architecture != "edm2":  # which has no groups
+            self.check(
+                all(width % groups == 0 for width in channels), "block_out_channels", "multiples of norm_num_groups"
             )
         if self.architecture == "ddpmpp":
             self.check(all(width % 2 == 0 for width in channels), "block_out_channels", "even numbers")

@@ -4,20 +4,21 @@
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ctm import EDM2UNet2DModel, EDMHeunScheduler, EDMUNet2DModel
+from diffusers_ctm import CTMDiTTransformer2DModel, EDM2UNet2DModel, EDMHeunScheduler, EDMUNet2DModel
 
 from ..cli.errors import UserError, listed
 from ..cli.shared_options import NetworkOptions
 from ..data.images import Images
 from ..data.latents import LatentDataset
+from .source import Network
 
 
 def build_unet(
     config: NetworkOptions, dataset: Images | LatentDataset, dropout: float, label_dropout: float
-) -> UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel:
+) -> Network:
     """The network that the options describe. Untrained, its D is the best linear denoiser, as in EDM.
 
-    Raises UserError for a resolution that it cannot halve, and if many classes have no image.
+    Raises UserError for a resolution that it cannot halve or cut into patches, and if many classes have no image.
     """
     check_classes(dataset)
     levels = range(len(config.block_out_channels))
@@ -27,17 +28,25 @@ def build_unet(
             f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got "
             f"{dataset.resolution}."
         )
-    kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
     shared = {
         "sample_size": dataset.resolution,
         "in_channels": dataset.channels,
         "out_channels": dataset.channels,
-        "block_out_channels": tuple(config.block_out_channels),
-        "layers_per_block": config.layers_per_block,
         "attention_head_dim": config.attention_head_dim,
         "dropout": dropout,
         "num_class_embeds": dataset.num_classes + 1 if label_dropout else dataset.num_classes,
     }
+    if config.architecture == "dit":
+        if dataset.resolution % config.patch_size:
+            raise UserError(f"--patch_size must be a divisor of the resolution, {dataset.resolution}.")
+        return CTMDiTTransformer2DModel(
+            num_attention_heads=config.block_out_channels[0] // config.attention_head_dim,
+            num_layers=config.layers_per_block,
+            patch_size=config.patch_size,
+            **shared,
+        )
+    shared |= {"block_out_channels": tuple(config.block_out_channels), "layers_per_block": config.layers_per_block}
+    kinds = ["Attn" if level in config.attention_levels else "" for level in levels]
     if config.architecture == "ddpmpp":
         return EDMUNet2DModel(
             model_channels=config.block_out_channels[0] // 2, attention_levels=tuple(config.attention_levels), **shared

@@ -7,14 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from huggingface_hub import snapshot_download
+
+from diffusers_ctm import CTMDiTTransformer2DModel, EDM2UNet2DModel, EDMUNet2DModel
 
 from ..cli.errors import UserError
 from ..cli.weights import WEIGHTS, check_finite, kind_of_weights, loading_options
 
 
-NETWORKS = ("UNet2DModel", "CTMUNet2DModel", "EDMUNet2DModel", "EDM2UNet2DModel")  # attributes of diffusers, ours too
+NETWORKS = (  # attributes of diffusers, ours too
+    "UNet2DModel",
+    "CTMUNet2DModel",
+    "EDMUNet2DModel",
+    "EDM2UNet2DModel",
+    "DiTTransformer2DModel",
+    "CTMDiTTransformer2DModel",
+)
+Network = UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel | CTMDiTTransformer2DModel  # that is trained or taught from
 
 
 class Source:
@@ -64,11 +74,7 @@ class Source:
             file = path.relative_to(self.root)
             if any(part.startswith(".") for part in file.parts):
                 continue
-            config = self.json(file.as_posix())
-            # The first versions of diffusers did not record the class.
-            unet = "UNet2DModel" if {"in_channels", "block_out_channels", "down_block_types"} <= config.keys() else None
-            class_name = config.get("_class_name", unet) or next(iter(config.get("architectures") or []), None)
-            classes[os.path.dirname(file.as_posix())] = class_name
+            classes[os.path.dirname(file.as_posix())] = class_name_of(self.json(file.as_posix()))
         return {folder: class_name for folder, class_name in classes.items() if class_name is not None}
 
     def choose_network(self, subfolder: str | None) -> str:
@@ -96,8 +102,8 @@ class Source:
             return folders
         return [folder for folder in folders if beside and os.path.dirname(folder) == os.path.dirname(beside)]
 
-    def load_network(self, folder: str) -> UNet2DModel:
-        """The network, with no weight missing or left over."""
+    def load_network(self, folder: str) -> Network:
+        """The network, with no weight missing or left over; a DiT as `as_denoiser` makes it."""
         name = f"--{self.option} {self.name}"
         found = None
         for patterns in WEIGHTS.values():  # a repository's files are fetched kind by kind, until there are some
@@ -107,7 +113,7 @@ class Source:
                 f"{name}: {folder or 'the top'} has a config.json, but no weights (diffusion_pytorch_model.safetensors "
                 "or .bin, of a variant or not, in one file or several with their index)."
             )
-        network_class = getattr(diffusers, self.json(join(folder, "config.json")).get("_class_name", "UNet2DModel"))
+        network_class = getattr(diffusers, class_name_of(self.json(join(folder, "config.json"))))
         network, report = network_class.from_pretrained(
             str(self.root / folder), output_loading_info=True, **loading_options(*found)
         )
@@ -117,7 +123,18 @@ class Source:
                 f"{name}: weights and config do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}."
             )
         check_finite(name, network.state_dict())
-        return network
+        return as_denoiser(network)
+
+    def null_class(self, folder: str) -> int | None:
+        """The label of the network in `folder` that means "no class"; None if there is none.
+
+        A pipeline of this package says it in its index. That of diffusers' DiT is the number of its classes.
+        """
+        said = self.json(join(os.path.dirname(folder), "model_index.json")).get("null_class")
+        config = self.json(join(folder, "config.json"))
+        if said is None and class_name_of(config) == "DiTTransformer2DModel":
+            return config.get("num_embeds_ada_norm", 1000)
+        return said
 
     def scheduler(self, folder: str) -> dict:
         """The scheduler's config that belongs to the network in `folder`, {} if there is none."""
@@ -126,6 +143,24 @@ class Source:
                 if config := self.json(join(base, path)):
                     return config
         return {}
+
+
+def class_name_of(config: dict) -> str | None:
+    """The class of the model with this config.json; the first versions of diffusers recorded none, or another."""
+    unet = "UNet2DModel" if {"in_channels", "block_out_channels", "down_block_types"} <= config.keys() else None
+    name = config.get("_class_name", unet) or next(iter(config.get("architectures") or []), None)
+    is_dit = name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+    return "DiTTransformer2DModel" if is_dit else name
+
+
+def as_denoiser(network: Network | DiTTransformer2DModel) -> Network:
+    """`network`; diffusers' DiT in our class, which predicts no variances and takes real times.
+
+    Raises ValueError for a DiT of other channels than it takes.
+    """
+    if isinstance(network, DiTTransformer2DModel):
+        return CTMDiTTransformer2DModel.from_unet(network, target_time=False)
+    return network
 
 
 def join(*parts: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from diffusers import UNet2DModel
 from torch import nn
 
-from diffusers_ctm import CTMScheduler, CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
+from diffusers_ctm import CTMScheduler, CTMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.two_times import image_size
 
@@ -17,6 +17,7 @@ from ..cli.training_options import GridOptions, HardwareOptions, StudentOptions
 from ..data.images import Images
 from ..data.latents import LatentDataset
 from .build import build_scheduler, build_unet
+from .source import Network
 from .teacher import Teacher, check_levels
 
 
@@ -81,9 +82,7 @@ def student_scheduler(teacher: Teacher, options: GridOptions) -> CTMScheduler:
     return scheduler
 
 
-def make_student(
-    network: UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel, dropout: float | None = None
-) -> CTMUNet2DModel | EDMUNet2DModel | EDM2UNet2DModel:
+def make_student(network: Network, dropout: float | None = None) -> Network:
     """A teacher's network with a target time, equal to it at every target. `dropout` replaces the teacher's."""
     student_class = CTMUNet2DModel if isinstance(network, UNet2DModel) else type(network)
     try:
@@ -95,8 +94,8 @@ def make_student(
     return student
 
 
-def set_dropout(network: CTMUNet2DModel | EDMUNet2DModel | EDM2UNet2DModel, probability: float) -> None:
-    """As if `network` had been built with `dropout=probability`: in its residual blocks, not in attention."""
+def set_dropout(network: Network, probability: float) -> None:
+    """As if `network` had been built with `dropout=probability`: in its blocks, not in the attention of U-Nets."""
     network.register_to_config(dropout=probability)
     for module in network.modules():
         if isinstance(getattr(module, "dropout", None), nn.Dropout):

@@ -10,10 +10,9 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import UNet2DModel
 from diffusers.utils import logging
 
-from diffusers_ctm import EDMHeunScheduler, EDMUNet2DModel
+from diffusers_ctm import EDMHeunScheduler
 from diffusers_ctm.preconditioning import PREDICTIONS, Preconditioning, condition
 from diffusers_ctm.scheduler_configs import own_config
 from diffusers_ctm.scheduling_karras import KarrasSchedulerMixin
@@ -24,7 +23,7 @@ from ..cli.errors import UserError, loading
 from ..cli.shared_options import TeacherOptions
 from ..data.latents import Autoencoder
 from .autoencoder import autoencoder_of
-from .source import Source, join
+from .source import Network, Source, join
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +45,7 @@ class Teacher:
         autoencoder: that of its pipeline, if it works on latents.
     """
 
-    network: UNet2DModel | EDMUNet2DModel
+    network: Network
     scheduler: EDMHeunScheduler
     id2label: dict[int, str] | None = None
     name: str | None = None
@@ -158,7 +157,7 @@ def _load(
         index = source.json(join(os.path.dirname(folder), "model_index.json"))
         beside = source.autoencoders(folder)
         autoencoder = autoencoder_of(source, beside[0]) if len(beside) == 1 else None
-    null_class = index.get("null_class")
+        null_class = source.null_class(folder)
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})
     scheduler = _make_scheduler(label, scheduler_config, given)
@@ -210,7 +209,7 @@ def check_levels(teacher: Teacher, scheduler: KarrasSchedulerMixin) -> None:
         ) from error
 
 
-def _check_network(label: str, network: UNet2DModel, null_class: int | None) -> None:
+def _check_network(label: str, network: Network, null_class: int | None) -> None:
     """Raise UserError if the network is of a kind that cannot be a teacher."""
     config = network.config
     embedding, classes = config.get("class_embed_type"), config.num_class_embeds

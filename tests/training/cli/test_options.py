@@ -140,6 +140,17 @@ def test_heads_and_channels_of_edm2():
             EDMConfig(block_out_channels=[12, 12], **options, **idle)
 
 
+def test_a_transformer_has_one_width():
+    options = {"architecture": "dit", "block_out_channels": [48], "attention_head_dim": 6}
+    EDMConfig(**options)
+    for wrong in ([48, 48], [64], [18], [0], []):
+        with pytest.raises(UserError, match=r"--block_out_channels must be one multiple of 12 \(of attention_head_dim"):
+            EDMConfig(**{**options, "block_out_channels": wrong})
+    for name, value in {"attention_levels": [0], "mid_attention": False, "norm_num_groups": 4}.items():
+        with pytest.raises(UserError, match=f"--{name} is not for --architecture dit, which has"):
+            EDMConfig(**options, **{name: value})
+
+
 PROGRAMS = {  # module: the name of its options' class
     path.stem: found[1]
     for path in sorted((ROOT / "training").glob("*.py"))

@@ -274,7 +274,8 @@ def test_by_a_difference_the_exact_map_is_0_to_order_1(name, options, monkeypatc
 def test_the_jvp_of_real_networks_is_that_of_reverse_mode(name):
     """w . (J v) = (J^T w) . v, of a network with attention and classes in training."""
     family = FAMILIES[name]
-    student = family.make_student(**family.small | {"block_out_channels": (16,)}).double().train()
+    wider = {name: (16,) for name in family.small if name == "block_out_channels"}
+    student = family.make_student(**family.small | wider).double().train()
     jumps = real_jumps(student, family.timestep_scale)
     velocity, w = (randn(3, 3, 8, 8, seed=seed) for seed in (5, 6))
     options = ObjectiveOptions(objective=["eulerian"], derivative="jvp")

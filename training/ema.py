@@ -77,7 +77,7 @@ def reconstruction(
     """Weights of averages that make the average of another width, and its error (Karras et al. 2024, Algorithm 3).
 
     The average of width `sigma_rel` after `update` updates is a sum of the network's weights over time; the result is
-    the closest to it among the sums of the given averages, by least squares.
+    the closest to it among the sums of the given averages, by least squares, with weights scaled to add up to 1.
 
     Returns:
         float64 of shape (number of averages,), and the distance between both weightings of time, relative to the wanted
@@ -88,8 +88,11 @@ def reconstruction(
     t_r = torch.tensor([update], dtype=torch.float64)
     gamma_r = torch.tensor([sigma_rel_to_gamma(sigma_rel)], dtype=torch.float64)
     weights = solve_weights(t, gamma, t_r, gamma_r)[:, 0]
-    captured = weights @ p_dot_p(t, gamma, t_r, gamma_r) / p_dot_p(t_r, gamma_r, t_r, gamma_r)
-    return weights, (1 - captured).clamp(min=0).sqrt().item()
+    weights = weights / weights.sum()  # an average
+    length = p_dot_p(t_r, gamma_r, t_r, gamma_r)
+    own = weights @ p_dot_p(t[:, None], gamma[:, None], t, gamma) @ weights
+    shared = weights @ p_dot_p(t, gamma, t_r, gamma_r)
+    return weights, ((own - 2 * shared + length) / length).clamp(min=0).sqrt().item()
 
 
 @torch.no_grad()

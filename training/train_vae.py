@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Train an autoencoder for latents: `python -m training.train_vae --config training/configs/emoji64_vae.yaml`."""
+"""Train an autoencoder for latents: `python -m training.train_vae --dataset_name user/images --resolution 64`."""
 
 import os
 from dataclasses import dataclass

@@ -93,7 +93,8 @@ class Teacher:
             denoised, reference = both.chunk(2)
         else:
             denoised = own(x, sigma, **condition(class_labels))
-            reference = self.reference.denoise(x, sigma, class_labels)
+            knows_classes = self.reference.network.config.num_class_embeds is not None
+            reference = self.reference.denoise(x, sigma, class_labels if knows_classes else None)
         return reference + self.guidance_scale * (denoised - reference)
 
     @torch.no_grad()
@@ -179,11 +180,10 @@ def _check_reference(reference: Teacher, teacher: Teacher) -> None:
     if reference.is_consistency_model:
         raise UserError(f"{label} is a consistency model, which is no denoiser. Give a diffusion model.")
     both = (reference, teacher)
-    facts = {
-        "images of shape": [(each.network.config.out_channels, *image_size(each.network)) for each in both],
-        "num_class_embeds": [each.network.config.num_class_embeds for each in both],
-        "null_class": [each.null_class for each in both],
-    }
+    facts = {"images of shape": [(each.network.config.out_channels, *image_size(each.network)) for each in both]}
+    if reference.network.config.num_class_embeds is not None:  # one without classes guides all of them alike
+        facts["num_class_embeds"] = [each.network.config.num_class_embeds for each in both]
+        facts["null_class"] = [each.null_class for each in both]
     if reference.id2label and teacher.id2label:  # names that one of them lacks cannot be compared
         for number, name in teacher.id2label.items():
             facts[f"the class {number}"] = [reference.id2label.get(number), name]

@@ -95,7 +95,7 @@ def test_an_average_that_was_not_kept_is_reconstructed():
     for width, tolerance in ((0.05, 1e-6), (0.07, 0.01), (0.14, 0.1)):
         weights, error = reconstruction(widths, steps, width, 2000)
         assert (weights @ torch.tensor(values, dtype=torch.float64)).item() == pytest.approx(kept[width], abs=tolerance)
-        assert error < 0.003 and weights.sum().item() == pytest.approx(1, abs=1e-3)
+        assert error < 0.003 and weights.sum().item() == pytest.approx(1, abs=1e-12)
     assert reconstruction([0.05, 0.1], [2000, 2000], 0.25, 2000)[1] > 0.2  # and it tells when it fails
 
 

@@ -97,7 +97,12 @@ def guide_by_classifier(pipe, classifier, target, scale, steps, gamma, seeds):
     network = load_saved(classifier).requires_grad_(False)
     unet = pipe.unet if pipe.num_classes is None else ClassAverage(pipe.unet, pipe.classes)
     free = CTMPipeline(
-        unet, pipe.scheduler, safety_checker=pipe.safety_checker, feature_extractor=pipe.feature_extractor
+        unet,
+        pipe.scheduler,
+        safety_checker=pipe.safety_checker,
+        feature_extractor=pipe.feature_extractor,
+        vae=pipe.vae,
+        normalize_images=pipe.config.normalize_images,
     )
     guidance = ClassifierGuidance(network.logits, target, scale)
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]

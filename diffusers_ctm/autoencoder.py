@@ -1,6 +1,9 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Images to latents and back, by any image autoencoder of diffusers and the numbers that its config holds."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -17,10 +20,43 @@ def downscale(vae: nn.Module) -> int:
     return ratio or 2 ** (len(blocks) - 1)
 
 
+@contextlib.contextmanager
+def in_float32(vae: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Cast an autoencoder in float16 to float32 for the block, if that is `wanted`."""
+    cast = wanted and vae.dtype == torch.float16
+    if cast:
+        vae.float()
+    try:
+        yield
+    finally:
+        if cast:
+            vae.half()
+
+
+@contextlib.contextmanager
+def for_gradients(vae: nn.Module | None) -> Iterator[None]:
+    """Prepare an autoencoder for gradients through its decoder, back to a network that made the latents.
+
+    In float16 they would vanish, and a cast after the forward pass would change weights that they need. So would
+    `enable_model_cpu_offload`, which sends the network away when the autoencoder is called: both stay meanwhile.
+    """
+    hook = getattr(vae, "_hf_hook", None)
+    previous = getattr(hook, "prev_module_hook", None)
+    if previous is not None:
+        hook.prev_module_hook = None
+    try:
+        with contextlib.nullcontext() if vae is None else in_float32(vae):
+            yield
+    finally:
+        if previous is not None:
+            hook.prev_module_hook = previous
+
+
 def moments(vae: nn.Module, images: torch.Tensor, normalized: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mean and standard deviation of the raw latents of `images`, float32 of shape (B, c, h, w).
 
-    The deviation is None for an autoencoder without one.
+    The deviation is None for an autoencoder without one. One that overflows in float16 (`force_upcast`) encodes, and
+    decodes, in float32.
 
     Args:
         vae: `AutoencoderKL`, `AutoencoderTiny`, `AutoencoderDC`, `VQModel` or another that encodes images alike.
@@ -28,7 +64,8 @@ def moments(vae: nn.Module, images: torch.Tensor, normalized: bool = True) -> tu
         normalized: whether the autoencoder works on images in [-1, 1]; else in [0, 1].
     """
     images = images if normalized else images / 2 + 0.5
-    output = vae.encode(images.to(vae.dtype))
+    with in_float32(vae, vae.config.get("force_upcast", False)):
+        output = vae.encode(images.to(vae.dtype))
     if hasattr(output, "latent_dist"):
         return output.latent_dist.mean.float(), output.latent_dist.std.float()
     return (output.latents if hasattr(output, "latents") else output.latent).float(), None
@@ -48,18 +85,12 @@ def encode(vae: nn.Module, images: torch.Tensor, normalized: bool = True) -> tor
 def decode(vae: nn.Module, latents: torch.Tensor, normalized: bool = True) -> torch.Tensor:
     """The images of standardized latents, about in [-1, 1], float32 of shape (B, C, H, W).
 
-    An autoencoder that overflows in float16 (`force_upcast`) decodes in float32.
+    Where a gradient is wanted, call it in a block of `for_gradients`.
     """
     mean, scale = _shift_and_scale(vae, latents)
-    raw, dtype = latents / scale + mean, vae.dtype
-    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
-    try:
+    raw = latents / scale + mean
+    with in_float32(vae, vae.config.get("force_upcast", False)):
         images = vae.decode(raw.to(vae.dtype), return_dict=False)[0].float()
-    finally:
-        if upcast:
-            vae.to(dtype)
     return images if normalized else 2 * images - 1
 
 

@@ -194,6 +194,8 @@ def check_guidance(guidance: Any, pipe: Any) -> None:
     if preconditioning_of(pipe.scheduler) is None:
         raise ValueError(f"{type(pipe.scheduler).__name__} takes no `guidance`; CTMScheduler and EDMHeunScheduler do.")
     check_differentiable(pipe.unet)
+    if pipe.vae is not None and guidance.on != "noisy":
+        check_differentiable(pipe.vae)
     if guidance.on == "image" and not getattr(pipe.unet, "has_target_time", False):
         raise ValueError(
             f'guidance on the "image" needs a network that jumps, a CTM, and this is a {type(pipe.unet).__name__}. Use '

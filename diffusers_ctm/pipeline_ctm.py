@@ -14,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .autoencoder import decode, downscale, encode, latent_channels
+from .autoencoder import decode, downscale, encode, for_gradients, latent_channels
 from .checks import called_back, check_callback, check_count, check_finite, check_output_type, sum_of
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
@@ -501,18 +501,19 @@ class CTMPipeline(DiffusionPipeline):
                 network = self._network()
                 scales.append(self._guidance_scale)
                 if guided:
-                    model_output, any_moved = guided_output(
-                        guidance,
-                        network,
-                        scheduler,
-                        latents,
-                        t,
-                        times,
-                        class_labels,
-                        dtype,
-                        self.num_classes,
-                        self.decode_states,
-                    )
+                    with for_gradients(self.vae):
+                        model_output, any_moved = guided_output(
+                            guidance,
+                            network,
+                            scheduler,
+                            latents,
+                            t,
+                            times,
+                            class_labels,
+                            dtype,
+                            self.num_classes,
+                            self.decode_states,
+                        )
                     moved.append(any_moved)
                 else:
                     model_input = scheduler.scale_model_input(latents, t).to(dtype)

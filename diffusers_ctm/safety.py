@@ -140,7 +140,7 @@ def without_unsafe(
     if pipe.safety_checker is None:
         return images, None
     check_safety_checker(pipe)
-    is_latent = images.shape != shown.shape
+    is_latent = images is not shown
     shown = (shown / 2 + 0.5 if denormalize else shown).clamp(0, 1)
     flags = unsafe_images(pipe.safety_checker, pipe.feature_extractor, shown)
     if any(flags):

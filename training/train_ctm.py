@@ -307,6 +307,8 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
             "--dropout 0, or --lagrangian_gradient semi."
         )
     run.folder.record |= {"objective": config.objective, "pool_size": config.pool_size or 0}
+    if autoencoder is not None and config.vae is None:
+        run.folder.record["vae"] = autoencoder.record or run.folder.record.get("teacher")
     run.folder.record["distance"] = distance.to(run.device).about
     if config.solver_model == "teacher":
         for part in teacher.parts.values():

@@ -29,6 +29,7 @@ REPOS = {
     "sharded": {},
     "teacher": {},
     "euler": {},
+    "latent": {},
     "pushed": {},
 }
 FOLDERS = [name for name in REPOS if name != "pushed"]
@@ -54,6 +55,7 @@ def publish(work: Path) -> dict:
     from diffusers import EDMEulerScheduler, UNet2DModel
 
     from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
+    from helpers.autoencoders import make_autoencoder
 
     size = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
     size |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
@@ -72,6 +74,9 @@ def publish(work: Path) -> dict:
     save("teacher", teacher)
     student.push_to_hub("team/pushed")
     results["hub"]["pushed"] = results["hub"]["student"]
+    latent = randomized(CTMUNet2DModel(**{**size, "in_channels": 4, "out_channels": 4}))
+    vae = make_autoencoder("KL", latents_mean=[0.5, 0.0, -0.25, 1.0], latents_std=[1.0, 2.0, 0.5, 4.0])
+    save("latent", CTMPipeline(latent, scheduler, vae=vae, normalize_images=False))
     save("half", CTMPipeline(student.unet.to(torch.float16), scheduler), variant="fp16")
     teacher.save_pretrained(work / "euler")  # what the swap leaves behind must not matter
     teacher.scheduler = EDMEulerScheduler.from_config(teacher.scheduler.config)
@@ -90,7 +95,8 @@ def seen(pipeline) -> dict:
         options["class_labels"] = ["ten", "zero"] if pipeline.config.id2label else [10, 0]
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    image = pipeline(batch_size=2, generator=generator, output_type="latent", **options).images
+    shown = "latent" if pipeline.vae is None else "pt"
+    image = pipeline(batch_size=2, generator=generator, output_type=shown, **options).images
     assert image.isfinite().all() and image.std() > 0.01, image
     scheduler = pipeline.scheduler
     return {

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from ..cli.errors import UserError, error_text
 from ..cli.training_options import RunOptions
@@ -32,8 +31,12 @@ def load_images(
         return ImageStream(options, options.shuffle_buffer)
     images = ImageDataset(options)
     if autoencoder is None:
+        if options.latents is not None:
+            raise UserError(
+                f"--latents {options.latents} needs the autoencoder that made them: give --vae, or a teacher that has "
+                "one."
+            )
         return images
-    autoencoder.network.to(PartialState().device)
     return LatentDataset(images, autoencoder, options.latents or f"{os.path.normpath(options.output_dir)}-latents")
 
 

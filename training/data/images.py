@@ -132,6 +132,9 @@ class Images(Classes):
         self.check_labels(labels)
         return pixels, self.as_numbered(labels)
 
+    def prepare(self) -> None:
+        """What must be done before the first batch: nothing."""
+
     def to_sample(self, images: torch.Tensor, random: Any) -> torch.Tensor:
         """uint8 images as float32 in [-1, 1], with --random_flip mirrored where `random.uniform()` is below 0.5."""
         images = to_sample(images)

@@ -6,12 +6,14 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 import diffusers_ctm
+from diffusers_ctm.autoencoder import downscale
 
 from ..cli.files import read_json
 from ..cli.names import HUB_ID
@@ -67,8 +69,10 @@ def make_card(
     index = read_json(folder, "model_index.json")
     names = index.get("id2label") or {}
     is_ctm = unet.get("_class_name") == "CTMUNet2DModel" or scheduler.get("_class_name") == "CTMScheduler"
-    size = unet.get("sample_size")
+    size, vae = unet.get("sample_size"), read_json(folder, "vae/config.json")
     height, width = size if isinstance(size, list) else (size, size)
+    if vae and size:
+        height, width = (downscale(SimpleNamespace(config=vae)) * side for side in (height, width))
     num_classes = unet.get("num_class_embeds") or len(names) or None
     if unet.get("num_class_embeds") and index.get("null_class") is not None:
         num_classes -= 1  # the label that means "no class"
@@ -81,7 +85,7 @@ def make_card(
         "is_ctm": is_ctm,
         "presets": ", ".join(sorted(scheduler.get("presets") or {}, key=int)),
         "size": f"{width}x{height} pixels",
-        "channels": unet.get("out_channels", 3),
+        "channels": vae.get("in_channels") or unet.get("out_channels", 3),
         "num_classes": num_classes,
         "class_names": [_code(names[number]) for number in sorted(names, key=int)],
         "example_class": "class_labels=0" if num_classes else "",

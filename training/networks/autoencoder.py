@@ -5,6 +5,7 @@ import os
 
 from ..cli.errors import UserError, loading
 from ..data.latents import Autoencoder
+from ..hub.record import RECORD
 from .source import Source, join
 
 
@@ -13,18 +14,17 @@ def load_autoencoder(name: str, revision: str | None) -> Autoencoder:
     label = f"--vae {name}"
     with loading(label, "It must be a folder or a Hub repository with an autoencoder, alone or in a pipeline's `vae`."):
         source = Source(name, revision, "vae")
-        folders = source.autoencoders()
-    if len(folders) != 1:
-        raise UserError(
-            f"{label} holds {len(folders) or 'no'} autoencoders{': ' if folders else ''}{', '.join(folders)}. Give a "
-            "folder or repository with one."
-        )
-    with loading(label):
-        return autoencoder_of(source, folders[0])
+        folder = source.choose_autoencoder()
+        if folder is None:
+            raise UserError(f"{label} holds no autoencoder. Give a folder or repository with one.")
+        return autoencoder_of(source, folder)
 
 
 def autoencoder_of(source: Source, folder: str) -> Autoencoder:
     """The autoencoder in `folder` of a source, frozen, as its pipeline uses it."""
-    index = source.json(join(os.path.dirname(folder), "model_index.json"))
+    pipeline = os.path.dirname(folder)
+    index = source.json(join(pipeline, "model_index.json"))
     network = source.load_network(folder).float().requires_grad_(False).eval()
-    return Autoencoder(network, index.get("normalize_images", True), source.name, source.revision)
+    source.files(pipeline, [RECORD])
+    record = source.json(join(pipeline, RECORD)).get("vae")
+    return Autoencoder(network, index.get("normalize_images", True), source.name, source.revision, record)

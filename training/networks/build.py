@@ -26,7 +26,7 @@ def build_unet(
     if dataset.resolution % halvings:
         raise UserError(
             f"--resolution must be a multiple of {halvings} for {len(levels)} --block_out_channels, got "
-            f"{dataset.resolution}."
+            f"{dataset.resolution}{' for latents' if dataset.pipeline_options else ''}."
         )
     shared = {
         "sample_size": dataset.resolution,

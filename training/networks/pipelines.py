@@ -121,6 +121,7 @@ def without_classes(pipe: CTMPipeline) -> tuple[CTMPipeline, dict]:
     pipe.unet.requires_grad_(False)
     options = {"guidance_scale": 0.0} if pipe.knows_no_class else {}
     if pipe.num_classes is not None and not pipe.knows_no_class:
-        pipe = CTMPipeline(ClassAverage(pipe.unet, pipe.classes), pipe.scheduler)
+        latent = {"vae": pipe.vae, "normalize_images": pipe.config.normalize_images}
+        pipe = CTMPipeline(ClassAverage(pipe.unet, pipe.classes), pipe.scheduler, **latent)
     pipe.set_progress_bar_config(disable=True)
     return pipe, options

@@ -24,6 +24,7 @@ NETWORKS = (  # attributes of diffusers, ours too
     "DiTTransformer2DModel",
     "CTMDiTTransformer2DModel",
 )
+AUTOENCODERS = ("AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "VQModel")
 Network = UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel | CTMDiTTransformer2DModel  # that is trained or taught from
 
 
@@ -94,13 +95,24 @@ class Source:
             )
         return candidates[0]
 
-    def autoencoders(self, beside: str | None = None) -> list[str]:
-        """The folders of all autoencoders, or of those of the pipeline that the network in `beside` belongs to."""
-        kinds = ("VQModel", "Autoencoder", "AsymmetricAutoencoder")
-        folders = [folder for folder, class_name in self.networks().items() if class_name.startswith(kinds)]
-        if beside is None:
-            return folders
-        return [folder for folder in folders if beside and os.path.dirname(folder) == os.path.dirname(beside)]
+    def choose_autoencoder(self, beside: str | None = None) -> str | None:
+        """The folder of the only autoencoder, or of that of the pipeline that the network in `beside` belongs to.
+
+        None if there is none. Raises UserError for several, and for one of another class than `AUTOENCODERS`.
+        """
+        found = {
+            folder: class_name
+            for folder, class_name in self.networks().items()
+            if class_name.startswith(("VQModel", "Autoencoder", "AsymmetricAutoencoder"))
+            and (beside is None or beside and os.path.dirname(folder) == os.path.dirname(beside))
+        }
+        if len(found) > 1 or set(found.values()) - set(AUTOENCODERS):
+            listed = ", ".join(f"{folder or 'the top'} ({class_name})" for folder, class_name in found.items())
+            raise UserError(
+                f"--{self.option} {self.name} holds {listed}. One autoencoder can be used, of the classes "
+                f"{', '.join(AUTOENCODERS)}."
+            )
+        return next(iter(found), None)
 
     def load_network(self, folder: str) -> Network:
         """The network, with no weight missing or left over; a DiT as `as_denoiser` makes it."""

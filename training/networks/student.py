@@ -35,8 +35,9 @@ def fit_data(
     """
     given = (dataset.channels, dataset.resolution, dataset.resolution)
     if makes != given:
+        what = "latents" if dataset.pipeline_options else "images"
         raise UserError(
-            f"--dataset_name {config.dataset_name} gives images of shape {given}, {name} makes {makes}; set "
+            f"--dataset_name {config.dataset_name} gives {what} of shape {given}, {name} makes {makes}; set "
             "--resolution and --image_mode, or choose another data set."
         )
     if num_classes is not None and dataset.num_classes is not None:

@@ -156,8 +156,8 @@ def _load(
         network = source.load_network(folder)
         scheduler_config = source.scheduler(folder)
         index = source.json(join(os.path.dirname(folder), "model_index.json"))
-        beside = source.autoencoders(folder)
-        autoencoder = autoencoder_of(source, beside[0]) if len(beside) == 1 else None
+        beside = source.choose_autoencoder(folder)
+        autoencoder = None if beside is None else autoencoder_of(source, beside)
         null_class = source.null_class(folder)
     _check_network(label, network, null_class)
     id2label = _read_labels(label, index.get("id2label") or {})

@@ -155,6 +155,7 @@ class TrainingRun:
                 )
         elif self.folder.first_stage is not None:
             self.folder.start_from_first_stage(self.bare_network, self.averages)
+        self.dataset.prepare()
         self.folder.save_options()
         self.monitor.start(self.step)
         size, total = options.train_batch_size, self.samples_per_step

@@ -30,6 +30,7 @@ from .checks import (
 from .image_inputs import read_images
 from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .runge_kutta import dormand_prince
+from .scheduling_karras import check_inner_levels
 from .trajectory import append_dims
 
 
@@ -114,8 +115,8 @@ def log_likelihood(
 
     Raises:
         ValueError: images of another size or mode, not 8-bit, or with NaN; labels missing or not expected; a network in
-            training mode; a list of generators; an option that does not exist; a network that gives NaN or infinite
-            values.
+            training mode; a list of generators; an option that does not exist; a scheduler whose levels reach 0 or
+            infinity; a network that gives NaN or infinite values.
         RuntimeError: the solver does not reach the tolerances.
     """
     # 1. Check
@@ -157,6 +158,7 @@ def log_likelihood(
         return denoised
 
     config = pipe.scheduler.config
+    check_inner_levels(config, "log_likelihood")
     levels = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
 
     def normal(*shape):

@@ -15,8 +15,7 @@ from .pipeline_ctm import CTMPipeline
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
 from .runs import own_run
-from .scheduling_karras import default_num_steps, jumps
-from .trajectory import karras_sigma, karras_starts
+from .scheduling_karras import default_num_steps, jumps, level_at, start_levels
 
 
 class CTMImg2ImgPipeline(CTMPipeline):
@@ -59,7 +58,8 @@ class CTMImg2ImgPipeline(CTMPipeline):
                 batch.
             strength: in (0, 1], how far up the Karras schedule to go: the level is (a + strength (b - a))^rho with
                 a = sigma_min^(1/rho), b = sigma_max^(1/rho). 1 is sigma_max, where the image no longer matters; 0.5,
-                the default, is 2.5 for levels from 0.002 to 80.
+                the default, is 2.5 for levels from 0.002 to 80. Of levels from 0 to infinity it is the place in the
+                schedule that is even in tau, `flow_level(strength, shift)`: 1 for 0.5 without shift.
             sigma: instead, the level itself: standard deviation of the noise, for pixels in [-1, 1] or latents.
             num_inference_steps: N, all of them taken, on the Karras schedule from that level down to sigma_min, or to
                 the `final_sigma` of the scheduler's config. Default 1 with `CTMScheduler`, else 18. N network
@@ -137,7 +137,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
             sigma = config.sigma_max
             if strength < 1:
                 ramp = torch.tensor(1 - strength, dtype=torch.float64, device="cpu")
-                sigma = karras_sigma(ramp, config.sigma_min, config.sigma_max, config.rho).item()
+                sigma = level_at(config, ramp).item()
         else:
             check_positive(sigma=sigma)
         end = config.sigma_min
@@ -149,7 +149,7 @@ class CTMImg2ImgPipeline(CTMPipeline):
                 f"The level to start from, {sigma:g}, must lie above {name}={lowest:g} and not above "
                 f"sigma_max={config.sigma_max:g}; choose another `strength` or `sigma`."
             )
-        levels = karras_starts(num_inference_steps, end, config.sigma_min, sigma, config.rho)
+        levels = start_levels(config, num_inference_steps, end, sigma)
         if end > 0 and levels[-1] < end * (1 + 2e-4):  # steps shorter than float32 shows the network
             raise ValueError(
                 f"{num_inference_steps} steps from level {sigma:g} to {end:g} are too many; "

@@ -22,6 +22,7 @@ from .pipeline_ctm import CTMPipeline, exact_denoiser, pipeline_condition
 from .pipeline_output import CTMPipelineOutput
 from .provenance import EDITED
 from .runs import own_run, show_run
+from .scheduling_karras import check_inner_levels
 from .trajectory import append_dims, heun_step, karras_sigmas
 
 
@@ -80,7 +81,7 @@ class CTMInversionPipeline(CTMPipeline):
 
         Raises:
             ValueError: images of another size or mode or with NaN, labels missing or not expected, a scheduler that is
-                not of this package.
+                not of this package or whose levels reach 0 or infinity.
         """
         device = self._execution_device
         x = self._read(image, "image")
@@ -186,6 +187,7 @@ class CTMInversionPipeline(CTMPipeline):
         self._match_scheduler()
         check_count(num_inference_steps=num_steps)
         config = self.scheduler.config
+        check_inner_levels(config, "Inversion")
         return karras_sigmas(num_steps + 1, config.sigma_min, config.sigma_max, config.rho, dtype=torch.float64)
 
     def _follow(self, x, levels, condition, callback=None, callback_inputs=None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from .checks import as_float64, check_choice, check_count, check_positive
-from .trajectory import append_dims, as_level, jump
+from .trajectory import PURE_NOISE, append_dims, as_level, flow_level, jump
 
 
 def condition(class_labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -87,6 +87,7 @@ class Prediction:
     is_denoiser = True  # whether F gives D(x, t); else it knows the end of a trajectory only
     learned_every_level = False  # whether it was trained beyond [sigma_min, sigma_max] too
     magnifies_rounding = False  # whether rounding errors of F reach the image times the noise level
+    knows_ends = False  # whether F can be shown the levels 0 and infinity (`PURE_NOISE`) too
     # The diffusers scheduler whose defaults hold if a network comes without one.
     default_scheduler = "EDMEulerScheduler"
     edm_scheduler_type: str | None = None  # what diffusers' EDM schedulers call it; None: they cannot sample it
@@ -259,13 +260,15 @@ class SamplePrediction(DiscretePrediction):
 
 
 class FlowPrediction(Prediction):
-    """n - x_0, from x / (1 + sigma) = (1 - tau) x_0 + tau n, tau = sigma / (1 + sigma) (Lipman et al. 2023).
+    """n - x_0, from z = x / (1 + sigma) = (1 - tau) x_0 + tau n, tau = sigma / (1 + sigma) (Lipman et al. 2023).
 
-    It is shown num_diffusion_timesteps * tau.
+    It is shown num_diffusion_timesteps * tau. With a second time it is a flow map's average velocity
+    u(z, tau_t, tau_s) = (z - z_s) / (tau_t - tau_s) = (z - g) / tau_t (MeanFlow, Geng et al. 2025, Eq. 3).
     """
 
     name = "flow_prediction"
     numbers = (*Prediction.numbers, "num_diffusion_timesteps")
+    knows_ends = True
     default_scheduler = "FlowMatchEulerDiscreteScheduler"
 
     def scalings(self, sigma, p):
@@ -276,7 +279,7 @@ class FlowPrediction(Prediction):
         return p.num_diffusion_timesteps * level / (1 + level)
 
     def sigma_of_c_noise(self, timestep, p):
-        return timestep / (p.num_diffusion_timesteps - timestep)
+        return (timestep / (p.num_diffusion_timesteps - timestep)).clamp(max=PURE_NOISE)
 
     def numbers_of(self, config, said):
         if said != self.name and "shift" not in config:
@@ -287,7 +290,12 @@ class FlowPrediction(Prediction):
         check_count(num_train_timesteps=steps)
         if steps < 2:
             raise ValueError(f"A flow with num_train_timesteps={steps} has no levels between its ends.")
-        return {"num_diffusion_timesteps": steps, "sigma_min": 1 / (steps - 1), "sigma_max": 80.0}
+        # A flow map jumps from one end to the other; the second condition is for what was read here before.
+        if config.get("_class_name") == "FlowMapEulerDiscreteScheduler" or config.get("sigma_max") == PURE_NOISE:
+            ends = {"sigma_min": 0.0, "sigma_max": PURE_NOISE, "shift": config.get("shift", 1.0)}
+        else:
+            ends = {"sigma_min": 1 / (steps - 1), "sigma_max": 80.0}
+        return {"num_diffusion_timesteps": steps, **ends}
 
 
 class ScorePrediction(Prediction):
@@ -487,3 +495,21 @@ class Preconditioning:
     def jump(self, network: Callable, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, **condition) -> torch.Tensor:
         """G(x_t, t, s), one evaluation of `network`."""
         return jump(x_t, self.g(network, x_t, t, s, **condition), t, s)
+
+    def average_velocity(
+        self, network: Callable, z: torch.Tensor, tau_t: torch.Tensor, tau_s: torch.Tensor, **condition
+    ) -> torch.Tensor:
+        """u(z, tau_t, tau_s) = (z - g) / tau_t, what the networks of flow maps give, of a CTM of any kind.
+
+        diffusers' `FlowMapEulerDiscreteScheduler` steps by it: z_s = z - (tau_t - tau_s) u.
+
+        Args:
+            network: F, as in `g`.
+            z: (1 - tau_t) x_0 + tau_t n = x_t / (1 + t), shape (B, ...).
+            tau_t: t / (1 + t) of a level that the network knows, shape (B,) or (). Better float64: rounding it to
+                float32 moves a level of 80 by 4e-4.
+            tau_s: likewise <= tau_t; s = sigma_min is the end.
+        """
+        t, s = (flow_level(tau).to(z) for tau in (tau_t, tau_s))
+        g = self.g(network, (1 + append_dims(t, z.ndim)) * z, t, s, **condition)
+        return (z - g) / append_dims(tau_t.to(z), z.ndim)

@@ -18,7 +18,9 @@ def own_config(config: Mapping) -> dict:
 
     - DDPM and all others with betas: sigma_min and sigma_max are the levels of the first and the last timestep.
     - flow matching: sigma_min is the level of timestep 1 of `num_train_timesteps`; sigma_max is 80 as EDM's, since the
-      last timestep has no finite level. `shift` moves timesteps and levels alike and changes nothing here.
+      last timestep has no finite level. `shift` moves timesteps and levels alike and changes nothing here. A
+      `FlowMapEulerDiscreteScheduler` that says its class (`_class_name`, which saved and loaded configs do) has its
+      levels from 0 to infinity and its `shift`.
     - `ScoreSdeVeScheduler`: levels are doubled, for images in [-1, 1] rather than [0, 1].
     - `CMStochasticIterativeScheduler`: a consistency model.
     - EDM: diffusers' schedulers call F "epsilon". A file with sigma_data and "sample", which no scheduler of diffusers

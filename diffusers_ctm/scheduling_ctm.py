@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .checks import as_float64
+from .checks import as_float64, check_positive
 from .scheduling_karras import KarrasSchedulerMixin, accumulation_dtype
 from .trajectory import gamma_of_split, gamma_split, jump
 
@@ -90,8 +90,10 @@ class CTMScheduler(KarrasSchedulerMixin):
 
     Args:
         num_train_timesteps: number of noise levels of the training grid. Sampling may use any number.
-        sigma_min: lowest noise level, where sampling ends.
-        sigma_max: highest noise level, where it starts.
+        sigma_min: lowest noise level, where sampling ends. With "flow_prediction" it may be 0.
+        sigma_max: highest noise level, where it starts. With "flow_prediction" it may be infinity, pure noise, which
+            is kept as `PURE_NOISE`, 2^60; a state there is 2^60 times unit noise, too much for float16. If the levels
+            reach 0 or infinity, the schedule is even in the flow's time tau = t / (1 + t).
         rho: exponent of the Karras schedule.
         sigma_data, prediction_type, timestep_scale, num_diffusion_timesteps, beta_start, beta_end, beta_schedule,
             trained_betas, rescale_betas_zero_snr: the numbers of the network, see `preconditioning.Preconditioning`.
@@ -100,6 +102,7 @@ class CTMScheduler(KarrasSchedulerMixin):
         presets: schedules by number of steps, which `set_timesteps(N)` uses when it is told N and nothing else, such as
             `{"2": {"sigmas": [80.0, 1.5], "gamma": [0.3, 0.0]}}`. Each has one or more of `sigmas`, `gamma`,
             `target_sigmas`, `final_sigma`. They are measured for one checkpoint, by `training.tune`, and saved with it.
+        shift: of a schedule that is even in tau, as in diffusers' flow schedulers: above 1 more steps at high noise.
         clip_sample: clamp g to [-1, 1] in each step. g is a mean of the denoiser, so this is right for data in [-1, 1].
     """
 
@@ -129,7 +132,9 @@ class CTMScheduler(KarrasSchedulerMixin):
         beta_schedule: str | None = None,
         trained_betas: list[float] | None = None,
         rescale_betas_zero_snr: bool = False,
+        shift: float = 1.0,
     ):
+        check_positive(shift=shift)
         if presets is not None:
             self.register_to_config(presets=_presets_in_json(presets))
         self._init_state()
@@ -151,8 +156,9 @@ class CTMScheduler(KarrasSchedulerMixin):
         """Fix the levels of a run: `sigmas` (N + 1), `target_sigmas`, `timesteps` and `target_timesteps` (N each).
 
         Args:
-            num_inference_steps: N, on the Karras schedule with N + 1 levels, or if nothing else is given and the
-                config's `presets` have an entry for N, on that. `gamma=scheduler.config.gamma` passes it over.
+            num_inference_steps: N, on the Karras schedule (of a flow map that of `start_levels`) with N + 1 levels, or
+                if nothing else is given and the config's `presets` have an entry for N, on that.
+                `gamma=scheduler.config.gamma` passes it over.
             device: where `timesteps` and `target_timesteps` go. `sigmas` and `target_sigmas` stay on the CPU.
             timesteps: instead, the c_noise of the level at which each step starts, descending floats.
             sigmas: instead, these levels themselves, descending, e.g. `[80.0, 5.0, 0.6]` for three steps; the end is

@@ -35,6 +35,8 @@ class EDMHeunScheduler(KarrasSchedulerMixin):
     s_tmin <= t_i <= s_tmax. The noise of step i + 1 is added at the end of step i, and that of step 0 is part of
     `init_noise_sigma`, so that the network always sees the level it is told.
 
+    The method needs levels between 0 and infinity: `from_config` replaces those of a flow map by 0.002 and 80.
+
     Args:
         num_train_timesteps: N before `set_timesteps` is called.
         sigma_min: last level before 0.

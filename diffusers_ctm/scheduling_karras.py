@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Base of both schedulers, and the abilities that a scheduler declares."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,71 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .checks import as_float64, check_count, check_positive, is_integer
-from .preconditioning import Preconditioning
+from .preconditioning import PREDICTIONS, Preconditioning
 from .scheduler_configs import own_config
-from .trajectory import append_dims, karras_starts
+from .trajectory import (
+    PURE_NOISE,
+    append_dims,
+    flow_level,
+    flow_place,
+    karras_ramp,
+    karras_sigma,
+    karras_starts,
+)
+
+
+def has_ends(config: Mapping) -> bool:
+    """Whether a scheduler's levels begin at infinity (`PURE_NOISE`) or end at 0, as those of a flow map do."""
+    return config.get("sigma_min") == 0 or config.get("sigma_max") == PURE_NOISE
+
+
+def check_inner_levels(config: Mapping, what: str) -> None:
+    """Raise ValueError if `what` was given a scheduler whose levels reach 0 or infinity, between which it works."""
+    if has_ends(config):
+        raise ValueError(
+            f"{what} needs noise levels between 0 and infinity, and the scheduler has "
+            f"sigma_min={config['sigma_min']:g} and sigma_max={config['sigma_max']:g}. Make it with "
+            "`from_config(pipe.scheduler.config, sigma_min=0.002, sigma_max=80.0)`."
+        )
+
+
+def level_at(config: Mapping, ramp: torch.Tensor) -> torch.Tensor:
+    """Noise level at `ramp` in [0, 1] of a scheduler's schedule, float64: 0 gives sigma_max, 1 gives sigma_min.
+
+    It is even in sigma^(1/rho) (Karras et al. 2022, Eq. 5), or if the levels reach 0 or infinity in `flow_place`.
+    """
+    low, high = config["sigma_min"], config["sigma_max"]
+    if not has_ends(config):
+        return karras_sigma(ramp, low, high, config["rho"])
+    shift = config.get("shift", 1.0)
+    bottom, top = (flow_place(as_float64(level, "level"), shift) for level in (low, high))
+    return flow_level(top + ramp * (bottom - top), shift)
+
+
+def ramp_of(config: Mapping, level: float) -> float:
+    """The place in [0, 1] of a noise level in a scheduler's schedule. Inverse of `level_at`."""
+    low, high = config["sigma_min"], config["sigma_max"]
+    if not has_ends(config):
+        return karras_ramp(level, low, high, config["rho"])
+    bottom, place, top = (
+        flow_place(as_float64(value, "level"), config.get("shift", 1.0)).item() for value in (low, level, high)
+    )
+    return (top - place) / (top - bottom)
+
+
+def start_levels(config: Mapping, num_steps: int, end: float, top: float | None = None) -> torch.Tensor:
+    """Noise levels at which each of `num_steps` steps from `top` to `end` starts, shape (num_steps,), float64.
+
+    They are even as `level_at` says; see `karras_starts`. `top` is sigma_max unless given.
+    """
+    top = config["sigma_max"] if top is None else top
+    if not has_ends(config):
+        return karras_starts(num_steps, end, config["sigma_min"], top, config["rho"])
+    shift = config.get("shift", 1.0)
+    first, last = (flow_place(as_float64(level, "level"), shift).item() for level in (top, end))
+    levels = flow_level(torch.linspace(first, last, num_steps + 1, dtype=torch.float64, device="cpu")[:-1], shift)
+    levels[0] = top
+    return levels
 
 
 class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
@@ -45,17 +108,26 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
         if isinstance(config, dict):
             config = own_config(config)
+            kind = PREDICTIONS.get(config.get("prediction_type"))
+            if not cls.jumps and kind is not None and kind.knows_ends and has_ends(config):
+                config = {**config, "sigma_min": 0.002, "sigma_max": 80.0}  # only a jump reaches the ends
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def _init_state(self) -> None:
         """Check the registered numbers and make the scheduler usable before `set_timesteps`, as diffusers' are."""
+        knows_ends = self.preconditioning.kind.knows_ends
+        if knows_ends and self.config.sigma_max == math.inf:
+            self.register_to_config(sigma_max=PURE_NOISE)
         config = self.config
         check_count(
             num_train_timesteps=config.num_train_timesteps, num_diffusion_timesteps=config.num_diffusion_timesteps
         )
-        check_positive(
-            **{name: config[name] for name in ("sigma_min", "sigma_max", "sigma_data", "rho", "timestep_scale")}
-        )
+        if knows_ends and not self.jumps:
+            check_inner_levels(config, type(self).__name__)
+        names = ["sigma_max", "sigma_data", "rho", "timestep_scale"]
+        if not (knows_ends and config.sigma_min == 0):
+            names.insert(0, "sigma_min")
+        check_positive(**{name: config[name] for name in names})
         if config.sigma_min >= config.sigma_max:
             raise ValueError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}.")
         low, high = self.preconditioning.level_range
@@ -109,7 +181,7 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
             raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `sigmas`.")
         if num_inference_steps is not None:
             check_count(num_inference_steps=num_inference_steps)
-            return karras_starts(num_inference_steps, end, config.sigma_min, config.sigma_max, config.rho)
+            return start_levels(config, num_inference_steps, end)
 
         name = "timesteps" if timesteps is not None else "sigmas"
         if timesteps is not None and is_integer(timesteps):
@@ -122,12 +194,15 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{name} must be a list with one value per step, got shape {tuple(levels.shape)}.")
         if timesteps is not None:
             levels = self.t_to_sigma(levels)
+        if config.sigma_max == PURE_NOISE:
+            levels = levels.clamp(max=PURE_NOISE)  # infinity
         if not levels.isfinite().all() or (levels[1:] >= levels[:-1]).any():
             raise ValueError(
                 f"{name} must be finite and strictly descending, from much noise to little; got {levels.tolist()} as "
                 "noise levels."
             )
-        if levels[-1] < (config.sigma_min * (1 - 1e-4) if end == 0 else end * (1 + 1e-4)):
+        lowest = config.sigma_min * (1 - 1e-4) if end == 0 else end * (1 + 1e-4)
+        if levels[-1] < lowest or levels[-1] == 0:
             added = "sigma_min" if end == config.sigma_min else f"{end:g}"
             raise ValueError(
                 f"{name} ends at noise level {levels[-1].item():g}. It holds the level at which each step starts, none "

@@ -1,9 +1,14 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The mathematics, once: Karras levels and their inverse, jump, gamma, renoise, Heun."""
+"""The mathematics, once: levels of Karras and of flows and their inverses, jump, gamma, renoise, Heun."""
 
 from collections.abc import Callable
 
 import torch
+
+
+# The noise level that stands for infinity, where x / t is unit noise. 1 + 2^60 is 2^60 in float64 and a power of two
+# rounds nothing, so that formulas take their limits to the last bit: x / (1 + t) is the noise n, and (s/t) x is s n.
+PURE_NOISE = 2.0**60
 
 
 def append_dims(level: torch.Tensor, ndim: int) -> torch.Tensor:
@@ -64,6 +69,20 @@ def karras_starts(
     if end == 0:
         return karras_sigmas(num_steps, sigma_min, sigma_max, rho, dtype=torch.float64)
     return karras_sigmas(num_steps + 1, end, sigma_max, rho, dtype=torch.float64)[:-1]
+
+
+def flow_level(place: torch.Tensor, shift: float = 1.0) -> torch.Tensor:
+    """Noise level at `place` in [0, 1] of a flow's times, t = shift * place / (1 - place): 0 is 0, 1 is PURE_NOISE.
+
+    Without shift the place is the time tau = t / (1 + t) itself; diffusers' shift takes tau to
+    shift tau / (1 + (shift - 1) tau).
+    """
+    return (shift * place / (1 - place)).clamp(max=PURE_NOISE)
+
+
+def flow_place(level: torch.Tensor, shift: float = 1.0) -> torch.Tensor:
+    """The place in [0, 1] of a noise level among a flow's times. Inverse of `flow_level`."""
+    return level / (shift + level)
 
 
 def jump(x_t: torch.Tensor, g: torch.Tensor, t: torch.Tensor | float, s: torch.Tensor | float) -> torch.Tensor:

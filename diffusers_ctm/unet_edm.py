@@ -56,6 +56,9 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         label_dropout: probability of leaving out the class during training.
         augment_dim: length of the vector that describes how a training image was augmented. None: there is none.
         target_time: whether there is a second time.
+        target_time_type: how it enters: "separate", as above, or "interval", one embedding of the projections of time
+            and time - target time side by side (class and augmentation are added to both), as in MeanFlow's network for
+            CIFAR-10 (Geng et al. 2025).
     """
 
     _supports_gradient_checkpointing = True
@@ -84,12 +87,14 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         label_dropout: float = 0.0,
         augment_dim: int | None = None,
         target_time: bool = False,
+        target_time_type: str = "separate",
     ):
         super().__init__()
         check_choice("time_embedding_type", time_embedding_type, ("positional", "fourier"))
         check_choice("encoder_type", encoder_type, ("standard", "skip", "residual"))
         check_choice("decoder_type", decoder_type, ("standard", "skip"))
         check_choice("resample_filter", tuple(resample_filter), ((1, 1), (1, 3, 3, 1)))
+        check_choice("target_time_type", target_time_type, ("separate", "interval") if target_time else ("separate",))
 
         # 1. Times, class and augmentation
         proj_dim = time_proj_dim or model_channels
@@ -98,14 +103,16 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             self.time_proj = Timesteps(proj_dim, flip_sin_to_cos=False, downscale_freq_shift=1)
         else:
             self.time_proj = EDMFourierProjection(proj_dim)
-        self.class_embedding = nn.Linear(num_class_embeds, proj_dim) if num_class_embeds else None
-        self.augment_embedding = nn.Linear(augment_dim, proj_dim, bias=False) if augment_dim else None
-        self.time_embedding = TimestepEmbedding(proj_dim, width)
-        self.target_time_embedding = TimestepEmbedding(proj_dim, width) if target_time else None
+        is_separate = target_time and target_time_type == "separate"
+        read_dim = proj_dim if is_separate or not target_time else 2 * proj_dim
+        self.class_embedding = nn.Linear(num_class_embeds, read_dim) if num_class_embeds else None
+        self.augment_embedding = nn.Linear(augment_dim, read_dim, bias=False) if augment_dim else None
+        self.time_embedding = TimestepEmbedding(read_dim, width)
+        self.target_time_embedding = TimestepEmbedding(proj_dim, width) if is_separate else None
 
         # 2. Down, middle, up; `skips` are the channels of what the way up receives from the way down
         layer = {
-            "temb_channels": 2 * width if target_time else width,
+            "temb_channels": 2 * width if is_separate else width,
             "dropout": dropout,
             "kernel": "fir" if tuple(resample_filter) == (1, 3, 3, 1) else None,
             "head_dim": attention_head_dim,
@@ -184,7 +191,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     @property
     def has_target_time(self) -> bool:
         """Whether the network is shown a second time."""
-        return self.target_time_embedding is not None
+        return self.config.target_time
 
     @property
     def last_layer(self) -> nn.Conv2d:
@@ -206,7 +213,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         return start_as(cls.from_config(config_of(unet), target_time=True), unet)
 
     def _conditioning(self, timestep, target_timestep, class_labels, augment_labels, dtype) -> torch.Tensor:
-        """The embedding of the time, or [time, target time]; class and augmentation are in both. Shape (B, width)."""
+        """The embedding of time or interval, or [time, target time]; class and augmentation are in both. (B, width)."""
         condition = 0
         if self.class_embedding is not None:
             vector = class_vector(self, class_labels, timestep).to(dtype)
@@ -221,8 +228,11 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             condition = condition + self.augment_embedding(augment_labels.to(dtype))
         elif augment_labels is not None:
             raise ValueError("augment_labels were given, but this network has no augment_dim")
-        embedding = self.time_embedding(self.time_proj(timestep).to(dtype) + condition)
-        if not self.has_target_time:
+        projection = self.time_proj(timestep)
+        if self.config.target_time_type == "interval":
+            projection = torch.cat([projection, self.time_proj(timestep - target_timestep)], dim=1)
+        embedding = self.time_embedding(projection.to(dtype) + condition)
+        if self.target_time_embedding is None:
             return embedding
         target_embedding = self.target_time_embedding(self.time_proj(target_timestep).to(dtype) + condition)
         return torch.cat([embedding, target_embedding], dim=1)

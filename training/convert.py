@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Convert checkpoints of EDM and CTM: `python -m training.convert edm-cifar10-32x32-uncond-vp.pkl teachers/cifar10`."""
+"""Convert official checkpoints: `python -m training.convert edm-cifar10-32x32-uncond-vp.pkl teachers/cifar10`."""
 
 import json
 import os
@@ -95,12 +95,12 @@ class ConvertConfig(Checked):
     )
     sigma_min: float | None = option(
         None,
-        "Lowest noise level when sampling. Default: 0.002; with epsilon that of the first timestep.",
+        "Lowest noise level when sampling. Default: the family's, 0.002; with epsilon that of the first timestep.",
         must_be=POSITIVE,
     )
     sigma_max: float | None = option(
         None,
-        "Highest noise level when sampling. Default: 80; with epsilon that of the last timestep.",
+        "Highest noise level when sampling. Default: the family's, 80; with epsilon that of the last timestep.",
         must_be=POSITIVE,
     )
     num_train_timesteps: int | None = option(
@@ -129,8 +129,7 @@ class ConvertConfig(Checked):
         if not self.source or not self.out:
             raise UserError("SOURCE and OUT are needed: python -m training.convert SOURCE OUT. See --help.")
         if self.prediction_type == "edm":
-            self.sigma_min, self.sigma_max = self.sigma_min or 0.002, self.sigma_max or 80.0
-            self.check(self.sigma_max > self.sigma_min, "sigma_max", "above sigma_min")
+            self.check((self.sigma_max or 80.0) > (self.sigma_min or 0.002), "sigma_max", "above sigma_min")
         if (self.prediction_type == "epsilon") != (self.beta_schedule is not None):
             raise UserError("--prediction_type epsilon and --beta_schedule are given together or not at all.")
         if self.prediction_type == "epsilon" and (self.consistency_model or self.timestep_scale or self.sigma_data):
@@ -178,7 +177,8 @@ def make_pipeline(
     names = ("sigma_min", "sigma_max", "sigma_data", "timestep_scale")
     numbers = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.prediction_type == "edm":
-        numbers = {name: defaults[name] for name in ("sigma_data", "timestep_scale")} | numbers
+        known = (*names, "prediction_type", "num_diffusion_timesteps")
+        numbers = {name: defaults[name] for name in known if name in defaults} | numbers
     if config.consistency_model:
         if not isinstance(network, UNet2DModel) or is_ctm(network):
             raise UserError(
@@ -284,6 +284,7 @@ def describe(pipe: CTMPipeline, family: Family) -> str:
     classes = network.config.num_class_embeds
     edm = isinstance(pipe.scheduler.preconditioning.kind, EDMPrediction)
     kind = f"CTM with N = {numbers.num_train_timesteps}" if is_ctm(network) else "EDM teacher" if edm else "teacher"
+    kind = "flow map" if is_ctm(network) and numbers.prediction_type == "flow_prediction" else kind
     labels = "unconditional" if classes is None else f"conditional on {classes} classes"
     height, width = image_size(network)
     return (

@@ -257,6 +257,31 @@ class ParametrizedCTM(ParametrizedNetwork):
         self.has_target_time = True
 
 
+class AverageVelocityNetwork(nn.Module):
+    """u(z, tau_t, tau_s) of an exact flow map of `GaussianData`, shown `scale` times both times, each in [0, 1].
+
+    z = (1 - tau) x_0 + tau n is N((1 - tau) mean, v), v = (1 - tau)^2 std^2 + tau^2, and the flow keeps
+    (z - (1 - tau) mean) / sqrt(v). u = (z_t - z_s) / (tau_t - tau_s) without cancellation: tau_s = tau_t is the
+    velocity, and 0 and 1 are times as others.
+    """
+
+    has_target_time = True
+
+    def __init__(self, data, scale=1000.0):
+        super().__init__()
+        self.data, self.scale = data, scale
+        self.config = SimpleNamespace(sample_size=4, in_channels=3, num_class_embeds=None)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def forward(self, sample, timestep, target_timestep=None, return_dict=False):
+        z, variance = sample.double(), self.data.std**2
+        target_timestep = timestep if target_timestep is None else target_timestep
+        tau, end = (levels_like(time, z) / self.scale for time in (timestep, target_timestep))
+        v, v_end = ((1 - time) ** 2 * variance + time**2 for time in (tau, end))
+        slope = (tau + end - (2 - tau - end) * variance) / (v + (v * v_end).sqrt())
+        return ((slope * (z - (1 - tau) * self.data.mean) - self.data.mean).to(sample.dtype),)
+
+
 def randn(*shape, seed=0, dtype=torch.float64) -> torch.Tensor:
     """Normal values that depend on `seed` alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

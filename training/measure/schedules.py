@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from diffusers_ctm import CTMScheduler
-from diffusers_ctm.trajectory import karras_ramp, karras_sigma, karras_starts
+from diffusers_ctm.scheduling_karras import level_at, ramp_of, start_levels
 
 from .sampling import Setting
 
@@ -26,23 +26,21 @@ class Space:
 
     def __init__(self, steps: int, scheduler: CTMScheduler, first_level: bool):
         config = scheduler.config
-        self.steps, self.first_level = steps, first_level
+        self.config, self.steps, self.first_level = config, steps, first_level
         self.end = config.sigma_min if config.final_sigma is None else config.final_sigma
         self.range = (config.sigma_min, config.sigma_max, config.rho)
         # The last step starts above where it ends; a step to 0 may start at sigma_min.
-        self.highest = 1.0 if self.end == 0 else karras_ramp(self.end, *self.range) - LEAST_GAP
+        self.highest = 1.0 if self.end < config.sigma_min else ramp_of(config, self.end) - LEAST_GAP
 
     def karras(self, gamma: float) -> tuple[float, ...]:
         """The Karras schedule at one gamma."""
-        levels = [
-            karras_ramp(level, *self.range) for level in karras_starts(self.steps, self.end, *self.range).tolist()
-        ]
+        levels = [ramp_of(self.config, level) for level in start_levels(self.config, self.steps, self.end).tolist()]
         return (*levels, *[gamma] * (self.steps - 1))
 
     def setting(self, point: Sequence[float]) -> Setting:
         """The schedule of a point, with numbers of six digits, so that what is measured is what is saved."""
         ramps = torch.tensor(point[: self.steps], dtype=torch.float64)
-        levels = [float(f"{level:.6g}") for level in karras_sigma(ramps, *self.range).tolist()]
+        levels = [float(f"{level:.6g}") for level in level_at(self.config, ramps).tolist()]
         if not self.first_level:
             levels[0] = self.range[1]
         gammas = [float(f"{gamma:.6g}") for gamma in point[self.steps :]]

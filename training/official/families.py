@@ -35,8 +35,8 @@ class Family(Protocol):
     def matches(self, shapes: Shapes) -> bool:
         """Whether a state dict with these names and shapes is of the family."""
 
-    def defaults(self, shapes: Shapes) -> dict[str, float]:
-        """`sigma_data` and `timestep_scale`, which shapes do not tell."""
+    def defaults(self, shapes: Shapes) -> dict[str, float | str]:
+        """`sigma_data`, `timestep_scale` and other numbers of the scheduler, which shapes do not tell."""
 
     def said_by(self, part: Record) -> dict[str, Any]:
         """What a pickled network says of itself beside its weights: `sigma_data`, and arguments of its class."""
@@ -78,14 +78,16 @@ def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[st
         if not all(name.startswith(prefix) for name in bare):
             break
         bare = {name.removeprefix(prefix): tensor for name, tensor in bare.items()}
-    groups = Counter(name.partition(".")[0][:60] for name in state_dict)
+    groups = Counter(name.partition(".")[0][:60] for name in bare)
     found = ", ".join(f"{name} ({count})" for name, count in groups.most_common(6))
     advice = ""
     if {"conv_in", "down_blocks", "up_blocks"} <= groups.keys():
         advice = " These have the names of diffusers: such weights need no conversion, but a folder with config.json."
+    if {"x_embedder", "t_embedder", "final_layer"} <= groups.keys():
+        advice = " These are of a transformer (DiT, SiT): no network here has such layers and two times."
     raise UserError(
         f"These weights are of no network that is known here. Their {len(state_dict)} names begin with {found}. Known "
-        f"are EDM's DDPM++, NCSN++ and ADM, OpenAI's ADM, the CTMs of both, and EDM2's.{advice}"
+        f"are EDM's DDPM++, NCSN++ and ADM, OpenAI's ADM, the CTMs of both, MeanFlow's U-Net, and EDM2's.{advice}"
     )
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""The family of SongUNet: EDM's DDPM++ and NCSN++, and the CIFAR-10 CTM."""
+"""The family of SongUNet: EDM's DDPM++ and NCSN++, and the networks for CIFAR-10 of CTM and MeanFlow."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -49,18 +50,33 @@ DEFAULTS = {
     "timestep_scale": 1.0,
     "dropout": 0.13,  # of EDM's and CTM's CIFAR-10 training; FFHQ and AFHQv2 had 0.05 to 0.25
 }
+# MeanFlow's network is shown tau_t and tau_t - tau_s themselves, and jumps from pure noise to images.
+MEANFLOW = {
+    "prediction_type": "flow_prediction",
+    "num_diffusion_timesteps": 1,
+    "sigma_min": 0.0,
+    "sigma_max": math.inf,
+    "dropout": 0.2,
+}
 
 
 def matches(shapes: Shapes) -> bool:
-    """Whether these names are those of a SongUNet, EDM teacher or CIFAR-10 CTM."""
+    """Whether these names are those of a SongUNet, EDM teacher or the CIFAR-10 network of CTM or MeanFlow."""
     names = [name.removeprefix(PREFIX) for name in shapes]
     # Several tensors each: weights that lack one are recognized still, and told what is missing.
     has_end = any(re.match(r"dec\.(\d+)x\1_aux_(conv|norm)\.", name) for name in names)
     return has_end and any(name.startswith("map_layer") for name in names)
 
 
-def defaults(shapes: Shapes) -> dict[str, float]:
-    return dict(DEFAULTS)
+def defaults(shapes: Shapes) -> dict[str, float | str]:
+    return DEFAULTS | MEANFLOW if is_meanflow(bare(shapes)) else dict(DEFAULTS)
+
+
+def is_meanflow(shapes: Shapes) -> bool:
+    """Whether its time embedding reads sines of two times, twice as many as its first convolution has channels each."""
+    first = next((shape for name, shape in shapes.items() if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name)), ())
+    read = shapes.get("map_layer0.weight", ())
+    return len(first) == 4 and len(read) == 2 and read[1] == 4 * first[0] and "map_noise.freqs" not in shapes
 
 
 def said_by(part: Record) -> dict[str, float]:
@@ -102,12 +118,14 @@ def without_variances(state_dict: Mapping[str, torch.Tensor]) -> Tensors:
 def to_official(network: EDMUNet2DModel, flavour: str | None = None) -> Tensors:
     """The state dict that the authors' EDMPrecond or EDMPrecond_CTM loads.
 
-    A CTM's two biases per block are one here: it goes to `affine.bias`, and `affine_s.bias` is zero. Raises UserError
-    if `sample_size` is not one number, because the official names contain it.
+    A CTM's two biases per block are one here: it goes to `affine.bias`, and `affine_s.bias` is zero. A MeanFlow network
+    gets the names of its `net_ema`. Raises UserError if `sample_size` is not one number, because the official names
+    contain it.
     """
     if flavour is not None:
         raise UserError("--flavour is for ADM networks; this is a SongUNet, which has one set of names only.")
-    return copied(official_tensors(network, _layers(network)), PREFIX)
+    prefix = "" if network.config.target_time_type == "interval" else PREFIX
+    return copied(official_tensors(network, _layers(network)), prefix)
 
 
 def _inferred(shapes: Shapes) -> dict:
@@ -124,6 +142,7 @@ def _inferred(shapes: Shapes) -> dict:
         raise UserError(f"{filters[0]} has {taps} taps; EDMUNet2DModel knows the filters (1, 1) and (1, 3, 3, 1).")
     model_channels, in_channels = shape_of(shapes, f"enc.{top}_conv.weight", 4)[:2]
     time_embedding_dim, time_proj_dim = shape_of(shapes, "map_layer0.weight", 2)
+    meanflow = is_meanflow(shapes)
     encoders = {"skip": r"enc\..*_aux_skip\..*", "residual": r"enc\..*_aux_residual\..*"}
     if time_proj_dim == 2 * model_channels and "map_noise.freqs" not in shapes:  # a buffer: some files leave it out
         raise UserError(
@@ -140,9 +159,9 @@ def _inferred(shapes: Shapes) -> dict:
         "layers_per_block": blocks,
         "attention_levels": tuple(level for level, here in enumerate(has_attention) if here),
         "attention_head_dim": None,  # one head
-        "dropout": DEFAULTS["dropout"],
+        "dropout": (MEANFLOW if meanflow else DEFAULTS)["dropout"],
         "time_embedding_type": "fourier" if "map_noise.freqs" in shapes else "positional",
-        "time_proj_dim": time_proj_dim,
+        "time_proj_dim": time_proj_dim // 2 if meanflow else time_proj_dim,
         "time_embedding_dim": time_embedding_dim,
         "encoder_type": next((kind for kind, pattern in encoders.items() if matching(pattern)), "standard"),
         "decoder_type": "skip" if len(numbers(shapes, r"dec\.(\d{1,4})x\1_aux_")) > 1 else "standard",
@@ -150,7 +169,8 @@ def _inferred(shapes: Shapes) -> dict:
         "num_class_embeds": shape_of(shapes, "map_label.weight", 2)[1] if has(shapes, "map_label.") else None,
         "label_dropout": 0.0,
         "augment_dim": shape_of(shapes, "map_augment.weight", 2)[1] if has(shapes, "map_augment.") else None,
-        "target_time": has(shapes, "map_layer0_s."),
+        "target_time": meanflow or has(shapes, "map_layer0_s."),
+        "target_time_type": "interval" if meanflow else "separate",
     }
 
 
@@ -199,7 +219,8 @@ def _layers(network: EDMUNet2DModel) -> list[Layer]:
 def _blocks(network: EDMUNet2DModel, own: str, names: list[str]) -> list[Layer]:
     """The residual blocks of the submodule `own`, whose official names are `names`."""
     block, layers = network.get_submodule(own), []
-    kinds = {"affine": two_times() if network.has_target_time else COPY}
+    kinds = {"affine": COPY if network.target_time_embedding is None else two_times()}
+    order = "three_head_dim" if network.config.target_time_type == "interval" else "head_dim_three"
     for index, name in enumerate(names):
         for official, part in RESNET_NAMES.items():
             layers.append(Layer(f"{name}.{official}", f"{own}.resnets.{index}.{part}", kinds.get(official, COPY)))
@@ -210,7 +231,7 @@ def _blocks(network: EDMUNet2DModel, own: str, names: list[str]) -> list[Layer]:
             head_dim = attention.to_q.out_features // attention.heads
             layers += [
                 Layer(f"{name}.norm2", f"{path}.group_norm", COPY),
-                Layer(f"{name}.qkv", path, qkv(head_dim, "head_dim_three")),
+                Layer(f"{name}.qkv", path, qkv(head_dim, order)),
                 Layer(f"{name}.proj", f"{path}.to_out.0", LINEAR),
             ]
     return layers

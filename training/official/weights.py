@@ -14,7 +14,7 @@ MAX_MODULES = 20_000  # modules of a network
 MAX_DEPTH = 100  # modules within modules
 
 # Where checkpoints keep their weights, the best first: averaged weights are what samples well.
-ENTRIES = ("ema", "model_ema", "ema_model", "ema_state_dict", "params_ema", "g_ema")
+ENTRIES = ("ema", "model_ema", "ema_model", "ema_state_dict", "params_ema", "g_ema", "net_ema")
 ENTRIES += ("state_dict", "model_state_dict", "model", "network", "net", "unet", "params", "module")
 
 
@@ -124,15 +124,28 @@ def find_weights(checkpoint: Any, entry: str | None = None) -> tuple[str, dict |
 
 
 def _parts(checkpoint: Any) -> dict[str, dict | Record]:
-    """The dicts and objects in the dict `checkpoint`, and in those, by dotted names. A shared one is listed once."""
+    """The dicts and objects in the dict `checkpoint`, and in those, by dotted names. A shared one is listed once.
+
+    So are the networks in a state dict of several.
+    """
     parts, level, seen = {}, {"": checkpoint}, {id(checkpoint)}
     for _ in range(2):
         inner = {}
         for prefix, value in level.items():
-            for name, part in value.items() if type(value) is dict else ():
+            for name, part in [*value.items(), *_networks(value).items()] if type(value) is dict else ():
                 if type(name) is str and isinstance(part, dict | Record) and id(part) not in seen:
                     seen.add(id(part))
                     inner[f"{prefix}{name}."] = part
         level = inner
         parts |= {name.removesuffix("."): part for name, part in level.items()}
     return parts
+
+
+def _networks(state_dict: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The networks by name where a state dict holds several, such as one and its averages, as "net." and "net_ema."."""
+    networks: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights_of(state_dict).items():
+        first, _, rest = name.partition(".")
+        if rest and first.rstrip("0123456789") in ENTRIES:
+            networks.setdefault(first, {})[rest] = tensor
+    return networks if len(networks) > 1 else {}

@@ -172,10 +172,10 @@ def shapes_of(flavour, **changes):
     return layers.shapes_of(adm.to_official(network, flavour))
 
 
-def random_weights(flavour, **changes):
+def random_weights(flavour, shapes=None, **changes):
     """No layer is zero or the identity. Resampling filters are the constants they are."""
     generator, weights = seeded(), {}
-    for name, shape in shapes_of(flavour, **changes).items():
+    for name, shape in (shapes or shapes_of(flavour, **changes)).items():
         scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.3
         mean = len(shape) == 1 and name.endswith("weight")  # of a norm
         weights[name] = mean + scale * torch.randn(shape, generator=generator) * (3 if ".qkv." in name else 1)
@@ -210,6 +210,111 @@ def test_equals_the_official_arithmetic(flavour, inputs):
         official = OpenAI(weights, 2)(x, t, y, *targets)
     ours = network(x, t, *targets, y).sample
     assert official.std() > 0.1
+    assert (ours - official).abs().max() < 1e-5
+
+
+def bedroom_shapes(width):
+    """Names and shapes of the CTM of LSUN bedrooms, 256x256, by the public options of OpenAI's UNetModel for them.
+
+    channel_mult 1, 1, 2, 2, 4, 4, 2 blocks a level, attention at 32, 16 and 8, resblock_updown, no scale-shift norm,
+    no classes; with the CTM's second time.
+    """
+    multiples, blocks, attention, shapes = (1, 1, 2, 2, 4, 4), 2, (3, 4, 5), {}
+
+    def layer(name, *shape):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+    def block(name, inside, outside):
+        layer(f"{name}.in_layers.0", inside)
+        layer(f"{name}.in_layers.2", outside, inside, 3, 3)
+        for end in ("", "_s"):
+            layer(f"{name}.emb_layers{end}.1", outside, 4 * width)
+        layer(f"{name}.out_layers.0", outside)
+        layer(f"{name}.out_layers.3", outside, outside, 3, 3)
+        if inside != outside:
+            layer(f"{name}.skip_connection", outside, inside, 1, 1)
+
+    def attend(name, channels):
+        layer(f"{name}.norm", channels)
+        layer(f"{name}.qkv", 3 * channels, channels, 1, 1)
+        layer(f"{name}.proj_out", channels, channels, 1, 1)
+
+    for name in ("time_embed", "time_embed_s"):
+        layer(f"{name}.0", 4 * width, width)
+        layer(f"{name}.2", 4 * width, 4 * width)
+    layer("input_blocks.0.0", width, 3, 3, 3)
+    channels, skips = width, [width]
+    for level, multiple in enumerate(multiples):
+        for i in range(blocks + (level < len(multiples) - 1)):  # the last one halves the resolution
+            block(f"input_blocks.{len(skips)}.0", channels, multiple * width)
+            channels = multiple * width
+            if level in attention and i < blocks:
+                attend(f"input_blocks.{len(skips)}.1", channels)
+            skips.append(channels)
+    block("middle_block.0", channels, channels)
+    attend("middle_block.1", channels)
+    block("middle_block.2", channels, channels)
+    number = 0
+    for level, multiple in reversed(list(enumerate(multiples))):
+        for i in range(blocks + 1):
+            block(f"output_blocks.{number}.0", channels + skips.pop(), multiple * width)
+            channels = multiple * width
+            if level in attention:
+                attend(f"output_blocks.{number}.1", channels)
+            if level > 0 and i == blocks:
+                block(f"output_blocks.{number}.{1 + (level in attention)}", channels, channels)
+            number += 1
+    layer("out.0", channels)
+    layer("out.2", 3, channels, 3, 3)
+    return shapes
+
+
+class Bedroom(OpenAI):
+    """OpenAI's network of any number of levels without classes and scale-shift, its structure read from its names."""
+
+    def block(self, name, x, emb, resample=lambda x: x):
+        h = self.conv(f"{name}.in_layers.2", resample(F.silu(self.norm(f"{name}.in_layers.0", x))))
+        for end, one in zip(("", "_s"), emb):
+            h = h + self.linear(f"{name}.emb_layers{end}.1", F.silu(one))[:, :, None, None]
+        h = self.conv(f"{name}.out_layers.3", F.silu(self.norm(f"{name}.out_layers.0", h)))
+        x = resample(x)
+        return h + (self.conv(f"{name}.skip_connection", x) if f"{name}.skip_connection.weight" in self.w else x)
+
+    def __call__(self, x, t, s):
+        emb, stack, halving = (self.embed("time_embed", t), self.embed("time_embed_s", s)), [], {3, 6, 9, 12, 15}
+        for i in range(18):
+            if i == 0:
+                x = self.conv("input_blocks.0.0", x)
+            else:
+                x = self.block(f"input_blocks.{i}.0", x, emb, halved if i in halving else lambda x: x)
+            if f"input_blocks.{i}.1.qkv.weight" in self.w:
+                x = self.attend(f"input_blocks.{i}.1", x)
+            stack.append(x)
+        x = self.block("middle_block.2", self.attend("middle_block.1", self.block("middle_block.0", x, emb)), emb)
+        for i in range(18):
+            x = self.block(f"output_blocks.{i}.0", torch.cat([x, stack.pop()], dim=1), emb)
+            for part in (f"output_blocks.{i}.1", f"output_blocks.{i}.2"):
+                if f"{part}.qkv.weight" in self.w:
+                    x = self.attend(part, x)
+                elif f"{part}.in_layers.2.weight" in self.w:
+                    x = self.block(part, x, emb, doubled)
+        return self.conv("out.2", F.silu(self.norm("out.0", x)))
+
+
+@torch.no_grad()
+def test_the_ctm_of_bedrooms():
+    for width in (32, 256):
+        shapes = bedroom_shapes(width)
+        network = adm.network_of(shapes)
+        assert layers.shapes_of(adm.to_official(network)) == shapes
+        assert (network.config.sample_size, network.config.num_class_embeds) == (256, None)
+        assert network.config.block_out_channels == tuple(width * m for m in (1, 1, 2, 2, 4, 4))
+    weights = random_weights("ctm", bedroom_shapes(32))
+    network = convert("ctm", weights).double()
+    x = torch.randn(2, 3, 32, 32, generator=seeded(7), dtype=torch.float64)  # smaller images have the same layers
+    t, s = torch.tensor([0.7, -1.3], dtype=torch.float64), torch.tensor([-0.4, 0.9], dtype=torch.float64)
+    official, ours = Bedroom(weights)(x, t, s), network(x, t, s).sample
+    assert official.std() > 0.1 and (ours - network(x, t).sample).abs().max() > 0.1
     assert (ours - official).abs().max() < 1e-5
 
 

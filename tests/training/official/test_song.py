@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Official SongUNet checkpoints as EDMUNet2DModel and back: the authors' numbers, names and shapes."""
 
+import argparse
 import functools
 import json
 import math
@@ -11,14 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import silu
 
-from diffusers_ctm import EDMUNet2DModel
+from diffusers_ctm import CTMPipeline, EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
-from diffusers_ctm.trajectory import append_dims
+from diffusers_ctm.trajectory import PURE_NOISE, append_dims
 from helpers.arithmetic import Arithmetic
 from helpers.comparing import close as close_to
 from helpers.places import ORACLE
 from helpers.tiny_networks import EDM_KINDS, inputs, make_edm, times
 from training.cli.errors import UserError
+from training.cli.options import parse_config
+from training.convert import ConvertConfig, main
 from training.official import song
 from training.official.families import find_family
 from training.official.layers import shapes_of
@@ -210,8 +213,11 @@ class Song(Arithmetic):
             emb = emb + self.linear("map_augment", condition["augment_labels"].double())
         return silu(self.linear(f"map_layer1{end}", silu(self.linear(f"map_layer0{end}", emb))))
 
+    def embeddings(self, times, condition):
+        return [self.embedding(time, condition, end) for time, end in zip(times, ("", "_s"))]
+
     def __call__(self, x, *times, **condition):
-        embs = [self.embedding(time.double(), condition, end) for time, end in zip(times, ("", "_s"))]
+        embs = self.embeddings([time.double() for time in times], condition)
         image = x = x.double()
         skips = []
         for level, size in enumerate(self.sizes):
@@ -258,6 +264,97 @@ def test_equals_the_official_arithmetic(changes, target_time):
     official = Song(song.to_official(network), network)(sample, *times(network, t, s), **condition)
     assert official.std() > 0.1
     close(network(sample, *times(network, t, s), **condition).sample.double(), official)
+
+
+# MeanFlow's network ---------------------------------------------------------------------------------------------------
+
+MEANFLOW = {
+    **{"block_out_channels": (16, 16, 16), "layers_per_block": 2, "resample_filter": (1, 3, 3, 1), "augment_dim": 6},
+    **{"time_proj_dim": 16, "target_time": True, "target_time_type": "interval"},
+}
+
+
+class MeanFlow(Song):
+    """The U-Net of the public PyTorch code of Geng et al. 2025 for CIFAR-10.
+
+    One embedding reads the sines of t and of t - s side by side, and qkv holds all queries, then keys, then values.
+    """
+
+    def embeddings(self, times, condition):
+        half = self.w["map_layer0.weight"].shape[1] // 4
+        frequencies = 1e-4 ** (torch.arange(half, dtype=torch.float64) / (half - 1))
+        angles = [time[:, None] * frequencies for time in (times[0], times[0] - times[1])]
+        emb = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+        emb = emb + self.linear("map_augment", condition["augment_labels"].double())
+        return [silu(self.linear("map_layer1", silu(self.linear("map_layer0", emb))))]
+
+    def attention(self, name, x):
+        rows = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", x)).reshape(len(x), 3, 1, x.shape[1], -1)
+        return self.conv(f"{name}.proj", self.attended(*rows.unbind(1)).reshape(x.shape))
+
+
+@torch.no_grad()
+def test_meanflows_network_from_its_training_file(tmp_path, capsys):
+    """By the real command: the file holds the network and its averages, of which the first is what samples."""
+    network = make_edm(**MEANFLOW)
+    state = song.to_official(network)
+    flat = {"num_updates": torch.tensor(7)}
+    for name, factor in (("net", 0.5), ("net_ema", 1.0), ("net_ema1", 0.9)):
+        flat |= {f"{name}.{key}": value if "filter" in key else factor * value for key, value in state.items()}
+    others = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save({"model": flat, **others}, tmp_path / "model.pth")
+
+    def run(out, *options):
+        main(parse_config(ConvertConfig, [str(tmp_path / "model.pth"), str(tmp_path / out), *options]))
+        return CTMPipeline.from_pretrained(tmp_path / out)
+
+    pipe = run("out")
+    assert "entry model.net_ema with" in (said := capsys.readouterr().out) and "Found: flow map, unconditional" in said
+    sample, t, s, condition = inputs(network)
+    ours = pipe.unet(sample, t, s, **condition).sample
+    assert ours.std() > 0.1
+    close(ours.double(), MeanFlow(state, network)(sample, t, s, **condition))
+    expected = {**MEANFLOW, "dropout": 0.2, "model_channels": 8, "attention_levels": (1,), "num_class_embeds": None}
+    assert {name: pipe.unet.config[name] for name in expected} == {
+        name: list(value) if isinstance(value, tuple) else value for name, value in expected.items()
+    }
+    numbers = pipe.scheduler.config
+    assert (numbers.sigma_min, numbers.sigma_max, numbers.num_diffusion_timesteps) == (0.0, PURE_NOISE, 1)
+
+    # their sampler: one step from tau = 1 to 0 by the average velocity, without augmentation
+    labels, n = {"augment_labels": torch.zeros(3, 6)}, sample
+    expected = n.double() - MeanFlow(state, network)(n, torch.ones(3), torch.zeros(3), **labels)
+    close(pipe(latents=n, output_type="latent").images.double(), expected)
+
+    again = song.to_official(pipe.unet)
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items()) and again.keys() == state.keys()
+    other = run("other", "--entry", "model.net_ema1", "--dropout", "0").unet
+    close(other.conv_out.weight, 0.9 * network.conv_out.weight)
+
+
+def test_meanflow_at_full_size():
+    with torch.device("meta"):
+        network = EDMUNet2DModel(
+            **MEANFLOW
+            | {"sample_size": 32, "model_channels": 128, "block_out_channels": (256,) * 3, "layers_per_block": 4}
+            | {"time_proj_dim": 256}
+        )
+        state = song.to_official(network)
+    assert tuple(state["map_layer0.weight"].shape) == (512, 512) and tuple(state["map_augment.weight"].shape) == (
+        512,
+        6,
+    )
+    family, weights = find_family({f"module.net_ema.{name}": tensor for name, tensor in state.items()})
+    assert family is song and song.to_diffusers(weights).config.target_time_type == "interval"
+    lacking = {name: tensor for name, tensor in state.items() if name != "map_layer0.bias"}
+    with pytest.raises(UserError, match="has no map_layer0.bias"):
+        song.to_diffusers(lacking)
+
+
+def test_transformers_of_flow_maps_are_not_converted():
+    names = ["x_embedder.proj", "t_embedder.mlp.0", "r_embedder.mlp.0", "blocks.0.attn.qkv", "final_layer.linear"]
+    with pytest.raises(UserError, match="of a transformer .DiT, SiT.: no network here has such layers and two times"):
+        find_family({f"module.{name}.weight": torch.zeros(2, 2) for name in names})
 
 
 # Without the authors' files -------------------------------------------------------------------------------------------

@@ -258,7 +258,8 @@ def json_values(real: dict, *path: str):
 
 
 @pytest.mark.parametrize(
-    "folder, heading", [("study", "## Which objective comes soonest"), ("study-mnist", "### MNIST")]
+    "folder, heading",
+    [("study", "## Which objective comes soonest"), ("study-mnist", "### MNIST"), ("study-emoji", "### Emoji")],
 )
 def test_the_study_is_that_of_the_report(folder, heading):
     report = json.loads((ASSETS / folder / "study.json").read_text())["table"]["rows"]

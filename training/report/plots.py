@@ -18,12 +18,15 @@ def new_figure(width: float, height: float, columns: int = 1, dpi: int = 120, **
 
 
 def plain_ticks(axes) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 times powers of ten, in plain digits."""
+    """Label a logarithmic axis in plain digits, at powers of ten and as many multiples as give it three labels."""
     low, high = axes.get_ylim()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(decades) <= 4 else (1,)
-    ticks = [factor * 10.0**decade for decade in decades for factor in factors]
-    ticks = [tick for tick in ticks if low <= tick <= high] or [low, high]
+    for factors in ((1,), (1, 2, 5), range(1, 10), [half / 2 for half in range(2, 20)]):
+        ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    ticks = ticks or [low, high]
     axes.set_yticks(ticks, [number(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(low, high)

@@ -65,7 +65,8 @@ def measure(
 ) -> dict:
     """Likelihood of the images `indices` by one method, as likelihood.json has it.
 
-    "sampler" is "ctm" for the CTM and "heun" for the teacher, as in evaluation.json; "name" is the model in words.
+    "sampler" is "ctm" for the CTM and "heun" for the teacher, as in evaluation.json; "name" is the model in words, and
+    that its density is one of latents.
     "bits_per_dim" is the mean over images, and "standard_error" its error over images, the noise of estimates
     included. "nfe" are the network evaluations per image, and "images" the bits per dimension of each.
     Class-conditional networks are told the class.
@@ -92,7 +93,7 @@ def measure(
     bits = torch.cat(bits)
     return {
         "sampler": sampler,
-        "name": NAMES[sampler],
+        "name": NAMES[sampler] + ("" if pipe.vae is None else ", of latents"),
         "method": method,
         "bits_per_dim": bits.mean().item(),
         "standard_error": (bits.std() / len(bits) ** 0.5).item(),

@@ -18,7 +18,7 @@ from diffusers_ctm.autoencoder import moments
 from helpers.autoencoders import make_autoencoder
 from helpers.comparing import close, seeded
 from helpers.runs import NETWORK, SMALL, assert_same_weights, fresh_accelerate, in_processes  # noqa: F401
-from training import evaluate, train_ctm, train_edm
+from training import evaluate, likelihood, train_ctm, train_edm
 from training.cli.errors import UserError
 from training.cli.files import read_json, write_json
 from training.cli.shared_options import DataOptions
@@ -188,6 +188,13 @@ def test_both_are_measured_as_images(teacher, student, tmp_path):
     assert report["reference"]["channels"] == 1 and report["reference"]["resolution"] == 8
     assert {row["sampler"] for row in report["results"]} == {"ctm", "heun"}
     assert all(row["frechet"]["mean"] > 0 for row in report["results"])
+
+
+def test_likelihood_is_said_to_be_of_latents(teacher, student, capsys):
+    options = {"methods": ["elbo"], "num_images": 2, "num_draws": 2, "label_column": "label", "device": "cpu"}
+    rows = likelihood.main(likelihood.LikelihoodConfig(model=student.path, teacher=teacher.path, **options))
+    assert [row["name"] for row in rows] == ["CTM, exact score, of latents", "teacher, of latents"]
+    assert "| CTM, exact score, of latents |" in capsys.readouterr().out
 
 
 def test_guidance_of_the_programs_sees_images(student, monkeypatch):

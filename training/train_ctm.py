@@ -296,8 +296,8 @@ def main(config: CTMConfig, on_step: Callable[[TrainingRun], None] | None = None
         make_pipeline,
         samples,
         revisions={
-            "vae": autoencoder and autoencoder.revision,
             **{role: part.revision for role, part in teacher.parts.items()},
+            **({} if autoencoder is None else {"vae": autoencoder.revision}),
         },
         on_step=on_step,
     )

@@ -79,7 +79,7 @@ def main(config: EDMConfig) -> str:
         network,
         make_pipeline,
         {"heun-18": {"num_inference_steps": 18}},
-        revisions={"vae": autoencoder and autoencoder.revision},
+        revisions=None if autoencoder is None else {"vae": autoencoder.revision},
     )
     for batch in run.batches():
         with run.accumulate(), run.accelerator.autocast():

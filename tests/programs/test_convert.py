@@ -25,6 +25,7 @@ from diffusers import UNet2DModel
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ctm.preconditioning import condition
+from helpers.autoencoders import make_autoencoder
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.nvidia import Persistent, nvidia_pickle
 from helpers.official_edm2 import precond_of, snapshot
@@ -351,7 +352,12 @@ def test_edm2s_usual_networks_return_to_official_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, weights", [("rgb", "edm2_guide_cond64"), ("latent", "edm2_snapshot_latent")])
 def test_snapshots_of_edm2s_authors_become_pipelines(name, weights, tmp_path, monkeypatch):
     monkeypatch.undo()  # the real families
-    run(EDM2_ORACLE / f"edm2_snapshot_{name}.pkl", tmp_path / "out")
+    given = EDM2_ORACLE / f"edm2_snapshot_{name}.pkl", tmp_path / "out"
+    if name == "latent":
+        with pytest.raises(UserError, match="sees 4 channels: latents. Give their autoencoder with --vae"):
+            run(*given)
+        make_autoencoder("KL").save_pretrained(tmp_path / "vae")
+    run(*given, *(["--vae", tmp_path / "vae"] if name == "latent" else []))
     pipe = CTMPipeline.from_pretrained(tmp_path / "out")
     written = edm2.to_official(pipe.unet)
     expected = safetensors.torch.load_file(EDM2_ORACLE / f"{weights}.safetensors")
@@ -360,6 +366,11 @@ def test_snapshots_of_edm2s_authors_become_pipelines(name, weights, tmp_path, mo
         assert torch.equal(written[key], tensor.float()), key
     assert pipe.unet.config.attention_head_dim == 4 and pipe.scheduler.config.sigma_data == 0.5
     assert pipe.unet.config.dropout == {"rgb": 0.0, "latent": 0.1}[name]
+    assert (pipe.vae is None) == (name == "rgb") == pipe.config.normalize_images
+    if name == "latent":  # final = (raw - mean) / std * 0.5
+        assert pipe.vae.config.latents_mean == pytest.approx([5.81, 3.25, 0.12, -2.15], rel=1e-6)
+        assert pipe.vae.config.latents_std == pytest.approx([8.34, 9.24, 7.42, 6.56], rel=1e-6)
+        assert pipe.vae.config.scaling_factor == 1 and pipe.vae.config.shift_factor is None
 
 
 @pytest.mark.parametrize("flavour", [None, "nvidia"])

@@ -27,6 +27,7 @@ from training import train_ctm, train_edm
 from training.cli.errors import UserError
 from training.cli.options import parse_config
 from training.cli.shared_options import TeacherOptions
+from training.data.images import ImageDataset
 from training.networks import student
 from training.networks.teacher import Teacher, load_teacher
 from training.objective import adversarial
@@ -319,7 +320,8 @@ def test_random_flip_mirrors_half_of_the_images():
     images = torch.tensor([0, 255], dtype=torch.uint8).expand(200, 1, 1, 2)
     options = EDMConfig(random_flip=True)
     random = run_module.StepRandom(0, 0, 200, slice(0, 200), torch.device("cpu"))
-    run = SimpleNamespace(options=options, device=torch.device("cpu"), _memory_format=torch.contiguous_format)
+    dataset = ImageDataset(options)
+    run = SimpleNamespace(dataset=dataset, device=torch.device("cpu"), _memory_format=torch.contiguous_format)
     mirrored = (run_module.TrainingRun._batch(run, images, None, random).images.diff(dim=-1) < 0).float().mean()
     assert 0.4 < mirrored < 0.6
 

@@ -164,6 +164,17 @@ def test_a_reference_is_loaded_with_its_own_preconditioning(folders):
     assert load(folders["null"]).reference is None and load(folders["null"]).evaluations == 2
 
 
+def test_a_model_without_classes_guides_one_with_classes(folders):
+    """As in EDM2's classifier-free presets: D_ref is not told the class."""
+    teacher = load(folders["classes"], folders["own"])
+    x, sigma, labels = randn(3, 3, 8, 8, dtype=torch.float32), torch.tensor([0.2, 1.5, 7.0]), torch.tensor([0, 2, 1])
+    plain, reference = load(folders["classes"], folders["own"]), load(folders["own"], folders["other"]).preconditioning
+    own = plain.preconditioning.denoise(plain.network, x, sigma, class_labels=labels)
+    other = reference.denoise(plain.reference.network, x, sigma)
+    close(teacher.denoise(x, sigma, labels), other + 1.5 * (own - other), 1e-5, 1e-6)
+    assert (own - other).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "teacher, reference, message",
     [
@@ -172,7 +183,7 @@ def test_a_reference_is_loaded_with_its_own_preconditioning(folders):
         ("classes", "swapped", "has the class 0 'b', and --teacher .* 'a'"),
         ("classes", "four", "has num_class_embeds 4, and --teacher .* 3"),
         ("null", "four", "has null_class None, and --teacher .* 3"),
-        ("classes", "own", "has num_class_embeds None"),
+        ("own", "classes", "has num_class_embeds 3, and --teacher .* None"),
         ("own", "large", r"has images of shape \(3, 16, 16\), and --teacher .* \(3, 8, 8\)"),
         ("own", "gray", r"has images of shape \(1, 8, 8\)"),
         ("own", "consistency", "--guidance_teacher .* is a consistency model"),

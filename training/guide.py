@@ -128,7 +128,9 @@ def main(config: GuideConfig) -> list[dict]:
     with loading(f"--classifier {config.classifier}"):
         classifier = load_saved(EMBEDDED.get(config.classifier, config.classifier)).requires_grad_(False)
         check_finite(f"--classifier {config.classifier}", classifier.state_dict())
-    fit_data(dataset, (pipe.image_channels, *pipe.image_size), pipe.num_classes, pipe.config.id2label, "--model", config)
+    fit_data(
+        dataset, (pipe.image_channels, *pipe.image_size), pipe.num_classes, pipe.config.id2label, "--model", config
+    )
     dataset.number_classes(classifier.config["num_classes"], classifier.id2label, "--classifier")
 
     pixels, labels = dataset[list(range(len(dataset)))]

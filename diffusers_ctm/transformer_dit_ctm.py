@@ -20,7 +20,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormZero
 from torch import nn
 
-from .two_times import config_of, float_time
+from .two_times import both_times, config_of, placed_as
 
 
 TIME_FEATURES = 256  # sines and cosines of a time, as in DiT
@@ -173,15 +173,13 @@ class CTMDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
                 f"from_unet starts from a DiTTransformer2DModel or CTMDiTTransformer2DModel, not from "
                 f"{type(unet).__name__}."
             )
-        network = cls.from_config(config, target_time=target_time)
-        # Not by ModelMixin.to, which warns that an empty list of modules "should be kept in float32".
-        network = nn.Module.to(network, device=unet.device, dtype=unet.dtype)
+        network = placed_as(cls.from_config(config, target_time=target_time), unet)
         if target_time:
             for kind in ("weight", "bias"):
                 name = f"transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.{kind}"
                 weights[f"target_time_embedding.linear_1.{kind}"] = weights[name]
         network.load_state_dict(network.state_dict() | weights)
-        return network.train(unet.training)
+        return network
 
     def _check_size(self, height: int, width: int) -> None:
         patch = self.config.patch_size
@@ -210,10 +208,7 @@ class CTMDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
             ValueError: integer times; a target time that the network does not have; class labels missing or not
                 expected; a sample of no whole patches.
         """
-        timestep = float_time(timestep, sample, "timestep")
-        if target_timestep is not None and not self.has_target_time:
-            raise ValueError("target_timestep was given, but this network has no target time (target_time=False)")
-        target = timestep if target_timestep is None else float_time(target_timestep, sample, "target_timestep")
+        timestep, target = both_times(self, sample, timestep, target_timestep)
         if class_labels is None and self.config.num_class_embeds is not None:
             raise ValueError("class_labels should be provided when doing class conditioning")
         if class_labels is not None and self.config.num_class_embeds is None:

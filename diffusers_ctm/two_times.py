@@ -35,6 +35,24 @@ def float_time(timestep: torch.Tensor | float, sample: torch.Tensor, name: str) 
     return timestep.expand(sample.shape[0])
 
 
+def both_times(
+    network: nn.Module,
+    sample: torch.Tensor,
+    timestep: torch.Tensor | float,
+    target_timestep: torch.Tensor | float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Time and target time as `float_time` makes them; without a target both are the time.
+
+    Raises ValueError also for a target that `network` does not have.
+    """
+    timestep = float_time(timestep, sample, "timestep")
+    if target_timestep is None:
+        return timestep, timestep
+    if not network.has_target_time:
+        raise ValueError("target_timestep was given, but this network has no target time (target_time=False)")
+    return timestep, float_time(target_timestep, sample, "target_timestep")
+
+
 def class_vector(network: nn.Module, class_labels: torch.Tensor | None, timestep: torch.Tensor) -> torch.Tensor:
     """Input of EDM's class embeddings, (B, num_class_embeds): sqrt(num_class_embeds) * one-hot, zero for no class.
 
@@ -63,22 +81,26 @@ def config_of(network: nn.Module) -> dict:
     return {name: value for name, value in network.config.items() if name != "_name_or_path"}
 
 
+def placed_as(student: nn.Module, teacher: nn.Module) -> nn.Module:
+    """`student` on the device, in the dtype and mode of `teacher`."""
+    # Not by ModelMixin.to, which warns that an empty list of modules "should be kept in float32".
+    return nn.Module.to(student, device=teacher.device, dtype=teacher.dtype).train(teacher.training)
+
+
 def start_as(student: nn.Module, teacher: nn.Module) -> nn.Module:
     """Make `student`, the same network with a target time, equal `teacher` at every target, and return it.
 
     It comes on the teacher's device, in its dtype and mode. The target's embedding becomes a copy of the time's, and
     the columns that read it zero.
     """
-    # Not by ModelMixin.to, which warns that an empty list of modules "should be kept in float32".
-    student = nn.Module.to(student, device=teacher.device, dtype=teacher.dtype)
-    weights = dict(teacher.state_dict())
+    student, weights = placed_as(student, teacher), dict(teacher.state_dict())
     for name in student.state_dict():
         if name.startswith("target_time_embedding."):
             weights[name] = weights[name.removeprefix("target_")]
         elif name.endswith("time_emb_proj.weight"):
             weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
     student.load_state_dict(weights)
-    return student.train(teacher.training)
+    return student
 
 
 def widened(linear: nn.Linear) -> nn.Linear:

@@ -12,7 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from .two_times import config_of, float_time, start_as, widened
+from .two_times import both_times, config_of, start_as, widened
 
 
 class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
@@ -95,8 +95,7 @@ class CTMUNet2DModel(UNet2DModel, AttentionMixin, PeftAdapterMixin):
         """
         if self.config.center_input_sample:
             sample = 2 * sample - 1.0
-        timestep = float_time(timestep, sample, "timestep")
-        target = timestep if target_timestep is None else float_time(target_timestep, sample, "target_timestep")
+        timestep, target = both_times(self, sample, timestep, target_timestep)
         emb = self._conditioning(timestep, target, class_labels, sample.dtype)
 
         # From here on as in UNet2DModel.

@@ -18,7 +18,7 @@ from diffusers.models.upsampling import FirUpsample2D, upfirdn2d_native
 from torch import nn
 
 from .checks import check_choice
-from .two_times import class_vector, config_of, float_time, start_as
+from .two_times import both_times, class_vector, config_of, start_as
 
 
 class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -261,10 +261,7 @@ class EDMUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             ValueError: integer times; a target time, labels or augment labels that the network does not have; labels of
                 a wrong shape.
         """
-        timestep = float_time(timestep, sample, "timestep")
-        if target_timestep is not None and not self.has_target_time:
-            raise ValueError("target_timestep was given, but this network has no target time (target_time=False)")
-        target = timestep if target_timestep is None else float_time(target_timestep, sample, "target_timestep")
+        timestep, target = both_times(self, sample, timestep, target_timestep)
         temb = self._conditioning(timestep, target, class_labels, augment_labels, sample.dtype)
 
         image = sample

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from .two_times import class_vector, config_of, float_time
+from .two_times import both_times, class_vector, config_of, placed_as
 
 
 EPSILON = 1e-4  # of every normalization, added to the root mean square
@@ -286,11 +286,10 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
         if unet.has_target_time:
             raise ValueError("from_unet starts from a network without target time; this one has it already.")
         student = cls.from_config(config_of(unet), target_time=True, log_variance_channels=None)
-        # Not by ModelMixin.to, which warns that an empty list of modules "should be kept in float32".
-        student = nn.Module.to(student, device=unet.device, dtype=unet.dtype)
+        student = placed_as(student, unet)
         weights = {name: weight for name, weight in unet.state_dict().items() if not name.startswith("log_variance_")}
         student.load_state_dict(student.state_dict() | weights)
-        return student.train(unet.training)
+        return student
 
     @torch.no_grad()
     def normalize_weights_(self, applied: torch.Tensor | None = None) -> None:
@@ -352,10 +351,7 @@ class EDM2UNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin)
         Raises:
             ValueError: integer times; a target time or labels that the network does not have; labels of a wrong shape.
         """
-        timestep = float_time(timestep, sample, "timestep")
-        if target_timestep is not None and not self.has_target_time:
-            raise ValueError("target_timestep was given, but this network has no target time (target_time=False)")
-        target = timestep if target_timestep is None else float_time(target_timestep, sample, "target_timestep")
+        timestep, target = both_times(self, sample, timestep, target_timestep)
         with torch.autocast(sample.device.type, enabled=False):
             embeddings = self._embeddings(timestep, target, class_labels)
 

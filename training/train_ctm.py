@@ -34,7 +34,7 @@ from .objective.adversarial import (
     make_discriminator,
 )
 from .objective.derivatives import is_random
-from .objective.distances import DistanceOptions, make_distance
+from .objective.distances import PIXEL_DISTANCES, DistanceOptions, make_distance
 from .objective.jumps import Jumps, TeacherDenoiser, TeacherSolver, noised, student_images
 from .objective.losses import Adversary, ScoreMatching, ScoreMatchingOptions, training_loss
 from .objective.objectives import ObjectiveOptions
@@ -133,7 +133,7 @@ def choose_autoencoder(config: CTMConfig, teacher: Teacher | None) -> Autoencode
         autoencoder = load_autoencoder(config.vae, config.vae_revision)
     if autoencoder is not None:
         sees = "sees images, and the run learns latents"
-        config.check(config.distance in ("l2", "pseudo_huber"), "distance", f"l2 or pseudo_huber: another {sees}")
+        config.check(config.distance in PIXEL_DISTANCES, "distance", f"l2 or pseudo_huber: another {sees}")
         config.check(config.discriminator_weight == 0, "discriminator_weight", f"0: the discriminator {sees}")
         config.check(not config.streaming, "streaming", "false: latents are encoded once")
     return autoencoder

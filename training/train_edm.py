@@ -91,11 +91,12 @@ def main(config: EDMConfig) -> str:
             denoised = scheduler.preconditioning.denoise(run.network, x_sigma, sigma, **condition(labels))
             losses = dsm_loss(denoised, batch.images, sigma, config.sigma_data)
             run.note_by_level("dsm_loss_by_sigma", losses.detach(), sigma)
-            terms = {"dsm_loss": losses.mean()}
+            loss = losses.mean()
+            terms = {"dsm_loss": loss}
             if config.architecture == "edm2":
                 u = run.bare_network.log_variance(scheduler.preconditioning.c_noise(sigma))
-                terms["uncertainty_loss"] = uncertainty_loss(losses, u).mean()
-            run.update(list(terms.values())[-1], terms)
+                loss = terms["uncertainty_loss"] = uncertainty_loss(losses, u).mean()
+            run.update(loss, terms)
     return run.finish()
 
 

@@ -146,9 +146,7 @@ def measure(run: TrainingRun, config: VAEConfig) -> dict[str, float]:
 @torch.no_grad()
 def draw(run: TrainingRun) -> None:
     """Save a picture of some images, each above its reconstruction, if the step is one of --sample_every."""
-    every = run.options.sample_every
-    last = run.step == run.options.max_train_steps
-    if not every or not (last or run.step % every == 0) or not run.accelerator.is_main_process:
+    if not run.due(run.options.sample_every) or not run.accelerator.is_main_process:
         return
     network = run.ema.module.autoencoder
     indices = torch.linspace(0, len(run.dataset) - 1, min(PAIRS, len(run.dataset))).long().tolist()

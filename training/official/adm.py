@@ -13,7 +13,7 @@ from diffusers_ctm import CTMUNet2DModel
 from ..cli.errors import UserError
 from .layers import (
     COPY,
-    EMBEDDING,
+    COPY_WEIGHT,
     LINEAR,
     ONE_HOT,
     PREFIX,
@@ -255,7 +255,7 @@ def _layers(network: UNet2DModel, flavour: str, qkv_order: str | None = None) ->
     names = _nvidia_names(network) if is_nvidia else _openai_names(network)
     attention_kind = qkv(network.config.attention_head_dim, qkv_order or QKV_ORDER[flavour])
     layers = [Layer(official, own, COPY) for official, own in names.outer.items()]
-    label, kind = ("map_label", ONE_HOT) if is_nvidia else ("label_emb", EMBEDDING)
+    label, kind = ("map_label", ONE_HOT) if is_nvidia else ("label_emb", COPY_WEIGHT)
     layers.append(Layer(label, "class_embedding", kind))
 
     def add_resnet(official: str, own: str) -> None:

@@ -10,6 +10,7 @@ from diffusers_ctm import EDM2UNet2DModel
 
 from ..cli.errors import UserError
 from .layers import (
+    COPY_WEIGHT,
     WEIGHT,
     Kind,
     Layer,
@@ -143,7 +144,6 @@ def _inferred(shapes: Shapes) -> dict:
 
 # Kinds of layers ------------------------------------------------------------------------------------------------------
 
-COPY = Kind(WEIGHT, WEIGHT)
 GAIN = Kind(("",), ("",))
 LINEAR = Kind(WEIGHT, WEIGHT, lambda weight: (weight.flatten(1),), lambda weight: (weight[:, :, None, None],))
 FOURIER = Kind(
@@ -178,12 +178,12 @@ def _layers(network: EDM2UNet2DModel) -> list[Layer]:
     layers = [
         Layer("unet.out_gain", "out_gain", GAIN),
         Layer("unet.emb_fourier", "time_proj", FOURIER),
-        Layer("unet.emb_noise", "time_embedding", COPY),
-        Layer("unet.emb_label", "class_embedding", COPY),
-        Layer(f"unet.enc.{sides[0]}_conv", "conv_in", COPY),
-        Layer("unet.out_conv", "conv_out", COPY),
+        Layer("unet.emb_noise", "time_embedding", COPY_WEIGHT),
+        Layer("unet.emb_label", "class_embedding", COPY_WEIGHT),
+        Layer(f"unet.enc.{sides[0]}_conv", "conv_in", COPY_WEIGHT),
+        Layer("unet.out_conv", "conv_out", COPY_WEIGHT),
         Layer("logvar_fourier", "log_variance_proj", FOURIER),
-        Layer("logvar_linear", "log_variance_linear", COPY),
+        Layer("logvar_linear", "log_variance_linear", COPY_WEIGHT),
     ]
     for part, names in (("down_blocks", down), ("mid_blocks", middle), ("up_blocks", up)):
         for index, name in enumerate(names):
@@ -195,10 +195,10 @@ def _block(network: EDM2UNet2DModel, own: str, name: str) -> list[Layer]:
     """The layers of the block `own`, whose official name is `name`."""
     return [
         Layer(f"{name}.emb_gain", f"{own}.emb_gain", GAIN),
-        Layer(f"{name}.conv_res0", f"{own}.conv1", COPY),
-        Layer(f"{name}.emb_linear", f"{own}.emb_linear", COPY),
-        Layer(f"{name}.conv_res1", f"{own}.conv2", COPY),
-        Layer(f"{name}.conv_skip", f"{own}.conv_shortcut", COPY),
+        Layer(f"{name}.conv_res0", f"{own}.conv1", COPY_WEIGHT),
+        Layer(f"{name}.emb_linear", f"{own}.emb_linear", COPY_WEIGHT),
+        Layer(f"{name}.conv_res1", f"{own}.conv2", COPY_WEIGHT),
+        Layer(f"{name}.conv_skip", f"{own}.conv_shortcut", COPY_WEIGHT),
         Layer(f"{name}.attn_qkv", f"{own}.attention", _qkv(network.config.attention_head_dim)),
         Layer(f"{name}.attn_proj", f"{own}.attention.to_out.0", LINEAR),
     ]

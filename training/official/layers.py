@@ -73,7 +73,7 @@ def _as_convolution(weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Ten
 
 WEIGHT, BOTH = (".weight",), (".weight", ".bias")
 COPY = Kind(BOTH, BOTH)
-EMBEDDING = Kind(WEIGHT, WEIGHT)
+COPY_WEIGHT = Kind(WEIGHT, WEIGHT)
 ONE_HOT = Kind(
     WEIGHT, WEIGHT, lambda weight: (weight.T,), lambda weight: (weight.T,)
 )  # an embedding as a linear layer on one-hot vectors

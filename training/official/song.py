@@ -14,7 +14,7 @@ from ..cli.errors import UserError
 from .layers import (
     BITS,
     COPY,
-    EMBEDDING,
+    COPY_WEIGHT,
     LINEAR,
     PREFIX,
     Layer,
@@ -181,7 +181,7 @@ EMBEDDINGS = [
     Layer("map_layer1_s", "target_time_embedding.linear_2", COPY),
     Layer("map_noise", "time_proj", BITS),
     Layer("map_label", "class_embedding", COPY),
-    Layer("map_augment", "augment_embedding", EMBEDDING),
+    Layer("map_augment", "augment_embedding", COPY_WEIGHT),
 ]
 RESNET_NAMES = {  # official: own
     **{"norm0": "norm1", "conv0": "conv1", "norm1": "norm2", "conv1": "conv2"},

@@ -233,6 +233,10 @@ class TrainingRun:
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         return Batch(images.contiguous(memory_format=self._memory_format), labels, random)
 
+    def due(self, every: int) -> bool:
+        """Whether what happens every so many steps (0: never), and at the last, happens at this one."""
+        return every > 0 and (self.step == self.options.max_train_steps or self.step % every == 0)
+
     # Between steps --------------------------------------------------------------------------------------------------
 
     def _after_step(self, signum: int) -> None:
@@ -240,28 +244,25 @@ class TrainingRun:
         options, monitor, step = self.options, self.monitor, self.step
         last = step == options.max_train_steps
 
-        def due(every: int) -> bool:
-            return every > 0 and (last or step % every == 0)
-
         monitor.progress.update()
         with warnings.catch_warnings():  # torch warns if the first step was skipped
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
-        if due(options.logging_steps) or self.device.type == "cpu":  # on a GPU a look at the count costs a wait
+        if self.due(options.logging_steps) or self.device.type == "cpu":  # on a GPU a look at the count costs a wait
             monitor.check_skipped(step, self._skipped_in_a_row())
-        if due(options.logging_steps):
+        if self.due(options.logging_steps):
             skipped = sum(int(trained.skipped) for trained in self.networks.values())
             monitor.log(step, skipped, self.lr_scheduler.get_last_lr()[0])
         with monitor.clock_stopped():
             if signum and not last:
                 self.save_checkpoint()  # first: the sender may not wait for the rest
-            if due(options.sample_every):
+            if self.due(options.sample_every):
                 monitor.save_samples(step, self.make_pipeline(self.ema.module))
-            if due(options.eval_every):
+            if self.due(options.eval_every):
                 monitor.measure(step, self.make_pipeline(self.ema.module))
-            if options.posthoc_ema and due(options.posthoc_ema_every):
+            if options.posthoc_ema and self.due(options.posthoc_ema_every):
                 self.folder.save_snapshots(step, self.averages)
-            self._save_due = self._save_due or due(options.checkpointing_steps)
+            self._save_due = self._save_due or self.due(options.checkpointing_steps)
             if self._save_due and (last or not self._skipped_in_a_row()):  # a broken network replaces no good one
                 self.save_checkpoint()
                 self._save_due = False

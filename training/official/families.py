@@ -84,7 +84,10 @@ def find_family(state_dict: Mapping[str, torch.Tensor]) -> tuple[Family, dict[st
     if {"conv_in", "down_blocks", "up_blocks"} <= groups.keys():
         advice = " These have the names of diffusers: such weights need no conversion, but a folder with config.json."
     if {"x_embedder", "t_embedder", "final_layer"} <= groups.keys():
-        advice = " These are of a transformer (DiT, SiT): no network here has such layers and two times."
+        advice = (
+            " These have their authors' names of a transformer (DiT, SiT), which are not converted: pass a teacher in "
+            "diffusers' form, such as facebook/DiT-XL-2-256."
+        )
     raise UserError(
         f"These weights are of no network that is known here. Their {len(state_dict)} names begin with {found}. Known "
         f"are EDM's DDPM++, NCSN++ and ADM, OpenAI's ADM, the CTMs of both, MeanFlow's U-Net, and EDM2's.{advice}"

@@ -1,9 +1,11 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Training on the latents of an autoencoder, from its folder to a few-step pipeline of pixels and its card."""
 
+import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +156,34 @@ def test_a_teacher_without_its_autoencoder_is_given_it(teacher, student, vae, tm
     with pytest.raises(UserError, match=r"gives images of shape \(1, 8, 8\), --teacher makes \(4, 4, 4\)"):
         distill(bare, tmp_path / "none", latents=None)
     assert not (tmp_path / "none").exists()
+
+
+def test_latents_that_edm2s_tool_encoded_train_as_those_encoded_here(vae, tmp_path, monkeypatch):
+    images = ImageDataset(DataOptions(dataset_split="train[:80]"))
+    with torch.no_grad():
+        means = moments(small_kl(), to_sample(images[list(range(80))][0]), normalized=False)
+    with zipfile.ZipFile(tmp_path / "tool.zip", "w") as archive:
+        for number, (mean, std) in enumerate(zip(*means)):
+            rounded = torch.cat([mean, std]).half().float()  # as here, so that the batches are equal to the bit
+            np.save(file := io.BytesIO(), rounded.numpy())
+            archive.writestr(f"00000/img-mean-std-{number:08d}.npy", file.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": None}))
+    content, seen, noised = (tmp_path / "tool.zip").read_bytes(), [], train_edm.noised
+    monkeypatch.setattr(train_edm, "noised", lambda images, *rest: (seen.append(images), noised(images, *rest))[1])
+    options = {"random_flip": False, "max_train_steps": 2, "vae_unit_range": True}
+    here = train(tmp_path / "here", vae, **options)
+    others = train(tmp_path / "others", vae, latents=str(tmp_path / "tool.zip"), **options)
+    assert len(seen) == 4 and all(torch.equal(*pair) for pair in zip(seen[:2], seen[2:]))
+    assert_same_weights(here, others)
+    assert (tmp_path / "tool.zip").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == ["here", "here-latents", "others", "tool.zip"]
+    pipe = load(others)
+    assert pipe.config.normalize_images is False  # so that decoded images have the colors of the data
+    teacher = SimpleNamespace(path=others, latents=str(tmp_path / "tool.zip"))
+    distill(teacher, tmp_path / "student", random_flip=False, max_train_steps=1)
+    with pytest.raises(UserError, match="Give --vae_unit_range true with --vae"):
+        train(tmp_path / "mixed", vae, latents=str(tmp_path / "tool.zip"), **options | {"vae_unit_range": False})
+    assert not (tmp_path / "mixed" / "pipeline").exists()
 
 
 def test_latents_are_learned_without_a_teacher(teacher, vae, tmp_path):

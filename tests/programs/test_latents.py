@@ -194,7 +194,7 @@ def test_latents_that_edm2s_tool_encoded_train_as_those_encoded_here(vae, tmp_pa
     assert not (tmp_path / "mixed" / "pipeline").exists()
 
 
-def test_a_first_stage_of_other_latents_is_refused(teacher, student, tmp_path):
+def test_a_first_stage_of_other_latents_is_refused(teacher, student, tmp_path, capsys):
     """The shapes are the same, and images would be wrong."""
 
     def other(name, network, **index):
@@ -220,8 +220,13 @@ def test_a_first_stage_of_other_latents_is_refused(teacher, student, tmp_path):
     half = load(student.path).to(torch.float16)
     half.vae.decoder.conv_out.bias.data += 1  # decoders may differ
     half.save_pretrained(tmp_path / "half")
-    for source in (student.folder / "checkpoint-2", tmp_path / "half"):
+    old = shutil.copytree(student.folder / "checkpoint-2", tmp_path / "old")  # of a version that did not keep it
+    state = torch.load(old / "run_state.pt", weights_only=True)
+    del state["example"]
+    torch.save(state, old / "run_state.pt")
+    for source in (student.folder / "checkpoint-2", tmp_path / "half", old):
         distill(teacher, tmp_path / f"from-{source.name}", init_from=str(source), max_train_steps=1)
+        assert ("old does not say whose latents it learned" in capsys.readouterr().out) == (source == old)
 
 
 def test_latents_are_learned_without_a_teacher(teacher, vae, tmp_path):

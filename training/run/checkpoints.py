@@ -15,6 +15,7 @@ from diffusers_ctm.autoencoder import downscale, encode
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.scheduling_karras import preconditioning_of
 
+from ..cli.device import say
 from ..cli.errors import UserError, loading
 from ..cli.names import is_hub_id
 from ..cli.options import default_of
@@ -255,6 +256,8 @@ def check_autoencoder(own: torch.Tensor, saved: torch.Tensor | None, source: str
 
     Their shapes do not tell, and images would be wrong. Decoders may differ.
     """
+    if saved is None and own.numel():
+        say(f"Note: --init_from {source} does not say whose latents it learned. They must be those of this run.")
     if saved is None or own.numel() == saved.numel() == 0:
         return
     if own.shape != saved.shape or not (own - saved).square().mean().sqrt() <= TOLERANCE * own.std():

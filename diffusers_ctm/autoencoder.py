@@ -2,10 +2,15 @@
 """Images to latents and back, by any image autoencoder of diffusers and the numbers that its config holds."""
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+
+
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 
 
 def latent_channels(vae: nn.Module) -> int:
@@ -22,15 +27,19 @@ def downscale(vae: nn.Module) -> int:
 
 @contextlib.contextmanager
 def in_float32(vae: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Cast an autoencoder in float16 to float32 for the block, if that is `wanted`."""
-    cast = wanted and vae.dtype == torch.float16
-    if cast:
-        vae.float()
-    try:
+    """Cast an autoencoder in float16 to float32 for the block, if that is `wanted`.
+
+    One thread at a time has an autoencoder in float16, as another would see it cast in the middle of its own call.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_LOCKS.setdefault(vae, threading.RLock()))
+        half = vae.dtype == torch.float16
+        if half and wanted:
+            stack.callback(vae.half)
+            vae.float()
+        if not half:  # nobody casts it, or this thread has done so
+            stack.close()
         yield
-    finally:
-        if cast:
-            vae.half()
 
 
 @contextlib.contextmanager

@@ -332,9 +332,14 @@ class CTMPipeline(DiffusionPipeline):
         """Channels of the images."""
         return self.unet.config.in_channels if self.vae is None else self.vae.config.in_channels
 
-    def _check_vae(self) -> None:
-        """Raise ValueError if the autoencoder's latents are not what the network sees."""
+    def _check_vae(self, output_type: str = "latent") -> None:
+        """Raise ValueError if the autoencoder's latents are not what the network sees, or images would need one."""
         channels = self.unet.config.in_channels
+        if self.vae is None and output_type != "latent" and channels not in (1, 3):
+            raise ValueError(
+                f"The network makes {channels} channels, which are latents, and their autoencoder is missing. Pass it "
+                "to `from_pretrained` as `vae`, or ask for output_type='latent'."
+            )
         if self.vae is not None and latent_channels(self.vae) != channels:
             raise ValueError(
                 f"vae makes latents with {latent_channels(self.vae)} channels, and the network sees {channels}. Pass "
@@ -444,6 +449,7 @@ class CTMPipeline(DiffusionPipeline):
         a scheduler that does not fit the network.
         """
         check_output_type(output_type)
+        self._check_vae(output_type)
         check_callback(callback, callback_inputs, self._callback_tensor_inputs)
         if batch_size is not None:
             check_count(batch_size=batch_size)

@@ -116,6 +116,7 @@ class CTMInversionPipeline(CTMPipeline):
         evaluation on.
         """
         check_output_type(output_type)
+        self._check_vae(output_type)
         channels = self.unet.config.in_channels
         is_batch = isinstance(latents, torch.Tensor) and latents.ndim == 4 and latents.shape[1] == channels
         if not is_batch or not latents.isfinite().all():

@@ -22,6 +22,7 @@ from .cli.weights import check_finite, load_pipeline
 from .data.latents import Autoencoder
 from .networks.autoencoder import load_autoencoder
 from .official.download import fetch, shown
+from .official.edm2 import note_on_weights
 from .official.families import Family, family_of, find_family
 from .official.files import read_checkpoint
 from .official.layers import QKV_ORDERS, shapes_of
@@ -333,6 +334,8 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
         print(f"Left out: {', '.join(others[:20])}")
     if config.prediction_type == "edm" and not is_ctm(pipe.unet) and pipe.scheduler.config.timestep_scale == 1000:
         print("Note: a consistency model has the same tensors as an EDM teacher; for one, pass --consistency_model.")
+    if note := note_on_weights(network):
+        print(f"Note: {note}")
     record = {
         "source": shown(config.source),
         "revision": config.revision,

@@ -130,7 +130,7 @@ def choose_autoencoder(config: CTMConfig, teacher: Teacher | None) -> Autoencode
     if config.vae is not None:
         if autoencoder is not None:
             raise UserError(f"--vae is not needed: --teacher {teacher.name} brings its own autoencoder. Leave it out.")
-        autoencoder = load_autoencoder(config.vae, config.vae_revision)
+        autoencoder = load_autoencoder(config.vae, config.vae_revision, config.vae_unit_range)
     if autoencoder is not None:
         sees = "sees images, and the run learns latents"
         config.check(config.distance in PIXEL_DISTANCES, "distance", f"l2 or pseudo_huber: another {sees}")

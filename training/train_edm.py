@@ -55,7 +55,7 @@ class EDMConfig(NetworkOptions, RunOptions):
 
 def main(config: EDMConfig) -> str:
     """Train, and save the averaged network as a pipeline; return its folder."""
-    autoencoder = load_autoencoder(config.vae, config.vae_revision) if config.vae else None
+    autoencoder = load_autoencoder(config.vae, config.vae_revision, config.vae_unit_range) if config.vae else None
     dataset = load_images(config, autoencoder)
     number_classes_as_before(dataset, config)
     torch.manual_seed(config.seed)

@@ -713,9 +713,32 @@ def test_autoencoders_of_other_channels_are_refused(tmp_path):
     pipeline(vae=make_autoencoder("KL")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vae makes latents with 16 channels, and the network sees 4"):
         DiffusionPipeline.from_pretrained(tmp_path, vae=make_autoencoder("VQ", vq_embed_dim=16))
+    pipe, calls = DiffusionPipeline.from_pretrained(tmp_path), []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    pipe.vae = make_autoencoder("KL", latent_channels=8)
+    with pytest.raises(ValueError, match="vae makes latents with 8 channels, and the network sees 4"):
+        pipe(output_type="latent")
+    assert not calls
     unet = make_edm(target_time=True, in_channels=4, out_channels=4, sample_size=4)
     unet.register_to_config(sample_size=None)
     pipe = pipeline(unet, make_autoencoder("KL"), CTMImg2ImgPipeline)
     with pytest.raises(ValueError, match="image is 10x16 pixels; the autoencoder takes multiples of 4"):
         pipe(torch.zeros(1, 3, 10, 16))
     assert pipe(torch.zeros(1, 3, 8, 16), output_type="pt").images.shape == (1, 3, 8, 16)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_latents_without_their_autoencoder_are_no_images(tmp_path, output_type):
+    """Four channels would pass for colors with transparency."""
+    latents = randn(1, 4, 4, 4, dtype=torch.float32)
+    pipeline(vae=None).save_pretrained(tmp_path)
+    alone = DiffusionPipeline.from_pretrained(tmp_path)
+    calls = []
+    alone.unet.register_forward_hook(lambda *_: calls.append(1))
+    inverter = CTMInversionPipeline.from_pipe(alone)
+    for call in (lambda: alone(output_type=output_type), lambda: inverter.decode(latents, output_type=output_type)):
+        with pytest.raises(ValueError, match="makes 4 channels, which are latents, and their autoencoder is missing"):
+            call()
+    assert not calls and alone(output_type="latent").images.shape == (1, 4, 4, 4)
+    whole = DiffusionPipeline.from_pretrained(tmp_path, vae=make_autoencoder("KL"))
+    assert len(whole(output_type=output_type).images) == 1

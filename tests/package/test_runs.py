@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Calls of one pipeline in threads: each as if it were alone."""
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from diffusers_ctm import (
     steps_gamma_grid,
     trajectory_strip,
 )
+from diffusers_ctm.autoencoder import decode, for_gradients
+from helpers.autoencoders import Folding
 from helpers.comparing import seeded
 from helpers.exact import ExactNetwork, GaussianData, randn
 
@@ -213,3 +216,44 @@ def test_a_closure_over_the_pipeline_stops_it():
 
     pipe(class_labels=0, num_inference_steps=4, callback_on_step_end=callback)
     assert len(pipe.unet.calls) == 2 and pipe.interrupt
+
+
+# An autoencoder that threads share ------------------------------------------------------------------------------------
+
+
+class Slow(Folding):
+    """Notes the dtypes of its input and its weights while it decodes, which takes longer for some."""
+
+    def decode(self, raw, return_dict):
+        before = self.gain.dtype
+        time.sleep(0.005 * (1 + raw.max().item() % 3))  # another thread may cast the weights now
+        self.noted.append((raw.dtype, before, self.gain.dtype))
+        return super().decode(raw, return_dict)
+
+
+@pytest.mark.parametrize("use", ["decode", "both"])
+@pytest.mark.parametrize("upcast", [True, False])
+def test_no_thread_sees_weights_that_another_casts(upcast, use):
+    vae = Slow(gain=2.0, force_upcast=upcast).half()
+    vae.noted = []
+
+    def call(k):
+        with for_gradients(vae) if use == "both" and k % 2 else contextlib.nullcontext():
+            return decode(vae, torch.full((1, 4, 2, 2), float(k)))
+
+    with ThreadPoolExecutor(4) as threads:
+        images = list(threads.map(call, range(12)))
+    assert [image.unique().tolist() for image in images] == [[k / 2] for k in range(12)]
+    assert all(len(set(dtypes)) == 1 for dtypes in vae.noted)
+    assert {dtypes[0] for dtypes in vae.noted} == {
+        torch.float32 if upcast or k % 2 and use == "both" else torch.float16 for k in range(2)
+    }
+    assert vae.dtype == torch.float16
+
+
+def test_threads_decode_at_once_where_nothing_is_cast():
+    vae, inside = Folding(force_upcast=True), threading.Barrier(2, timeout=10)
+    plain = vae.decode
+    vae.decode = lambda *args, **options: (inside.wait(), plain(*args, **options))[1]
+    with ThreadPoolExecutor(2) as threads:
+        assert len(list(threads.map(lambda k: decode(vae, torch.zeros(1, 4, 2, 2)), range(2)))) == 2

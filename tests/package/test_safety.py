@@ -177,7 +177,7 @@ def test_gray_images_and_other_samplers_are_checked():
         assert output.images.shape == (4, 1, 4, 4) and output.nsfw_content_detected == UNSAFE
     pipe = pipeline(unet=network(channels=4), safety_checker=Bright())
     with pytest.raises(ValueError, match="takes gray or color images, these have 4 channels"):
-        pipe(class_labels=LABELS, output_type="pt")
+        pipe(class_labels=LABELS, output_type="latent")
 
 
 # A checker that fails -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from diffusers import UNet2DModel
 
 from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDM2UNet2DModel, EDMHeunScheduler
 from diffusers_ctm.preconditioning import condition
+from diffusers_ctm.unet_edm2 import MPConv2d, MPLinear
 from helpers.autoencoders import make_autoencoder
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.nvidia import Persistent, nvidia_pickle
@@ -33,7 +34,9 @@ from helpers.places import EDM2_ORACLE, ORACLE
 from helpers.tiny_networks import make_edm2
 from training.cli.errors import UserError
 from training.cli.options import parse_config, run_program
+from training.cli.shared_options import TeacherOptions
 from training.convert import ConvertConfig, main
+from training.networks.teacher import load_teacher
 from training.official import download, edm2, families
 from training.official.files import read_checkpoint
 from training.official.weights import said_by_precond
@@ -337,6 +340,31 @@ def test_a_snapshot_of_edm2_becomes_a_pipeline(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(UserError, match="with these options"):  # names and shapes do not tell clip_act
         run(out, tmp_path / "back.pt", "--to", "official", "--num_head_channels", 4)
+
+
+@torch.no_grad()
+def test_edm2_weights_that_were_not_normalized_are_noted(tmp_path, monkeypatch, capsys):
+    """Nothing fails with them: their length is divided out."""
+    monkeypatch.undo()  # the real families
+    network = make_edm2(log_variance_channels=None)
+    network.normalize_weights_()
+
+    def converted(name):
+        (tmp_path / f"{name}.pkl").write_bytes(snapshot(precond_of(network)))
+        run(tmp_path / f"{name}.pkl", tmp_path / name)
+        load_teacher(TeacherOptions(teacher=str(tmp_path / name)))
+        return CTMPipeline.from_pretrained(tmp_path / name).unet, capsys.readouterr().out
+
+    plain, said = converted("as EDM2's")
+    assert "Note" not in said
+    for module in network.modules():
+        if isinstance(module, (MPLinear, MPConv2d)):
+            module.weight.mul_(0.05)
+    short, said = converted("short")
+    assert said.count("the rows of its weights have a root mean square of 0.05") == 2
+    assert "Note on --teacher" in said and "if it was trained without that, its images are wrong" in said
+    x, c_noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, -0.5])
+    assert (plain(x, c_noise).sample - short(x, c_noise).sample).abs().max() < 0.02
 
 
 def test_edm2s_usual_networks_return_to_official_names(tmp_path, monkeypatch):

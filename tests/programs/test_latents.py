@@ -1,9 +1,11 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """Training on the latents of an autoencoder, from its folder to a few-step pipeline of pixels and its card."""
 
+import io
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,9 +153,80 @@ def test_a_teacher_without_its_autoencoder_is_given_it(teacher, student, vae, tm
     assert record["teacher"]["license"] == record["license"] == "cc-by-nc-4.0"  # the strictest
     with pytest.raises(UserError, match="--latents .* needs the autoencoder that made them: give --vae, or a teacher"):
         distill(bare, tmp_path / "none")
-    with pytest.raises(UserError, match=r"gives images of shape \(1, 8, 8\), --teacher makes \(4, 4, 4\)"):
+    said = r"images of shape \(1, 8, 8\), --.* makes \(4, 4, 4\). These are latents, and their autoencoder is missing"
+    with pytest.raises(UserError, match=f"{said}. Give --vae"):
         distill(bare, tmp_path / "none", latents=None)
     assert not (tmp_path / "none").exists()
+    alone = shutil.copytree(student.path, tmp_path / "alone", ignore=shutil.ignore_patterns("vae"))
+    index = read_json(alone, "model_index.json")
+    write_json({**index, "vae": [None, None]}, "model_index.json", alone)
+    options = {"dataset_split": DATA["dataset_split"], "label_column": "label", "output_dir": str(tmp_path / "none")}
+    for models in ({"teacher": bare.path}, {"model": str(alone)}):
+        with pytest.raises(UserError, match=f"{said}. Save its pipeline with its `vae`"):
+            evaluate.main(evaluate.EvaluateConfig(**models, **options, features=["digits"], device="cpu"))
+
+
+def test_latents_that_edm2s_tool_encoded_train_as_those_encoded_here(vae, tmp_path, monkeypatch):
+    images = ImageDataset(DataOptions(dataset_split="train[:80]"))
+    with torch.no_grad():
+        means = moments(small_kl(), to_sample(images[list(range(80))][0]), normalized=False)
+    with zipfile.ZipFile(tmp_path / "tool.zip", "w") as archive:
+        for number, (mean, std) in enumerate(zip(*means)):
+            rounded = torch.cat([mean, std]).half().float()  # as here, so that the batches are equal to the bit
+            np.save(file := io.BytesIO(), rounded.numpy())
+            archive.writestr(f"00000/img-mean-std-{number:08d}.npy", file.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": None}))
+    content, seen, noised = (tmp_path / "tool.zip").read_bytes(), [], train_edm.noised
+    monkeypatch.setattr(train_edm, "noised", lambda images, *rest: (seen.append(images), noised(images, *rest))[1])
+    options = {"random_flip": False, "max_train_steps": 2, "vae_unit_range": True}
+    here = train(tmp_path / "here", vae, **options)
+    others = train(tmp_path / "others", vae, latents=str(tmp_path / "tool.zip"), **options)
+    assert len(seen) == 4 and all(torch.equal(*pair) for pair in zip(seen[:2], seen[2:]))
+    assert_same_weights(here, others)
+    assert (tmp_path / "tool.zip").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == ["here", "here-latents", "others", "tool.zip"]
+    pipe = load(others)
+    assert pipe.config.normalize_images is False  # so that decoded images have the colors of the data
+    teacher = SimpleNamespace(path=others, latents=str(tmp_path / "tool.zip"))
+    distill(teacher, tmp_path / "student", random_flip=False, max_train_steps=1)
+    with pytest.raises(UserError, match="Give --vae_unit_range true with --vae"):
+        train(tmp_path / "mixed", vae, latents=str(tmp_path / "tool.zip"), **options | {"vae_unit_range": False})
+    assert not (tmp_path / "mixed" / "pipeline").exists()
+
+
+def test_a_first_stage_of_other_latents_is_refused(teacher, student, tmp_path, capsys):
+    """The shapes are the same, and images would be wrong."""
+
+    def other(name, network, **index):
+        folder = shutil.copytree(teacher.path, tmp_path / name)
+        network.save_pretrained(folder / "vae")
+        write_json({**read_json(folder, "model_index.json"), **index}, "model_index.json", folder)
+        return SimpleNamespace(path=str(folder), latents=None)
+
+    others = [
+        other("weights", small_kl(seed=1)),
+        other("scale", small_kl(scaling_factor=2.0)),
+        other("shift", small_kl(shift_factor=0.2)),
+        other("range", small_kl(), normalize_images=False),
+    ]
+    before = sorted(os.listdir(tmp_path))
+    for source in (student.folder / "checkpoint-2", student.path, teacher.path):
+        for one in others:
+            with pytest.raises(UserError, match=f"--init_from {source} learned latents of another autoencoder than"):
+                distill(one, tmp_path / "run", init_from=str(source))
+    with pytest.raises(UserError, match="checkpoint-2 learned latents, this run pixels. Give the --vae of that run"):
+        train(tmp_path / "run", None, init_from=str(student.folder / "checkpoint-2"))
+    assert sorted(os.listdir(tmp_path)) == before
+    half = load(student.path).to(torch.float16)
+    half.vae.decoder.conv_out.bias.data += 1  # decoders may differ
+    half.save_pretrained(tmp_path / "half")
+    old = shutil.copytree(student.folder / "checkpoint-2", tmp_path / "old")  # of a version that did not keep it
+    state = torch.load(old / "run_state.pt", weights_only=True)
+    del state["example"]
+    torch.save(state, old / "run_state.pt")
+    for source in (student.folder / "checkpoint-2", tmp_path / "half", old):
+        distill(teacher, tmp_path / f"from-{source.name}", init_from=str(source), max_train_steps=1)
+        assert ("old does not say whose latents it learned" in capsys.readouterr().out) == (source == old)
 
 
 def test_latents_are_learned_without_a_teacher(teacher, vae, tmp_path):
@@ -312,10 +385,14 @@ def test_autoencoders_that_cannot_be_used(teacher, vae, tmp_path):
     shutil.copytree(two / "vae", two / "movq")
     with pytest.raises(UserError, match=r"--teacher .*two holds movq \(AutoencoderKL\), vae \(AutoencoderKL\)"):
         distill(SimpleNamespace(path=str(two), latents=None), tmp_path / "run")
+    with pytest.raises(UserError, match="--teacher makes .* It makes images: leave --vae out"):
+        pixels = train(tmp_path / "pixels", None)
+        distill(SimpleNamespace(path=pixels, latents=None), tmp_path / "run", vae=vae)
+    shutil.rmtree(tmp_path / "pixels")
     wide = shutil.copytree(teacher.path, tmp_path / "wide")
     shutil.rmtree(wide / "vae")
     small_kl(latent_channels=8).save_pretrained(wide / "vae")
-    with pytest.raises(UserError, match=r"gives latents of shape \(8, 4, 4\), --teacher makes \(4, 4, 4\)"):
+    with pytest.raises(UserError, match=r"\(8, 4, 4\), --teacher makes \(4, 4, 4\). Give the autoencoder that made"):
         distill(SimpleNamespace(path=str(wide), latents=None), tmp_path / "run")
     assert not (tmp_path / "run").exists() and not (tmp_path / "run-latents").exists()
 

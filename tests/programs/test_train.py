@@ -731,7 +731,7 @@ def test_fp16_without_a_gpu(teacher, tmp_path):
     "options, message",
     [
         ({"label_column": None}, "--label_column is needed"),
-        ({"resolution": 16}, "set --resolution"),
+        ({"resolution": 16}, "Set --resolution"),
         ({"image_mode": "RGB"}, "--image_mode"),
         ({"label_column": "digit"}, "--label_column digit is not a column"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),

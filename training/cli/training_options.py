@@ -42,10 +42,17 @@ class LatentOptions(Checked):
     vae_revision: str | None = option(
         None, "Branch, tag or commit of the autoencoder's repository. Default: main.", needs="vae"
     )
+    vae_unit_range: bool = option(
+        False,
+        "Show the autoencoder images in [0, 1], as EDM2 and its dataset_tool do. Default: as its pipeline says, else "
+        "in [-1, 1].",
+        needs="vae",
+    )
     latents: str | None = option(
         None,
-        "Folder of the data set's latents: what is missing there is encoded first. Several runs may share it. Default: "
-        "OUTPUT_DIR-latents, beside the output_dir.",
+        "Folder of the data set's latents: what is missing there is encoded first. Several runs may share it. Or the "
+        ".zip file or folder of them that EDM2's dataset_tool encoded. Default: OUTPUT_DIR-latents, beside the "
+        "output_dir.",
         recorded=False,
     )
 

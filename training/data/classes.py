@@ -126,7 +126,8 @@ class Classes:
         used = list(numbers) if self.classes is None else self.classes
         if any(numbers[own] >= num_classes for own in used):
             raise UserError(
-                f"--label_column {self.label_column} has {self.num_classes} classes, {network} knows {num_classes}."
+                f"--label_column {self.label_column} has {self.num_classes} classes, {network} knows {num_classes}. "
+                "Leave out the images of classes beyond, or lower --num_classes if it is given."
             )
         moved = [f"{self.id2label[own]} from {own} to {numbers[own]}" for own in used if numbers[own] != own]
         if moved and self._numbered_as is not None:

@@ -1,24 +1,29 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Images as the dataset_tool of NVIDIA's StyleGAN and EDM writes them, and image files within .zip files.
+"""Images and latents as the dataset_tool of NVIDIA's StyleGAN, EDM and EDM2 writes them; image files in .zip files.
 
 A folder or .zip file holds `00000/img00000000.png`, ... and `dataset.json`, whose "labels" are null or pairs like
-["00000/img00000000.png", 6]. Folder names mean nothing there.
+["00000/img00000000.png", 6]. Folder names mean nothing there. Latents are `00000/img-mean-std-00000000.npy`, ...
 """
 
 import functools
+import io
 import json
 import os
 import zipfile
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
 from PIL import Image as PILImage
 
-from ..cli.errors import UserError, loading
+from ..cli.errors import UserError, loading, naming
 
 
 LABELS = "dataset.json"
+ARRAYS = (".npy",)
 
 
 def is_tool_output(path: str) -> bool:
@@ -35,8 +40,12 @@ def tool_images(path: str, with_classes: bool) -> Dataset:
 
     Raises UserError if files and labels do not belong together, or if classes are asked for and not there.
     """
-    names, labels = _image_names(path), (_entries(path) or {}).get("labels")
-    where = f"{path}{os.sep}{LABELS}"
+    names, where = _image_names(path), f"{path}{os.sep}{LABELS}"
+    if not names and _names(path, ARRAYS):
+        raise UserError(
+            f"--dataset_name {path} holds latents, which go to --latents. Give --dataset_name their images."
+        )
+    labels = _labels(path, names)
     if labels is None and with_classes:
         raise UserError(
             f"--label_column: {where} is missing or has no labels (null). Leave --label_column out, or write the data "
@@ -44,12 +53,6 @@ def tool_images(path: str, with_classes: bool) -> Dataset:
         )
     columns = {"image": Image()}
     if labels is not None:
-        labels = _as_classes(labels, where)
-        if missing := sorted(labels.keys() - names):
-            raise UserError(
-                f"{where} names {len(missing)} image files that are not there, such as {missing[0]}. The data set is "
-                "not whole: copy or write it anew."
-            )
         if with_classes:
             if missing := sorted(set(names) - labels.keys()):
                 raise UserError(
@@ -67,6 +70,55 @@ def tool_images(path: str, with_classes: bool) -> Dataset:
     if "label" in columns:
         arrays.append(pa.array([labels[name] for name in names], pa.int64()))
     return Dataset(pa.Table.from_arrays(arrays, schema=features.arrow_schema), DatasetInfo(features=features))
+
+
+class ToolLatents:
+    """Latents of images as EDM2's dataset_tool encodes them, a file for each, in the order of the images' names.
+
+    A file holds float32 of shape (2c, h, w): means, and behind them standard deviations. Nothing is ever written.
+
+    Args:
+        path: the folder or .zip file.
+        shape: (c, h, w) of the latents to be expected.
+
+    Attributes:
+        labels: the class of each that `dataset.json` says, None for one that it leaves out; None without labels.
+
+    Raises UserError if it cannot be read or the first file is of another shape.
+    """
+
+    def __init__(self, path: str, shape: tuple[int, int, int]):
+        self.path, self.shape = path, shape
+        with naming("latents"):
+            self.names = _names(path, ARRAYS)
+            labels = _labels(path, self.names)
+        if not self.names:
+            raise UserError(
+                f"--latents {path} holds no latents (.npy). Give what EDM2's `dataset_tool.py encode` made, or a new "
+                "folder, to which they are then written."
+            )
+        self.labels = None if labels is None else [labels.get(name) for name in self.names]
+        self.read([0])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, indices: list[int]) -> torch.Tensor:
+        """Means and deviations of the latents of images that are not mirrored, float32 of shape (n, 2, 1, c, h, w)."""
+        rows = []
+        for index in indices:
+            name = self.names[index]
+            with loading(f"{name} of --latents {self.path}", "Copy or write it anew."):
+                content = io.BytesIO(_read(self.path, name))
+                values = np.lib.format.read_array(content, allow_pickle=False).astype(np.float32)
+            c, h, w = self.shape
+            if values.shape != (2 * c, h, w):
+                raise UserError(
+                    f"{name} of --latents {self.path} has the shape {values.shape}; means and deviations of "
+                    f"the autoencoder's latents of these images have {(2 * c, h, w)}. Give others, or set --resolution."
+                )
+            rows.append(torch.from_numpy(values).reshape(2, 1, c, h, w))
+        return torch.stack(rows)
 
 
 def read_file(image: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +140,13 @@ def _opened(path: str, process: int) -> zipfile.ZipFile:
 
 
 def _image_names(path: str) -> list[str]:
-    """Names of the image files, relative to `path` and with slashes, sorted; hidden files are left out."""
+    """Names of the image files, as `_names`."""
+    PILImage.init()
+    return _names(path, tuple(ending for ending, kind in PILImage.EXTENSION.items() if kind in PILImage.OPEN))
+
+
+def _names(path: str, endings: tuple[str, ...]) -> list[str]:
+    """Names of the files that end so, relative to `path` and with slashes, sorted; hidden files are left out."""
     if path.endswith(".zip"):
         with loading(path):
             names = archive_of(path).namelist()
@@ -98,22 +156,34 @@ def _image_names(path: str) -> list[str]:
             for folder, _, files in os.walk(path)
             for file in files
         ]
-    PILImage.init()
-    known = tuple(ending for ending, kind in PILImage.EXTENSION.items() if kind in PILImage.OPEN)
-    return sorted(name for name in names if name.lower().endswith(known) and "/." not in f"/{name}")
+    return sorted(name for name in names if name.lower().endswith(endings) and "/." not in f"/{name}")
+
+
+def _read(path: str, name: str) -> bytes:
+    """The content of a file."""
+    return archive_of(path).read(name) if path.endswith(".zip") else Path(path, name).read_bytes()
 
 
 def _entries(path: str) -> dict[str, Any] | None:
     """The content of `dataset.json`; None if there is none, or it is another program's."""
     with loading(f"{path}{os.sep}{LABELS}", "Write it anew, or remove it if the data set has no classes."):
-        if path.endswith(".zip"):
-            archive = archive_of(path)
-            text = archive.read(LABELS) if LABELS in archive.namelist() else b"null"
-        else:
-            with open(os.path.join(path, LABELS), "rb") as file:
-                text = file.read()
-        content = json.loads(text)
+        without = path.endswith(".zip") and LABELS not in archive_of(path).namelist()
+        content = json.loads(b"null" if without else _read(path, LABELS))
     return content if isinstance(content, dict) and "labels" in content else None
+
+
+def _labels(path: str, names: list[str]) -> dict[str, int] | None:
+    """Class of each name in `dataset.json`; None without labels. Raises UserError for a file that is not there."""
+    labels, where = (_entries(path) or {}).get("labels"), f"{path}{os.sep}{LABELS}"
+    if labels is None:
+        return None
+    labels = _as_classes(labels, where)
+    if missing := sorted(labels.keys() - names):
+        raise UserError(
+            f"{where} names {len(missing)} files that are not there, such as {missing[0]}. The data set is not whole: "
+            "copy or write it anew."
+        )
+    return labels
 
 
 def _as_classes(labels: Any, where: str) -> dict[str, int]:

@@ -2,6 +2,7 @@
 """The autoencoder that an option names, or that lies beside a teacher."""
 
 import os
+from dataclasses import replace
 
 from ..cli.errors import UserError, loading
 from ..data.latents import Autoencoder
@@ -9,15 +10,19 @@ from ..hub.record import RECORD
 from .source import Source, join
 
 
-def load_autoencoder(name: str, revision: str | None) -> Autoencoder:
-    """The one image autoencoder in the folder or repository --vae. Raises UserError if there is none, or several."""
+def load_autoencoder(name: str, revision: str | None, unit_range: bool = False) -> Autoencoder:
+    """The one image autoencoder in the folder or repository --vae, shown images in [0, 1] if `unit_range` says so.
+
+    Raises UserError if there is none, or several.
+    """
     label = f"--vae {name}"
     with loading(label, "It must be a folder or a Hub repository with an autoencoder, alone or in a pipeline's `vae`."):
         source = Source(name, revision, "vae")
         folder = source.choose_autoencoder()
         if folder is None:
             raise UserError(f"{label} holds no autoencoder. Give a folder or repository with one.")
-        return autoencoder_of(source, folder)
+        autoencoder = autoencoder_of(source, folder)
+        return replace(autoencoder, normalize_images=False) if unit_range else autoencoder
 
 
 def autoencoder_of(source: Source, folder: str) -> Autoencoder:

@@ -35,10 +35,16 @@ def fit_data(
     """
     given = (dataset.channels, dataset.resolution, dataset.resolution)
     if makes != given:
-        what = "latents" if dataset.pipeline_options else "images"
+        latent, of_pixels = bool(dataset.pipeline_options), makes[0] in (1, 3)
+        advice = "Set --resolution and --image_mode, or choose another data set."
+        if latent and makes[0] != given[0]:
+            advice = "It makes images: leave --vae out." if of_pixels else "Give the autoencoder that made its latents."
+        elif not latent and not of_pixels:
+            way = "Give --vae" if hasattr(config, "vae") else "Save its pipeline with its `vae`"
+            advice = f"These are latents, and their autoencoder is missing. {way}."
         raise UserError(
-            f"--dataset_name {config.dataset_name} gives {what} of shape {given}, {name} makes {makes}; set "
-            "--resolution and --image_mode, or choose another data set."
+            f"--dataset_name {config.dataset_name} gives {'latents' if latent else 'images'} of shape {given}, {name} "
+            f"makes {makes}. {advice}"
         )
     if num_classes is not None and dataset.num_classes is not None:
         dataset.number_classes(num_classes, id2label, name)

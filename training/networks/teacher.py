@@ -19,9 +19,11 @@ from diffusers_ctm.scheduling_karras import KarrasSchedulerMixin
 from diffusers_ctm.trajectory import jump
 from diffusers_ctm.two_times import image_size
 
+from ..cli.device import say
 from ..cli.errors import UserError, loading
 from ..cli.shared_options import TeacherOptions
 from ..data.latents import Autoencoder
+from ..official.edm2 import note_on_weights
 from .autoencoder import autoencoder_of
 from .source import Network, Source, join
 
@@ -160,6 +162,8 @@ def _load(
         autoencoder = None if beside is None else autoencoder_of(source, beside)
         null_class = source.null_class(folder)
     _check_network(label, network, null_class)
+    if note := note_on_weights(network):
+        say(f"Note on {label}: {note}")
     id2label = _read_labels(label, index.get("id2label") or {})
     scheduler = _make_scheduler(label, scheduler_config, given)
     return Teacher(

@@ -4,22 +4,25 @@
 import math
 import os
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffusers_ctm.autoencoder import downscale, encode
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.scheduling_karras import preconditioning_of
 
+from ..cli.device import say
 from ..cli.errors import UserError, loading
 from ..cli.names import is_hub_id
 from ..cli.options import default_of
 from ..cli.training_options import OutputOptions, RunOptions
 from ..cli.weights import check_finite, load_pipeline
 from ..data.images import Images
+from ..data.latents import TOLERANCE
 from ..hub.client import download_checkpoint
 from ..hub.record import LOADED
 
@@ -183,19 +186,42 @@ def find_first_stage(name: str) -> str:
     )
 
 
-def load_first_stage(folder: str) -> tuple[dict, dict[str | None, dict], Preconditioning | None]:
-    """Read what `find_first_stage` returned. Raises UserError if that fails.
+@dataclass
+class FirstStage:
+    """What `find_first_stage` returned holds.
 
-    Returns:
-        The weights of the network; those of its moving averages, by the decay, where None is any other decay; and the
-        preconditioning that it was trained with, or None if the scheduler of its pipeline does not say it.
+    Args:
+        weights: of the network.
+        averages: weights of its moving averages, by the decay; None is any other decay.
+        preconditioning: that it was trained with; None if the scheduler of its pipeline does not say it.
+        example: the result of `example_latents`; None if an older checkpoint does not say it.
     """
+
+    weights: dict[str, torch.Tensor]
+    averages: dict[str | None, dict[str, torch.Tensor]]
+    preconditioning: Preconditioning | None
+    example: torch.Tensor | None
+
+
+@torch.no_grad()
+def example_latents(pipe: DiffusionPipeline) -> torch.Tensor:
+    """A certain small image as the network of a pipeline sees it: its latents, float32 on the CPU; empty for pixels."""
+    vae = getattr(pipe, "vae", None) or getattr(pipe, "vqvae", None)
+    if vae is None:
+        return torch.empty(0)
+    side = 4 * downscale(vae)
+    noise = torch.rand((1, vae.config.in_channels, side, side), generator=torch.Generator().manual_seed(0))
+    return encode(vae, (2 * noise - 1).to(vae.device), pipe.config.get("normalize_images", True)).cpu()
+
+
+def load_first_stage(folder: str) -> FirstStage:
+    """Read what `find_first_stage` returned. Raises UserError if that fails."""
     option = f"--init_from {folder}"
     if not os.path.isfile(os.path.join(folder, STATE)):
         pipe = load_pipeline(option, folder)
         with loading(option):
             weights = pipe.unet.state_dict()
-            return weights, {None: weights}, preconditioning_of(pipe.scheduler)
+            return FirstStage(weights, {None: weights}, preconditioning_of(pipe.scheduler), example_latents(pipe))
     with loading(option):
         state = load_run_state(folder)
         averages = {decay: average["weights"] for decay, average in state["averages"].items()}
@@ -208,7 +234,7 @@ def load_first_stage(folder: str) -> tuple[dict, dict[str | None, dict], Precond
         for decay, average in averages.items():
             check_finite(option, {f"average {decay}, {name}": tensor for name, tensor in average.items()})
         averages[None] = averages[state["options"]["ema_decay"]]
-        return weights, averages, Preconditioning(**state["preconditioning"])
+        return FirstStage(weights, averages, Preconditioning(**state["preconditioning"]), state.get("example"))
 
 
 def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, source: str) -> None:
@@ -222,4 +248,21 @@ def check_preconditioning(own: Preconditioning, saved: Preconditioning | None, s
         raise UserError(
             f"--init_from {source} learned with another preconditioning: {'; '.join(changed)}. Give the --teacher of "
             "that run, or without one its --sigma_data and --timestep_scale."
+        )
+
+
+def check_autoencoder(own: torch.Tensor, saved: torch.Tensor | None, source: str) -> None:
+    """Raise UserError if weights are known to be trained on other latents than the run's, both of `example_latents`.
+
+    Their shapes do not tell, and images would be wrong. Decoders may differ.
+    """
+    if saved is None and own.numel():
+        say(f"Note: --init_from {source} does not say whose latents it learned. They must be those of this run.")
+    if saved is None or own.numel() == saved.numel() == 0:
+        return
+    if own.shape != saved.shape or not (own - saved).square().mean().sqrt() <= TOLERANCE * own.std():
+        learned, here = ("latents" if each.numel() else "pixels" for each in (saved, own))
+        both = "latents of another autoencoder than this run's" if learned == here else f"{learned}, this run {here}"
+        raise UserError(
+            f"--init_from {source} learned {both}. Give the --vae of that run, or a --teacher with its autoencoder."
         )

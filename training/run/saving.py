@@ -25,10 +25,12 @@ from .averages import EMA, snapshot_folder
 from .checkpoints import (
     STATE,
     changes_of,
+    check_autoencoder,
     check_preconditioning,
     check_same_run,
     checkpoints,
     decisive_options,
+    example_latents,
     find_first_stage,
     free_options,
     jump_of_learning_rate,
@@ -106,15 +108,15 @@ class RunFolder:
     def start_from_first_stage(self, network: torch.nn.Module, averages: dict[str, EMA]) -> None:
         """Take weights of the first stage. Averages go on at their full decay; power-function averages start anew."""
         source = self.first_stage
-        weights, of_averages, preconditioning = load_first_stage(source)
+        stage, pipe = load_first_stage(source), self.make_pipeline(network)
+        check_autoencoder(example_latents(pipe), stage.example, source)
         with loading(f"--init_from {source}", "It is not of the network that this run trains."):
-            load_whole(network, weights)
-        pipe = self.make_pipeline(network)
+            load_whole(network, stage.weights)
         if hasattr(pipe, "scheduler"):
-            check_preconditioning(pipe.scheduler.preconditioning, preconditioning, source)
+            check_preconditioning(pipe.scheduler.preconditioning, stage.preconditioning, source)
         for name, average in averages.items():
             if not name.startswith("sigma_rel"):
-                average.start_from(of_averages.get(name, of_averages[None]))
+                average.start_from(stage.averages.get(name, stage.averages[None]))
         self.accelerator.print(f"Started from the weights of {source}.")
 
     def save_options(self) -> None:
@@ -139,6 +141,7 @@ class RunFolder:
                 state = {
                     **state,
                     "preconditioning": asdict(pipe.scheduler.preconditioning) if hasattr(pipe, "scheduler") else None,
+                    "example": example_latents(pipe),
                     "id2label": pipe.config.get("id2label"),
                     "options": {
                         **decisive_options(options, accelerator.num_processes),

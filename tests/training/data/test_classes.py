@@ -177,6 +177,23 @@ def test_a_resumed_run_numbers_classes_as_before(tmp_path):
     assert all(map(torch.equal, one.unet.state_dict().values(), other.unet.state_dict().values()))
 
 
+def test_more_classes_than_the_network_knows_are_refused(tmp_path):
+    """Plain numbers, and names where the network has none; a class without images does not count."""
+    known = edm(tmp_path / "teacher", write(tmp_path / "three.parquet", None, [0, 1, 2, 0], Value("int64")))
+    for column in (
+        write(tmp_path / "five.parquet", None, [0, 1, 4, 3], Value("int64")),
+        write(tmp_path / "named.parquet", ["cat", "dog", "eel", "fox"], [0, 1, 2, 3]),
+    ):
+        options = {"dataset_name": column, "label_column": "label", "teacher": known, "output_dir": str(tmp_path / "r")}
+        with pytest.raises(UserError, match="--label_column label has . classes, --teacher knows 3. Leave out"):
+            train_ctm.main(CTMConfig(**options, **QUIET))
+    assert not (tmp_path / "r").exists()
+    spare = write(tmp_path / "spare.parquet", ["cat", "dog", "eel", "fox"], [0, 1, 2, 0])
+    data = ImageDataset(DataOptions(dataset_name=spare, label_column="label"))
+    data.number_classes(3, None, "--teacher")
+    assert data.num_classes == 3
+
+
 def test_two_networks_that_number_the_same_classes_differently(tmp_path):
     data = ImageDataset(
         DataOptions(dataset_name=write(tmp_path / "d.parquet", ["cat", "dog"], [0, 1, 1, 1]), label_column="label")

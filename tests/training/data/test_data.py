@@ -483,7 +483,7 @@ def test_output_of_the_dataset_tool_has_its_own_classes(archive, tool_output):
     [
         ({"labels": None}, "--label_column: .*dataset.json is missing or has no labels"),
         ({"labels": [[name, 0] for name in TOOL_NAMES[2:]]}, f"no entry for 2 of 7 images, such as {TOOL_NAMES[0]}"),
-        ({"labels": [["../secret.png", 0]]}, r"names 1 image files that are not there, such as \.\./secret.png"),
+        ({"labels": [["../secret.png", 0]]}, r"names 1 files that are not there, such as \.\./secret.png"),
         ({"labels": [[name, 0] for name in TOOL_NAMES * 2]}, "7 files more than once"),
         ({"labels": [[name, [0.1, 0.2]] for name in TOOL_NAMES]}, "pairs of a file name and a class"),
         ({"labels": [[name, -1] for name in TOOL_NAMES]}, "pairs of a file name and a class"),

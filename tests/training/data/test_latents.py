@@ -4,11 +4,15 @@
 import copy
 import functools
 import glob
+import io
+import json
 import os
 import pickle
 import stat
 import time
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -131,11 +135,11 @@ def test_the_rest_is_the_images():
 def test_files_are_written_one_by_one_and_once(tmp_path, folder, monkeypatch):
     encoded, encode = [], LatentDataset._moments
 
-    def counting(self, indices):
+    def counting(self, indices, *normalize_images):
         if len(encoded) == 4:  # in the third file
             raise KeyboardInterrupt
         encoded.append(indices)
-        return encode(self, indices)
+        return encode(self, indices, *normalize_images)
 
     monkeypatch.setattr(LatentDataset, "_moments", counting)
     with pytest.raises(KeyboardInterrupt):
@@ -261,3 +265,132 @@ def encode_late(folder):
 def test_two_processes_share_the_work(tmp_path, folder):
     in_processes(2, encode_late, tmp_path / "two")
     assert_same_files(tmp_path / "two", folder)
+
+
+# Latents that others encoded ------------------------------------------------------------------------------------------
+
+
+def straight(**options):
+    """The digits, not mirrored: the tool has no mirrored latents."""
+    return digits(random_flip=False, **options)
+
+
+def means_and_deviations(normalize_images=True, images=None, vae=None):
+    """What EDM2's dataset_tool stores of each image, float32 of shape (8, h, w)."""
+    pixels = to_sample((images or straight())[list(range(COUNT))][0])
+    network = (vae or autoencoder()).network
+    return torch.cat(moments(network, pixels, normalize_images), dim=1).numpy()
+
+
+def tool_files(arrays, labels=None):
+    """The tool's files by name. That of image 5 is 00000/img-mean-std-00000005.npy."""
+    names = [f"00000/img-mean-std-{number:08d}.npy" for number in range(len(arrays))]
+    files = {}
+    for name, array in zip(names, arrays):
+        np.save(file := io.BytesIO(), array, allow_pickle=True)
+        files[name] = file.getvalue()
+    pairs = None if labels is None else [[name, int(label)] for name, label in zip(names, labels)]
+    return {**files, "dataset.json": json.dumps({"labels": pairs}).encode()}
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in reversed(files):  # their order there means nothing
+            archive.writestr(name, files[name])
+    return path
+
+
+def write_folder(path, files):
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("write, name", [(write_zip, "latents.zip"), (write_folder, "vae-sd")])
+@pytest.mark.parametrize("normalize_images", [True, False])
+def test_latents_of_the_tool_are_those_encoded_here(write, name, normalize_images, tmp_path, capsys):
+    labels = straight().labels()
+    files = tool_files(means_and_deviations(normalize_images), labels)
+    path, vae = write(tmp_path / "tool" / name if write is write_folder else tmp_path / name, files), autoencoder()
+    vae.normalize_images = normalize_images
+    before = {each: each.stat().st_mtime_ns for each in tmp_path.rglob("*")}
+    dataset = prepared(path, vae, straight())
+    assert f"of a KL, in {path}; standard deviation" in capsys.readouterr().out
+    here = prepared(tmp_path / "here", vae, straight())
+    assert {each: each.stat().st_mtime_ns for each in before} == before
+    assert len(list(tmp_path.rglob("*"))) == len(before) + 4  # the folder and files that were written here alone
+    order = [19, 0, 8, 7, 15, 3]
+    values, classes = dataset[order]
+    assert values.dtype == torch.float32 and torch.equal(classes, labels[order])
+    assert values.shape == (6, 2, 1, 4, 2, 2) and torch.equal(values.half().float(), here[order][0])
+    numbers = Numbers(torch.zeros(6), randn(6, 4, 2, 2, dtype=torch.float32))
+    close(dataset.to_sample(values, numbers), here.to_sample(here[order][0], numbers), rtol=2e-3, atol=2e-3)
+    for batches in load_batches(dataset, [order], 1, False):
+        assert torch.equal(batches[0], values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_of_the_tool_may_be_encoded_in_half_precision(dtype, tmp_path):
+    vae = autoencoder(force_upcast=False)
+    vae.network.to(dtype)
+    arrays = means_and_deviations(vae=vae)
+    assert np.abs(arrays - means_and_deviations()).max() > 0
+    prepared(write_zip(tmp_path / "half.zip", tool_files(arrays)), images=straight())
+
+
+ARRAYS = functools.cache(means_and_deviations)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (lambda: np.roll(ARRAYS(), 1, axis=0), "does not hold the latents of these images by the autoencoder a KL"),
+        (lambda: ARRAYS()[:, :, :, ::-1], "does not hold the latents"),  # of mirrored images, nearly
+        (lambda: np.concatenate([ARRAYS()[:, 4:], ARRAYS()[:, :4]], axis=1), "does not hold the latents"),
+        (lambda: np.concatenate([ARRAYS()[:, :4], 2 * np.log(ARRAYS()[:, 4:])], axis=1), "does not hold the latents"),
+        (lambda: means_and_deviations(vae=autoencoder(seed=1)), "does not hold the latents"),
+        (lambda: 0.18215 * ARRAYS(), "does not hold the latents"),
+        (lambda: np.nan * ARRAYS(), "does not hold the latents"),
+        (
+            lambda: means_and_deviations(False),
+            r"in \[0, 1\], and the autoencoder a KL is shown images in \[-1, 1\]. Give --vae_unit_range true",
+        ),
+        (lambda: ARRAYS()[:19], "holds the latents of 19 images, and --dataset_name digits has 20. They must be of"),
+        (lambda: ARRAYS()[:, :4], r"shape \(4, 2, 2\); means and deviations .* have \(8, 2, 2\). Give others, or set"),
+        (lambda: np.repeat(ARRAYS(), 2, axis=3), r"shape \(8, 2, 4\); means"),
+        (lambda: np.array([[{}]] * COUNT), "img-mean-std-00000000.npy of --latents .* cannot be loaded"),  # a pickle
+        (lambda: [], "holds no latents"),
+    ],
+)
+def test_other_latents_of_the_tool_are_refused(arrays, message, tmp_path):
+    path = write_zip(tmp_path / "tool.zip", tool_files(arrays()))
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=message):
+        prepared(path, images=straight())
+    assert path.read_bytes() == content and files(tmp_path) == ["tool.zip"]
+
+
+def test_latents_of_the_tool_that_do_not_go_with_the_data(tmp_path):
+    labels = straight().labels()
+    path = write_zip(tmp_path / "tool.zip", tool_files(ARRAYS(), labels))
+    with pytest.raises(UserError, match="--random_flip must be false with --latents .*tool.zip"):
+        LatentDataset(digits(), autoencoder(), str(path))
+    with pytest.raises(UserError, match=r"--latents: .*none.zip cannot be loaded.*\n.*No such file"):
+        LatentDataset(straight(), autoencoder(), str(tmp_path / "none.zip"))
+    with pytest.raises(UserError, match="shape .8, 2, 2.; means and deviations .* have .8, 4, 4."):
+        LatentDataset(straight(resolution=16), autoencoder(), str(path))
+    with pytest.raises(UserError, match="--dataset_name .*tool.zip holds latents, which go to --latents"):
+        straight(dataset_name=str(path))
+    swapped = [labels[1], labels[0], *labels[2:]]
+    other = write_zip(tmp_path / "other.zip", tool_files(ARRAYS(), swapped))
+    with pytest.raises(UserError, match="its dataset.json puts the images into other classes than --label_column"):
+        LatentDataset(straight(), autoencoder(), str(other))
+    prepared(other, images=straight(label_column=None))  # no class is asked for
+    prepared(write_zip(tmp_path / "turned.zip", tool_files(ARRAYS(), 9 - labels)), images=straight())  # same classes
+    broken = tool_files(ARRAYS())
+    broken["00000/img-mean-std-00000007.npy"] = broken["00000/img-mean-std-00000007.npy"][:-3]
+    dataset = prepared(write_zip(tmp_path / "broken.zip", broken), images=straight())
+    with pytest.raises(UserError, match="00000/img-mean-std-00000007.npy of --latents .*broken.zip cannot be loaded"):
+        dataset[[6, 7]]
+    assert len(files(tmp_path)) == 4

@@ -60,7 +60,7 @@ def test_spread_weights_learn_as_whole_ones_and_are_resumed(tmp_path):
     checkpoint = shutil.copytree(tmp_path / "spread" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
     second = spread(tmp_path / "part", resume_from_checkpoint="latest")
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
-    stage, other = (load_first_stage(str(path))[0] for path in (checkpoint, tmp_path / "whole" / "checkpoint-2"))
+    stage, other = (load_first_stage(str(path)).weights for path in (checkpoint, tmp_path / "whole" / "checkpoint-2"))
     assert stage.keys() == other.keys()
     for name, value in stage.items():
         torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-5)

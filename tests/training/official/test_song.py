@@ -353,7 +353,7 @@ def test_meanflow_at_full_size():
 
 def test_transformers_of_flow_maps_are_not_converted():
     names = ["x_embedder.proj", "t_embedder.mlp.0", "r_embedder.mlp.0", "blocks.0.attn.qkv", "final_layer.linear"]
-    with pytest.raises(UserError, match="names of a transformer .DiT, SiT., which are not converted: pass a teacher in diffusers"):
+    with pytest.raises(UserError, match="of a transformer .DiT, SiT., which are not converted: pass a teacher in"):
         find_family({f"module.{name}.weight": torch.zeros(2, 2) for name in names})
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import logging
 
 from .files import written_aside
@@ -64,6 +64,11 @@ def component_library(value: object) -> object:
         if module.split(".")[0] == LIBRARY or getattr(sys.modules.get(module), "_OWN_SOURCE", None) is not None:
             return LIBRARY, class_name
     return value
+
+
+def with_copies(classes: tuple[type, ...]) -> tuple[type, ...]:
+    """`classes` of models, and for a saved file any model: the file beside a component has copies of these classes."""
+    return classes if _OWN_SOURCE is None else (*classes, ModelMixin)
 
 
 def write_loading_code(save_directory: str | os.PathLike, pipeline: DiffusionPipeline) -> None:

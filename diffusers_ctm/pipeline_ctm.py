@@ -18,7 +18,7 @@ from .autoencoder import decode, downscale, encode, for_gradients, latent_channe
 from .checks import called_back, check_callback, check_count, check_finite, check_output_type, sum_of
 from .class_labels import label_ids, labels_and_batch_size, null_labels
 from .guidance import ClassifierFreeNetwork, Guidance, check_guidance, check_guidance_scale, guided_output
-from .hub import component_library, remove_weights_loaded_first, write_loading_code
+from .hub import component_library, remove_weights_loaded_first, with_copies, write_loading_code
 from .pipeline_output import CTMPipelineOutput
 from .preconditioning import PREDICTIONS, Preconditioning, condition, has_betas
 from .provenance import GENERATED, fresh_seeds, png_text, run_records
@@ -211,6 +211,11 @@ class CTMPipeline(DiffusionPipeline):
         # diffusers reads the signature of `__init__` anew in each call.
         components, options = _signature_keys(cls, obj if isinstance(obj, type) else type(obj))
         return list(components), list(options)
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[type, ...]]:
+        types = super()._get_signature_types()
+        return {**types, "unet": with_copies(types["unet"])}  # diffusers warns of others
 
     # Checks ---------------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class CTMDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["CTMDiTBlock"]
+    _repeated_blocks = ["CTMDiTBlock"]
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
 
     @register_to_config

@@ -20,6 +20,7 @@ from .cli.files import atomic_file, atomic_folder, sha256, write_json
 from .cli.options import BELOW_ONE, POSITIVE, Checked, option, run_program
 from .cli.weights import check_finite, load_pipeline
 from .data.latents import Autoencoder
+from .hub.record import CONVERSION, origin_record
 from .networks.autoencoder import load_autoencoder
 from .official.download import fetch, shown
 from .official.edm2 import note_on_weights
@@ -344,9 +345,11 @@ def to_diffusers(config: ConvertConfig, path: str) -> str:
         "family": family.NAME,
         "license": config.license,
     }
+    if autoencoder is not None:
+        record["vae"] = origin_record(autoencoder.name, autoencoder.revision)
     with atomic_folder(config.out) as draft:
         pipe.save_pretrained(draft)
-        write_json(record, "conversion.json", draft)
+        write_json(record, CONVERSION, draft)
         again = CTMPipeline.from_pretrained(draft).unet
         check_same(pipe.unet, again, pipe.scheduler.config.timestep_scale, "The written folder")
     print(

@@ -63,9 +63,9 @@ class CTMConfig(
     output_dir: str = with_default(RunOptions, "output_dir", "runs/ctm")
     teacher: str | None = option(
         None,
-        "The teacher: a folder or a repository on the Hub with a pixel diffusion model (UNet2DModel) and its "
-        "scheduler: EDM, DDPM, flow matching, variance-exploding scores; a consistency model with --matching global "
-        "--dsm_adaptive false.",
+        "The teacher: a folder or a repository on the Hub with a diffusion model of pixels or latents (U-Net, EDM2 or "
+        "DiT) and its scheduler: EDM, DDPM, flow matching, variance-exploding scores; a consistency model with "
+        "--matching global --dsm_adaptive false.",
         recorded=False,
     )
 

@@ -3,6 +3,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -56,8 +57,8 @@ def _class(name: str) -> type[nn.Module]:
     return type(name, (Persistent, nn.Module), {})
 
 
-Precond, UNet, Block, MPConv, MPFourier, StandardRGBEncoder = map(
-    _class, ("Precond", "UNet", "Block", "MPConv", "MPFourier", "StandardRGBEncoder")
+Precond, UNet, Block, MPConv, MPFourier, StandardRGBEncoder, StabilityVAEEncoder = map(
+    _class, ("Precond", "UNet", "Block", "MPConv", "MPFourier", "StandardRGBEncoder", "StabilityVAEEncoder")
 )
 
 
@@ -96,7 +97,21 @@ def _part(name: str, network: EDM2UNet2DModel, own: dict[str, str]) -> nn.Module
     return block
 
 
-def snapshot(precond: nn.Module) -> bytes:
-    """A file of their training loop."""
+def latent_encoder(mean: list[float], std: list[float]) -> nn.Module:
+    """Their encoder of networks of latents, by mean and deviation of raw latents: final = scale raw + bias."""
+    encoder = StabilityVAEEncoder()
+    encoder.scale = 1 / np.float32(std)
+    encoder.bias = -np.float32(mean) * encoder.scale
+    return encoder
+
+
+def snapshot(precond: nn.Module, encoder: nn.Module | None = None) -> bytes:
+    """A file of their training loop; without an encoder, of a network of pixels."""
     about = EasyDict(class_name="training.dataset.ImageFolderDataset", path="data.zip", use_labels=True)
-    return nvidia_pickle(EasyDict(encoder=StandardRGBEncoder(), dataset_kwargs=about, loss_fn=None, ema=precond))
+    encoder = encoder or StandardRGBEncoder()
+    return nvidia_pickle(EasyDict(encoder=encoder, dataset_kwargs=about, loss_fn=None, ema=precond))
+
+
+def halves(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Official weights as the float16 of a snapshot gives them back."""
+    return {name: tensor.half().float() for name, tensor in weights.items()}

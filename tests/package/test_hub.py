@@ -30,6 +30,8 @@ REPOS = {
     "teacher": {},
     "euler": {},
     "latent": {},
+    "edm2": {},
+    "dit": {},
     "pushed": {},
 }
 FOLDERS = [name for name in REPOS if name != "pushed"]
@@ -56,6 +58,7 @@ def publish(work: Path) -> dict:
 
     from diffusers_ctm import CTMPipeline, CTMScheduler, CTMUNet2DModel, EDMHeunScheduler
     from helpers.autoencoders import make_autoencoder
+    from helpers.tiny_networks import make_dit, make_edm2
 
     size = {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
     size |= {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
@@ -77,6 +80,11 @@ def publish(work: Path) -> dict:
     latent = randomized(CTMUNet2DModel(**{**size, "in_channels": 4, "out_channels": 4}))
     vae = make_autoencoder("KL", latents_mean=[0.5, 0.0, -0.25, 1.0], latents_std=[1.0, 2.0, 0.5, 4.0])
     save("latent", CTMPipeline(latent, scheduler, vae=vae, normalize_images=False))
+    edm2 = make_edm2(target_time=True, num_class_embeds=11)
+    save("edm2", CTMPipeline(edm2, CTMScheduler(), id2label=LABELS), max_shard_size="20KB")
+    dit = make_dit(target_time=True, num_class_embeds=12, in_channels=4, out_channels=4)
+    epsilon = CTMScheduler(prediction_type="epsilon", beta_schedule="linear", sigma_min=0.02)
+    save("dit", CTMPipeline(dit, epsilon, null_class=11, vae=vae))
     save("half", CTMPipeline(student.unet.to(torch.float16), scheduler), variant="fp16")
     teacher.save_pretrained(work / "euler")  # what the swap leaves behind must not matter
     teacher.scheduler = EDMEulerScheduler.from_config(teacher.scheduler.config)
@@ -287,7 +295,8 @@ def test_half_precision_variant_is_loaded_as_such(session):
 
 
 def test_sharded_weights_are_sharded(session):
-    assert sum(path.endswith(".safetensors") for path in session["repos"]["sharded"]) > 2
+    for name in ("sharded", "edm2"):
+        assert sum(path.endswith(".safetensors") for path in session["repos"][name]) > 2
 
 
 def test_swapped_scheduler_is_diffusers_own_and_keeps_the_time_scale(session):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from diffusers_ctm import CTMDiTTransformer2DModel, CTMPipeline, CTMScheduler
 from helpers.comparing import close
@@ -202,6 +203,15 @@ def test_what_the_network_does_not_have():
         network(sample, t, class_labels=torch.arange(3))
     with pytest.raises(ValueError, match="class_labels should be provided"):
         conditional(sample, t)
+
+
+def test_its_blocks_are_compiled_once_for_all():
+    network, counter = make_dit(target_time=True, num_class_embeds=7, num_layers=5), CompileCounter()
+    sample, t, s, condition = inputs(network)
+    expected = network(sample, t, s, **condition).sample
+    network.compile_repeated_blocks(backend=counter, fullgraph=True)
+    close(network(sample, t, s, **condition).sample, expected)
+    assert counter.frame_count == 1
 
 
 # Sizes ----------------------------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from diffusers_ctm import CTMDiTTransformer2DModel, CTMUNet2DModel, EDM2UNet2DModel, EDMUNet2DModel
 from diffusers_ctm.preconditioning import Preconditioning
 from diffusers_ctm.trajectory import jump
+from diffusers_ctm.unet_edm2 import EDM2Attention, normalize
 from helpers.comparing import close
 from helpers.exact import GaussianData, randn
 from helpers.tiny_networks import (
@@ -253,6 +255,21 @@ def test_a_teacher_saved_and_loaded_is_the_same(family, changes, tmp_path):
     check_saved_and_loaded(family.make_teacher(**changes), changes, tmp_path)
 
 
+@every_family
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_several_files_and_of_a_variant(family, variant, tmp_path):
+    unet = family.make_student(num_class_embeds=7)
+    unet.save_pretrained(tmp_path, variant=variant, max_shard_size="20KB")
+    (index,) = tmp_path.glob("*.index*.json")
+    files = json.loads(index.read_text())["weight_map"]
+    assert files.keys() == unet.state_dict().keys() and len(set(files.values())) > 1
+    assert all((f".{variant}-" in file) == (variant is not None) for file in files.values())
+    check_the_same(family.student_class.from_pretrained(tmp_path, variant=variant), unet)
+    if variant is not None:
+        with pytest.raises(OSError, match="no file named"):
+            family.student_class.from_pretrained(tmp_path)
+
+
 # Precision, memory, speed ---------------------------------------------------------------------------------------------
 
 
@@ -363,6 +380,41 @@ def test_lora(family, tmp_path):
     close(fresh(sample, t, s, **condition).sample, after)
     fresh.disable_adapters()
     close(fresh(sample, t, s, **condition).sample, before)
+
+
+class WrittenOut:
+    """Softmax attention of EDM2's blocks (Karras et al. 2024, Figure 21), summed by hand."""
+
+    def __call__(self, attn, hidden_states):
+        query, key, value = (
+            normalize(layer(hidden_states).unflatten(-1, (attn.heads, -1)), dim=3)
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        scores = torch.einsum("bihc,bjhc->bhij", query, key) / query.shape[-1] ** 0.5
+        return attn.to_out[0](torch.einsum("bhij,bjhc->bihc", scores.softmax(-1), value).flatten(2))
+
+
+@every_family
+def test_attention_processors(family):
+    unet = family.make_student(num_class_embeds=7)
+    sample, t, s, condition = inputs(unet)
+    expected = unet(sample, t, s, **condition).sample
+    layers = [name for name, module in unet.named_modules() if isinstance(module, (Attention, EDM2Attention))]
+    own = unet.attn_processors
+    assert list(own) == [f"{name}.processor" for name in layers] and len(own) > 1
+    written_out = (
+        WrittenOut if family.student_class is EDM2UNet2DModel else AttnProcessor
+    )  # neither is torch's function
+    unet.set_attn_processor(written_out())
+    close(unet(sample, t, s, **condition).sample, expected)
+    unet.set_attn_processor({name: lambda attn, tokens, **_: 0 * tokens for name in own})
+    assert (unet(sample, t, s, **condition).sample - expected).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="does not match the number of attention layers"):
+        unet.set_attn_processor({name: written_out() for name in list(own)[1:]})
+    unet.set_attn_processor(dict(own))
+    assert torch.equal(unet(sample, t, s, **condition).sample, expected)
+    unet.set_attention_backend("_native_math")
+    close(unet(sample, t, s, **condition).sample, expected)
 
 
 @every_widened_family

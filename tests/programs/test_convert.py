@@ -29,7 +29,7 @@ from diffusers_ctm.unet_edm2 import MPConv2d, MPLinear
 from helpers.autoencoders import make_autoencoder
 from helpers.loopback_hub import LoopbackHub, Repo
 from helpers.nvidia import Persistent, nvidia_pickle
-from helpers.official_edm2 import precond_of, snapshot
+from helpers.official_edm2 import halves, precond_of, snapshot
 from helpers.places import EDM2_ORACLE, ORACLE
 from helpers.tiny_networks import make_edm2
 from training.cli.errors import UserError
@@ -308,11 +308,6 @@ def test_official_networks_give_the_authors_numbers(name, options, tmp_path, mon
     assert set(written) == set(weights)
     for key in weights:  # two biases of a CTM are one
         assert torch.equal(written[key], weights[key]) or (is_ctm and key.endswith("bias")), key
-
-
-def halves(weights) -> dict[str, torch.Tensor]:
-    """Official weights as a float16 file gives them back."""
-    return {name: tensor.half().float() for name, tensor in weights.items()}
 
 
 def test_a_snapshot_of_edm2_becomes_a_pipeline(tmp_path, monkeypatch, capsys):

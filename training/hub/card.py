@@ -78,6 +78,7 @@ def make_card(
         num_classes -= 1  # the label that means "no class"
     teacher, first_stage = record.get("teacher") or {}, record.get("first_stage") or {}
     guidance_teacher = record.get("guidance_teacher") or {}
+    autoencoder = origins_of(record, conversion)[ORIGINS["vae"]]
     values = {
         "title": repo.split("/")[-1],
         "repo": repo,
@@ -99,8 +100,8 @@ def make_card(
         "guidance_teacher": guidance_teacher,
         "guidance_teacher_license": license_of(guidance_teacher),
         "first_stage": first_stage,
-        "vae": record.get("vae") or {},
-        "vae_license": license_of(record.get("vae") or {}),
+        "vae": autoencoder,
+        "vae_license": license_of(autoencoder),
         "first_stage_license": license_of(first_stage),
         "conversion": conversion,
         "dataset": record.get("dataset") or {},

@@ -39,11 +39,10 @@ LOADED = ("teacher", "guidance_teacher", "vae")  # those of them that options of
 def recorded_license(folder: str) -> License | None:
     """The license that a student inherits from a local pipeline's folder, or from a checkpoint.
 
-    The run's record says it of the weights and of their `ORIGINS`; the conversion's record and the card say it of the
-    weights.
+    The records of the run and of the conversion say it of the weights and of their origins, the card of the weights.
     """
-    record = read_json(folder, RECORD)
-    records = (record, *map(record.get, ORIGINS), read_json(folder, CONVERSION))
+    record, conversion = read_json(folder, RECORD), read_json(folder, CONVERSION)
+    records = (record, *origins_of(record, conversion).values())
     card = Path(folder, "README.md")
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     return strictest([*map(license_of, records), license_in(text)])
@@ -118,10 +117,12 @@ def origins_of(record: dict[str, Any], conversion: dict[str, Any]) -> dict[str, 
 
     Args:
         record: content of `training.json`.
-        conversion: content of `conversion.json`, whose source may be user/repo/path/to/file.
+        conversion: content of `conversion.json`, whose source may be user/repo/path/to/file. The license of what was
+            converted comes before that of its autoencoder.
     """
     source = str(conversion.get("source") or "")
     repo = "/".join(source.split("/")[:2])
     on_hub = source.count("/") >= 2 and "://" not in source and is_hub_id(repo)
     converted = {**conversion, "name": repo if on_hub else source, "on_hub": on_hub}
-    return {**{title: record.get(role) or {} for role, title in ORIGINS.items()}, "original": converted}
+    origins = {title: record.get(role) or conversion.get(role) or {} for role, title in ORIGINS.items()}
+    return {"original": converted, **origins}

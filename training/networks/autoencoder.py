@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..cli.errors import UserError, loading
 from ..data.latents import Autoencoder
-from ..hub.record import RECORD
+from ..hub.record import CONVERSION, RECORD
 from .source import Source, join
 
 
@@ -30,6 +30,7 @@ def autoencoder_of(source: Source, folder: str) -> Autoencoder:
     pipeline = os.path.dirname(folder)
     index = source.json(join(pipeline, "model_index.json"))
     network = source.load_network(folder).float().requires_grad_(False).eval()
-    source.files(pipeline, [RECORD])
-    record = source.json(join(pipeline, RECORD)).get("vae")
+    source.files(pipeline, [RECORD, CONVERSION])
+    records = (source.json(join(pipeline, name)) for name in (RECORD, CONVERSION))
+    record = next((record["vae"] for record in records if record.get("vae")), None)
     return Autoencoder(network, index.get("normalize_images", True), source.name, source.revision, record)

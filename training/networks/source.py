@@ -24,6 +24,7 @@ NETWORKS = (  # attributes of diffusers, ours too
     "DiTTransformer2DModel",
     "CTMDiTTransformer2DModel",
 )
+CONFIGS = ("*model_index.json", "*config.json")
 AUTOENCODERS = ("AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "VQModel")
 Network = UNet2DModel | EDMUNet2DModel | EDM2UNet2DModel | CTMDiTTransformer2DModel  # that is trained or taught from
 
@@ -46,18 +47,19 @@ class Source:
         self.root = Path(name)
         self.on_hub = not self.root.is_dir()
         if self.on_hub:
-            self.root = Path(self._download(["*model_index.json", "*config.json"], revision))
+            self.root = Path(self._download(CONFIGS, revision))
             self.revision = self.root.name  # a snapshot's folder is named by its commit
         elif revision is not None:
             raise UserError(f"--{option}_revision {revision} is for repositories on the Hub; {name} is a folder.")
 
-    def _download(self, patterns: list[str], revision: str | None) -> str:
-        return snapshot_download(self.name, revision=revision, allow_patterns=patterns)
+    def _download(self, patterns: Sequence[str], revision: str | None) -> str:
+        return snapshot_download(self.name, revision=revision, allow_patterns=list(patterns))
 
     def files(self, folder: str, patterns: Sequence[str]) -> list[str]:
         """Names of the files in `folder` that match, fetched."""
         if self.on_hub:
-            self._download([join(folder, pattern) for pattern in patterns], self.revision)
+            # With the configs, which are there already: huggingface_hub warns of patterns that nothing matches.
+            self._download([*CONFIGS, *(join(folder, pattern) for pattern in patterns)], self.revision)
         return sorted(path.name for pattern in patterns for path in (self.root / folder).glob(pattern))
 
     def json(self, path: str) -> dict:

@@ -4,9 +4,37 @@
 import functools
 
 import torch
+import torch._dynamo
+import torch._functorch.config
+import torch.compiler.config
+from diffusers.utils import is_torch_version
+
+from ..cli.errors import UserError
 
 
 VARIANTS = 64  # most versions of one forward: with and without gradient, in inference mode, with one sample
+
+
+@functools.cache
+def keep_reads_after_writes() -> None:
+    """Mend torch's compiler for CPUs, which up to 2.13 may forget that a read waits for a write.
+
+    It lost gradients in silence, such as those below an upsampling in bfloat16 (issue 185509 of PyTorch). Raises
+    UserError for a version that this does not mend.
+    """
+    if is_torch_version("<", "2.13"):
+        raise UserError("--compile on a CPU needs torch 2.13 or later: compilers before it lose gradients.")
+    from torch._inductor.scheduler import SchedulerNode  # slow to import
+
+    recompute = SchedulerNode.recompute_size_and_body
+
+    @functools.wraps(recompute)
+    def mended(node: SchedulerNode, *args, **kwargs) -> None:
+        recompute(node, *args, **kwargs)
+        node.set_read_writes(node.read_writes.rename(node.mutation_renames))
+
+    SchedulerNode.recompute_size_and_body = mended
+    torch.compiler.config.cache_key_tag += "reads after writes"  # what was compiled before stays on disk
 
 
 def compile_network(network: torch.nn.Module, backend: str = "inductor") -> None:
@@ -16,8 +44,10 @@ def compile_network(network: torch.nn.Module, backend: str = "inductor") -> None
     network's `last_layer`, if it has one, stays uncompiled: for autograd a compiled region is one node, and the
     gradient at the last layer's weight, which adaptive weights read, would cost a pass through the whole network.
 
-    Copy a network before compiling it: a later copy calls the original.
+    Copy a network before compiling it: a later copy calls the original. Raises UserError on a CPU with an older torch.
     """
+    if next(network.parameters()).device.type == "cpu":
+        keep_reads_after_writes()
     torch._functorch.config.donated_buffer = False  # backward frees nothing that a later backward through it reads
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     last_layer = getattr(network, "last_layer", None)

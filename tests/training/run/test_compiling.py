@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
 """A compiled network is the same network, whatever the batch; its last layer can be differentiated alone."""
 
+import copy
+
 import torch
 from torch._dynamo.utils import counters
 
@@ -42,3 +44,19 @@ def test_a_compiled_network():
         torch.autograd.grad(ours.square().sum(), network.body.weight)  # again: the first freed nothing
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[-1] > 0
+
+
+def test_compiled_code_loses_no_gradient():
+    """Those below an upsampling in bfloat16, which torch 2.13's compiler for CPUs makes zero."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(8, 16, 3), torch.nn.Upsample(scale_factor=2.0), torch.nn.Conv2d(16, 16, 3))
+    plain = torch.nn.Sequential(*layers, torch.nn.Conv2d(16, 8, 1)).to(memory_format=torch.channels_last)
+    network, gradients = copy.deepcopy(plain), []
+    compile_network(network)
+    for each in (plain, network):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = each(torch.linspace(-1, 1, 1600).reshape(2, 8, 10, 10))
+        output.float().square().sum().backward()
+        gradients.append(each[0].weight.grad)
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * gradients[0].abs().max().item())

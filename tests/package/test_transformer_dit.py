@@ -81,6 +81,12 @@ def test_a_network_of_other_channels_is_no_teacher():
         CTMDiTTransformer2DModel.from_unet(make_theirs(out_channels=4))
 
 
+def test_diffusers_folder_is_not_loaded_without_its_classes(tmp_path):
+    make_theirs().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config of a DiTTransformer2DModel. Load it as one, and pass .*from_unet"):
+        CTMDiTTransformer2DModel.from_pretrained(tmp_path)
+
+
 def test_a_new_network_is_the_exact_teacher():
     """DiT's start: the output is zero, and training can leave it."""
     network = make_dit(random=False, num_class_embeds=7)
@@ -242,6 +248,17 @@ def test_patches_come_out_where_they_came_in():
             mosaic = sample[part].repeat(1, 1, 2, 3)
             close(network(mosaic, 0.3).sample, output[part].repeat(1, 1, 2, 3))
     assert (output[..., :2] - output[..., 2:4]).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_do_not_depend_on_where_a_network_was_cast(dtype):
+    """They are float32, as those of a size that the network was not made for."""
+    own, square = (make_dit(sample_size=size).to(dtype) for size in ((8, 16), 8))
+    expected = make_dit(sample_size=(8, 16)).pos_embed.pos_embed
+    assert torch.equal(own.pos_embed.pos_embed, expected) and torch.equal(own.float().pos_embed.pos_embed, expected)
+    sample = randn(2, 3, 8, 16, dtype=torch.float32).to(dtype)
+    assert torch.equal(own.to(dtype)(sample, 0.3).sample, square(sample, 0.3).sample)
+    assert own.to("meta").pos_embed.pos_embed.is_meta
 
 
 @pytest.mark.parametrize(

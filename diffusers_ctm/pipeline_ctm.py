@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
@@ -131,6 +131,11 @@ class CTMPipeline(DiffusionPipeline):
             normalize_images=normalize_images,
         )
         check_safety_checker(self)
+        if isinstance(unet, DiTTransformer2DModel):
+            raise ValueError(
+                "A DiTTransformer2DModel predicts variances and takes whole timesteps only. Pass "
+                "`CTMDiTTransformer2DModel.from_unet(unet, target_time=False)`, with EDMHeunScheduler."
+            )
         self._check_vae()
         if null_class is not None and null_class != (unet.config.num_class_embeds or 0) - 1:
             raise ValueError(

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_ctm import CTMDiTTransformer2DModel, CTMPipeline, CTMScheduler
+from diffusers_ctm import CTMDiTTransformer2DModel, CTMPipeline, CTMScheduler, EDMHeunScheduler
 from helpers.comparing import close
 from helpers.exact import randn
 from helpers.tiny_networks import DIT_TINY, fill, inputs, make_dit
@@ -85,6 +85,15 @@ def test_diffusers_folder_is_not_loaded_without_its_classes(tmp_path):
     make_theirs().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="config of a DiTTransformer2DModel. Load it as one, and pass .*from_unet"):
         CTMDiTTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_says_how_diffusers_network_becomes_ours():
+    theirs = make_theirs()
+    scheduler = EDMHeunScheduler(prediction_type="epsilon", beta_schedule="linear", sigma_min=0.02)
+    with pytest.raises(ValueError, match="predicts variances and takes whole timesteps only. Pass `CTMDiT.*Heun"):
+        CTMPipeline(theirs, scheduler)
+    pipe = CTMPipeline(CTMDiTTransformer2DModel.from_unet(theirs, target_time=False), scheduler, null_class=6)
+    assert pipe(class_labels=2, num_inference_steps=2, output_type="pt").images.shape == (1, 3, 8, 8)
 
 
 def test_a_new_network_is_the_exact_teacher():

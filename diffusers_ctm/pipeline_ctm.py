@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
@@ -208,7 +208,9 @@ class CTMPipeline(DiffusionPipeline):
         # diffusers does not save a component that was set after loading, unless it is registered.
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
         write_loading_code(save_directory, self)
-        remove_weights_loaded_first(os.path.join(save_directory, "unet"), safe_serialization, variant)
+        for name, component in self.components.items():
+            if isinstance(component, ModelMixin):
+                remove_weights_loaded_first(os.path.join(save_directory, name), safe_serialization, variant)
         super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
 
     @classmethod

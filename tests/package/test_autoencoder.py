@@ -629,6 +629,15 @@ def test_a_pipeline_keeps_its_autoencoder(tmp_path):
     assert all(torch.equal(weights[name], weight) for name, weight in other.state_dict().items())
 
 
+@pytest.mark.parametrize("first, second", [({"max_shard_size": "1KB"}, {}), ({}, {"safe_serialization": False})])
+def test_the_autoencoder_that_was_saved_last_is_loaded(first, second, tmp_path):
+    pipeline(vae=make_autoencoder("Tiny")).save_pretrained(tmp_path, **first)
+    pipe = pipeline(vae=make_autoencoder("Tiny", seed=1))
+    pipe.save_pretrained(tmp_path, **second)
+    weights = DiffusionPipeline.from_pretrained(tmp_path).vae.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in pipe.vae.state_dict().items())
+
+
 def test_without_an_autoencoder_nothing_changes(tmp_path):
     pipe = pipeline()
     options = {"generator": None, "output_type": "latent"}

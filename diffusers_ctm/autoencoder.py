@@ -14,8 +14,14 @@ _LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKe
 
 
 def latent_channels(vae: nn.Module) -> int:
-    """Channels of the latents of an autoencoder."""
-    return vae.config.get("vq_embed_dim") or vae.config.latent_channels
+    """Channels of the latents of an autoencoder. Raises ValueError if its config does not say them."""
+    channels = vae.config.get("vq_embed_dim") or vae.config.get("latent_channels")
+    if channels is None:
+        raise ValueError(
+            f"{type(vae).__name__} is no autoencoder of images as AutoencoderKL, AutoencoderTiny, AutoencoderDC and "
+            "VQModel are: its config does not say `latent_channels`."
+        )
+    return channels
 
 
 def downscale(vae: nn.Module) -> int:

@@ -13,13 +13,25 @@ import torch
 def finder(id2label: Mapping[Any, str]) -> Callable[[str], list[int]]:
     """A function from a name to the numbers of the classes that have it.
 
-    A name is found as it is spelled; only if no class is spelled so, without regard to case.
+    A name is found as it is spelled: whole, else between the commas of longer ones ("goldfish" of ImageNet's "goldfish,
+    Carassius auratus"). Only if no class is spelled so, without regard to case.
     """
-    exact, lowered = defaultdict(list), defaultdict(list)
+    spelled, spelled_part, lowered, lowered_part = tables = [defaultdict(list) for _ in range(4)]
     for number, name in id2label.items():
-        exact[str(name)].append(int(number))
-        lowered[str(name).lower()].append(int(number))
-    return lambda name: exact.get(name) or lowered.get(name.lower(), [])
+        name = str(name)
+        parts = {part.strip() for part in name.split(",")} - {""}
+        spelled[name].append(int(number))
+        lowered[name.lower()].append(int(number))
+        for part in parts:
+            spelled_part[part].append(int(number))
+        for part in {part.lower() for part in parts}:
+            lowered_part[part].append(int(number))
+
+    def find(name: str) -> list[int]:
+        keys = (name, name, name.lower(), name.lower())
+        return next((table[key] for table, key in zip(tables, keys, strict=True) if key in table), [])
+
+    return find
 
 
 def label_ids(

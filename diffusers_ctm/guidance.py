@@ -278,13 +278,19 @@ def guided_output(
         finally:
             _NUM_CLASSES.reset(token)
         network_finite = (sum_of(model_output) + sum_of(seen)).isfinite()
-        gradient, moved = _gradient(loss, seen, x, t, network_finite, scheduler)
-    weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
-    return model_output.detach() - weight / float(preconditioning.scalings(level)[1]) * gradient, moved
+        weight = guidance.scale * guidance_weight(t, s, estimate, scheduler.config.sigma_data)
+        weight /= float(preconditioning.scalings(level)[1])
+        shift, moved = _shift(loss, weight, seen, x, t, network_finite, scheduler)
+    return model_output.detach() - shift, moved
 
 
-def _gradient(loss, seen, x, sigma: float, network_finite: torch.Tensor, scheduler) -> tuple[torch.Tensor, bool]:
-    """Gradient of each sample's loss with respect to `x`, through the loss's argument `seen`; and if any is not 0."""
+def _shift(
+    loss, weight: float, seen, x, sigma: float, network_finite: torch.Tensor, scheduler
+) -> tuple[torch.Tensor, bool]:
+    """`weight` times the gradient of each sample's loss with respect to `x`, through its argument `seen`.
+
+    And if any gradient is not 0.
+    """
     if not torch.is_tensor(loss) or loss.shape != (len(x),):
         got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
         raise ValueError(
@@ -300,7 +306,8 @@ def _gradient(loss, seen, x, sigma: float, network_finite: torch.Tensor, schedul
         # A mean over all pixels has a gradient too small for fp16 on its way through the network.
         largest = slope.flatten(1).abs().amax(1).clamp(min=1e-30).reshape(-1, *[1] * (x.ndim - 1))
         slope = torch.autograd.grad(seen, x, slope / largest)[0] * largest
-    finite = loss.isfinite().all() & slope.isfinite().all()
+    shift = weight * slope
+    finite = loss.isfinite().all() & shift.isfinite().all()
     sound, finite, moved = torch.stack([network_finite, finite, slope.any()]).tolist()  # one transfer
     if not sound:
         raise NotFiniteError(f"in step {scheduler.step_index + 1} of {len(scheduler.timesteps)}", sigma)
@@ -309,7 +316,7 @@ def _gradient(loss, seen, x, sigma: float, network_finite: torch.Tensor, schedul
             f"The guidance loss or its gradient is NaN or infinite at noise level {sigma:g}. Make the loss smooth "
             "where it is singular (such as the root of 0 or log of 0), or lower the scale."
         )
-    return slope, moved
+    return shift, moved
 
 
 class ClassifierFreeNetwork:

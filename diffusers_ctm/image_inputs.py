@@ -59,7 +59,8 @@ def read_images(
     if not images.is_floating_point():
         raise ValueError(f"{name} holds {images.dtype}; pass floats in [0, 1], or 0..255 as uint8.")
     if images.shape[1] != channels:
-        raise ValueError(f"{name} has {images.shape[1]} channels; this network makes images with {channels}.")
+        hint = "" if channels in (1, 3) else " If those are latents, pass their autoencoder to the pipeline as `vae`."
+        raise ValueError(f"{name} has {images.shape[1]} channels; this network makes images with {channels}.{hint}")
     if size is not None and tuple(images.shape[2:]) != tuple(size):
         raise ValueError(
             f"{name} is {images.shape[2]}x{images.shape[3]} pixels (height x width); this network makes "

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
@@ -131,6 +131,11 @@ class CTMPipeline(DiffusionPipeline):
             normalize_images=normalize_images,
         )
         check_safety_checker(self)
+        if isinstance(unet, DiTTransformer2DModel):
+            raise ValueError(
+                "A DiTTransformer2DModel predicts variances and takes whole timesteps only. Pass "
+                "`CTMDiTTransformer2DModel.from_unet(unet, target_time=False)`, with EDMHeunScheduler."
+            )
         self._check_vae()
         if null_class is not None and null_class != (unet.config.num_class_embeds or 0) - 1:
             raise ValueError(
@@ -203,7 +208,9 @@ class CTMPipeline(DiffusionPipeline):
         # diffusers does not save a component that was set after loading, unless it is registered.
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
         write_loading_code(save_directory, self)
-        remove_weights_loaded_first(os.path.join(save_directory, "unet"), safe_serialization, variant)
+        for name, component in self.components.items():
+            if isinstance(component, ModelMixin):
+                remove_weights_loaded_first(os.path.join(save_directory, name), safe_serialization, variant)
         super().save_pretrained(save_directory, safe_serialization, variant, *args, **kwargs)
 
     @classmethod

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import as_float64, check_positive
 from .scheduling_karras import KarrasSchedulerMixin, accumulation_dtype
-from .trajectory import gamma_of_split, gamma_split, jump
+from .trajectory import PURE_NOISE, gamma_of_split, gamma_split, jump
 
 
 # What `set_timesteps` sets.
@@ -66,7 +66,8 @@ def _presets_in_json(presets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
         if not isinstance(preset, Mapping) or not preset or not set(preset) <= set(PRESET_KEYS):
             raise ValueError(f"presets[{name!r}] must be a dict with one or more of {PRESET_KEYS}, got {preset!r}.")
         try:
-            checked[name] = {key: as_float64(value, key).tolist() for key, value in preset.items()}
+            values = {key: as_float64(value, key) for key, value in preset.items()}
+            checked[name] = {key: value.clamp(max=PURE_NOISE).tolist() for key, value in values.items()}
         except (TypeError, ValueError) as error:
             raise ValueError(f"presets[{name!r}] must hold numbers, got {preset!r}.") from error
     return checked

@@ -110,7 +110,11 @@ class KarrasSchedulerMixin(SchedulerMixin, ConfigMixin):
             config = own_config(config)
             kind = PREDICTIONS.get(config.get("prediction_type"))
             if not cls.jumps and kind is not None and kind.knows_ends and has_ends(config):
-                config = {**config, "sigma_min": 0.002, "sigma_max": 80.0}  # only a jump reaches the ends
+                ends = [config["sigma_min"], config["sigma_max"]]  # which only a jump reaches, kept for the way back
+                config = {**config, "sigma_min": 0.002, "sigma_max": 80.0, "_ends": ends}
+            elif cls.jumps and "_ends" in config:
+                config = {**config}
+                config["sigma_min"], config["sigma_max"] = config.pop("_ends")
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def _init_state(self) -> None:

@@ -95,7 +95,7 @@ class CTMDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
         self._check_size(*size)
 
         # 1. Patches and their positions
-        self.pos_embed = PatchEmbed(*size, patch_size, in_channels, width)
+        self.pos_embed = CTMPatchEmbed(*size, patch_size, in_channels, width)
         if size[0] != size[1]:  # of which diffusers makes as many positions as for a square
             grid = (self.pos_embed.height, self.pos_embed.width)
             positions = get_2d_sincos_pos_embed(width, grid, base_size=self.pos_embed.base_size)
@@ -140,6 +140,15 @@ class CTMDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
                     nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        if isinstance(config, dict) and "num_embeds_ada_norm" in config:  # it would lose its classes
+            raise ValueError(
+                "This is the config of a DiTTransformer2DModel. Load it as one, and pass it to "
+                "`CTMDiTTransformer2DModel.from_unet`."
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
     def has_target_time(self) -> bool:
@@ -235,6 +244,17 @@ class CTMDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
         patches = patches.unflatten(2, (self.config.patch_size, self.config.patch_size, self.config.out_channels))
         output = patches.unflatten(1, (rows, columns)).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+class CTMPatchEmbed(PatchEmbed):
+    """Patches and their positions. These stay float32 when the network is cast, as they are when it is loaded."""
+
+    def _apply(self, fn, recurse=True):
+        positions = self.pos_embed
+        super()._apply(fn, recurse)
+        if not positions.is_meta:
+            self.pos_embed = positions.to(self.pos_embed.device)
+        return self
 
 
 class CTMDiTBlock(nn.Module):

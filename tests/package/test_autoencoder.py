@@ -11,6 +11,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from diffusers import (
+    AutoencoderKLWan,
     DiffusionPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -628,6 +629,15 @@ def test_a_pipeline_keeps_its_autoencoder(tmp_path):
     assert all(torch.equal(weights[name], weight) for name, weight in other.state_dict().items())
 
 
+@pytest.mark.parametrize("first, second", [({"max_shard_size": "1KB"}, {}), ({}, {"safe_serialization": False})])
+def test_the_autoencoder_that_was_saved_last_is_loaded(first, second, tmp_path):
+    pipeline(vae=make_autoencoder("Tiny")).save_pretrained(tmp_path, **first)
+    pipe = pipeline(vae=make_autoencoder("Tiny", seed=1))
+    pipe.save_pretrained(tmp_path, **second)
+    weights = DiffusionPipeline.from_pretrained(tmp_path).vae.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in pipe.vae.state_dict().items())
+
+
 def test_without_an_autoencoder_nothing_changes(tmp_path):
     pipe = pipeline()
     options = {"generator": None, "output_type": "latent"}
@@ -707,6 +717,12 @@ def test_what_does_not_fit_the_autoencoder(cls, arguments, options, message):
     assert not calls
 
 
+def test_an_autoencoder_of_videos_is_refused():
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1], num_res_blocks=1, temperal_downsample=[])
+    with pytest.raises(ValueError, match="AutoencoderKLWan is no autoencoder of images as AutoencoderKL.*VQModel are"):
+        pipeline(vae=vae)
+
+
 def test_autoencoders_of_other_channels_are_refused(tmp_path):
     with pytest.raises(ValueError, match="vae makes latents with 8 channels, and the network sees 4. Pass the autoenc"):
         pipeline(vae=make_autoencoder("KL", latent_channels=8))
@@ -740,5 +756,7 @@ def test_latents_without_their_autoencoder_are_no_images(tmp_path, output_type):
         with pytest.raises(ValueError, match="makes 4 channels, which are latents, and their autoencoder is missing"):
             call()
     assert not calls and alone(output_type="latent").images.shape == (1, 4, 4, 4)
+    with pytest.raises(ValueError, match="image has 3 channels; .* 4. If those are latents, pass their autoencoder"):
+        inverter(torch.zeros(1, 3, 16, 16))
     whole = DiffusionPipeline.from_pretrained(tmp_path, vae=make_autoencoder("KL"))
     assert len(whole(output_type=output_type).images) == 1

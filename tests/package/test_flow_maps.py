@@ -242,7 +242,8 @@ def test_configs_of_flow_maps_are_read(tmp_path):
 
 
 def test_saved_and_loaded_it_samples_the_same(tmp_path):
-    pipe = pipeline(scheduler=scheduler_of(shift=2.0, gamma=0.4), unet=random_network())
+    presets = {"2": {"sigmas": [math.inf, 1.0]}}
+    pipe = pipeline(scheduler=scheduler_of(shift=2.0, gamma=0.4, presets=presets), unet=random_network())
     pipe.save_pretrained(tmp_path)
 
     def refuse(word):
@@ -250,7 +251,7 @@ def test_saved_and_loaded_it_samples_the_same(tmp_path):
 
     json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text(), parse_constant=refuse)
     again = CTMPipeline.from_pretrained(tmp_path)
-    for name in ("sigma_min", "sigma_max", "shift"):
+    for name in ("sigma_min", "sigma_max", "shift", "presets"):
         assert again.scheduler.config[name] == pipe.scheduler.config[name]
     images = [
         one(batch_size=2, num_inference_steps=3, output_type="latent", generator=seeded()).images
@@ -266,6 +267,20 @@ def test_heun_samples_a_flow_map_by_its_exact_score():
         images = pipe(latents=noise(), num_inference_steps=steps, output_type="latent").images
         errors.append((images - DATA.jump(80 * noise(), 80.0, 0.0)).abs().max().item())
     assert errors[1] < 4e-3 and errors[0] / errors[1] > 3  # second order
+
+
+def test_back_from_heun_it_jumps_from_pure_noise_again(tmp_path):
+    ours = scheduler_of(shift=3.0, gamma=0.4)
+    heun = loaded(EDMHeunScheduler.from_config(ours.config), tmp_path)
+    assert (heun.config.sigma_min, heun.config.sigma_max) == (0.002, 80.0)
+    again = CTMScheduler.from_config(EDMHeunScheduler.from_config(heun.config).config)
+    for name in ("sigma_min", "sigma_max", "shift", "gamma"):
+        assert again.config[name] == ours.config[name]
+    assert "_ends" not in again.config
+    asked = CTMScheduler.from_config(heun.config, sigma_min=0.01, sigma_max=50.0)
+    assert (asked.config.sigma_min, asked.config.sigma_max) == (0.01, 50.0)
+    between = EDMHeunScheduler.from_config(scheduler_of(sigma_min=0.01, sigma_max=50.0).config)
+    assert CTMScheduler.from_config(between.config).config.sigma_max == 50
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,12 @@ def test_losses_that_cannot_guide(make_pipe, fn, message):
         make_pipe()(latents=latents(2), guidance=LossGuidance(fn))
 
 
+def test_a_gradient_that_its_weight_makes_infinite_is_not_the_networks_fault():
+    steep = LossGuidance(lambda x: x.sum((1, 2, 3)), 1e38)
+    with pytest.raises(ValueError, match="loss or its gradient is NaN or infinite at noise level 80.*lower the scale"):
+        pipeline()(latents=latents(2), guidance=steep)
+
+
 @pytest.mark.parametrize("make_pipe", [pipeline, heun])
 def test_a_loss_that_guides_nothing_at_all_warns(make_pipe, monkeypatch):
     said = []

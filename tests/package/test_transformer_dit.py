@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_ctm import CTMDiTTransformer2DModel, CTMPipeline, CTMScheduler
+from diffusers_ctm import CTMDiTTransformer2DModel, CTMPipeline, CTMScheduler, EDMHeunScheduler
 from helpers.comparing import close
 from helpers.exact import randn
 from helpers.tiny_networks import DIT_TINY, fill, inputs, make_dit
@@ -79,6 +79,21 @@ def test_a_student_is_its_teacher_to_the_last_bit():
 def test_a_network_of_other_channels_is_no_teacher():
     with pytest.raises(ValueError, match="channels as it takes, 3, or twice as many, with variances; this one gives 4"):
         CTMDiTTransformer2DModel.from_unet(make_theirs(out_channels=4))
+
+
+def test_diffusers_folder_is_not_loaded_without_its_classes(tmp_path):
+    make_theirs().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config of a DiTTransformer2DModel. Load it as one, and pass .*from_unet"):
+        CTMDiTTransformer2DModel.from_pretrained(tmp_path)
+
+
+def test_a_pipeline_says_how_diffusers_network_becomes_ours():
+    theirs = make_theirs()
+    scheduler = EDMHeunScheduler(prediction_type="epsilon", beta_schedule="linear", sigma_min=0.02)
+    with pytest.raises(ValueError, match="predicts variances and takes whole timesteps only. Pass `CTMDiT.*Heun"):
+        CTMPipeline(theirs, scheduler)
+    pipe = CTMPipeline(CTMDiTTransformer2DModel.from_unet(theirs, target_time=False), scheduler, null_class=6)
+    assert pipe(class_labels=2, num_inference_steps=2, output_type="pt").images.shape == (1, 3, 8, 8)
 
 
 def test_a_new_network_is_the_exact_teacher():
@@ -242,6 +257,17 @@ def test_patches_come_out_where_they_came_in():
             mosaic = sample[part].repeat(1, 1, 2, 3)
             close(network(mosaic, 0.3).sample, output[part].repeat(1, 1, 2, 3))
     assert (output[..., :2] - output[..., 2:4]).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_positions_do_not_depend_on_where_a_network_was_cast(dtype):
+    """They are float32, as those of a size that the network was not made for."""
+    own, square = (make_dit(sample_size=size).to(dtype) for size in ((8, 16), 8))
+    expected = make_dit(sample_size=(8, 16)).pos_embed.pos_embed
+    assert torch.equal(own.pos_embed.pos_embed, expected) and torch.equal(own.float().pos_embed.pos_embed, expected)
+    sample = randn(2, 3, 8, 16, dtype=torch.float32).to(dtype)
+    assert torch.equal(own.to(dtype)(sample, 0.3).sample, square(sample, 0.3).sample)
+    assert own.to("meta").pos_embed.pos_embed.is_meta
 
 
 @pytest.mark.parametrize(

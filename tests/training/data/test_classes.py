@@ -78,6 +78,21 @@ def test_a_name_of_several_classes_is_no_class_to_sample():
         label_ids("crane", 5, names)
 
 
+def test_a_part_between_commas_names_a_class():
+    """As in diffusers' DiTPipeline, but that a name of several classes is refused. The names are ImageNet's."""
+    names = ["goldfish, Carassius auratus", "missile", "projectile, missile", "polecat, fitch", "skunk, polecat"]
+    names = dict(enumerate([*names, "Cardigan, Cardigan Welsh corgi", "cardigan", "Ant, ant, "]))
+    found = label_ids(["goldfish", "Carassius auratus", names[0], "GOLDFISH", "FITCH"], 8, names)
+    assert found == [0, 0, 0, 0, 3]
+    assert label_ids(["missile", "Missile", "Cardigan", "cardigan", "ANT"], 8, names) == [1, 1, 5, 6, 7]
+    with pytest.raises(ValueError, match=r"'polecat' is the name of the classes \[3, 4\]; pass a number"):
+        label_ids("polecat", 8, names)
+    for wrong in ("gold", "goldfish,", "Carassius", ""):
+        with pytest.raises(ValueError, match="is not the name of a class. Known names: "):
+            label_ids(wrong, 8, names)
+    assert numbered(["skunk", "goldfish"], list(names.values())) == [4, 0]
+
+
 @pytest.fixture(scope="module")
 def high_digits(tmp_path_factory):
     """Six images each of 7, 8 and 9: as folders, and as a parquet file with all ten names, in the same order."""

@@ -14,6 +14,7 @@ from training.cli.options import parse_config, save_config
 from training.evaluate import EvaluateConfig
 from training.train_ctm import CTMConfig, time_sampler
 from training.train_edm import EDMConfig
+from training.train_vae import VAEConfig
 
 
 def refused(config_class, arguments, capsys):
@@ -189,7 +190,8 @@ SHIPPED = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 def test_shipped_configs_are_options_of_their_program(path):
     if path.stem.endswith("_variants"):  # of training.study, which tests it
         return
-    kind = EDMConfig if path.stem.endswith("_edm") else EvaluateConfig if path.stem.endswith("_evaluate") else CTMConfig
+    kinds = {"edm": EDMConfig, "vae": VAEConfig, "evaluate": EvaluateConfig}
+    kind = kinds.get(path.stem.rpartition("_")[2], CTMConfig)
     config = parse_config(kind, ["--config", str(path)])
     assert config.dataset_name and (kind is not CTMConfig or config.teacher)
 

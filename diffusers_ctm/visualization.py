@@ -43,7 +43,8 @@ def trajectory_strip(
     """Sample, and show every state x_t with its jump to the end, G(x_t, t, sigma_min).
 
     2N network evaluations for N steps: N of the sampler and one per state that is not the last. The arguments are those
-    of `CTMPipeline`, which must have a `CTMScheduler`; x_t is shown times sigma_data / sqrt(sigma_data^2 + t^2).
+    of `CTMPipeline`, which must have a `CTMScheduler`. Images show x_t times sigma_data / sqrt(sigma_data^2 + t^2);
+    `output_type="latent"` gives x_t itself.
 
     Raises:
         ValueError: for another scheduler, and as `CTMPipeline` does.

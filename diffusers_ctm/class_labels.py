@@ -16,16 +16,14 @@ def finder(id2label: Mapping[Any, str]) -> Callable[[str], list[int]]:
     A name is found as it is spelled: whole, else between the commas of longer ones ("goldfish" of ImageNet's "goldfish,
     Carassius auratus"). Only if no class is spelled so, without regard to case.
     """
-    spelled, spelled_part, lowered, lowered_part = tables = [defaultdict(list) for _ in range(4)]
+    tables = [defaultdict(list) for _ in range(4)]
     for number, name in id2label.items():
         name = str(name)
         parts = {part.strip() for part in name.split(",")} - {""}
-        spelled[name].append(int(number))
-        lowered[name.lower()].append(int(number))
-        for part in parts:
-            spelled_part[part].append(int(number))
-        for part in {part.lower() for part in parts}:
-            lowered_part[part].append(int(number))
+        spellings = ({name}, parts, {name.lower()}, {part.lower() for part in parts})
+        for table, keys in zip(tables, spellings, strict=True):
+            for key in keys:
+                table[key].append(int(number))
 
     def find(name: str) -> list[int]:
         keys = (name, name, name.lower(), name.lower())

@@ -46,20 +46,19 @@ def tool_images(path: str, with_classes: bool) -> Dataset:
             f"--dataset_name {path} holds latents, which go to --latents. Give --dataset_name their images."
         )
     labels = _labels(path, names)
-    if labels is None and with_classes:
-        raise UserError(
-            f"--label_column: {where} is missing or has no labels (null). Leave --label_column out, or write the data "
-            "set with labels."
-        )
     columns = {"image": Image()}
-    if labels is not None:
-        if with_classes:
-            if missing := sorted(set(names) - labels.keys()):
-                raise UserError(
-                    f"{where} has no entry for {len(missing)} of {len(names)} images, such as {missing[0]}. Add "
-                    "entries, remove these images, or leave --label_column out."
-                )
-            columns["label"] = ClassLabel(num_classes=max(labels.values(), default=0) + 1)
+    if with_classes:
+        if labels is None:
+            raise UserError(
+                f"--label_column: {where} is missing or has no labels (null). Leave --label_column out, or write the "
+                "data set with labels."
+            )
+        if missing := sorted(set(names) - labels.keys()):
+            raise UserError(
+                f"{where} has no entry for {len(missing)} of {len(names)} images, such as {missing[0]}. Add "
+                "entries, remove these images, or leave --label_column out."
+            )
+        columns["label"] = ClassLabel(num_classes=max(labels.values(), default=0) + 1)
     if path.endswith(".zip"):
         files = [f"zip://{name}::{os.path.abspath(path)}" for name in names]
     else:

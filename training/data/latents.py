@@ -227,8 +227,8 @@ class LatentDataset(torch.utils.data.Dataset):
         with tqdm(total=sum(map(len, missing)), desc="Encoding", unit="image", disable=hidden) as progress:
             for images in missing:
                 parts = []
-                for first in range(images.start, images.stop, BATCH):
-                    parts.append(self._moments(list(range(first, min(first + BATCH, images.stop)))))
+                for first in range(0, len(images), BATCH):
+                    parts.append(self._moments(list(images[first : first + BATCH]), self.autoencoder.normalize_images))
                     progress.update(len(parts[-1][0]))
                 tensors = {
                     name: torch.cat(values).contiguous()
@@ -238,16 +238,13 @@ class LatentDataset(torch.utils.data.Dataset):
                 self._files.write(images, tensors)
 
     @torch.no_grad()
-    def _moments(
-        self, indices: list[int], normalize_images: bool | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _moments(self, indices: list[int], normalize_images: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean and deviation of raw latents, float16 of shape (n, o, c, h, w) on the CPU.
 
-        `normalize_images` replaces the autoencoder's. Raises UserError if they are not finite.
+        The autoencoder is shown images in [-1, 1], or without `normalize_images` in [0, 1]. Raises UserError if they
+        are not finite.
         """
         network = self.autoencoder.network
-        if normalize_images is None:
-            normalize_images = self.autoencoder.normalize_images
         images = to_sample(self.images[indices][0].to(network.device))
         turned = [images, images.flip(-1)] if self.images.options.random_flip else [images]
         found = [moments(network, each, normalize_images) for each in turned]

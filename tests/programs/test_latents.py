@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from demo import recipes
 from diffusers_ctm.autoencoder import moments
 from helpers.autoencoders import make_autoencoder
 from helpers.comparing import close, seeded
 from helpers.runs import NETWORK, SMALL, assert_same_weights, fresh_accelerate, in_processes  # noqa: F401
-from training import evaluate, likelihood, train_ctm, train_edm
+from training import ema, evaluate, likelihood, train_ctm, train_edm
 from training.cli.errors import UserError
 from training.cli.files import read_json, write_json
 from training.cli.shared_options import DataOptions
@@ -192,6 +192,17 @@ def test_latents_that_edm2s_tool_encoded_train_as_those_encoded_here(vae, tmp_pa
     with pytest.raises(UserError, match="Give --vae_unit_range true with --vae"):
         train(tmp_path / "mixed", vae, latents=str(tmp_path / "tool.zip"), **options | {"vae_unit_range": False})
     assert not (tmp_path / "mixed" / "pipeline").exists()
+
+
+def test_snapshots_of_averages_hold_one_autoencoder(teacher, tmp_path):
+    run = tmp_path / "run"
+    distill(teacher, run, posthoc_ema=[0.05, 0.1], posthoc_ema_every=2)
+    files = list((run / "ema-snapshots").glob("*/vae/*.safetensors"))
+    assert len(files) == 4 and len({file.stat().st_ino for file in files}) == 1
+    average = ema.main(ema.PostHocConfig(run=str(run), sigma_rel=0.08))
+    vaes = [AutoencoderKL.from_pretrained(path, subfolder="vae").state_dict() for path in (average, run / "pipeline")]
+    torch.testing.assert_close(*vaes, rtol=0, atol=0)
+    assert DiffusionPipeline.from_pretrained(files[0].parents[1])().images[0].size == (8, 8)
 
 
 def test_a_first_stage_of_other_latents_is_refused(teacher, student, tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -39,6 +40,20 @@ from .checkpoints import (
     start_output_dir,
 )
 from .devices import load_whole
+
+
+def share_autoencoder(folder: str) -> None:
+    """Let a pipeline's autoencoder be the file of the first pipeline beside it: it is the same in all of them.
+
+    A disk without hard links keeps the copy.
+    """
+    for weights in Path(folder, "vae").glob("*.safetensors"):
+        first = min(weights.parents[2].glob(f"*/vae/{weights.name}"))
+        if not first.samefile(weights):
+            link = weights.with_suffix(".draft")
+            with contextlib.suppress(OSError):
+                os.link(first, link)
+                os.replace(link, weights)
 
 
 class RunFolder:
@@ -162,6 +177,8 @@ class RunFolder:
         for width in self.options.posthoc_ema:
             average, folder = averages[f"sigma_rel-{width:g}"], snapshot_folder(self.options.output_dir, width, step)
             self._save_pipeline(folder, average, step, {"sigma_rel": width, "updates": average.updates})
+            if self.accelerator.is_main_process:
+                share_autoencoder(folder)
 
     def finish(self, step: int, averages: dict[str, EMA]) -> str:
         """Save the main average as output_dir/pipeline and further ones as `pipeline-ema-DECAY`; return the path."""

@@ -369,7 +369,7 @@ def likelihood(
 ) -> Made:
     """Bits per dimension of a picture under the exact score, beside those of images like the training data.
 
-    Less is likelier.
+    Less is likelier. A checkpoint with an autoencoder measures the picture's latents, whose bits may be negative.
 
     Args:
         model: name of a checkpoint of this page.
@@ -385,8 +385,9 @@ def likelihood(
     bits = output.bits_per_dim.item()
     what, others = among(run.checkpoint, progress)
     beaten = sum(other > bits for other in others)
+    of_what = "" if run.checkpoint.pipe.vae is None else " of its latents"
     report = (
-        f"**{bits:.2f} bits per dimension**, likelier than {beaten} of {len(others)} {what}, which have "
+        f"**{bits:.2f} bits per dimension{of_what}**, likelier than {beaten} of {len(others)} {what}, which have "
         f"{min(others):.2f} to {max(others):.2f}. {output.nfe} network evaluations with as many backward passes, "
         f"{run.seconds:.1f} s."
     )

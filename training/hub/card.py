@@ -28,7 +28,7 @@ MARK = re.compile(r"\n<!-- diffusers-ctm card ([0-9a-f]{16}): replaced when publ
 
 ATTRIBUTIONS = {  # of data sets
     "digits": "scikit-learn's 1,797 handwritten digits (E. Alpaydin and C. Kaynak, UCI, CC BY 4.0)",
-    "twemoji.parquet": (  # as the README has training.emoji write it
+    "twemoji.parquet": (  # as docs/evaluation.md has training.emoji write it
         "[Twemoji](https://github.com/jdecked/twemoji)'s graphics, copyright Twitter, Inc and other contributors, "
         "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), made smaller and laid on white"
     ),

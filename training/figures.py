@@ -16,7 +16,6 @@ from diffusers_ctm import (
     CTMInversionPipeline,
     CTMPipeline,
     CTMRestorationPipeline,
-    GrayscaleOperator,
     LinearOperator,
     gamma_seed_grid,
     log_likelihood,
@@ -47,7 +46,8 @@ class FiguresConfig(Checked):
     )
     mnist_model: str = option("assets/mnist-ctm", "The CTM of MNIST, likewise.")
     mnist_teacher: str = option("assets/mnist-edm", "The diffusion model that it was distilled from.")
-    emoji_model: str = option("assets/emoji-ctm", "The CTM of 16x16 emoji, likewise.")
+    emoji_model: str = option("assets/emoji-ctm", "The CTM of 64x64 emoji, likewise.")
+    emoji_teacher: str = option("assets/emoji-edm", "The diffusion model that it was distilled from.")
     output_dir: str = option("assets/figures", "Folder for the pictures.")
     config: str | None = option(None, "YAML file with any of these options; the command line overrides it.")
 
@@ -162,6 +162,11 @@ def strips(*columns: dict[str, torch.Tensor]) -> Image.Image:
     return captioned(list(zip(*pictures, strict=True)), gap=6)
 
 
+def in_palette(picture: Image.Image) -> Image.Image:
+    """`picture` in 256 colors, as a file a third as large."""
+    return picture.quantize(256, dither=Image.Dither.NONE)
+
+
 def silent(cls: type, pipe: CTMPipeline) -> CTMPipeline:
     """`pipe` as a pipeline of another class, without progress bars."""
     pipe = cls.from_pipe(pipe)
@@ -191,25 +196,26 @@ class RandomSums(LinearOperator):
         return (y @ self.inverse.T).reshape(-1, 1, 8, 8)
 
 
-def strokes() -> torch.Tensor:
-    """Nine drawings of 16x16 in a few flat strokes, one for each group of emoji, shape (9, 3, 16, 16), in [0, 1]."""
+def strokes(size: int) -> torch.Tensor:
+    """Nine drawings in a few flat strokes, one for each group of emoji, shape (9, 3, size, size), in [0, 1]."""
     disk, bar = "ellipse", "rectangle"
-    shapes = [
-        [(disk, (1, 1, 14, 14), "#fc4"), (bar, (4, 5, 5, 7), "#642"), (bar, (10, 5, 11, 7), "#642")],
-        [(disk, (4, 2, 11, 10), "#fc8"), (bar, (4, 1, 11, 4), "#642"), (bar, (2, 11, 13, 15), "#48c")],
-        [(disk, (2, 4, 13, 14), "#a63"), (disk, (1, 1, 5, 6), "#a63"), (disk, (10, 1, 14, 6), "#a63")],
-        [(disk, (2, 4, 13, 14), "#d23"), (bar, (7, 0, 8, 4), "#4a3")],
-        [(bar, (1, 5, 14, 11), "#36b"), (disk, (2, 9, 5, 14), "#333"), (disk, (10, 9, 13, 14), "#333")],
-        [(disk, (1, 1, 14, 14), "#f90"), (bar, (1, 7, 14, 8), "#333")],
-        [(bar, (3, 1, 12, 14), "#889"), (bar, (5, 3, 10, 9), "#cde")],
-        [(bar, (0, 0, 15, 15), "#39d"), (disk, (4, 4, 11, 11), "#fff")],
-        [(bar, (0, 3, 15, 6), "#d22"), (bar, (0, 10, 15, 12), "#26b")],
+    shapes = [  # boxes in sixteenths of the side: left, top, right, bottom
+        [(disk, (1, 1, 15, 15), "#fc4"), (bar, (4, 5, 6, 8), "#642"), (bar, (10, 5, 12, 8), "#642")],
+        [(disk, (4, 2, 12, 11), "#fc8"), (bar, (4, 1, 12, 5), "#642"), (bar, (2, 11, 14, 16), "#48c")],
+        [(disk, (2, 4, 14, 15), "#a63"), (disk, (1, 1, 6, 7), "#a63"), (disk, (10, 1, 15, 7), "#a63")],
+        [(disk, (2, 4, 14, 15), "#d23"), (bar, (7, 0, 9, 5), "#4a3")],
+        [(bar, (1, 5, 15, 12), "#36b"), (disk, (2, 9, 6, 15), "#333"), (disk, (10, 9, 14, 15), "#333")],
+        [(disk, (1, 1, 15, 15), "#f90"), (bar, (1, 7, 15, 9), "#333")],
+        [(bar, (3, 1, 13, 15), "#889"), (bar, (5, 3, 11, 10), "#cde")],
+        [(bar, (0, 0, 16, 16), "#39d"), (disk, (4, 4, 12, 12), "#fff")],
+        [(bar, (0, 3, 16, 7), "#d22"), (bar, (0, 10, 16, 13), "#26b")],
     ]  # fmt: skip
     drawings = []
     for parts in shapes:
-        drawing = Image.new("RGB", (16, 16), "white")
+        drawing = Image.new("RGB", (size, size), "white")
         for shape, box, color in parts:
-            getattr(ImageDraw.Draw(drawing), shape)(box, fill=color)
+            left, top, right, bottom = (round(edge * size / 16) for edge in box)
+            getattr(ImageDraw.Draw(drawing), shape)((left, top, right - 1, bottom - 1), fill=color)
         drawings.append(torch.from_numpy(np.array(drawing)).permute(2, 0, 1) / 255)
     return torch.stack(drawings)
 
@@ -347,27 +353,33 @@ def draw_mnist(pipe: CTMPipeline, teacher: CTMPipeline) -> Image.Image:
 # Pictures of emoji ----------------------------------------------------------------------------------------------------
 
 
-def draw_emoji(pipe: CTMPipeline) -> Image.Image:
-    """Two of each class from the same noise, in 1, 4 and 18 steps at gamma = 0; three rows."""
-    classes = [label for label in range(pipe.num_classes) for _ in range(2)]
-    rows = [sample(pipe, classes, num_inference_steps=steps, gamma=0.0) for steps in (1, 4, 18)]
-    return tiles(torch.cat(rows), len(classes))
+def draw_emoji(pipe: CTMPipeline, teacher: CTMPipeline) -> Image.Image:
+    """Two of each class in one and in four steps, and of the teacher, from the same noise."""
+    classes = [label for _ in range(2) for label in range(pipe.num_classes)]
+    rows = {
+        "one step: 1 network evaluation": sample(pipe, classes, num_inference_steps=1),
+        "four steps: 4 network evaluations": sample(pipe, classes, num_inference_steps=4),
+        "the teacher, 18 Heun steps: 35 network evaluations": sample(teacher, classes, num_inference_steps=18),
+    }
+    rows = [[(caption, tiles(images, pipe.num_classes))] for caption, images in rows.items()]
+    return in_palette(captioned(rows, gap=6))
 
 
 def draw_emoji_editing(pipe: CTMPipeline) -> Image.Image:
-    """Left: samples, their gray and two colorings of it. Right: strokes, and images made of them at three strengths."""
-    repair, edit = silent(CTMRestorationPipeline, pipe), silent(CTMImg2ImgPipeline, pipe)
-    classes, gray = list(range(pipe.num_classes)), GrayscaleOperator()
+    """Left: samples, a half of each and two completions of it. Right: strokes, and images made of them."""
+    complete, edit = silent(CTMInpaintPipeline, pipe), silent(CTMImg2ImgPipeline, pipe)
+    classes, (height, width) = list(range(pipe.num_classes)), pipe.image_size
     image = sample(pipe, classes, seed=1, num_inference_steps=18, gamma=0.0)
-    kept = gray(image)
-    left = {"samples in 18 steps": image, "their gray": kept.expand_as(image)}
-    for seed, name in enumerate(("colored, 18 evaluations", "colored, from other noise")):
-        left[name] = sample(repair, classes, kept, gray, seed=seed)
-    drawn = strokes()[[k % 9 for k in classes]]
+    lower_half = torch.zeros(height, width)
+    lower_half[height // 2 :] = 1
+    left = {"samples in 18 steps": image, "their upper half": torch.where(lower_half == 1, 0.5, image)}
+    for seed, name in enumerate(("completed, 18 evaluations", "completed, from other noise")):
+        left[name] = sample(complete, classes, image, lower_half, seed=seed)
+    drawn = strokes(height)[[k % 9 for k in classes]]
     right = {"strokes": drawn}
     for strength in (0.3, 0.4, 0.5):
         right[f"strength {strength:g}, 4 evaluations"] = sample(edit, classes, drawn, strength, num_inference_steps=4)
-    return strips(left, right)
+    return in_palette(strips(left, right))
 
 
 def draw_emoji_guidance(pipe: CTMPipeline) -> Image.Image:
@@ -378,7 +390,7 @@ def draw_emoji_guidance(pipe: CTMPipeline) -> Image.Image:
         scales = (1.0, 1.5, 2.0, 3.0)
         return {f"steps: {steps}, guidance_scale {s:g}": sample(pipe, guidance_scale=s, **options) for s in scales}
 
-    return strips(column(1), column(4))
+    return in_palette(strips(column(1), column(4)))
 
 
 DIGITS_PICTURES = {
@@ -391,30 +403,38 @@ DIGITS_PICTURES = {
     "safety": draw_safety,
 }
 
-EMOJI_PICTURES = {"emoji": draw_emoji, "emoji_editing": draw_emoji_editing, "emoji_guidance": draw_emoji_guidance}
+EMOJI_PICTURES = {"emoji_editing": draw_emoji_editing, "emoji_guidance": draw_emoji_guidance}
+
+
+def shown_shape(pipe: CTMPipeline) -> tuple:
+    """Channels, size and number of classes of its images."""
+    return pipe.image_channels, pipe.image_size, pipe.num_classes
 
 
 def main(config: FiguresConfig) -> None:
     """Draw the pictures, each into its file."""
-    pipe, emoji = load_model(config.model, ()), load_model(config.emoji_model, ())
-    mnist, mnist_teacher = load_model(config.mnist_model, ()), load_heun(TeacherOptions(teacher=config.mnist_teacher))
+    pipe, mnist, emoji = (load_model(name, ()) for name in (config.model, config.mnist_model, config.emoji_model))
+    mnist_teacher, emoji_teacher = (
+        load_heun(TeacherOptions(teacher=name)) for name in (config.mnist_teacher, config.emoji_teacher)
+    )
     if (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.num_classes) != (1, 8, 10):
         raise UserError(f"--model {config.model} must be a CTM of the ten 8x8 digits: the pictures show them.")
-    if (emoji.unet.config.in_channels, emoji.unet.config.sample_size) != (3, 16) or not emoji.knows_no_class:
-        raise UserError(
-            f"--emoji_model {config.emoji_model} must be a CTM of 16x16 color images in classes, trained with "
-            "--label_dropout: the pictures show them."
-        )
-    if mnist.num_classes != 10 or mnist_teacher.image_size != mnist.image_size or mnist_teacher.num_classes != 10:
+    if mnist.num_classes != 10 or shown_shape(mnist_teacher) != shown_shape(mnist):
         raise UserError(
             f"--mnist_model {config.mnist_model} must be a CTM of ten digits, and --mnist_teacher "
             f"{config.mnist_teacher} a diffusion model of the same: the picture shows them."
         )
-    for model in (mnist, mnist_teacher):
+    if emoji.image_channels != 3 or not emoji.knows_no_class or shown_shape(emoji_teacher) != shown_shape(emoji):
+        raise UserError(
+            f"--emoji_model {config.emoji_model} must be a CTM of color images in classes, trained with "
+            f"--label_dropout, and --emoji_teacher {config.emoji_teacher} a diffusion model of the same: the pictures "
+            "show them."
+        )
+    files = {"how_it_works.png": png(draw_how_it_works())}
+    for model in (pipe, mnist, mnist_teacher, emoji, emoji_teacher):
         model.set_progress_bar_config(disable=True)
-    files = {"how_it_works.png": png(draw_how_it_works()), "mnist.png": png(draw_mnist(mnist, mnist_teacher))}
+    files |= {"mnist.png": png(draw_mnist(mnist, mnist_teacher)), "emoji.png": png(draw_emoji(emoji, emoji_teacher))}
     for model, pictures in ((pipe, DIGITS_PICTURES), (emoji, EMOJI_PICTURES)):
-        model.set_progress_bar_config(disable=True)
         files |= {f"{name}.png": png(draw(model)) for name, draw in pictures.items()}
     write_files(config.output_dir, files)
     print(f"Drew {', '.join(files)} in {config.output_dir}")

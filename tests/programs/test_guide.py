@@ -87,7 +87,7 @@ def test_the_nearest_example_decides():
         ({"model": "assets/digits-edm"}, "is no CTM but a CTMPipeline with EDMHeunScheduler"),
         ({"classifier": "no such folder"}, "--classifier no such folder cannot be loaded"),
         ({"guidance_scales": [2.0]}, "--guidance_scales need a network trained with --label_dropout"),
-        ({"model": "assets/emoji-ctm"}, r"images of shape \(1, 8, 8\), --model makes \(3, 16, 16\)"),
+        ({"model": "assets/emoji-ctm"}, r"images of shape \(1, 8, 8\), --model makes \(3, 64, 64\)"),
     ],
 )
 def test_options_and_models_that_do_not_fit(options, message):

@@ -337,32 +337,18 @@ def draw_safety(pipe: CTMPipeline) -> Image.Image:
     return strips({"no safety checker": sample(pipe, classes), flags: output.images})
 
 
-# Pictures of MNIST ----------------------------------------------------------------------------------------------------
+# Pictures of MNIST and emoji ------------------------------------------------------------------------------------------
 
 
-def draw_mnist(pipe: CTMPipeline, teacher: CTMPipeline) -> Image.Image:
-    """The ten digits in one and in four steps, and of the teacher, from the same noise."""
-    rows = {
-        "one step: 1 network evaluation": sample(pipe, DIGITS, num_inference_steps=1),
-        "four steps: 4 network evaluations": sample(pipe, DIGITS, num_inference_steps=4),
-        "the teacher, 18 Heun steps: 35 network evaluations": sample(teacher, DIGITS, num_inference_steps=18),
-    }
-    return strips(rows)
-
-
-# Pictures of emoji ----------------------------------------------------------------------------------------------------
-
-
-def draw_emoji(pipe: CTMPipeline, teacher: CTMPipeline) -> Image.Image:
-    """Two of each class in one and in four steps, and of the teacher, from the same noise."""
-    classes = [label for _ in range(2) for label in range(pipe.num_classes)]
+def draw_beside_teacher(pipe: CTMPipeline, teacher: CTMPipeline, of_each: int) -> Image.Image:
+    """`of_each` images of each class in one and in four steps, and of the teacher, from the same noise."""
+    classes = [label for _ in range(of_each) for label in range(pipe.num_classes)]
     rows = {
         "one step: 1 network evaluation": sample(pipe, classes, num_inference_steps=1),
         "four steps: 4 network evaluations": sample(pipe, classes, num_inference_steps=4),
         "the teacher, 18 Heun steps: 35 network evaluations": sample(teacher, classes, num_inference_steps=18),
     }
-    rows = [[(caption, tiles(images, pipe.num_classes))] for caption, images in rows.items()]
-    return in_palette(captioned(rows, gap=6))
+    return captioned([[(caption, tiles(images, pipe.num_classes))] for caption, images in rows.items()], gap=6)
 
 
 def draw_emoji_editing(pipe: CTMPipeline) -> Image.Image:
@@ -417,7 +403,7 @@ def main(config: FiguresConfig) -> None:
     mnist_teacher, emoji_teacher = (
         load_heun(TeacherOptions(teacher=name)) for name in (config.mnist_teacher, config.emoji_teacher)
     )
-    if (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.num_classes) != (1, 8, 10):
+    if shown_shape(pipe) != (1, (8, 8), 10):
         raise UserError(f"--model {config.model} must be a CTM of the ten 8x8 digits: the pictures show them.")
     if mnist.num_classes != 10 or shown_shape(mnist_teacher) != shown_shape(mnist):
         raise UserError(
@@ -433,7 +419,8 @@ def main(config: FiguresConfig) -> None:
     files = {"how_it_works.png": png(draw_how_it_works())}
     for model in (pipe, mnist, mnist_teacher, emoji, emoji_teacher):
         model.set_progress_bar_config(disable=True)
-    files |= {"mnist.png": png(draw_mnist(mnist, mnist_teacher)), "emoji.png": png(draw_emoji(emoji, emoji_teacher))}
+    files["mnist.png"] = png(draw_beside_teacher(mnist, mnist_teacher, 1))
+    files["emoji.png"] = png(in_palette(draw_beside_teacher(emoji, emoji_teacher, 2)))
     for model, pictures in ((pipe, DIGITS_PICTURES), (emoji, EMOJI_PICTURES)):
         files |= {f"{name}.png": png(draw(model)) for name, draw in pictures.items()}
     write_files(config.output_dir, files)

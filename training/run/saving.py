@@ -22,6 +22,7 @@ from ..cli.options import save_config
 from ..cli.training_options import RunOptions
 from ..hub.push import Pusher
 from ..hub.record import RECORD, training_record, write_record
+from ..hub.staging import link_or_copy
 from .averages import EMA, snapshot_folder
 from .checkpoints import (
     STATE,
@@ -45,15 +46,13 @@ from .devices import load_whole
 def share_autoencoder(folder: str) -> None:
     """Let a pipeline's autoencoder be the file of the first pipeline beside it: it is the same in all of them.
 
-    A disk without hard links keeps the copy.
+    A disk without hard links keeps a copy.
     """
     for weights in Path(folder, "vae").glob("*.safetensors"):
         first = min(weights.parents[2].glob(f"*/vae/{weights.name}"))
         if not first.samefile(weights):
-            link = weights.with_suffix(".draft")
-            with contextlib.suppress(OSError):
-                os.link(first, link)
-                os.replace(link, weights)
+            with atomic_file(str(weights)) as draft:
+                link_or_copy(os.link, str(first), draft)
 
 
 class RunFolder:

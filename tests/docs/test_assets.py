@@ -82,6 +82,7 @@ def test_student_ends_where_its_teacher_does(data, classes, copies, shape, neare
     one, eight = (student(num_inference_steps=steps, gamma=0.0, **options).images for steps in (1, 8))
     errors = [(images - heun).square().mean().sqrt().item() for images in (eight, one, euler)]
     assert max(errors[:2]) < errors[2] / nearer  # Euler's step is the untrained student
+    assert errors[0] < errors[1] or data == "emoji"  # whose student is as far in eight steps as in one
 
 
 GROUPS = ["smileys", "people", "animals", "food", "travel", "activities", "objects", "symbols", "flags"]
